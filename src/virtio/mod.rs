@@ -1,0 +1,90 @@
+//! virtio, device side: what a device is to a transport, and a transport to a device.
+//!
+//! Owns the traits between them. Knows nothing of blocks, files or KVM. The register and status
+//! machine is [`core`]; [`mmio`] maps addresses to its registers; [`queue`] walks the rings.
+
+pub mod core;
+pub mod mmio;
+pub mod queue;
+
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::mem::Ram;
+use queue::Ring;
+
+/// Feature bits of every device (virtio 6), as masks.
+pub mod feature {
+    /// VIRTIO_F_INDIRECT_DESC (virtio 2.7.5.3).
+    pub const INDIRECT_DESC: u64 = 1 << 28;
+    /// VIRTIO_F_EVENT_IDX (virtio 2.7.7, 2.7.10).
+    pub const EVENT_IDX: u64 = 1 << 29;
+    /// VIRTIO_F_VERSION_1 (virtio 6.1): without it a driver is refused.
+    pub const VERSION_1: u64 = 1 << 32;
+}
+
+/// How a device reaches the driver. Mmio and, later, MSI-X; tests count.
+pub trait Interrupt: Send + Sync {
+    /// A used-buffer notification for queue `index`.
+    fn queue(&self, index: u16);
+    /// A configuration-change notification.
+    fn config(&self);
+    /// The device cannot go on: sets DEVICE_NEEDS_RESET, then notifies (virtio 2.1.2).
+    fn needs_reset(&self);
+}
+
+/// A queue that the driver has enabled, checked by the register core.
+pub struct EnabledQueue {
+    /// Its index.
+    pub index: u16,
+    /// Its rings.
+    pub ring: Ring,
+}
+
+/// What a device gets at DRIVER_OK.
+pub struct Activation {
+    /// Guest RAM.
+    pub ram: Ram,
+    /// The features that were negotiated.
+    pub features: u64,
+    /// The enabled queues, in order of their index. They move into the device: the data path
+    /// shares no lock with the transport.
+    pub queues: Vec<EnabledQueue>,
+    /// The way to the driver.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// Why a device did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// A queue that the device cannot do without was not enabled.
+    #[error("queue {0} was not enabled")]
+    MissingQueue(u16),
+    /// A worker is gone.
+    #[error("the worker of queue {0} has ended")]
+    Worker(u16),
+}
+
+/// A virtio device, as its transport sees it.
+pub trait VirtioDevice: Send {
+    /// Device ID (virtio 5).
+    fn device_id(&self) -> u32;
+    /// All features offered, VERSION_1 among them.
+    fn features(&self) -> u64;
+    /// The largest size of each queue; the number of queues is its length.
+    fn queue_sizes(&self) -> &[u16];
+    /// One eventfd a queue, written at each available-buffer notification. They are created with
+    /// the device and live as long as it does, so KVM can signal them itself (ioeventfd).
+    fn doorbells(&self) -> &[EventFd];
+    /// Reads configuration space at `offset`; bytes that do not exist read 0 (virtio 2.5).
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Writes configuration space; whatever is not writable is ignored. `features` are those
+    /// negotiated so far.
+    fn write_config(&mut self, offset: u64, data: &[u8], features: u64);
+    /// DRIVER_OK: takes the queues and starts to work.
+    fn activate(&mut self, parts: Activation) -> Result<(), ActivateError>;
+    /// Stops, having waited for all I/O in flight (S10, R15): when it returns no queue is touched
+    /// and no notification is sent any more.
+    fn reset(&mut self);
+}

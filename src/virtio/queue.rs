@@ -1,0 +1,4 @@
+//! Being built.
+
+/// A queue's rings.
+pub struct Ring;
