@@ -4,9 +4,9 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use minivmm::disk::Image;
 use minivmm::disk::blocking::BlockingEngine;
 use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
-use minivmm::disk::Image;
 
 /// What happens to an operation.
 #[derive(Debug, Clone, Copy)]
