@@ -1,5 +1,6 @@
 //! Every request type and every malformed chain of the requirements, through a driver of our own
 //! against the live device (registers, rings, worker thread, real file).
+#![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
 
 mod common;
 
@@ -7,6 +8,9 @@ use common::driver::*;
 use common::images::{TestImage, pattern};
 use minivmm::disk::{DiskOptions, Image};
 use std::sync::Arc;
+
+/// A descriptor without its next: address, length, flags.
+type Part = (u64, u32, u16);
 
 const MODES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];
 const IMAGE_BYTES: u64 = 1 << 20;
@@ -154,7 +158,7 @@ fn a_request_without_data_moves_nothing_and_is_ok() {
 #[test]
 fn any_legal_cut_into_descriptors_is_accepted() {
     // (readable pieces, writable pieces) of a 1024-byte read and of a 1024-byte write.
-    let read_layouts: [&[(u64, u32, u16)]; 6] = [
+    let read_layouts: [&[Part]; 6] = [
         &[(HEADER, 16, 0), (DATA, 1024, WRITE), (STATUS_BYTE, 1, WRITE)],
         &[(HEADER, 16, 0), (DATA, 1025, WRITE)],
         &[(HEADER, 1, 0), (HEADER + 1, 15, 0), (DATA, 1, WRITE), (DATA + 1, 1024, WRITE)],
@@ -182,7 +186,7 @@ fn any_legal_cut_into_descriptors_is_accepted() {
             let (status_addr, len, _) = layout[layout.len() - 1];
             assert_eq!(rig.peek(status_addr + u64::from(len) - 1, 1), [OK], "{mode} {layout:?}");
         }
-        let write_layouts: [&[(u64, u32, u16)]; 4] = [
+        let write_layouts: [&[Part]; 4] = [
             &[(HEADER, 16 + 1024, 0), (STATUS_BYTE, 1, WRITE)],
             &[(HEADER, 7, 0), (HEADER + 7, 9 + 500, 0), (HEADER + 516, 524, 0), (STATUS_BYTE, 1, WRITE)],
             &[(HEADER, 16, 0), (HEADER + 16, 512, 0), (HEADER + 528, 512, 0), (STATUS_BYTE, 1, WRITE)],
@@ -364,7 +368,7 @@ fn malformed_requests_get_an_error_and_the_device_goes_on() {
     let (image, mut rig) = rig("none", FEATURES);
     let before = image.content();
     let far = RAM_BYTES + 4096;
-    let cases: [(&str, u32, Vec<(u64, u32, u16)>); 15] = [
+    let cases: [(&str, u32, Vec<Part>); 15] = [
         ("a header of 15 bytes", IN, vec![(HEADER, 15, 0), (STATUS_BYTE, 1, WRITE)]),
         ("no header", IN, vec![(STATUS_BYTE, 1, WRITE)]),
         ("a header outside RAM", IN, vec![(far, 16, 0), (STATUS_BYTE, 1, WRITE)]),

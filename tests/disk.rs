@@ -1,5 +1,6 @@
 //! The disk: images as the user names them, host operations per mode, and what happens when the
 //! host fails.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
 
 mod common;
 
@@ -23,7 +24,7 @@ const ALL: u64 = BOTH | F_DISCARD | F_WRITE_ZEROES;
 fn scripted(mode: &str, features: u64, stable_by: StableBy, script: Script) -> (TestImage, Rig, Log) {
     let image = TestImage::new(IMAGE_BYTES);
     let opened = image.open(mode);
-    let (engine, log) = Scripted::new(&opened, script);
+    let (engine, log) = Scripted::with_log(&opened, script);
     let mut rig = Rig::with_engine(opened, engine, stable_by);
     rig.start(features);
     (image, rig, log)
@@ -61,7 +62,7 @@ fn each_write_is_the_host_operations_that_its_mode_promises() {
             for (stable_by, stable_ops) in
                 [(StableBy::Dsync, vec![WriteDsync]), (StableBy::Fdatasync, vec![Write, Fdatasync])]
             {
-                let features = u64::from(flush) * F_FLUSH | u64::from(config_wce) * F_CONFIG_WCE;
+                let features = (u64::from(flush) * F_FLUSH) | (u64::from(config_wce) * F_CONFIG_WCE);
                 let (_image, mut rig, log) = honest(policy.name, features, stable_by);
                 if let Some(byte) = byte {
                     rig.set_writeback(byte);

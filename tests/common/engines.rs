@@ -60,7 +60,7 @@ pub struct Scripted {
 }
 
 impl Scripted {
-    pub fn new(image: &Image, script: Script) -> (Box<dyn Engine>, Log) {
+    pub fn with_log(image: &Image, script: Script) -> (Box<dyn Engine>, Log) {
         let log = Log::default();
         let inner = BlockingEngine::new(Arc::clone(image.file()));
         let engine = Self { inner, script, log: Arc::clone(&log), queued: VecDeque::new() };
@@ -69,7 +69,7 @@ impl Scripted {
 
     /// Everything real, only logged.
     pub fn honest(image: &Image) -> (Box<dyn Engine>, Log) {
-        Self::new(image, Box::new(|_, _| Fate::Real))
+        Self::with_log(image, Box::new(|_, _| Fate::Real))
     }
 }
 
