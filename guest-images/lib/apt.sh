@@ -13,6 +13,7 @@ DEBIAN_KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 
 # apt_mirror_of SUITE: the address from which the machine takes SUITE; empty when it takes none.
 apt_mirror_of() {
+    # shellcheck disable=SC2016  # apt expands it
     apt-get indextargets --no-release-info -o Dir::State::Lists=/nonexistent \
         --format '$(RELEASE) $(REPO_URI)' 'Created-By: Packages' |
         awk -v suite="$1" '$1 == suite { print $2; exit }'
@@ -51,8 +52,9 @@ apt_private() {
 # apt_ready [refresh]: makes the private indexes, and renews them when they are old.
 apt_ready() {
     local wanted
-    [ -n "$DEBIAN_CODENAME" ] && [ -r "$DEBIAN_KEYRING" ] ||
+    if [ -z "$DEBIAN_CODENAME" ] || [ ! -r "$DEBIAN_KEYRING" ]; then
         die "this needs Debian 12 or 13 (VERSION_CODENAME in /etc/os-release and $DEBIAN_KEYRING)"
+    fi
     need apt-get apt
     mkdir -p "$APT_STATE/lists/partial" "$APT_STATE/cache/archives/partial" "$DEBS_DIR"
     wanted=$(apt_sources_list)
@@ -112,13 +114,15 @@ debs_get() {
     apt_ready
     if "$resolver" "$@" >"$list" && [ -s "$list" ] && debs_download "$list"; then return; fi
     apt_ready refresh
-    "$resolver" "$@" >"$list" && [ -s "$list" ] || die "apt cannot resolve: $*"
+    "$resolver" "$@" >"$list" || die "apt cannot resolve: $*"
+    [ -s "$list" ] || die "apt knows no address for: $*"
     debs_download "$list" || die "the download failed: $*"
 }
 
 # debs_unpack LIST DIR [PATTERN]: unpacks the files of LIST whose name matches the shell PATTERN.
 debs_unpack() {
     local file _ pattern=${3:-*}
+    shopt -s extglob
     mkdir -p "$2"
     while read -r file _; do
         # shellcheck disable=SC2254  # a pattern is meant

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 # Debian's cloud kernels, or one of the user's. Sourced after common.sh and apt.sh.
 
 # kernel_name KERNEL: the directory name of a kernel's results.
