@@ -71,7 +71,7 @@ vm_exec() {
     trap 'vm_signal "$dir" "$id" INT' INT
     trap 'vm_signal "$dir" "$id" TERM' TERM
     trap 'vm_signal "$dir" "$id" HUP' HUP
-    trap 'TIMED_OUT=yes; vm_signal "$dir" "$id" TERM; (sleep 10; vm_signal "$dir" "$id" KILL) >/dev/null 2>&1 &' USR1
+    trap 'TIMED_OUT=yes; vm_signal "$dir" "$id" TERM; (sleep 10; vm_signal "$dir" "$id" KILL; sleep 5; kill "$ssh_pid") >/dev/null 2>&1 &' USR1
     if [ "$limit" -gt 0 ]; then
         (
             trap - INT TERM HUP
@@ -117,7 +117,7 @@ vm_exec_status() {
 # before the command has started waits for it.
 vm_signal() {
     vm_session "$1" -- "for try in 1 2 3 4 5 6 7 8 9 10; do
-        [ -s /run/emuhost/$2.pid ] && kill -$3 -- \$(cat /run/emuhost/$2.pid) && break; sleep 0.2; done" \
+        [ -s /run/emuhost/$2.pid ] && kill -s $3 -- \$(cat /run/emuhost/$2.pid) && break; sleep 0.2; done" \
         </dev/null >/dev/null 2>&1 || true
 }
 
@@ -158,5 +158,5 @@ unpack_as() {
 }
 
 vm_ssh() {
-    vm_exec "$1" yes 0 /data sh -l
+    vm_exec "$1" yes 0 /data env ENV=/etc/shellrc busybox ash
 }

@@ -32,13 +32,20 @@ rootfs_libraries() {
 }
 
 # rootfs_busybox TREE DEBROOT: busybox and a link for each applet that no real program provides.
+# Debian's busybox shell prefers its own applets to any program of the same name (its blkdiscard
+# knows no -z), so /bin/sh is dash; the interactive busybox shell learns the real ones by alias.
 rootfs_busybox() {
     local tree=$1 debroot=$2 busybox applet
     busybox=$(find "$debroot/bin" "$debroot/usr/bin" -name busybox -type f 2>/dev/null | head -n 1)
     [ -n "$busybox" ] || die "the packages hold no busybox"
     install -D -m 755 "$busybox" "$tree/bin/busybox"
+    rootfs_program "$tree" "$debroot" "$(cd "$debroot" && find bin usr/bin -name dash 2>/dev/null | head -n 1)" sh
+    ln -sf ../usr/bin/sh "$tree/bin/sh"
+    for applet in "$tree"/usr/bin/*; do
+        printf "alias %s=/usr/bin/%s\n" "${applet##*/}" "${applet##*/}"
+    done >"$tree/etc/shellrc"
     for applet in $("$busybox" --list); do
-        [ "$applet" = busybox ] || [ -e "$tree/usr/bin/$applet" ] || ln -s busybox "$tree/bin/$applet"
+        [ "$applet" = busybox ] || [ -e "$tree/usr/bin/$applet" ] || [ -e "$tree/bin/$applet" ] || ln -s busybox "$tree/bin/$applet"
     done
 }
 
