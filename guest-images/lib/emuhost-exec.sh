@@ -64,14 +64,14 @@ vm_exec() {
     fi
     line=$(quote /usr/bin/emuhost-run "$id" "$cwd" "$mode" "$@")
     TIMED_OUT=''
-    # ssh runs beside us, so that our traps act at once. Its standard input is ours: a job of a
-    # script would get /dev/null.
-    vm_session "$dir" "${option[@]}" -- "$line" <&0 &
-    ssh_pid=$!
     trap 'vm_signal "$dir" "$id" INT' INT
     trap 'vm_signal "$dir" "$id" TERM' TERM
     trap 'vm_signal "$dir" "$id" HUP' HUP
     trap 'TIMED_OUT=yes; vm_signal "$dir" "$id" TERM; (sleep 10; vm_signal "$dir" "$id" KILL; sleep 5; kill "$ssh_pid") >/dev/null 2>&1 &' USR1
+    # ssh runs beside us, so that our traps act at once. Its standard input is ours: a job of a
+    # script would get /dev/null.
+    vm_session "$dir" "${option[@]}" -- "$line" <&0 &
+    ssh_pid=$!
     if [ "$limit" -gt 0 ]; then
         (
             trap - INT TERM HUP
