@@ -86,7 +86,8 @@ vm_exec() {
         kill -0 "$ssh_pid" 2>/dev/null || break
     done
     wait "$ssh_pid" 2>/dev/null || status=$?
-    trap - INT TERM HUP USR1
+    trap - USR1
+    end_on_signals
     [ -z "$timer" ] || kill_tree "$timer"
     vm_exec_status "$dir" "$id" "$status"
 }

@@ -27,9 +27,6 @@ command_run() {
     RUN_DIR=$(mktemp -d "${TMPDIR:-/var/tmp}/emuhost.XXXXXX")
     dir=$RUN_DIR
     trap 'vm_end "$RUN_DIR"; rm -rf -- "$RUN_DIR"' EXIT
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
-    trap 'exit 129' HUP
     stage_common "$dir/stage"
     : >"$dir/brought"
     mkdir -p "$dir/stage/fs$cwd"
