@@ -15,7 +15,10 @@
  *   io          a disk's whole life; exit code 0x20. Variants, as further words:
  *                 noflush   does not negotiate FLUSH, and sends none
  *                 nowce     does not negotiate CONFIG_WCE
- *                 wb=0 wb=1 sets `writeback` before the first write
+ *                 wb=0 wb=1 sets `writeback` before the first write, in the first round only
+ *                 second    uses the second device
+ *                 twice     does all of it again after the reset
+ *   inflight    resets the device with a write in flight; exit code 0x23
  *   echo        echoes COM1 until it reads a `q`; exit code 0x21
  *   badinsn     lock cmpxchg16b, which an emulating KVM lacks; exit code 0x22
  *   exit=N      exit code N, decimal, below 128
@@ -44,6 +47,7 @@
  *   0x1f  after reset, status or QueueReady is not 0
  *   0x24  a status byte was not written
  *   0x25  `writeback` does not read back what was written
+ *   0x26  after reset, the device has still written to the used ring
  */
 
 /* Ports. PORT_ACPI and VIRTIO_MMIO_BASE are given to the linker. */
@@ -236,6 +240,7 @@ scenarios:
         .quad   9f, scenario_triple
         .quad   10f, scenario_hang
         .quad   11f, scenario_spin
+        .quad   12f, scenario_inflight
         .quad   0
 1:      .asciz  "io"
 2:      .asciz  "echo"
@@ -248,10 +253,13 @@ scenarios:
 9:      .asciz  "triple"
 10:     .asciz  "hang"
 11:     .asciz  "spin"
+12:     .asciz  "inflight"
 word_scenario:  .asciz "scenario="
 word_noflush:   .asciz "noflush"
 word_nowce:     .asciz "nowce"
 word_wb:        .asciz "wb="
+word_second:    .asciz "second"
+word_twice:     .asciz "twice"
 text_elf:       .asciz "ELF"
 text_pvh:       .asciz "PVH"
         .text
@@ -353,29 +361,10 @@ halt:
 
 /* rbx = registers, r15w = requests made so far, r12 = command line, r14d = the features taken */
 scenario_io:
-        movl    $VIRTIO_MMIO_BASE, %ebx
-        xorl    %r15d, %r15d
-
-        movl    $0x11, %edi
-        cmpl    $0x74726976, R_MAGIC(%rbx)
-        jne     fail
-        movl    $0x12, %edi
-        cmpl    $2, R_VERSION(%rbx)
-        jne     fail
-        movl    $0x13, %edi
-        cmpl    $2, R_DEVICE_ID(%rbx)
-        jne     fail
-
-        call    negotiate
-        call    queue_up
+        call    bring_up
         call    set_writeback
-        call    fill_pattern
 
-        movl    $T_OUT, %edi
-        movl    $SECTOR, %esi
-        movl    $pattern, %edx
-        movl    $BLOCK, %ecx
-        xorl    %r8d, %r8d
+        call    describe_write
         call    request
         movl    $0x18, %edi
         movl    $1, %r9d
@@ -440,6 +429,65 @@ scenario_io:
         call    puts
         call    newline
 
+        call    reset_device
+        incl    rounds
+        cmpl    $1, rounds
+        jne     1f
+        movl    $word_twice, %edi
+        call    find
+        testq   %rax, %rax
+        jnz     scenario_io
+1:      movl    $0x20, %edi
+        jmp     exit
+
+/* A reset waits for what is in flight; behind it the device touches nothing (virtio 2.4.1). */
+scenario_inflight:
+        call    bring_up
+        call    describe_write
+        call    post
+        call    reset_device
+        movw    used + 2, %ax
+        movl    $20000, %ecx
+        movl    $0x26, %edi
+1:      pause
+        cmpw    used + 2, %ax
+        jne     fail
+        decl    %ecx
+        jnz     1b
+        movl    $0x23, %edi
+        jmp     exit
+
+/* From nothing to DRIVER_OK, with the pattern ready to be written. */
+bring_up:
+        movl    $VIRTIO_MMIO_BASE, %ebx
+        movl    $word_second, %edi
+        call    find
+        testq   %rax, %rax
+        jz      1f
+        addl    $0x1000, %ebx
+1:      movl    $0x11, %edi
+        cmpl    $0x74726976, R_MAGIC(%rbx)
+        jne     fail
+        movl    $0x12, %edi
+        cmpl    $2, R_VERSION(%rbx)
+        jne     fail
+        movl    $0x13, %edi
+        cmpl    $2, R_DEVICE_ID(%rbx)
+        jne     fail
+        call    negotiate
+        call    queue_up
+        jmp     fill_pattern
+
+/* The arguments of `request` for the one write. */
+describe_write:
+        movl    $T_OUT, %edi
+        movl    $SECTOR, %esi
+        movl    $pattern, %edx
+        movl    $BLOCK, %ecx
+        xorl    %r8d, %r8d
+        ret
+
+reset_device:
         reg_write R_STATUS, $0
         movl    $0x1f, %edi
         cmpl    $0, R_STATUS(%rbx)
@@ -448,8 +496,7 @@ scenario_io:
         cmpl    $0, R_QUEUE_READY(%rbx)
         jne     fail
         say     "bare guest: reset the device\r\n"
-        movl    $0x20, %edi
-        jmp     exit
+        ret
 
 /* Reset, ACKNOWLEDGE, DRIVER, features, FEATURES_OK (virtio 3.1.1). r14d = low features taken. */
 negotiate:
@@ -504,7 +551,9 @@ queue_up:
         reg_write R_QUEUE_DRIVER + 4, $0
         reg_write R_QUEUE_DEVICE, $used
         reg_write R_QUEUE_DEVICE + 4, $0
-        movw    $1, available                   /* no interrupts, please */
+        movl    $1, available                   /* no interrupts, please; index 0 */
+        movw    $0, used + 2
+        xorl    %r15d, %r15d
         reg_write R_QUEUE_READY, $1
         movl    $0x17, %edi
         cmpl    $1, R_QUEUE_READY(%rbx)
@@ -517,6 +566,8 @@ queue_up:
 
 /* wb=N: sets the writeback byte. Says its value in any case. */
 set_writeback:
+        cmpl    $0, rounds
+        jne     1f
         movl    $word_wb, %edi
         call    find
         testq   %rax, %rax
@@ -567,6 +618,22 @@ must_be_ok:
  * r8d = D_WRITE where the device writes the data. Returns eax = status, edx = the used length.
  */
 request:
+        call    post
+1:      pause
+        cmpw    %r15w, used + 2
+        jne     1b
+        movl    $0x10, %edi
+        cmpl    $0, used + 4(, %rax, 8)
+        jne     fail
+        movl    used + 8(, %rax, 8), %edx
+        movzbl  status, %eax
+        movl    $0x24, %edi
+        cmpl    $ST_UNTOUCHED, %eax
+        je      fail
+        ret
+
+/* Makes a request available and rings the doorbell; arguments as above. eax = its place in the used ring. */
+post:
         movl    %edi, header
         movl    $0, header + 4
         movq    %rsi, header + 8
@@ -599,18 +666,6 @@ request:
         incl    %r15d
         movw    %r15w, available + 2
         reg_write R_QUEUE_NOTIFY, $0
-
-2:      pause
-        cmpw    %r15w, used + 2
-        jne     2b
-        movl    $0x10, %edi
-        cmpl    $0, used + 4(, %rax, 8)
-        jne     fail
-        movl    used + 8(, %rax, 8), %edx
-        movzbl  status, %eax
-        movl    $0x24, %edi
-        cmpl    $ST_UNTOUCHED, %eax
-        je      fail
         ret
 
 /* ------------------------------------------------------------------ text */
@@ -708,6 +763,7 @@ used:           .skip   6 + 8 * QUEUE_SIZE
         .balign 16
 cell:           .skip   16
 header:         .skip   16
+rounds:         .skip   4
 status:         .skip   1
 id:             .skip   21
         .balign 4096
