@@ -30,6 +30,7 @@
  *   triple      a fault without an IDT
  *   hang        halts with interrupts off
  *   spin        loops for ever
+ *   chatter     prints for ever
  *
  * Exit codes: a code C at the exit port becomes the status (C << 1) | 1. Failures:
  *   0x01  the command line names no scenario we know
@@ -187,6 +188,7 @@ scenarios:
         .quad   10f, scenario_hang
         .quad   11f, scenario_spin
         .quad   12f, scenario_inflight
+        .quad   13f, scenario_chatter
         .quad   0
 1:      .asciz  "io"
 2:      .asciz  "echo"
@@ -200,6 +202,7 @@ scenarios:
 10:     .asciz  "hang"
 11:     .asciz  "spin"
 12:     .asciz  "inflight"
+13:     .asciz  "chatter"
 word_scenario:  .asciz "scenario="
 word_noflush:   .asciz "noflush"
 word_nowce:     .asciz "nowce"
@@ -257,6 +260,10 @@ scenario_spin:
         say     "bare guest: spinning\r\n"
 1:      pause
         jmp     1b
+
+scenario_chatter:
+        say     "bare guest: chatter\r\n"
+        jmp     scenario_chatter
 
 scenario_badinsn:
         say     "bare guest: cmpxchg16b\r\n"

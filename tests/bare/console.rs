@@ -1,6 +1,8 @@
 //! The console on pipes and in files, and the command line that the guest prints there.
 
 use std::fs;
+use std::os::fd::AsRawFd;
+use std::process::Stdio;
 
 use crate::machine::*;
 
@@ -60,4 +62,19 @@ fn the_console_can_be_off_or_a_file() {
         assert_eq!(path.exists(), in_file, "{console}");
     }
     assert!(fs::read_to_string(path).unwrap().contains("entered by ELF"));
+}
+
+#[test]
+fn a_console_that_nobody_reads_cannot_keep_the_machine_from_ending() {
+    if !kvm() {
+        return;
+    }
+    let (_unread, pipe) = std::io::pipe().unwrap();
+    // SAFETY: fcntl takes integers here; `pipe` is open. The smallest pipe is full soonest.
+    assert!(unsafe { libc::fcntl(pipe.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) } > 0);
+    let mut command = minivmm();
+    start(&mut command, Entry::Elf, "scenario=chatter").args(["--console", "stdio", "--timeout", "2"]);
+    let mut child = command.stdin(Stdio::null()).stdout(pipe).stderr(Stdio::null()).spawn().unwrap();
+    let _watchdog = Watchdog::over(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(TIMED_OUT));
 }
