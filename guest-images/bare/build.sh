@@ -17,4 +17,5 @@ for entry in elf pvh; do
     # shellcheck disable=SC2086 # the symbols are words
     ld -N -nostdlib -static --build-id=none -z noexecstack --no-warn-rwx-segments \
         -T "$here/guest.ld" $symbols -o "$out/$entry.elf" "$out/$entry.o"
+    chmod -x "$out/$entry.elf" # no program of the host's
 done

@@ -51,7 +51,7 @@ fn the_console_can_be_off_or_a_file() {
     if !kvm() {
         return;
     }
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let directory = scratch();
     let path = directory.path().join("console");
     let option = format!("file={}", path.display());
     for (console, in_file) in [("off", false), (option.as_str(), true)] {

@@ -78,6 +78,9 @@ impl Entry {
 }
 
 fn build_guests() -> PathBuf {
+    if let Some(built) = std::env::var_os("MINIVMM_BARE") {
+        return built.into();
+    }
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bare");
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-images/bare/build.sh");
     let built = Command::new(&script)
@@ -106,8 +109,20 @@ impl Ran {
     }
 }
 
+/// The program under test. `MINIVMM_BINARY`, and `MINIVMM_BARE` for the directory of the built
+/// guests, let this test program run where there is no source tree: inside the emulated host.
+pub fn binary() -> PathBuf {
+    std::env::var_os("MINIVMM_BINARY").map_or_else(|| env!("CARGO_BIN_EXE_minivmm").into(), PathBuf::from)
+}
+
 pub fn minivmm() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_minivmm"))
+    Command::new(binary())
+}
+
+/// A directory on a real file system, removed when dropped.
+pub fn scratch() -> TempDir {
+    let base = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    tempfile::tempdir_in(if base.exists() { base } else { Path::new(".") }).unwrap()
 }
 
 /// Adds what every guest here is started with.
@@ -170,7 +185,7 @@ pub struct Image {
 
 impl Image {
     pub fn new() -> Self {
-        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let directory = scratch();
         let path = directory.path().join("disk.img");
         fs::write(&path, Self::before()).unwrap();
         Self { _directory: directory, path }
