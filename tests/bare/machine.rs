@@ -186,7 +186,8 @@ pub struct Image {
 impl Image {
     pub fn new() -> Self {
         let directory = scratch();
-        let path = directory.path().join("disk.img");
+        // As strace names it.
+        let path = directory.path().canonicalize().unwrap().join("disk.img");
         fs::write(&path, Self::before()).unwrap();
         Self { _directory: directory, path }
     }
