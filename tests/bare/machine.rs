@@ -14,8 +14,8 @@ use tempfile::TempDir;
 /// Exit statuses of the program, as `--help` documents them.
 pub const ORDERLY: i32 = 0;
 pub const FAILURE: i32 = 125;
-pub const TIMED_OUT: i32 = 124;
-pub const GUEST_PANIC: i32 = 123;
+pub const TIMED_OUT: i32 = 126;
+pub const GUEST_PANIC: i32 = 124;
 
 /// The status that a code at the exit port becomes.
 pub const fn exit(code: i32) -> i32 {
