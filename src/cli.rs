@@ -1,1 +1,261 @@
-//! Being built.
+//! What the user types, and the number with which minivmm ends.
+//!
+//! Owns arguments, their help, exit statuses, and the search for the bundled test guest. The disk's
+//! keys are `disk`'s, in the table from which the help is made.
+
+mod find_guest;
+mod size;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Parser};
+
+use crate::boot::cmdline;
+use crate::disk::DiskOptions;
+use crate::vmm::{Config, ConsoleTarget, Ending};
+
+pub use find_guest::GuestNotFound;
+
+/// A minimal KVM hypervisor whose virtio-blk can be trusted.
+///
+/// Boots a Linux kernel (without --kernel, the bundled test guest) with its console on this terminal
+/// and each --disk as /dev/vda, /dev/vdb, ...
+#[derive(Debug, Parser)]
+#[command(version, after_long_help = ExitStatus::HELP, after_help = "--help tells more, of exit statuses too.")]
+pub struct Args {
+    /// Kernel to boot: a bzImage, or an ELF vmlinux [default: the test guest's]
+    ///
+    /// A bzImage is entered by the 64-bit boot protocol, an ELF image by PVH if it has the note and by
+    /// the 64-bit boot protocol if not. The test guest (vmlinuz, initrd.cpio; `make guest` builds it)
+    /// is looked for in $MINIVMM_GUEST, beside the binary, and in guest-images/build.
+    #[arg(long, value_name = "PATH")]
+    kernel: Option<PathBuf>,
+
+    /// Initial RAM disk, or `none` [default: the test guest's]
+    #[arg(long, value_name = "PATH")]
+    initrd: Option<PathBuf>,
+
+    /// Add to the kernel command line (repeatable)
+    ///
+    /// What stands behind a ` -- ` goes to the guest's init.
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
+    append: Vec<String>,
+
+    /// Replace the kernel command line
+    #[arg(long, value_name = "STRING", default_value = cmdline::DEFAULT, allow_hyphen_values = true)]
+    cmdline: String,
+
+    /// Guest memory: a number with K, M, G or T (512M, 4G); without a letter, bytes
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::memory)]
+    memory: u64,
+
+    /// Number of CPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=254))]
+    cpus: u8,
+
+    /// Disk image, with keys (repeatable: vda, vdb, ...)
+    #[arg(long = "disk", value_name = "PATH[,KEY=VALUE]...", long_help = disk_help())]
+    disks: Vec<DiskOptions>,
+
+    /// Kernel console, a 16550 (ttyS0): stdio, off, or file=PATH
+    ///
+    /// On a terminal Ctrl-A x ends the VM, and Ctrl-A h lists the keys. What is no terminal is passed
+    /// as it is.
+    #[arg(long, value_name = "stdio|off|file=PATH", default_value = "stdio", value_parser = console)]
+    console: ConsoleTarget,
+
+    /// End the VM after so many seconds
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    timeout: Option<Duration>,
+
+    /// Say more (twice: much more)
+    #[arg(short, long, action = ArgAction::Count)]
+    verbose: u8,
+
+    /// Say nothing but errors
+    #[arg(short, long, conflicts_with = "verbose")]
+    quiet: bool,
+}
+
+fn disk_help() -> String {
+    format!("Disk image, with keys (repeatable: vda, vdb, ...)\n\n{}", DiskOptions::keys_help())
+}
+
+fn console(text: &str) -> Result<ConsoleTarget, String> {
+    match text.split_once('=') {
+        None if text == "stdio" => Ok(ConsoleTarget::Stdio),
+        None if text == "off" => Ok(ConsoleTarget::Off),
+        Some(("file", path)) if !path.is_empty() => Ok(ConsoleTarget::File(path.into())),
+        _ => Err("it is stdio, off, or file=PATH".into()),
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let wrong = || "it is a number of seconds above 0, such as 60 or 0.5".to_string();
+    let seconds: f64 = text.parse().map_err(|_| wrong())?;
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err(wrong()),
+    }
+}
+
+impl Args {
+    /// How much is to be logged.
+    pub fn log_level(&self) -> log::LevelFilter {
+        match (self.quiet, self.verbose) {
+            (true, _) => log::LevelFilter::Error,
+            (false, 0) => log::LevelFilter::Warn,
+            (false, 1) => log::LevelFilter::Info,
+            (false, 2) => log::LevelFilter::Debug,
+            (false, _) => log::LevelFilter::Trace,
+        }
+    }
+
+    /// The machine that they describe, with the test guest in the place of what was not given.
+    pub fn into_config(self) -> Result<Config, GuestNotFound> {
+        let initrd_given = self.initrd.is_some();
+        let (kernel, initrd) = match (self.kernel, self.initrd) {
+            (Some(kernel), Some(initrd)) => (kernel, initrd),
+            (kernel, initrd) => {
+                let found = find_guest::find(kernel.is_none(), initrd.is_none())?;
+                (kernel.unwrap_or(found.kernel), initrd.unwrap_or(found.initrd))
+            }
+        };
+        let no_initrd = initrd_given && initrd.as_os_str() == "none";
+        Ok(Config {
+            kernel,
+            initrd: (!no_initrd).then_some(initrd),
+            cmdline: self.append.iter().fold(self.cmdline, |line, more| cmdline::append(&line, more)),
+            memory_bytes: self.memory,
+            cpus: self.cpus,
+            disks: self.disks,
+            console: self.console,
+            timeout: self.timeout,
+        })
+    }
+}
+
+/// With which number minivmm ends. 3 to 123 are kept for commands run in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExitStatus {
+    /// The guest has powered off or reset, or the user has ended the VM with Ctrl-A x.
+    Success,
+    /// The command line is wrong. (clap prints why, and ends with it.)
+    Usage,
+    /// The guest has panicked.
+    GuestPanic,
+    /// minivmm or the host has failed.
+    Failure,
+    /// --timeout has passed.
+    Timeout,
+    /// A signal has ended the VM.
+    Signal(i32),
+    /// A guest has written this to the exit port.
+    ExitPort(u8),
+}
+
+impl ExitStatus {
+    /// The table of `--help`.
+    const HELP: &'static str = "\
+Exit status:
+  0      the guest has powered off or reset (or Ctrl-A x)
+  2      usage
+  124    the guest has panicked
+  125    minivmm or the host has failed; a failed last fdatasync is one
+  126    --timeout has passed
+  128+n  ended by signal n (SIGHUP 129, SIGINT 130, SIGTERM 143), in order
+  2v+1   a guest has written v to the exit port 0xf4 (modulo 256: v = 0x3e, 0x40,
+         0x47 and v + 0x80 give a number that has another meaning too)";
+
+    /// The number.
+    pub fn code(self) -> i32 {
+        match self {
+            Self::Success => 0,
+            Self::Usage => 2,
+            Self::GuestPanic => 124,
+            Self::Failure => 125,
+            Self::Timeout => 126,
+            Self::Signal(signal) => 128 + signal,
+            Self::ExitPort(value) => (i32::from(value) << 1 | 1) & 0xff,
+        }
+    }
+}
+
+impl From<Ending> for ExitStatus {
+    fn from(ending: Ending) -> Self {
+        match ending {
+            Ending::PowerOff | Ending::Reset | Ending::Quit => Self::Success,
+            Ending::GuestPanic => Self::GuestPanic,
+            Ending::ExitPort(value) => Self::ExitPort(value),
+            Ending::Signal(signal) => Self::Signal(signal),
+            Ending::Timeout => Self::Timeout,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_well_formed() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn what_is_appended_goes_behind_what_is_there() {
+        let line = |args: &[&str]| {
+            let base = ["minivmm", "--kernel", "k", "--initrd", "none"];
+            let args = Args::try_parse_from(base.iter().chain(args)).unwrap();
+            args.into_config().unwrap().cmdline
+        };
+        assert_eq!(line(&[]), cmdline::DEFAULT);
+        assert_eq!(line(&["--append", "a -- i", "--append", "b"]), format!("{} a b -- i", cmdline::DEFAULT));
+        assert_eq!(line(&["--cmdline", "x", "--append", "-- i"]), "x -- i");
+    }
+
+    #[test]
+    fn no_initrd_is_said_by_its_name_and_a_file_of_that_name_by_its_path() {
+        let initrd = |path: &str| {
+            let args = Args::try_parse_from(["minivmm", "--kernel", "k", "--initrd", path]).unwrap();
+            args.into_config().unwrap().initrd
+        };
+        assert_eq!(initrd("none"), None);
+        assert_eq!(initrd("./none"), Some("./none".into()));
+    }
+
+    #[test]
+    fn each_status_has_its_number() {
+        for (ending, code) in [
+            (Ending::PowerOff, 0),
+            (Ending::Reset, 0),
+            (Ending::Quit, 0),
+            (Ending::GuestPanic, 124),
+            (Ending::Timeout, 126),
+            (Ending::Signal(15), 143),
+            (Ending::ExitPort(0), 1),
+            (Ending::ExitPort(0x10), 33),
+            (Ending::ExitPort(0xff), 255),
+        ] {
+            assert_eq!(ExitStatus::from(ending).code(), code, "{ending:?}");
+        }
+        assert_eq!((ExitStatus::Usage.code(), ExitStatus::Failure.code()), (2, 125));
+    }
+
+    #[test]
+    fn consoles_and_seconds_are_what_they_say() {
+        assert_eq!(console("stdio"), Ok(ConsoleTarget::Stdio));
+        assert_eq!(console("off"), Ok(ConsoleTarget::Off));
+        assert_eq!(console("file=a=b"), Ok(ConsoleTarget::File("a=b".into())));
+        for wrong in ["", "file", "file=", "pty", "stdio=x"] {
+            assert!(console(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for wrong in ["0", "-1", "NaN", "inf", "", "1s", "1e400"] {
+            assert!(seconds(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -97,16 +97,29 @@ pub const PORT_EXIT: u64 = 0xf4;
 pub const PORT_SERIAL: u64 = 0x3f8;
 /// pvpanic.
 pub const PORT_PVPANIC: u64 = 0x505;
-/// ACPI sleep control (+0), sleep status (+1) and reset (+2) registers.
-pub const PORT_ACPI: u64 = 0x600;
+/// ACPI's sleep control register.
+pub const PORT_ACPI_SLEEP_CONTROL: u64 = 0x600;
+/// ACPI's sleep status register.
+pub const PORT_ACPI_SLEEP_STATUS: u64 = 0x601;
+/// ACPI's reset register.
+pub const PORT_ACPI_RESET: u64 = 0x602;
 
 const _: () = assert!(
     PORT_I8042 + 5 <= PORT_RTC
         && PORT_RTC + 2 <= PORT_EXIT
         && PORT_EXIT < PORT_SERIAL
         && PORT_SERIAL + 8 <= PORT_PVPANIC
-        && PORT_PVPANIC < PORT_ACPI
+        && PORT_PVPANIC < PORT_ACPI_SLEEP_CONTROL
 );
+
+// What the ACPI tables promise of devices' registers.
+
+/// What is to be written to the reset register.
+pub const ACPI_RESET_VALUE: u8 = 0x01;
+/// `_S5`: the sleep type that powers off.
+pub const ACPI_S5_SLEEP_TYPE: u8 = 5;
+/// The CMOS byte that holds the century.
+pub const CMOS_CENTURY: u8 = 0x32;
 
 // Interrupt lines (GSI = IOAPIC pin).
 

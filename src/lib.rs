@@ -7,6 +7,7 @@
 //! |---|---|---|
 //! | [`cli`] | arguments, `--help`, exit statuses | |
 //! | [`vmm`] | builds the machine in order, runs it, stops it in order | |
+//! | [`terminal`] | the terminal's raw mode, and its restoration | |
 //! | [`vcpu`], [`kvm`] | the KVM_RUN loop, irqfd, ioeventfd, CPUID, MSRs | virtio, disks |
 //! | [`boot`] | kernel, initrd, command line, zero page, CPU state, ACPI | devices' insides |
 //! | [`bus`], [`devices`] | port and MMIO dispatch; serial, power, RTC | KVM |
@@ -26,6 +27,7 @@ pub mod disk;
 pub mod kvm;
 pub mod layout;
 pub mod mem;
+pub mod terminal;
 pub mod vcpu;
 pub mod virtio;
 pub mod vmm;

@@ -1,1 +1,171 @@
-//! Being built.
+//! A virtual CPU: its thread's loop round KVM_RUN, from exit to action.
+//!
+//! Owns the decision what each exit means. Accesses go to the buses, whose devices answer with an
+//! outcome; what becomes of an outcome is `vmm`'s business. Knows nothing of any device.
+
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use crate::bus::{Bus, Outcome};
+use crate::kvm::failure::{Failure, Reason};
+use crate::kvm::run_page::RunPage;
+use crate::mem::Ram;
+
+/// What a vCPU needs to run.
+pub struct Vcpu {
+    /// Its number.
+    pub id: u8,
+    /// KVM's side of it.
+    pub fd: VcpuFd,
+    /// Its shared page; whoever wants the CPU to stop has it too.
+    pub page: Arc<RunPage>,
+    /// The ports.
+    pub ports: Arc<Bus>,
+    /// Memory-mapped devices.
+    pub mmio: Arc<Bus>,
+    /// Guest memory, for the report of a failure.
+    pub ram: Ram,
+    /// A triple fault is how this guest resets.
+    pub triple_fault_resets: bool,
+}
+
+/// Why a vCPU ended.
+#[derive(Debug)]
+pub enum End {
+    /// The machine is being stopped.
+    Stopped,
+    /// A device, or KVM, has answered so.
+    Outcome(Outcome),
+    /// KVM cannot go on.
+    Failed(Box<Failure>),
+}
+
+/// What an exit means.
+#[derive(Debug, PartialEq, Eq)]
+enum Action {
+    Continue,
+    End(Outcome),
+    Fail(Reason),
+    /// As `Fail`, with the details that KVM left in the shared page.
+    FailInternal,
+}
+
+impl From<Outcome> for Action {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Continue => Self::Continue,
+            outcome => Self::End(outcome),
+        }
+    }
+}
+
+impl Vcpu {
+    /// Runs until the guest ends, KVM fails, or `stopping` says so after a kick (the shared page's
+    /// `immediate_exit`, then a signal).
+    pub fn run(&mut self, stopping: impl Fn() -> bool) -> End {
+        while !stopping() {
+            let action = match self.fd.run() {
+                Ok(exit) => act(exit, &self.page, &self.ports, &self.mmio),
+                Err(error) => match error.errno() {
+                    // A signal; or a CPU that has just been started by another one.
+                    libc::EINTR | libc::EAGAIN => Action::Continue,
+                    errno => Action::Fail(Reason::Run(errno)),
+                },
+            };
+            match action {
+                Action::Continue => {}
+                Action::Fail(Reason::TripleFault) if self.triple_fault_resets => {
+                    return End::Outcome(Outcome::Reset);
+                }
+                Action::End(outcome) => return End::Outcome(outcome),
+                Action::Fail(reason) => return self.fail(Failure::new(self.id, reason, &self.fd, &self.ram)),
+                Action::FailInternal => {
+                    return self.fail(Failure::internal(self.id, &self.page, &self.fd, &self.ram));
+                }
+            }
+        }
+        End::Stopped
+    }
+
+    fn fail(&self, failure: Failure) -> End {
+        End::Failed(Box::new(failure))
+    }
+}
+
+/// From exit to action.
+fn act(exit: VcpuExit<'_>, page: &RunPage, ports: &Bus, mmio: &Bus) -> Action {
+    match exit {
+        VcpuExit::IoIn(port, data) => port_in(ports, port, data, page.port_width()),
+        VcpuExit::IoOut(port, data) => port_out(ports, port, data, page.port_width()),
+        VcpuExit::MmioRead(address, data) => {
+            mmio.read(address, data);
+            Action::Continue
+        }
+        VcpuExit::MmioWrite(address, data) => mmio.write(address, data).into(),
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => Action::End(Outcome::Shutdown),
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => Action::End(Outcome::Reset),
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _) => Action::End(Outcome::GuestPanic),
+        // With the interrupt controllers in KVM, HLT waits inside it; the others are its courtesies.
+        VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen => Action::Continue,
+        VcpuExit::Shutdown => Action::Fail(Reason::TripleFault),
+        VcpuExit::FailEntry(reason, cpu) => Action::Fail(Reason::FailEntry(reason, cpu)),
+        VcpuExit::MemoryFault { gpa, .. } => Action::Fail(Reason::MemoryFault(gpa)),
+        VcpuExit::InternalError => Action::FailInternal,
+        other => Action::Fail(Reason::Unexpected(format!("{other:?}"))),
+    }
+}
+
+/// A string instruction delivers several accesses of one width to one port.
+fn port_in(ports: &Bus, port: u16, data: &mut [u8], width: usize) -> Action {
+    for access in data.chunks_mut(width) {
+        ports.read(u64::from(port), access);
+    }
+    Action::Continue
+}
+
+/// As [`port_in`]; the first access that ends the machine is the last.
+fn port_out(ports: &Bus, port: u16, data: &[u8], width: usize) -> Action {
+    data.chunks(width)
+        .map(|access| ports.write(u64::from(port), access))
+        .find(|outcome| *outcome != Outcome::Continue)
+        .unwrap_or(Outcome::Continue)
+        .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::bus::BusDevice;
+
+    #[derive(Default)]
+    struct Recorder(Vec<Vec<u8>>);
+
+    impl BusDevice for Recorder {
+        fn read(&mut self, _: u64, data: &mut [u8]) {
+            self.0.push(vec![0; data.len()]);
+            data.fill(u8::try_from(self.0.len()).unwrap());
+        }
+        fn write(&mut self, _: u64, data: &[u8]) -> Outcome {
+            self.0.push(data.to_vec());
+            if data[0] == 9 { Outcome::Exit(9) } else { Outcome::Continue }
+        }
+    }
+
+    #[test]
+    fn a_string_instruction_is_as_many_accesses_as_it_makes() {
+        let device = Arc::new(Mutex::new(Recorder::default()));
+        let mut ports = Bus::new();
+        ports.place("recorder", 0x10, 1, device.clone()).unwrap();
+        let mut data = [0; 6];
+        assert_eq!(port_in(&ports, 0x10, &mut data, 2), Action::Continue);
+        assert_eq!(data, [1, 1, 2, 2, 3, 3]);
+        device.lock().unwrap().0.clear();
+        assert_eq!(port_out(&ports, 0x10, &[1, 2, 3], 1), Action::Continue);
+        assert_eq!(port_out(&ports, 0x10, &[4, 9, 5], 1), Action::End(Outcome::Exit(9)));
+        assert_eq!(device.lock().unwrap().0, [[1], [2], [3], [4], [9]]);
+    }
+}

@@ -1,1 +1,329 @@
-//! Being built.
+//! The machine as a whole: built in order, run, stopped in order.
+//!
+//! Owns the order, and which event ends the VM with what. The parts know nothing of each other:
+//! here eventfds are bound to lines and addresses, and devices to buses.
+
+mod build;
+mod events;
+mod input;
+mod stop;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::PathBuf;
+use std::sync::{Arc, TryLockError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use crate::boot::BootError;
+use crate::boot::cpu::CpuError;
+use crate::bus::{BusError, Outcome};
+use crate::disk::{DiskOptions, ImageError};
+use crate::kvm::KvmError;
+use crate::kvm::failure::Failure;
+use crate::mem::RamError;
+use crate::terminal::{self, Input, RawMode};
+use crate::vcpu::{End, Vcpu};
+use build::Machine;
+use events::{Report, Reporter, Reports, Signals};
+use input::{Console, READ_BYTES_MAX, Wish};
+use stop::{StopError, VcpuThread};
+
+/// What machine, with what guest.
+#[derive(Debug)]
+pub struct Config {
+    /// The kernel image.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's parameters.
+    pub cmdline: String,
+    /// RAM in bytes.
+    pub memory_bytes: u64,
+    /// How many CPUs.
+    pub cpus: u8,
+    /// The disks, in order.
+    pub disks: Vec<DiskOptions>,
+    /// Where the serial port leads.
+    pub console: ConsoleTarget,
+    /// How long the guest may run.
+    pub timeout: Option<Duration>,
+}
+
+/// Where the serial port leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ConsoleTarget {
+    /// To standard output, and standard input to it.
+    Stdio,
+    /// Nowhere.
+    Off,
+    /// To a file, which begins empty.
+    File(PathBuf),
+}
+
+/// How a VM ended that neither we nor the host have failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest has powered off.
+    PowerOff,
+    /// The guest has reset.
+    Reset,
+    /// The guest has panicked.
+    GuestPanic,
+    /// The guest has written to the exit port.
+    ExitPort(u8),
+    /// The user has typed Ctrl-A x.
+    Quit,
+    /// A signal.
+    Signal(i32),
+    /// The time is over.
+    Timeout,
+}
+
+/// Why a VM could not be built, run or stopped.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each is its source's")]
+pub enum VmmError {
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
+    #[error(transparent)]
+    Stop(#[from] StopError),
+    #[error("too many disks: {asked}, and there is room for {max}")]
+    TooManyDisks { asked: usize, max: usize },
+    #[error("cannot write the console to {path}")]
+    Console { path: PathBuf, source: io::Error },
+    #[error("cannot {what}")]
+    Host { what: &'static str, source: io::Error },
+    #[error("{0}")]
+    Vcpu(Box<Failure>),
+    #[error("the thread of CPU {0} panicked; this is an error in minivmm")]
+    Panicked(u8),
+}
+
+/// To be used as `.map_err(host("..."))`.
+fn host<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> VmmError {
+    move |source| VmmError::Host { what, source: source.into() }
+}
+
+/// Builds the machine, runs its guest to the end, stops it.
+pub fn run(config: &Config) -> Result<Ending, VmmError> {
+    // Before the first thread is started, so that all inherit it.
+    let signals = Signals::block().map_err(host("block signals"))?;
+    register_signal_handler(SIGRTMIN(), on_kick).map_err(host("handle the signal that stops a CPU"))?;
+    let mut machine = build::build(config)?;
+    let mut run = Run::new(&machine, &signals, config)?;
+    let ended = run.start(&mut machine).and_then(|()| run.supervise());
+    let stopped = run.stop(&machine);
+    if let Err(StopError::Stuck { .. }) = stopped {
+        // Dropping devices waits for their I/O, which is what hangs.
+        std::mem::forget(machine);
+    }
+    match (ended, stopped) {
+        (Ok(ending), Ok(())) => Ok(ending),
+        (Ok(_), Err(error)) => Err(error.into()),
+        (Err(error), Ok(())) => Err(error),
+        (Err(error), Err(second)) => {
+            log::error!("moreover: {second}");
+            Err(error)
+        }
+    }
+}
+
+/// Its arrival is all that matters: it interrupts KVM_RUN, or a write of the console.
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+/// How soon the serial port is tried again while its CPU is in it.
+const RETRY: Duration = Duration::from_millis(10);
+
+/// A machine that runs.
+struct Run<'a> {
+    signals: &'a Signals,
+    reports: Reports,
+    threads: Vec<VcpuThread>,
+    serial: build::SerialEnd,
+    stdin: File,
+    console: Console,
+    raw_mode: Option<RawMode>,
+    timeout: Option<Duration>,
+    deadline: Option<Instant>,
+}
+
+impl<'a> Run<'a> {
+    fn new(machine: &Machine, signals: &'a Signals, config: &Config) -> Result<Self, VmmError> {
+        let kind = (config.console == ConsoleTarget::Stdio).then(terminal::input);
+        if kind == Some(Input::Background) {
+            log::warn!("minivmm is in the background of its terminal: the guest gets no input");
+        }
+        let stdin = io::stdin().as_fd().try_clone_to_owned().map_err(host("use standard input"))?;
+        Ok(Self {
+            signals,
+            reports: Reports::new().map_err(host("make an eventfd"))?,
+            threads: Vec::new(),
+            serial: machine.serial.clone(),
+            stdin: stdin.into(),
+            console: Console::new(kind),
+            raw_mode: match kind {
+                Some(Input::Terminal) => {
+                    Some(RawMode::enter().map_err(host("put the terminal into raw mode"))?)
+                }
+                _ => None,
+            },
+            timeout: config.timeout,
+            deadline: None,
+        })
+    }
+
+    fn start(&mut self, machine: &mut Machine) -> Result<(), VmmError> {
+        // Farther away than the clock counts is never.
+        self.deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        for vcpu in machine.vcpus.drain(..) {
+            let reporter = self.reports.reporter().map_err(host("make an eventfd"))?;
+            let page = Arc::clone(&vcpu.page);
+            let stopping = machine.stopping.clone();
+            let thread = thread::Builder::new()
+                .name(format!("vcpu{}", vcpu.id))
+                .spawn(move || run_vcpu(vcpu, reporter, &|| stopping.is_set()))
+                .map_err(host("start a thread for a CPU"))?;
+            self.threads.push(VcpuThread { thread, page });
+        }
+        Ok(())
+    }
+
+    /// Waits for what ends the VM, and moves input meanwhile.
+    fn supervise(&mut self) -> Result<Ending, VmmError> {
+        let mut retry = false;
+        loop {
+            let left = self.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let timeout = if retry { Some(left.map_or(RETRY, |left| left.min(RETRY))) } else { left };
+            let [signal, report, asked, typed] = events::wait(
+                [
+                    Some(self.signals.as_raw_fd()),
+                    Some(self.reports.as_raw_fd()),
+                    Some(self.serial.wants_input.as_raw_fd()),
+                    self.console.wants_to_read().then(|| self.stdin.as_raw_fd()),
+                ],
+                timeout,
+            )
+            .map_err(host("wait for events"))?;
+            if let Some(ending) = signal.then(|| self.take_signals()).flatten() {
+                return Ok(ending);
+            }
+            if report && let Some(report) = self.reports.take() {
+                return self.ending_of(report);
+            }
+            if typed && self.read_input() == Wish::Quit {
+                return Ok(Ending::Quit);
+            }
+            if asked {
+                // An eventfd that was ready has something to read; nobody else reads it.
+                let _ = self.serial.wants_input.read();
+            }
+            retry = self.hand_input_over();
+            if self.deadline.is_some_and(|at| Instant::now() >= at) {
+                return Ok(self.timed_out());
+            }
+        }
+    }
+
+    fn take_signals(&self) -> Option<Ending> {
+        while let Some(signal) = self.signals.take() {
+            match (signal, &self.raw_mode) {
+                (libc::SIGCONT, Some(raw_mode)) => raw_mode.renew(),
+                (libc::SIGCONT, None) => {}
+                _ => return Some(Ending::Signal(signal)),
+            }
+        }
+        None
+    }
+
+    fn ending_of(&self, report: Report) -> Result<Ending, VmmError> {
+        match report {
+            Report::Panicked(id) => Err(VmmError::Panicked(id)),
+            Report::Vcpu(_, End::Failed(failure)) => Err(VmmError::Vcpu(failure)),
+            Report::Vcpu(_, End::Outcome(outcome)) => Ok(match outcome {
+                Outcome::Exit(value) => Ending::ExitPort(value),
+                Outcome::GuestPanic => Ending::GuestPanic,
+                // Before its pvpanic driver is loaded a guest can only print, and reset.
+                Outcome::Reset if self.serial.panicked.get() => Ending::GuestPanic,
+                Outcome::Reset => Ending::Reset,
+                Outcome::Shutdown | Outcome::Continue => Ending::PowerOff,
+            }),
+            // Nobody stops a CPU before the machine is stopped.
+            Report::Vcpu(id, End::Stopped) => Err(VmmError::Panicked(id)),
+        }
+    }
+
+    fn timed_out(&self) -> Ending {
+        if self.serial.panicked.get() {
+            log::warn!(
+                "the guest's kernel had panicked, and did not reset (panic=-1 on its command line does)"
+            );
+        }
+        Ending::Timeout
+    }
+
+    fn read_input(&mut self) -> Wish {
+        let mut buffer = [0; READ_BYTES_MAX];
+        let result = self.stdin.read(&mut buffer).map(|count| buffer.get(..count).unwrap_or_default());
+        self.console.take_read(result)
+    }
+
+    /// Whether it has to be tried again soon. The port's lock is only tried: a CPU may hold it for
+    /// long, when whoever reads our output does not.
+    fn hand_input_over(&mut self) -> bool {
+        if !self.console.has_waiting() {
+            return false;
+        }
+        let mut port = match self.serial.port.try_lock() {
+            Ok(port) => port,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return true,
+        };
+        self.console.hand_over(|bytes| port.offer(bytes));
+        false
+    }
+
+    fn stop(&mut self, machine: &Machine) -> Result<(), StopError> {
+        machine.stopping.set();
+        stop::stop_vcpus(&self.threads, self.signals)?;
+        for vcpu in self.threads.drain(..) {
+            // A panic has been reported by the thread itself.
+            let _ = vcpu.thread.join();
+        }
+        self.raw_mode = None;
+        stop::drain(&machine.transports, self.signals)?;
+        stop::close(&machine.disks, self.signals)
+    }
+}
+
+/// A vCPU's thread.
+fn run_vcpu(mut vcpu: Vcpu, reporter: Reporter, stopping: &dyn Fn() -> bool) {
+    /// Reports the panic of a thread that does not get to its own report.
+    struct Unreported<'a>(&'a Reporter, u8);
+    impl Drop for Unreported<'_> {
+        fn drop(&mut self) {
+            if thread::panicking() {
+                self.0.send(Report::Panicked(self.1));
+            }
+        }
+    }
+    let _unreported = Unreported(&reporter, vcpu.id);
+    let end = vcpu.run(stopping);
+    if let End::Stopped = end {
+        return;
+    }
+    reporter.send(Report::Vcpu(vcpu.id, end));
+}

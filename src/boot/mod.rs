@@ -1,1 +1,121 @@
-//! Being built.
+//! Puts a guest into memory: kernel, initrd, command line, boot parameters, ACPI tables.
+//!
+//! Owns what the boot protocols and the firmware tables say; knows of devices no more than what has
+//! to be announced. Everything read from a file is an allegation until it is checked here. Only
+//! [`cpu`] names KVM.
+
+pub mod acpi;
+mod bzimage;
+pub mod cmdline;
+pub mod cpu;
+mod e820;
+mod elf;
+mod initrd;
+mod kernel;
+mod params;
+
+use std::path::{Path, PathBuf};
+
+use crate::layout;
+use crate::mem::{self, OutsideRam, Ram};
+
+pub use kernel::KernelError;
+
+/// A virtio-mmio device, as it is announced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MmioDevice {
+    /// First guest physical address of its page.
+    pub base: u64,
+    /// Its interrupt line.
+    pub irq: u32,
+}
+
+/// What is to be booted.
+#[derive(Debug)]
+pub struct Guest<'a> {
+    /// The kernel image.
+    pub kernel: &'a Path,
+    /// The initial RAM disk.
+    pub initrd: Option<&'a Path>,
+    /// The kernel's parameters, without the announcement of devices.
+    pub cmdline: &'a str,
+    /// How many CPUs.
+    pub cpus: u8,
+    /// The devices to announce.
+    pub devices: &'a [MmioDevice],
+}
+
+/// Where the first CPU starts, and by which protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// 64-bit mode, the zero page in RSI (Documentation/arch/x86/boot.rst, "64-bit boot protocol").
+    Long64 {
+        /// First instruction.
+        rip: u64,
+    },
+    /// 32-bit mode without paging, hvm_start_info in EBX (Xen's PVH).
+    Pvh32 {
+        /// First instruction.
+        eip: u32,
+    },
+}
+
+/// Why a guest cannot be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The kernel image.
+    #[error("cannot boot kernel {path}")]
+    Kernel {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: KernelError,
+    },
+    /// The initial RAM disk.
+    #[error("cannot use initrd {path}")]
+    Initrd {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: initrd::InitrdError,
+    },
+    /// The command line.
+    #[error("cannot use the kernel command line")]
+    Cmdline(#[from] cmdline::CmdlineError),
+    /// The ACPI tables.
+    #[error("cannot lay the ACPI tables")]
+    Acpi(#[from] acpi::AcpiError),
+    /// RAM is smaller than what belongs into its first MiB.
+    #[error("cannot write the boot parameters")]
+    Params(#[from] OutsideRam),
+}
+
+/// Loads `guest` into `ram`.
+pub fn load(ram: &Ram, guest: &Guest<'_>) -> Result<Entry, BootError> {
+    let kernel = kernel::load(ram, guest.kernel)
+        .map_err(|source| BootError::Kernel { path: guest.kernel.into(), source })?;
+    let initrd = match guest.initrd {
+        None => None,
+        Some(path) => Some(
+            initrd::load(ram, path, &kernel)
+                .map_err(|source| BootError::Initrd { path: path.into(), source })?,
+        ),
+    };
+    let cmdline = cmdline::announce(guest.cmdline, guest.devices);
+    cmdline::check(&cmdline, kernel.cmdline_bytes_max)?;
+    log::info!("kernel command line: {cmdline}");
+    write_cmdline(ram, &cmdline)?;
+    acpi::write(ram, guest.cpus, guest.devices)?;
+    let map = e820::map(&mem::regions(ram).iter().map(|&(base, _, len)| (base, len)).collect::<Vec<_>>());
+    match kernel.entry {
+        Entry::Long64 { .. } => params::write_zero_page(ram, &kernel, initrd, cmdline.len(), &map)?,
+        Entry::Pvh32 { .. } => params::write_start_info(ram, initrd, &map)?,
+    }
+    Ok(kernel.entry)
+}
+
+fn write_cmdline(ram: &Ram, cmdline: &str) -> Result<(), OutsideRam> {
+    let mut bytes = cmdline.as_bytes().to_vec();
+    bytes.push(0);
+    mem::write_bytes(ram, layout::CMDLINE, &bytes)
+}

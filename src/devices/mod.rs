@@ -1,1 +1,10 @@
-//! Being built.
+//! The machine's own devices: serial port, power and reset, exit port, pvpanic, clock.
+//!
+//! Owns their registers. Knows nothing of KVM: an interrupt is an eventfd, an effect on the machine
+//! is the [`Outcome`](crate::bus::Outcome) that a write answers with.
+
+pub mod console;
+pub mod exit;
+pub mod power;
+pub mod rtc;
+pub mod serial;

@@ -1,1 +1,164 @@
-//! Being built.
+//! The KVM side of the machine: opening it, the VM with its interrupt controllers and memory, the
+//! binding of eventfds.
+//!
+//! Owns what is asked of KVM and the errors that help when it is not there. Knows nothing of virtio
+//! or disks: it binds eventfds to lines and addresses.
+
+pub mod cpuid;
+pub mod failure;
+pub mod msrs;
+pub mod run_page;
+
+use std::io;
+
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap,
+    kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::layout;
+use crate::mem::{self, Ram};
+
+/// Why KVM cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// /dev/kvm does not open.
+    #[error("cannot open /dev/kvm: {advice}")]
+    Open {
+        /// What to do.
+        advice: &'static str,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// A KVM of another age.
+    #[error("this KVM speaks version {0} of its interface, minivmm {KVM_API_VERSION}")]
+    Version(i32),
+    /// Something that we cannot do without is missing.
+    #[error("this KVM has no {0}, which minivmm needs: use a newer kernel on the host")]
+    Missing(&'static str),
+    /// More CPUs than it gives.
+    #[error("this host gives a VM at most {max} CPUs, --cpus asks for {asked}")]
+    TooManyCpus {
+        /// What was asked for.
+        asked: u8,
+        /// What there is.
+        max: usize,
+    },
+    /// A request failed.
+    #[error("KVM refuses {0}")]
+    Refused(&'static str, #[source] kvm_ioctls::Error),
+}
+
+/// Opens /dev/kvm and checks that it has what we need for `cpus` CPUs.
+pub fn open(cpus: u8) -> Result<Kvm, KvmError> {
+    let kvm = Kvm::new().map_err(|error| {
+        let source = io::Error::from(error);
+        KvmError::Open { advice: advice(&source), source }
+    })?;
+    let version = kvm.get_api_version();
+    if u32::try_from(version) != Ok(KVM_API_VERSION) {
+        return Err(KvmError::Version(version));
+    }
+    for (cap, name) in [
+        (Cap::UserMemory, "user memory"),
+        (Cap::Irqchip, "interrupt controllers"),
+        (Cap::Pit2, "interval timer"),
+        (Cap::Irqfd, "irqfd"),
+        (Cap::Ioeventfd, "ioeventfd"),
+        (Cap::ExtCpuid, "CPUID"),
+        (Cap::ImmediateExit, "immediate_exit"),
+        (Cap::SetTssAddr, "task segment address"),
+    ] {
+        if !kvm.check_extension(cap) {
+            return Err(KvmError::Missing(name));
+        }
+    }
+    let max = kvm.get_max_vcpus();
+    if usize::from(cpus) > max {
+        return Err(KvmError::TooManyCpus { asked: cpus, max });
+    }
+    Ok(kvm)
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+            "this machine has no KVM (is virtualization switched on, and are kvm_intel or kvm_amd loaded?); \
+             without it Linux guests run in the emulated host, guest-images/emuhost"
+        }
+        Some(libc::EACCES | libc::EPERM) => {
+            "the permission is missing (add the user to the group that owns it: `sudo usermod -aG kvm $USER`, \
+             then log in anew)"
+        }
+        Some(libc::EBUSY) => "another hypervisor uses the processor's virtualization",
+        _ => "the host refuses it",
+    }
+}
+
+/// A VM with interrupt controllers, timer and memory. The caller keeps `ram` for as long as it.
+pub fn create_vm(kvm: &Kvm, ram: &Ram) -> Result<VmFd, KvmError> {
+    let refused = |what| move |error| KvmError::Refused(what, error);
+    let vm = kvm.create_vm().map_err(refused("a virtual machine"))?;
+    let tss = usize::try_from(layout::KVM_TSS).unwrap_or_default();
+    vm.set_tss_address(tss).map_err(refused("the task segment's place"))?;
+    vm.create_irq_chip().map_err(refused("the interrupt controllers"))?;
+    // The timer and, with the dummy, port 0x61: a kernel without kvm-clock measures its TSC by them.
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(refused("the interval timer"))?;
+    ask_for_instruction_bytes(&vm);
+    for (slot, (guest, host, bytes)) in (0..).zip(mem::regions(ram)) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: guest,
+            memory_size: bytes,
+            userspace_addr: host,
+        };
+        // SAFETY: the range is a mapping of `ram`, which the caller keeps until the VM is gone;
+        // nothing but raw copies and system calls touches it on our side (`mem`).
+        unsafe { vm.set_user_memory_region(region) }.map_err(refused("the guest's memory"))?;
+    }
+    Ok(vm)
+}
+
+/// A newer KVM then hands the bytes of an instruction that it cannot emulate, for the report.
+fn ask_for_instruction_bytes(vm: &VmFd) {
+    let cap =
+        kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, args: [1, 0, 0, 0], ..Default::default() };
+    if vm.check_extension_raw(u64::from(KVM_CAP_EXIT_ON_EMULATION_FAILURE)) > 0
+        && let Err(error) = vm.enable_cap(&cap)
+    {
+        log::debug!("KVM does not report emulation failures in detail: {error}");
+    }
+}
+
+/// A new eventfd whose writes pulse interrupt line `line` (edge-triggered).
+pub fn interrupt(vm: &VmFd, line: u32) -> Result<EventFd, KvmError> {
+    let refused = |error| KvmError::Refused("an interrupt line (irqfd)", error);
+    let event =
+        EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|error| refused(error.into()))?;
+    vm.register_irqfd(&event, line).map_err(refused)?;
+    Ok(event)
+}
+
+/// Lets KVM itself write `event` when the guest writes the 32-bit `value` to `address`.
+pub fn bind_doorbell(vm: &VmFd, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
+    vm.register_ioevent(event, &IoEventAddress::Mmio(address), value)
+        .map_err(|error| KvmError::Refused("a doorbell (ioeventfd)", error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_with_dev_kvm_is_said_with_what_to_do() {
+        for (errno, word) in
+            [(libc::ENOENT, "emulated host"), (libc::EACCES, "usermod"), (libc::EIO, "refuses")]
+        {
+            assert!(advice(&io::Error::from_raw_os_error(errno)).contains(word), "{errno}");
+        }
+    }
+}

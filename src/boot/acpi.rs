@@ -1,0 +1,264 @@
+//! The ACPI tables: RSDP, XSDT, FADT (hardware-reduced), MADT, DSDT.
+//!
+//! Owns how the machine describes itself to a kernel that reads ACPI (6.5): CPUs, interrupt
+//! controllers, power-off and reset, the serial port, the clock, pvpanic, each virtio-mmio device.
+//! Addresses, and what the devices' registers mean, are `layout`'s.
+
+use acpi_tables::aml::{
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
+};
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
+
+use super::MmioDevice;
+use crate::layout;
+use crate::mem::{self, OutsideRam, Ram};
+
+const OEM: [u8; 6] = *b"MINIVM";
+const TABLE: [u8; 8] = *b"MINIVMM ";
+const OEM_REVISION: u32 = 1;
+/// IAPC_BOOT_ARCH: there is no VGA. That bit 1 is clear says that there is no i8042, and that bit 5
+/// is clear that there is a CMOS clock.
+const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
+
+/// Why the tables cannot be laid.
+#[derive(Debug, thiserror::Error)]
+pub enum AcpiError {
+    /// They do not fit into their area.
+    #[error("they need {bytes} bytes and have {max}")]
+    TooLong {
+        /// What they need.
+        bytes: u64,
+        /// What they have.
+        max: u64,
+    },
+    /// RAM does not reach so far.
+    #[error(transparent)]
+    Ram(#[from] OutsideRam),
+}
+
+/// Writes all tables to `layout::ACPI`, the RSDP first.
+pub fn write(ram: &Ram, cpus: u8, devices: &[MmioDevice]) -> Result<(), AcpiError> {
+    let tables = tables(layout::ACPI, cpus, devices);
+    let (bytes, max) = (tables.len() as u64, layout::ACPI_END - layout::ACPI);
+    if bytes > max {
+        return Err(AcpiError::TooLong { bytes, max });
+    }
+    Ok(mem::write_bytes(ram, layout::ACPI, &tables)?)
+}
+
+/// The tables as they lie at `base`.
+fn tables(base: u64, cpus: u8, devices: &[MmioDevice]) -> Vec<u8> {
+    // The RSDP points at what follows it, so it is written last, into the place left for it.
+    let mut area = vec![0; Rsdp::len().next_multiple_of(16)];
+    let mut place = |table: &dyn Aml| {
+        let at = base + area.len() as u64;
+        table.to_aml_bytes(&mut area);
+        area.resize(area.len().next_multiple_of(16), 0);
+        at
+    };
+    let dsdt_at = place(&dsdt(cpus, devices));
+    let fadt_at = place(&fadt(dsdt_at));
+    let madt_at = place(&madt(cpus));
+    let mut xsdt = XSDT::new(OEM, TABLE, OEM_REVISION);
+    xsdt.add_entry(fadt_at);
+    xsdt.add_entry(madt_at);
+    let xsdt_at = place(&xsdt);
+    let mut rsdp = Vec::new();
+    Rsdp::new(OEM, xsdt_at).to_aml_bytes(&mut rsdp);
+    for (to, from) in area.iter_mut().zip(rsdp) {
+        *to = from;
+    }
+    area
+}
+
+fn fadt(dsdt: u64) -> impl Aml {
+    let register = |port| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port);
+    let mut fadt = FADTBuilder::new(OEM, TABLE, OEM_REVISION)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::Wbinvd)
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton)
+        .flag(Flags::Headless);
+    fadt.iapc_boot_arch = BOOT_ARCH_NO_VGA.into();
+    fadt.century = layout::CMOS_CENTURY;
+    fadt.reset_reg = register(layout::PORT_ACPI_RESET);
+    fadt.reset_value = layout::ACPI_RESET_VALUE;
+    fadt.sleep_control_reg = register(layout::PORT_ACPI_SLEEP_CONTROL);
+    fadt.sleep_status_reg = register(layout::PORT_ACPI_SLEEP_STATUS);
+    fadt.finalize()
+}
+
+/// APIC ids are the CPUs' numbers, as in their CPUID.
+fn madt(cpus: u8) -> MADT {
+    let mut madt =
+        MADT::new(OEM, TABLE, OEM_REVISION, LocalInterruptController::Address(low32(layout::LAPIC)));
+    for cpu in 0..cpus {
+        madt.add_structure(ProcessorLocalApic::new(cpu, cpu, EnabledStatus::Enabled));
+    }
+    madt.add_structure(IoApic::new(0, low32(layout::IOAPIC), 0));
+    madt
+}
+
+fn dsdt(cpus: u8, devices: &[MmioDevice]) -> impl Aml {
+    let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, OEM_REVISION);
+    let mut aml = Vec::new();
+    let s5 = layout::ACPI_S5_SLEEP_TYPE;
+    let zero = 0_u8;
+    Name::new("_S5_".into(), &Package::new(vec![&s5, &zero, &zero, &zero])).to_aml_bytes(&mut aml);
+    let mut inside = Vec::new();
+    for cpu in 0..cpus {
+        processor(cpu, &mut inside);
+    }
+    serial(&mut inside);
+    clock(&mut inside);
+    pvpanic(&mut inside);
+    for (index, device) in devices.iter().enumerate() {
+        virtio_mmio(index, device, &mut inside);
+    }
+    aml.extend(Scope::raw("_SB_".into(), inside));
+    for byte in aml {
+        dsdt.byte(byte);
+    }
+    dsdt
+}
+
+/// Without an object of its own a CPU is reported as a firmware bug.
+fn processor(cpu: u8, aml: &mut Vec<u8>) {
+    let hid = Name::new("_HID".into(), &"ACPI0007");
+    let uid = Name::new("_UID".into(), &cpu);
+    Device::new(path(&format!("C{cpu:03X}")), vec![&hid, &uid]).to_aml_bytes(aml);
+}
+
+fn serial(aml: &mut Vec<u8>) {
+    let ports = ports(layout::PORT_SERIAL, 8);
+    let irq = Interrupt::new(true, true, false, false, layout::IRQ_SERIAL);
+    let resources = ResourceTemplate::new(vec![&ports, &irq]);
+    let hid = Name::new("_HID".into(), &EISAName::new("PNP0501"));
+    let uid = Name::new("_UID".into(), &0_u8);
+    let crs = Name::new("_CRS".into(), &resources);
+    Device::new("COM1".into(), vec![&hid, &uid, &crs]).to_aml_bytes(aml);
+}
+
+/// Without an interrupt, because it has no alarm.
+fn clock(aml: &mut Vec<u8>) {
+    let ports = ports(layout::PORT_RTC, 2);
+    let resources = ResourceTemplate::new(vec![&ports]);
+    let hid = Name::new("_HID".into(), &EISAName::new("PNP0B00"));
+    let crs = Name::new("_CRS".into(), &resources);
+    Device::new("RTC_".into(), vec![&hid, &crs]).to_aml_bytes(aml);
+}
+
+fn pvpanic(aml: &mut Vec<u8>) {
+    let ports = ports(layout::PORT_PVPANIC, 1);
+    let resources = ResourceTemplate::new(vec![&ports]);
+    let hid = Name::new("_HID".into(), &"QEMU0001");
+    // Present, enabled, shown, working.
+    let status = Name::new("_STA".into(), &0x0f_u8);
+    let crs = Name::new("_CRS".into(), &resources);
+    Device::new("PEVT".into(), vec![&hid, &status, &crs]).to_aml_bytes(aml);
+}
+
+fn virtio_mmio(index: usize, device: &MmioDevice, aml: &mut Vec<u8>) {
+    let registers = Memory32Fixed::new(true, low32(device.base), low32(layout::VIRTIO_MMIO_STRIDE));
+    let irq = Interrupt::new(true, true, false, false, device.irq);
+    let resources = ResourceTemplate::new(vec![&registers, &irq]);
+    let hid = Name::new("_HID".into(), &"LNRO0005");
+    let uid = Name::new("_UID".into(), &index);
+    let crs = Name::new("_CRS".into(), &resources);
+    Device::new(path(&format!("VR{index:02X}")), vec![&hid, &uid, &crs]).to_aml_bytes(aml);
+}
+
+fn path(name: &str) -> Path {
+    Path::new(name)
+}
+
+fn ports(first: u64, len: u8) -> IO {
+    let first = u16::try_from(first).unwrap_or(u16::MAX);
+    IO::new(first, first, 1, len)
+}
+
+fn low32(value: u64) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BASE: u64 = layout::ACPI;
+
+    fn devices(count: u32) -> Vec<MmioDevice> {
+        (0..count)
+            .map(|i| MmioDevice { base: layout::VIRTIO_MMIO + u64::from(i) * 0x1000, irq: 5 + i })
+            .collect()
+    }
+
+    fn at(area: &[u8], address: u64) -> &[u8] {
+        let table = &area[usize::try_from(address - BASE).unwrap()..];
+        let len = u32::from_le_bytes(table[4..8].try_into().unwrap());
+        &table[..len as usize]
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    fn address(bytes: &[u8]) -> u64 {
+        u64::from_le_bytes(bytes.try_into().unwrap())
+    }
+
+    fn signatures(area: &[u8]) -> Vec<(String, Vec<u8>)> {
+        let xsdt = at(area, address(&area[24..32]));
+        let mut found = vec![xsdt.to_vec()];
+        for entry in xsdt[36..].chunks(8) {
+            found.push(at(area, address(entry)).to_vec());
+        }
+        let fadt = &found[1];
+        found.push(at(area, address(&fadt[140..148])).to_vec());
+        found.into_iter().map(|t| (String::from_utf8_lossy(&t[..4]).into_owned(), t)).collect()
+    }
+
+    #[test]
+    fn every_table_is_reached_from_the_rsdp_and_sums_to_zero() {
+        for (cpus, count) in [(1, 0), (2, 1), (254, 16)] {
+            let area = tables(BASE, cpus, &devices(count));
+            assert!(area.len() as u64 <= layout::ACPI_END - layout::ACPI);
+            assert_eq!(&area[..8], b"RSD PTR ");
+            assert_eq!((sum(&area[..20]), sum(&area[..36])), (0, 0));
+            let tables = signatures(&area);
+            let names: Vec<&str> = tables.iter().map(|(name, _)| name.as_str()).collect();
+            assert_eq!(names, ["XSDT", "FACP", "APIC", "DSDT"]);
+            for (name, table) in &tables {
+                assert_eq!(sum(table), 0, "{name}");
+            }
+            assert_eq!(tables[2].1.len(), 44 + 8 * usize::from(cpus) + 12);
+        }
+    }
+
+    #[test]
+    fn the_disassembler_understands_the_dsdt() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("dsdt.aml");
+        let area = tables(BASE, 2, &devices(2));
+        std::fs::write(&file, &signatures(&area)[3].1).unwrap();
+        let Ok(output) = std::process::Command::new("iasl").arg("-d").arg(&file).output() else {
+            eprintln!("skipped: iasl (acpica-tools) is not installed");
+            return;
+        };
+        assert!(output.status.success(), "{output:?}");
+        let text = std::fs::read_to_string(directory.path().join("dsdt.dsl")).unwrap();
+        for word in
+            ["LNRO0005", "VR01", "QEMU0001", "PNP0501", "_S5", "ACPI0007", "Edge, ActiveHigh, Exclusive"]
+        {
+            assert!(text.contains(word), "{word} is missing in:\n{text}");
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! The kernel's command line: what is added to it, and where.
+//!
+//! Owns the place of a parameter: before a ` -- `, after which everything is init's
+//! (Documentation/admin-guide/kernel-parameters.rst).
+
+use super::MmioDevice;
+use crate::layout;
+
+/// The command line of a guest to which none is given: the console is the serial port, and a panic
+/// resets at once, so that one before the guest has loaded its pvpanic driver ends the VM too.
+pub const DEFAULT: &str = "console=ttyS0 panic=-1";
+
+/// Why a command line cannot be used.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum CmdlineError {
+    /// Too long.
+    #[error(
+        "it has {bytes} bytes, with what announces the disks, and this kernel takes at most {max}: \
+         shorten --append or --cmdline"
+    )]
+    TooLong {
+        /// Its length.
+        bytes: usize,
+        /// The most that the kernel takes.
+        max: usize,
+    },
+    /// A NUL would end it.
+    #[error("it contains a NUL character")]
+    Nul,
+}
+
+/// Adds `more` to `line`: parameters to parameters, init's arguments to init's arguments.
+pub fn append(line: &str, more: &str) -> String {
+    let (params, init) = split(line);
+    let (more_params, more_init) = split(more);
+    join(&[params, more_params], &[init, more_init])
+}
+
+/// Adds the announcement of each device, for kernels that do not read ACPI
+/// (drivers/virtio/virtio_mmio.c: `<size>@<base>:<irq>`).
+pub fn announce(line: &str, devices: &[MmioDevice]) -> String {
+    let announced: Vec<String> = devices
+        .iter()
+        .map(|device| {
+            let kib = layout::VIRTIO_MMIO_STRIDE / layout::KIB;
+            format!("virtio_mmio.device={kib}K@{:#x}:{}", device.base, device.irq)
+        })
+        .collect();
+    append(line, &announced.join(" "))
+}
+
+/// Checks that a kernel that takes `bytes_max` bytes, without the NUL, takes the line.
+pub fn check(line: &str, bytes_max: usize) -> Result<(), CmdlineError> {
+    if line.contains('\0') {
+        return Err(CmdlineError::Nul);
+    }
+    if line.len() > bytes_max {
+        return Err(CmdlineError::TooLong { bytes: line.len(), max: bytes_max });
+    }
+    Ok(())
+}
+
+/// Whether the line asks Linux to reboot by a triple fault (`reboot=t` or `reboot=triple`).
+pub fn reboots_by_triple_fault(line: &str) -> bool {
+    let (params, _) = split(line);
+    params
+        .split_whitespace()
+        .filter_map(|param| param.strip_prefix("reboot="))
+        .flat_map(|modes| modes.split(','))
+        .any(|mode| mode.starts_with('t'))
+}
+
+/// The kernel's parameters, and init's arguments if there is a `--`.
+fn split(line: &str) -> (&str, Option<&str>) {
+    let mut quoted = false;
+    let mut word_from = 0;
+    for (at, character) in line.char_indices().chain([(line.len(), ' ')]) {
+        match character {
+            '"' => quoted = !quoted,
+            _ if character.is_ascii_whitespace() && !quoted => {
+                if line.get(word_from..at) == Some("--") {
+                    let init = line.get(at..).unwrap_or_default();
+                    return (line.get(..word_from).unwrap_or_default(), Some(init));
+                }
+                word_from = at + 1;
+            }
+            _ => {}
+        }
+    }
+    (line, None)
+}
+
+fn join(params: &[&str], init: &[Option<&str>]) -> String {
+    let mut words: Vec<&str> =
+        params.iter().map(|part| part.trim()).filter(|part| !part.is_empty()).collect();
+    if init.iter().any(Option::is_some) {
+        words.push("--");
+        words.extend(init.iter().flatten().map(|part| part.trim()).filter(|part| !part.is_empty()));
+    }
+    words.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_go_before_the_arguments_of_init() {
+        for (line, more, expected) in [
+            ("a", "b", "a b"),
+            ("", "b", "b"),
+            ("a", "", "a"),
+            ("", "", ""),
+            ("a -- i", "b", "a b -- i"),
+            ("a -- i", "b -- j k", "a b -- i j k"),
+            ("a", "b -- j", "a b -- j"),
+            ("a --", "b", "a b --"),
+            ("-- i", "b", "b -- i"),
+            ("--", "b", "b --"),
+            ("a --x y--", "b", "a --x y-- b"),
+            ("a=\"x -- y\"", "b", "a=\"x -- y\" b"),
+            ("a\t--\ti", "b", "a b -- i"),
+            ("a=\u{fc} -- \u{e9}", "b", "a=\u{fc} b -- \u{e9}"),
+        ] {
+            assert_eq!(append(line, more), expected, "{line:?} + {more:?}");
+        }
+    }
+
+    #[test]
+    fn devices_are_announced_at_the_end_of_the_parameters() {
+        let devices = [MmioDevice { base: 0xd000_0000, irq: 5 }, MmioDevice { base: 0xd000_1000, irq: 6 }];
+        assert_eq!(
+            announce("a -- i", &devices),
+            "a virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 -- i"
+        );
+        assert_eq!(announce("a -- i", &[]), "a -- i");
+    }
+
+    #[test]
+    fn a_line_that_does_not_fit_is_refused() {
+        assert_eq!(check("abc", 3), Ok(()));
+        assert_eq!(check("abcd", 3), Err(CmdlineError::TooLong { bytes: 4, max: 3 }));
+        assert_eq!(check("a\0", 3), Err(CmdlineError::Nul));
+    }
+
+    #[test]
+    fn a_triple_fault_is_asked_for_by_the_parameter_only() {
+        for (line, asked) in [
+            ("reboot=t", true),
+            ("a reboot=w,triple b", true),
+            ("reboot=k", false),
+            ("a -- reboot=t", false),
+            ("areboot=t", false),
+        ] {
+            assert_eq!(reboots_by_triple_fault(line), asked, "{line}");
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! The memory map that the guest is told.
+//!
+//! Owns which parts of RAM are usable, from `layout`'s addresses. The zero page and PVH's start info
+//! use the same numbers for the kinds.
+
+use crate::layout;
+
+/// What a range is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Kind {
+    /// Usable.
+    Ram = 1,
+    /// Not to be used.
+    Reserved = 2,
+}
+
+/// One range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Range {
+    /// First guest physical address.
+    pub base: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// What it is.
+    pub kind: Kind,
+}
+
+/// The map of RAM in `regions` (guest address, bytes): all of it but the BIOS area, in which the
+/// ACPI tables lie.
+pub fn map(regions: &[(u64, u64)]) -> Vec<Range> {
+    let mut ranges = Vec::new();
+    for &(base, len) in regions {
+        let end = base + len;
+        let pieces = [
+            (0, layout::LOW_RAM_END, Kind::Ram),
+            (layout::LOW_RAM_END, layout::HIGH_RAM, Kind::Reserved),
+            (layout::HIGH_RAM, u64::MAX, Kind::Ram),
+        ];
+        for (piece_base, piece_end, kind) in pieces {
+            let (from, to) = (base.max(piece_base), end.min(piece_end));
+            if from < to {
+                ranges.push(Range { base: from, len: to - from, kind });
+            }
+        }
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{GIB, MIB, ram_regions};
+
+    #[test]
+    fn the_bios_area_is_reserved_and_the_hole_is_left_out() {
+        let low = [
+            Range { base: 0, len: 0x9_fc00, kind: Kind::Ram },
+            Range { base: 0x9_fc00, len: MIB - 0x9_fc00, kind: Kind::Reserved },
+        ];
+        let ram = |base, len| Range { base, len, kind: Kind::Ram };
+        assert_eq!(map(&ram_regions(512 * MIB)), [low[0], low[1], ram(MIB, 511 * MIB)]);
+        let split = [low[0], low[1], ram(MIB, 3 * GIB - MIB), ram(4 * GIB, GIB)];
+        assert_eq!(map(&ram_regions(4 * GIB)), split);
+    }
+}

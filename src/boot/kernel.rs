@@ -1,0 +1,211 @@
+//! A kernel image: which format it has, and what every format yields.
+//!
+//! Owns the choice between bzImage and ELF. Nothing is believed of the file before it was checked
+//! against its length and against RAM.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use linux_loader::loader::bootparam::setup_header;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+use super::{Entry, bzimage, elf};
+use crate::layout;
+use crate::mem::{self, Ram};
+
+/// A kernel in guest memory.
+pub struct Kernel {
+    /// Where it starts.
+    pub entry: Entry,
+    /// First address beyond what it uses before it has read its memory map.
+    pub end: u64,
+    /// First address that an initrd must not reach.
+    pub initrd_limit: u64,
+    /// Longest command line, without the NUL.
+    pub cmdline_bytes_max: usize,
+    /// The setup header of a bzImage, to be handed back in the zero page.
+    pub header: setup_header,
+}
+
+/// Why a kernel cannot be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The host does not let us read it.
+    #[error("cannot read it")]
+    Read(#[from] io::Error),
+    /// Not a kernel that we know.
+    #[error("it is {0}, neither a bzImage nor an ELF vmlinux for x86-64")]
+    Format(&'static str),
+    /// A kernel that we know and cannot boot, or a broken one.
+    #[error("{0}")]
+    Unusable(String),
+    /// The file ends before what it says it contains.
+    #[error("the file is truncated: {what} lies beyond its end at {file_bytes} bytes")]
+    Truncated {
+        /// What lies there.
+        what: &'static str,
+        /// Length of the file.
+        file_bytes: u64,
+    },
+    /// It does not fit.
+    #[error(
+        "{what} needs guest memory {from:#x} to {to:#x}, which is not all there: give the guest more --memory"
+    )]
+    NoRoom {
+        /// What does not fit.
+        what: &'static str,
+        /// First guest physical address.
+        from: u64,
+        /// First guest physical address behind it.
+        to: u64,
+    },
+}
+
+/// A kernel's file: bytes at positions, with the end checked.
+pub struct Image {
+    file: File,
+    len: u64,
+}
+
+impl Image {
+    fn open(path: &Path) -> Result<Self, KernelError> {
+        let file = File::open(path)?;
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(KernelError::Format("not a regular file"));
+        }
+        Ok(Self { file, len: metadata.len() })
+    }
+
+    /// Length of the file in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// The `len` bytes at `offset`, which are `what`.
+    pub fn bytes(&self, offset: u64, len: usize, what: &'static str) -> Result<Vec<u8>, KernelError> {
+        self.check(offset, len as u64, what)?;
+        let mut bytes = vec![0; len];
+        self.file.read_exact_at(&mut bytes, offset)?;
+        Ok(bytes)
+    }
+
+    /// Copies `len` bytes at `offset`, which are `what`, to guest address `to`.
+    pub fn copy(
+        &self,
+        offset: u64,
+        len: u64,
+        what: &'static str,
+        ram: &Ram,
+        to: u64,
+    ) -> Result<(), KernelError> {
+        self.check(offset, len, what)?;
+        check_room(ram, what, to, len)?;
+        let mut done = 0;
+        let mut buffer = vec![0; COPY_BYTES];
+        while done < len {
+            let count = buffer.len().min(usize::try_from(len - done).unwrap_or(usize::MAX));
+            let part = buffer.get_mut(..count).unwrap_or_default();
+            self.file.read_exact_at(part, offset + done)?;
+            mem::write_bytes(ram, to + done, part).map_err(|_| KernelError::NoRoom {
+                what,
+                from: to,
+                to: to + len,
+            })?;
+            done += count as u64;
+        }
+        Ok(())
+    }
+
+    fn check(&self, offset: u64, len: u64, what: &'static str) -> Result<(), KernelError> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => Err(KernelError::Truncated { what, file_bytes: self.len }),
+        }
+    }
+}
+
+/// How much is copied at a time.
+const COPY_BYTES: usize = 1 << 20;
+
+/// Checks that guest memory at `base` from 1 MiB on, in one piece, has room for `len` bytes of `what`.
+pub fn check_room(ram: &Ram, what: &'static str, base: u64, len: u64) -> Result<(), KernelError> {
+    let to = base.checked_add(len).ok_or(KernelError::NoRoom { what, from: base, to: u64::MAX })?;
+    if base < layout::HIGH_RAM {
+        let why = format!("{what} wants guest memory at {base:#x}, and what is below 1 MiB is taken");
+        return Err(KernelError::Unusable(why));
+    }
+    let fits = usize::try_from(len).is_ok_and(|len| ram.check_range(GuestAddress(base), len));
+    if fits { Ok(()) } else { Err(KernelError::NoRoom { what, from: base, to }) }
+}
+
+/// Where RAM below the hole ends.
+pub fn low_ram_end(ram: &Ram) -> u64 {
+    mem::regions(ram).first().map_or(0, |&(base, _, len)| base + len)
+}
+
+/// Loads the image at `path` into `ram`.
+pub fn load(ram: &Ram, path: &Path) -> Result<Kernel, KernelError> {
+    let image = Image::open(path)?;
+    let len = usize::try_from(image.len().min(START_BYTES as u64)).unwrap_or(START_BYTES);
+    let start = image.bytes(0, len, "the image's start")?;
+    if start.starts_with(elf::MAGIC) {
+        elf::load(ram, &image)
+    } else if bzimage::is_one(&start) {
+        bzimage::load(ram, &image)
+    } else {
+        Err(KernelError::Format(guess(&start)))
+    }
+}
+
+/// So much of an image's start is looked at to tell its format.
+const START_BYTES: usize = 0x210;
+
+/// What a file that is no kernel of ours seems to be.
+fn guess(start: &[u8]) -> &'static str {
+    let known: [(&[u8], &str); 7] = [
+        (b"\x1f\x8b", "gzip-compressed (unpack it first)"),
+        (b"\xfd7zXZ", "xz-compressed (unpack it first)"),
+        (b"\x28\xb5\x2f\xfd", "zstd-compressed (unpack it first)"),
+        (b"070701", "a cpio archive (an initrd?)"),
+        (b"QFI\xfb", "a qcow2 disk image"),
+        (b"!<arch>", "an archive (a .deb?)"),
+        (b"MZ", "an EFI program without a Linux boot header"),
+    ];
+    match known.iter().find(|(magic, _)| start.starts_with(magic)) {
+        Some((_, name)) => name,
+        None if start.is_empty() => "empty",
+        None => "of unknown format",
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::layout::{MIB, ram_regions};
+
+    pub fn load_bytes(ram_bytes: u64, bytes: &[u8]) -> Result<Kernel, KernelError> {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        load(&mem::map_ram(&ram_regions(ram_bytes)).unwrap(), file.path())
+    }
+
+    #[test]
+    fn what_is_no_kernel_is_refused_by_name() {
+        for (bytes, name) in [
+            (&b""[..], "empty"),
+            (b"\x1f\x8b\x08", "gzip"),
+            (b"MZ", "EFI"),
+            (b"hello", "unknown format"),
+            (&[0; 4096], "unknown format"),
+        ] {
+            let error = load_bytes(16 * MIB, bytes).err().unwrap().to_string();
+            assert!(error.contains(name), "{error}");
+        }
+        assert!(load(&mem::map_ram(&ram_regions(MIB)).unwrap(), Path::new("/")).is_err());
+    }
+}

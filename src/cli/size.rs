@@ -1,0 +1,85 @@
+//! Sizes: a number, and a letter for its power of 1024.
+
+use crate::layout::{GIB, KIB, MIB};
+
+/// Less than this no kernel of ours boots in.
+const MEMORY_MIN: u64 = 16 * MIB;
+/// More than this the page tables and processors of today do not reach.
+const MEMORY_MAX: u64 = 16 << 40;
+
+/// Guest memory.
+pub fn memory(text: &str) -> Result<u64, String> {
+    let bytes = bytes(text)?;
+    if bytes < MEMORY_MIN {
+        let hint = if text.bytes().all(|byte| byte.is_ascii_digit()) {
+            format!(" (a number without a letter counts bytes; did you mean {text}M?)")
+        } else {
+            String::new()
+        };
+        return Err(format!("it is less than 16M{hint}"));
+    }
+    if bytes > MEMORY_MAX {
+        return Err("it is more than 16T".into());
+    }
+    if !bytes.is_multiple_of(MIB) {
+        return Err("it is no multiple of 1M".into());
+    }
+    Ok(bytes)
+}
+
+/// `text` in bytes.
+fn bytes(text: &str) -> Result<u64, String> {
+    let wrong = || "it is a number, with K, M, G or T behind it: 512M, 4G".to_string();
+    let units = [('K', KIB), ('M', MIB), ('G', GIB), ('T', 1 << 40)];
+    let last = text.chars().last().map(|letter| letter.to_ascii_uppercase());
+    let unit = units.iter().find(|(letter, _)| Some(*letter) == last);
+    let (digits, unit) = match unit {
+        Some((letter, unit)) => (text.get(..text.len() - letter.len_utf8()).ok_or_else(wrong)?, *unit),
+        None => (text, 1),
+    };
+    if !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(wrong());
+    }
+    let count: u64 = digits.parse().map_err(|_| wrong())?;
+    count.checked_mul(unit).ok_or_else(|| "it is more than this computer can count".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn letters_are_powers_of_1024() {
+        for (text, bytes) in [
+            ("512M", 512 * MIB),
+            ("4G", 4 * GIB),
+            ("4g", 4 * GIB),
+            ("131072k", 128 * MIB),
+            ("134217728", 128 * MIB),
+            ("1T", 1 << 40),
+        ] {
+            assert_eq!(memory(text), Ok(bytes), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_size_is_refused_with_help() {
+        for (text, word) in [
+            ("", "512M"),
+            ("M", "512M"),
+            ("1.5G", "512M"),
+            ("-1G", "512M"),
+            ("+1G", "512M"),
+            ("512MB", "512M"),
+            ("4\u{fc}", "512M"),
+            ("512", "did you mean 512M"),
+            ("8M", "less than 16M"),
+            ("17T", "more than 16T"),
+            ("99999999999999G", "count"),
+            ("33554433", "multiple"),
+        ] {
+            let error = memory(text).unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! Where the serial port's output goes, and what is read out of it.
+//!
+//! Owns the writing (a reader that stalls must never keep the VM from being stopped) and the watch
+//! for a kernel panic: before a guest has loaded its pvpanic driver, the line that its kernel prints
+//! is the only thing that tells a panic's reset from a reboot.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Set once, when the machine begins to stop: whoever waits for the outside gives up then.
+#[derive(Debug, Clone, Default)]
+pub struct Stopping(Arc<AtomicBool>);
+
+impl Stopping {
+    /// From now on.
+    pub fn set(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether the machine is to stop.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// The serial port's output.
+pub struct ConsoleOutput {
+    /// None: thrown away.
+    file: Option<File>,
+    stopping: Stopping,
+    watch: PanicWatch,
+}
+
+impl ConsoleOutput {
+    /// Output to `file`, or to nowhere.
+    pub fn new(file: Option<File>, stopping: Stopping) -> Self {
+        Self { file, stopping, watch: PanicWatch::default() }
+    }
+
+    /// Tells, after a reset, whether the guest's kernel had panicked.
+    pub fn panicked(&self) -> Panicked {
+        self.watch.panicked.clone()
+    }
+
+    /// Writes all of `bytes`; returns early when the machine stops (the vCPU's kick interrupts the
+    /// system call).
+    fn write_out(&mut self, bytes: &[u8]) {
+        let Some(file) = &mut self.file else { return };
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            match file.write(rest) {
+                Ok(count) => rest = rest.get(count..).unwrap_or_default(),
+                Err(_) if self.stopping.is_set() => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Somebody who shares the descriptor has made it nonblocking.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(error) => {
+                    log::warn!("the guest's console output is thrown away from here on: {error}");
+                    self.file = None;
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl Write for ConsoleOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.watch.feed(bytes);
+        self.write_out(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Whether the last thing that the guest's kernel said of its end was a panic.
+#[derive(Debug, Clone, Default)]
+pub struct Panicked(Arc<AtomicBool>);
+
+impl Panicked {
+    /// Whether it was.
+    pub fn get(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// Bytes of a line that are looked at: printk's time and caller, and the words looked for.
+const LINE_BYTES_MAX: usize = 96;
+
+/// Looks at the beginning of each line for what Linux prints when it panics, and for what it prints
+/// when it restarts in order after all.
+#[derive(Debug, Default)]
+struct PanicWatch {
+    line: Vec<u8>,
+    panicked: Panicked,
+}
+
+impl PanicWatch {
+    fn feed(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            if byte == b'\n' {
+                self.end_of_line();
+            } else if self.line.len() < LINE_BYTES_MAX {
+                self.line.push(byte);
+            }
+        }
+    }
+
+    fn end_of_line(&mut self) {
+        let text = without_time(&self.line);
+        if text.starts_with(b"Kernel panic - not syncing") {
+            self.panicked.0.store(true, Ordering::SeqCst);
+        } else if text.starts_with(b"reboot: ") {
+            self.panicked.0.store(false, Ordering::SeqCst);
+        }
+        self.line.clear();
+    }
+}
+
+/// The line without the `[    1.234567] ` and `[   T1] ` that printk may put before it.
+fn without_time(line: &[u8]) -> &[u8] {
+    let mut text = line;
+    while let Some(rest) = text.strip_prefix(b"[") {
+        let Some(end) = rest.windows(2).position(|pair| pair == b"] ") else { break };
+        text = rest.get(end + 2..).unwrap_or_default();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_known_by_the_line_that_linux_prints() {
+        for (output, panicked) in [
+            ("Kernel panic - not syncing: VFS\r\n", true),
+            ("[    0.512345] Kernel panic - not syncing: VFS\n", true),
+            ("[    0.512345][    T1] Kernel panic - not syncing: x\n", true),
+            ("[    0.512345] Kernel panic - not syncing: x", false),
+            ("echo Kernel panic - not syncing\n", false),
+            ("[    1.0] Kernel panic - not syncing: x\n[   2.0] reboot: Restarting system\n", false),
+            ("[   2.0] reboot: Restarting system\nKernel panic - not syncing: x\n", true),
+            ("[[[[\n]]\n\n[] \n[", false),
+        ] {
+            let mut console = ConsoleOutput::new(None, Stopping::default());
+            console.write_all(output.as_bytes()).unwrap();
+            assert_eq!(console.panicked().get(), panicked, "{output:?}");
+        }
+    }
+
+    #[test]
+    fn a_long_line_takes_no_memory() {
+        let mut console = ConsoleOutput::new(None, Stopping::default());
+        console.write_all(&[b'x'; 100_000]).unwrap();
+        assert_eq!(console.watch.line.len(), LINE_BYTES_MAX);
+    }
+
+    #[test]
+    fn a_reader_that_went_away_is_no_error_of_the_guest() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let file = File::from(std::os::fd::OwnedFd::from(writer));
+        let mut console = ConsoleOutput::new(Some(file), Stopping::default());
+        console.write_all(b"hello").unwrap();
+        assert!(console.file.is_none());
+    }
+}

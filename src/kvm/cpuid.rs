@@ -1,0 +1,210 @@
+//! CPUID: what KVM supports, with each CPU's place in the topology put in.
+//!
+//! Owns the edits, which are pure: one package, a core for every CPU, one thread for every core.
+//! Leaves that KVM makes for its guests (0x4000_0000 on) pass as they are.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
+
+use super::KvmError;
+
+/// Leaf 1, ECX: the APIC timer has a TSC deadline mode.
+const TSC_DEADLINE: u32 = 1 << 24;
+/// Leaf 1, ECX: a hypervisor is here.
+const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1, EDX: the count of logical processors is valid.
+const HTT: u32 = 1 << 28;
+/// Leaf 0x8000_0001, ECX: all logical processors of the package are cores (AMD).
+const CMP_LEGACY: u32 = 1 << 1;
+/// Kinds of level in leaves 0xb and 0x1f.
+const LEVEL_THREAD: u32 = 1;
+const LEVEL_CORE: u32 = 2;
+
+/// A CPU's place.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// Its number, which is its APIC id too.
+    pub id: u8,
+    /// How many there are.
+    pub cpus: u8,
+}
+
+impl Place {
+    /// Bits that number the cores of the package.
+    fn core_bits(self) -> u32 {
+        u32::from(self.cpus).next_power_of_two().trailing_zeros()
+    }
+}
+
+/// Sets the CPUID of `vcpu`; whether the guest sees MTRRs is returned.
+pub fn set_up(kvm: &Kvm, vcpu: &VcpuFd, place: Place) -> Result<bool, KvmError> {
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|error| KvmError::Refused("the list of CPUID leaves", error))?;
+    let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    let entries = adapt(supported.as_slice(), place, deadline);
+    let has_mtrrs = entries.iter().any(|entry| entry.function == 1 && entry.edx & (1 << 12) != 0);
+    let cpuid = CpuId::from_entries(&entries)
+        .map_err(|_| KvmError::Refused("so many CPUID leaves", kvm_ioctls::Error::new(libc::E2BIG)))?;
+    vcpu.set_cpuid2(&cpuid).map_err(|error| KvmError::Refused("the CPUID leaves", error))?;
+    Ok(has_mtrrs)
+}
+
+/// The leaves for one CPU.
+fn adapt(supported: &[kvm_cpuid_entry2], place: Place, deadline: bool) -> Vec<kvm_cpuid_entry2> {
+    let mut leaves: Vec<kvm_cpuid_entry2> =
+        supported.iter().filter(|leaf| leaf.function != 0xb && leaf.function != 0x1f).copied().collect();
+    for leaf in &mut leaves {
+        adapt_leaf(leaf, place, deadline);
+    }
+    let basic_max = leaves.iter().find(|leaf| leaf.function == 0).map_or(0, |leaf| leaf.eax);
+    for function in [0xb, 0x1f] {
+        if basic_max >= function {
+            leaves.extend(extended_topology(function, place));
+        }
+    }
+    leaves
+}
+
+fn adapt_leaf(leaf: &mut kvm_cpuid_entry2, place: Place, deadline: bool) {
+    let cpus = u32::from(place.cpus);
+    let id = u32::from(place.id);
+    match leaf.function {
+        1 => {
+            leaf.ebx = (leaf.ebx & 0x0000_ffff) | (1_u32 << place.core_bits()).min(255) << 16 | id << 24;
+            leaf.ecx = (leaf.ecx | HYPERVISOR) & !TSC_DEADLINE;
+            leaf.ecx |= if deadline { TSC_DEADLINE } else { 0 };
+            leaf.edx = (leaf.edx & !HTT) | if cpus > 1 { HTT } else { 0 };
+        }
+        // Caches: how many threads share each, and how many cores the package has (Intel).
+        4 if leaf.eax & 0x1f != 0 => {
+            let level = (leaf.eax >> 5) & 7;
+            let sharing = if level >= 3 { cpus } else { 1 };
+            leaf.eax = (leaf.eax & 0x3fff) | (sharing - 1) << 14 | (cpus - 1).min(63) << 26;
+        }
+        0x8000_0001 => {
+            leaf.ecx = (leaf.ecx & !CMP_LEGACY) | if cpus > 1 && is_amd(leaf) { CMP_LEGACY } else { 0 };
+        }
+        // The count of cores, and the bits of the APIC id that number them (AMD).
+        0x8000_0008 => leaf.ecx = (leaf.ecx & !0xf0ff) | (cpus - 1) | place.core_bits() << 12,
+        // Caches, as leaf 4 (AMD).
+        0x8000_001d if leaf.eax & 0x1f != 0 => {
+            let level = (leaf.eax >> 5) & 7;
+            let sharing = if level >= 3 { cpus } else { 1 };
+            leaf.eax = (leaf.eax & !0x03ff_c000) | (sharing - 1) << 14;
+        }
+        // APIC id, core id with one thread a core, one node (AMD).
+        0x8000_001e => {
+            leaf.eax = id;
+            leaf.ebx = id;
+            leaf.ecx = 0;
+        }
+        _ => {}
+    }
+}
+
+/// CMP_LEGACY is AMD's; Intel's leaf has bit 11 of EDX (SYSCALL) alone in common. The leaf does not
+/// name its maker, but only AMD's has the topology extensions or SVM beside it.
+fn is_amd(leaf: &kvm_cpuid_entry2) -> bool {
+    const SVM: u32 = 1 << 2;
+    const TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
+    leaf.ecx & (SVM | TOPOLOGY_EXTENSIONS | CMP_LEGACY) != 0
+}
+
+/// Leaf 0xb or 0x1f: a level of threads with one, a level of cores with all, and the end.
+fn extended_topology(function: u32, place: Place) -> [kvm_cpuid_entry2; 3] {
+    let level = |index: u32, shift: u32, count: u32, kind: u32| kvm_cpuid_entry2 {
+        function,
+        index,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: shift,
+        ebx: count,
+        ecx: index | kind << 8,
+        edx: u32::from(place.id),
+        ..Default::default()
+    };
+    [
+        level(0, 0, 1, LEVEL_THREAD),
+        level(1, place.core_bits(), u32::from(place.cpus), LEVEL_CORE),
+        level(2, 0, 0, 0),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Leaf 1, ECX: x2APIC.
+    const X2APIC: u32 = 1 << 21;
+
+    fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    fn supported() -> Vec<kvm_cpuid_entry2> {
+        vec![
+            leaf(0, 0, [0xd, 0, 0, 0]),
+            leaf(1, 0, [0, 0x1234_0800, X2APIC | TSC_DEADLINE, 0]),
+            leaf(4, 0, [0xffff_c121, 1, 2, 3]),
+            leaf(4, 3, [0xffff_c163, 1, 2, 3]),
+            leaf(4, 4, [0, 0, 0, 0]),
+            leaf(0xb, 0, [9, 9, 9, 9]),
+            leaf(0x4000_0000, 0, [0x4000_0001, 1, 2, 3]),
+            leaf(0x8000_0001, 0, [0, 0, 1 << 22, 0]),
+            leaf(0x8000_0008, 0, [0x3030, 0, 0x70ff, 0]),
+            leaf(0x8000_001e, 0, [7, 7, 7, 7]),
+        ]
+    }
+
+    fn find(leaves: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
+        *leaves.iter().find(|leaf| leaf.function == function && leaf.index == index).unwrap()
+    }
+
+    #[test]
+    fn every_leaf_agrees_on_a_cpus_place() {
+        for cpus in [1, 2, 3, 4, 254_u8] {
+            for id in [0, cpus - 1] {
+                let place = Place { id, cpus };
+                let leaves = adapt(&supported(), place, true);
+                let one = find(&leaves, 1, 0);
+                assert_eq!(one.ebx >> 24, u32::from(id));
+                assert!((one.ebx >> 16) & 0xff >= u32::from(cpus));
+                assert_eq!(one.edx & HTT != 0, cpus > 1);
+                assert_eq!(one.ebx & 0xffff, 0x0800, "the rest is KVM's");
+                let core = find(&leaves, 0xb, 1);
+                assert_eq!((core.ebx, core.edx), (u32::from(cpus), u32::from(id)));
+                assert!(1_u32 << core.eax >= u32::from(cpus));
+                assert_eq!(u32::from(id) >> core.eax, 0, "one package");
+                assert_eq!(find(&leaves, 0xb, 0).ebx, 1, "one thread a core");
+                assert_eq!(find(&leaves, 0xb, 2).ecx, 2, "the end");
+                assert_eq!(find(&leaves, 0x8000_0008, 0).ecx & 0xff, u32::from(cpus) - 1);
+                assert_eq!(find(&leaves, 0x8000_001e, 0).eax, u32::from(id));
+                assert_eq!(find(&leaves, 4, 3).eax >> 14 & 0xfff, u32::from(cpus) - 1, "L3 is shared");
+                assert_eq!(find(&leaves, 4, 0).eax >> 14 & 0xfff, 0, "L1 is not");
+                assert_eq!(find(&leaves, 4, 4).eax, 0, "no cache stays none");
+            }
+        }
+    }
+
+    #[test]
+    fn deadline_is_by_its_capability_and_kvms_leaves_stay() {
+        for deadline in [true, false] {
+            let leaves = adapt(&supported(), Place { id: 0, cpus: 1 }, deadline);
+            let one = find(&leaves, 1, 0);
+            assert_eq!(one.ecx & TSC_DEADLINE != 0, deadline);
+            assert_eq!(one.ecx & (HYPERVISOR | X2APIC), HYPERVISOR | X2APIC);
+            assert_eq!(find(&leaves, 0x4000_0000, 0), leaf(0x4000_0000, 0, [0x4000_0001, 1, 2, 3]));
+        }
+    }
+
+    #[test]
+    fn topology_leaves_are_given_up_to_the_highest_basic_leaf_only() {
+        let mut old = supported();
+        old[0].eax = 7;
+        let leaves = adapt(&old, Place { id: 0, cpus: 1 }, true);
+        assert!(!leaves.iter().any(|leaf| leaf.function == 0xb || leaf.function == 0x1f));
+        old[0].eax = 0x1f;
+        let leaves = adapt(&old, Place { id: 0, cpus: 1 }, true);
+        assert_eq!(leaves.iter().filter(|leaf| leaf.function == 0x1f).count(), 3);
+    }
+}

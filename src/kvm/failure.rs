@@ -1,0 +1,235 @@
+//! The report of a vCPU that KVM cannot run on.
+//!
+//! Owns what is said: the reason, the registers, the instruction, and what to do about it.
+
+use std::fmt;
+
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use kvm_ioctls::VcpuFd;
+
+use super::run_page::{InternalError, RunPage};
+use crate::mem::{self, Ram};
+
+/// Why KVM stopped running a vCPU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reason {
+    /// KVM_EXIT_INTERNAL_ERROR.
+    Internal(InternalError),
+    /// KVM_EXIT_FAIL_ENTRY: the hardware's reason, and the host's CPU.
+    FailEntry(u64, u32),
+    /// KVM_EXIT_SHUTDOWN: a fault while a double fault was delivered.
+    TripleFault,
+    /// KVM_EXIT_MEMORY_FAULT, at a guest physical address.
+    MemoryFault(u64),
+    /// An exit that a machine like this one never makes.
+    Unexpected(String),
+    /// KVM_RUN itself failed.
+    Run(i32),
+}
+
+/// The whole report. Its `Display` has several lines.
+#[derive(Debug)]
+pub struct Failure {
+    cpu: u8,
+    reason: Reason,
+    registers: Option<(kvm_regs, kvm_sregs)>,
+    instruction: Vec<u8>,
+}
+
+/// KVM_INTERNAL_ERROR_EMULATION: KVM met an instruction that it would have to emulate, and cannot.
+const EMULATION: u32 = 1;
+/// In the first word that it adds: the bytes of the instruction follow.
+const HAS_BYTES: u64 = 1;
+/// The longest x86 instruction.
+const INSTRUCTION_BYTES_MAX: usize = 15;
+
+impl Failure {
+    /// Gathers what KVM still tells of `vcpu`.
+    pub fn new(cpu: u8, reason: Reason, vcpu: &VcpuFd, ram: &Ram) -> Self {
+        let registers = vcpu.get_regs().ok().zip(vcpu.get_sregs().ok());
+        let given = match &reason {
+            Reason::Internal(error) => instruction_bytes(error),
+            _ => None,
+        };
+        let instruction = given.unwrap_or_else(|| match registers {
+            Some((regs, sregs)) => read_instruction(vcpu, ram, sregs.cs.base.wrapping_add(regs.rip)),
+            None => Vec::new(),
+        });
+        Self { cpu, reason, registers, instruction }
+    }
+
+    /// After KVM_EXIT_INTERNAL_ERROR.
+    pub fn internal(cpu: u8, page: &RunPage, vcpu: &VcpuFd, ram: &Ram) -> Self {
+        Self::new(cpu, Reason::Internal(page.internal_error()), vcpu, ram)
+    }
+}
+
+/// The bytes that KVM hands with an emulation failure (struct kvm_run's `emulation_failure`: flags,
+/// then a count byte and fifteen bytes).
+fn instruction_bytes(error: &InternalError) -> Option<Vec<u8>> {
+    let (EMULATION, [flags, words @ ..]) = (error.suberror, error.data.as_slice()) else { return None };
+    if flags & HAS_BYTES == 0 {
+        return None;
+    }
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let (&count, bytes) = bytes.split_first()?;
+    Some(bytes.iter().copied().take(usize::from(count).min(INSTRUCTION_BYTES_MAX)).collect())
+}
+
+/// The bytes at linear address `at`, by the vCPU's own page tables; empty where they lead nowhere.
+fn read_instruction(vcpu: &VcpuFd, ram: &Ram, at: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for offset in 0..INSTRUCTION_BYTES_MAX as u64 {
+        let Ok(translation) = vcpu.translate_gva(at.wrapping_add(offset)) else { break };
+        let mut byte = [0];
+        if translation.valid == 0 || mem::read_bytes(ram, translation.physical_address, &mut byte).is_err() {
+            break;
+        }
+        bytes.extend(byte);
+    }
+    bytes
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Internal(error) => {
+                let kind = match error.suberror {
+                    EMULATION => "KVM cannot emulate an instruction",
+                    2 => "simultaneous exceptions",
+                    3 => "an event could not be delivered",
+                    4 => "an exit that KVM does not know",
+                    _ => "of unknown kind",
+                };
+                write!(
+                    f,
+                    "internal error of KVM (KVM_EXIT_INTERNAL_ERROR, suberror {}): {kind}",
+                    error.suberror
+                )?;
+                if error.suberror != EMULATION && !error.data.is_empty() {
+                    write!(f, ", data {:#x?}", error.data)?;
+                }
+                Ok(())
+            }
+            Self::FailEntry(reason, cpu) => {
+                write!(
+                    f,
+                    "the processor refuses to enter the guest (KVM_EXIT_FAIL_ENTRY, hardware reason {reason:#x}, host CPU {cpu})"
+                )
+            }
+            Self::TripleFault => {
+                write!(f, "triple fault (KVM_EXIT_SHUTDOWN), and the guest had not asked for a reset")
+            }
+            Self::MemoryFault(at) => write!(f, "KVM has no memory for guest address {at:#x}"),
+            Self::Unexpected(exit) => write!(f, "unexpected exit from KVM: {exit}"),
+            Self::Run(errno) => write!(f, "KVM_RUN: {}", std::io::Error::from_raw_os_error(*errno)),
+        }
+    }
+}
+
+impl Reason {
+    fn advice(&self) -> &'static str {
+        match self {
+            Self::Internal(_) if !has_hardware() => {
+                "this host's KVM works without hardware virtualization (no vmx or svm in /proc/cpuinfo): it \
+                 emulates kernel code, and lacks instructions that Linux uses. Run Linux guests in the emulated \
+                 host, guest-images/emuhost, or on a machine with VMX or SVM"
+            }
+            Self::Internal(_) => {
+                "the guest ran into something that this host's KVM does not support; a newer kernel on the host \
+                 may. guest-images/emuhost runs the same command line in an emulated host"
+            }
+            Self::FailEntry(..) => {
+                "the CPU state is invalid for this processor; please report it with the lines above and the \
+                 kernel image"
+            }
+            Self::TripleFault => {
+                "the kernel crashed before it could handle exceptions; look at its last console lines \
+                 (--append earlyprintk=serial), and whether image and --memory fit. On AMD processors KVM has \
+                 reset the registers by now. (With reboot=t on its command line it is taken for a reset.)"
+            }
+            Self::MemoryFault(_) | Self::Unexpected(_) | Self::Run(_) => {
+                "please report it with the lines above; dmesg of the host may say more"
+            }
+        }
+    }
+}
+
+fn has_hardware() -> bool {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    info.lines()
+        .find(|line| line.starts_with("flags"))
+        .is_some_and(|flags| flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
+}
+
+impl std::error::Error for Failure {}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "CPU {} cannot go on: {}", self.cpu, self.reason)?;
+        if let Some((r, s)) = &self.registers {
+            writeln!(f, "  rip {:016x}  rsp {:016x}  rflags {:08x}", r.rip, r.rsp, r.rflags)?;
+            writeln!(f, "  rax {:016x}  rbx {:016x}  rcx {:016x}  rdx {:016x}", r.rax, r.rbx, r.rcx, r.rdx)?;
+            writeln!(f, "  rsi {:016x}  rdi {:016x}  rbp {:016x}", r.rsi, r.rdi, r.rbp)?;
+            writeln!(f, "  r8  {:016x}  r9  {:016x}  r10 {:016x}  r11 {:016x}", r.r8, r.r9, r.r10, r.r11)?;
+            writeln!(f, "  r12 {:016x}  r13 {:016x}  r14 {:016x}  r15 {:016x}", r.r12, r.r13, r.r14, r.r15)?;
+            writeln!(
+                f,
+                "  cr0 {:08x}  cr2 {:016x}  cr3 {:016x}  cr4 {:08x}  efer {:04x}",
+                s.cr0, s.cr2, s.cr3, s.cr4, s.efer
+            )?;
+            writeln!(
+                f,
+                "  cs {:04x} base {:x} limit {:x} {}  ss {:04x}",
+                s.cs.selector,
+                s.cs.base,
+                s.cs.limit,
+                if s.cs.l != 0 {
+                    "64-bit"
+                } else if s.cs.db != 0 {
+                    "32-bit"
+                } else {
+                    "16-bit"
+                },
+                s.ss.selector
+            )?;
+        }
+        write!(f, "  instruction bytes:")?;
+        match self.instruction.as_slice() {
+            [] => write!(f, " not readable")?,
+            bytes => bytes.iter().try_for_each(|byte| write!(f, " {byte:02x}"))?,
+        }
+        write!(f, "\n  advice: {}", self.reason.advice())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_instruction_is_taken_from_where_kvm_puts_it() {
+        let error = |suberror, data: &[u64]| InternalError { suberror, data: data.to_vec() };
+        let bytes = instruction_bytes(&error(1, &[1, 0x0000_0000_0fc7_4c02, 0x1111]));
+        assert_eq!(bytes, Some(vec![0x4c, 0xc7]));
+        let all = instruction_bytes(&error(1, &[1, u64::MAX, u64::MAX])).unwrap();
+        assert_eq!(all.len(), INSTRUCTION_BYTES_MAX);
+        for without in [error(1, &[0, 5, 5]), error(1, &[]), error(3, &[1, 5]), error(1, &[1])] {
+            assert_eq!(instruction_bytes(&without), None);
+        }
+    }
+
+    #[test]
+    fn the_report_has_reason_registers_bytes_and_advice() {
+        let failure = Failure {
+            cpu: 1,
+            reason: Reason::Internal(InternalError { suberror: 1, data: vec![] }),
+            registers: Some((kvm_regs { rip: 0x1234, ..Default::default() }, kvm_sregs::default())),
+            instruction: vec![0xcc],
+        };
+        let text = failure.to_string();
+        for word in ["CPU 1", "KVM_EXIT_INTERNAL_ERROR", "suberror 1", "0000000000001234", " cc", "emuhost"] {
+            assert!(text.contains(word), "{word} is missing in:\n{text}");
+        }
+    }
+}

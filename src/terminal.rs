@@ -1,0 +1,146 @@
+//! The user's terminal: raw mode while a guest has it, and back whatever happens.
+//!
+//! Owns the terminal's modes and their restoration: at the end, when a thread panics, and when a
+//! fatal signal kills us. What is typed is read elsewhere.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Once, OnceLock};
+
+const STDIN: libc::c_int = libc::STDIN_FILENO;
+
+/// The modes to go back to. A signal handler reads it, so it is written once and never freed.
+static SAVED: OnceLock<libc::termios> = OnceLock::new();
+/// Whether the terminal is in raw mode now.
+static RAW: AtomicBool = AtomicBool::new(false);
+
+/// Signals that kill a process by default and that nobody else handles here.
+const FATAL: [libc::c_int; 6] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT, libc::SIGQUIT];
+
+/// Raw mode, for as long as this lives.
+#[derive(Debug)]
+pub struct RawMode(());
+
+/// What standard input is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Input {
+    /// A terminal that is ours: Ctrl-A is our key.
+    Terminal,
+    /// A terminal that another job has: reading it, or changing its modes, would stop us.
+    Background,
+    /// A file, a pipe, /dev/null: bytes pass as they are.
+    Stream,
+}
+
+/// Looks what standard input is.
+pub fn input() -> Input {
+    // SAFETY: three questions about a descriptor and about this process, without memory.
+    let (is_terminal, foreground, own) =
+        unsafe { (libc::isatty(STDIN) == 1, libc::tcgetpgrp(STDIN), libc::getpgrp()) };
+    match is_terminal {
+        false => Input::Stream,
+        // -1: it is a terminal, but not the one that controls us, so nobody's job rules apply.
+        true if foreground == own || foreground == -1 => Input::Terminal,
+        true => Input::Background,
+    }
+}
+
+impl RawMode {
+    /// Puts the terminal on standard input into raw mode. Output processing stays, so that our own
+    /// messages look as they should.
+    pub fn enter() -> io::Result<Self> {
+        let saved = match SAVED.get() {
+            Some(saved) => *saved,
+            None => *SAVED.get_or_init(|| current().unwrap_or_else(|_| zeroed())),
+        };
+        // An error of the first question would have put zeroes there: ask again for its reason.
+        current()?;
+        install_restorers();
+        RAW.store(true, Ordering::SeqCst);
+        set(&raw(saved))?;
+        Ok(Self(()))
+    }
+
+    /// Again, after the process was stopped and continued and a shell has put back its own modes.
+    pub fn renew(&self) {
+        if let Some(saved) = SAVED.get()
+            && let Err(error) = set(&raw(*saved))
+        {
+            log::warn!("cannot put the terminal into raw mode again: {error}");
+        }
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+/// Puts the modes back, if they are raw. Safe to call at any time, even in a signal handler.
+pub fn restore() {
+    if RAW.swap(false, Ordering::SeqCst)
+        && let Some(saved) = SAVED.get()
+    {
+        // SAFETY: tcsetattr(3) is async-signal-safe and only reads the structure.
+        unsafe { libc::tcsetattr(STDIN, libc::TCSANOW, saved) };
+    }
+}
+
+fn raw(saved: libc::termios) -> libc::termios {
+    let mut modes = saved;
+    // SAFETY: changes the fields of the structure it is given, nothing else.
+    unsafe { libc::cfmakeraw(&raw mut modes) };
+    modes.c_oflag = saved.c_oflag;
+    modes
+}
+
+fn current() -> io::Result<libc::termios> {
+    let mut modes = MaybeUninit::uninit();
+    // SAFETY: the pointer is to a termios; it is taken as initialised only if the call succeeded.
+    unsafe {
+        if libc::tcgetattr(STDIN, modes.as_mut_ptr()) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(modes.assume_init())
+    }
+}
+
+fn zeroed() -> libc::termios {
+    // SAFETY: termios is plain integers, for which zero is a value.
+    unsafe { std::mem::zeroed() }
+}
+
+fn set(modes: &libc::termios) -> io::Result<()> {
+    // SAFETY: only reads the structure.
+    match unsafe { libc::tcsetattr(STDIN, libc::TCSANOW, modes) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn install_restorers() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        let next = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            restore();
+            next(info);
+        }));
+        for signal in FATAL {
+            // SAFETY: the handler is a plain function that calls nothing but async-signal-safe ones.
+            unsafe { libc::signal(signal, on_fatal as *const () as libc::sighandler_t) };
+        }
+    });
+}
+
+extern "C" fn on_fatal(signal: libc::c_int) {
+    restore();
+    // SAFETY: both are async-signal-safe; the signal then does what it does by default.
+    unsafe {
+        libc::signal(signal, libc::SIG_DFL);
+        libc::raise(signal);
+    }
+}

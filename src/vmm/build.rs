@@ -1,0 +1,190 @@
+//! Building the machine: disks first, so that their errors come before anything else is done.
+//!
+//! Owns the order and the wiring. Whatever a later step needs of an earlier one is an argument.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvm_ioctls::{Kvm, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::stop::OpenDisk;
+use super::{Config, ConsoleTarget, VmmError, host};
+use crate::blk::BlockDevice;
+use crate::boot::{self, Guest, MmioDevice, cmdline};
+use crate::bus::Bus;
+use crate::devices::console::{ConsoleOutput, Panicked, Stopping};
+use crate::devices::exit::{ExitPort, Pvpanic};
+use crate::devices::power::{ACPI_LEN, AcpiRegisters, I8042, I8042_LEN};
+use crate::devices::rtc::{self, Rtc};
+use crate::devices::serial::{self, SerialPort};
+use crate::disk::Image;
+use crate::kvm::cpuid::{self, Place};
+use crate::kvm::run_page::RunPage;
+use crate::kvm::{self, msrs};
+use crate::layout;
+use crate::mem::{self, Ram};
+use crate::vcpu::Vcpu;
+use crate::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+
+/// Everything that lives as long as the VM.
+pub struct Machine {
+    /// The CPUs, until they run.
+    pub vcpus: Vec<Vcpu>,
+    /// The virtio devices.
+    pub transports: Vec<Arc<Mutex<MmioTransport>>>,
+    /// The disks.
+    pub disks: Vec<OpenDisk>,
+    /// The serial port.
+    pub serial: SerialEnd,
+    /// To be set when the end begins.
+    pub stopping: Stopping,
+    /// Lives longer than the CPUs, and shorter than the memory that it uses.
+    _vm: VmFd,
+    _ram: Ram,
+}
+
+/// The serial port, as the main thread has it.
+#[derive(Clone)]
+pub struct SerialEnd {
+    /// The port itself.
+    pub port: Arc<Mutex<SerialPort>>,
+    /// Written when the guest has room for input again.
+    pub wants_input: Arc<EventFd>,
+    /// What its output says of a panic.
+    pub panicked: Panicked,
+}
+
+/// Builds the machine that `config` describes.
+pub fn build(config: &Config) -> Result<Machine, VmmError> {
+    let disks = open_disks(config)?;
+    let console = open_console(&config.console)?;
+    let stopping = Stopping::default();
+    let kvm = kvm::open(config.cpus)?;
+    let ram = mem::map_ram(&layout::ram_regions(config.memory_bytes))?;
+    let vm = kvm::create_vm(&kvm, &ram)?;
+    let serial = serial_port(&vm, ConsoleOutput::new(console, stopping.clone()))?;
+    let ports = ports(&serial)?;
+    let (mmio, transports, announced) = virtio_devices(&vm, &ram, &disks)?;
+    let guest = Guest {
+        kernel: &config.kernel,
+        initrd: config.initrd.as_deref(),
+        cmdline: &config.cmdline,
+        cpus: config.cpus,
+        devices: &announced,
+    };
+    let entry = boot::load(&ram, &guest)?;
+    let parts = Parts { ports: Arc::new(ports), mmio: Arc::new(mmio), ram: ram.clone() };
+    let vcpus = vcpus(&kvm, &vm, config, &parts)?;
+    if let Some(first) = vcpus.first() {
+        boot::cpu::set_up(&first.fd, &ram, entry)?;
+    }
+    Ok(Machine { vcpus, transports, disks, serial, stopping, _vm: vm, _ram: ram })
+}
+
+fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
+    let (asked, max) = (config.disks.len(), layout::VIRTIO_IRQS.len());
+    if asked > max {
+        return Err(VmmError::TooManyDisks { asked, max });
+    }
+    let open = |options| {
+        let image = Arc::new(Image::open(options)?);
+        log::info!("{}", image.banner());
+        Ok(OpenDisk { path: options.path.clone(), image })
+    };
+    config.disks.iter().map(open).collect()
+}
+
+fn open_console(target: &ConsoleTarget) -> Result<Option<File>, VmmError> {
+    match target {
+        ConsoleTarget::Off => Ok(None),
+        ConsoleTarget::File(path) => {
+            File::create(path).map(Some).map_err(|source| VmmError::Console { path: path.clone(), source })
+        }
+        ConsoleTarget::Stdio => {
+            let stdout = io::stdout().as_fd().try_clone_to_owned().map_err(host("use standard output"))?;
+            Ok(Some(stdout.into()))
+        }
+    }
+}
+
+fn serial_port(vm: &VmFd, output: ConsoleOutput) -> Result<SerialEnd, VmmError> {
+    let irq = kvm::interrupt(vm, layout::IRQ_SERIAL)?;
+    let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+    let wants_input = event().map_err(host("make an eventfd"))?;
+    let theirs = wants_input.try_clone().map_err(host("make an eventfd"))?;
+    let panicked = output.panicked();
+    let port = Arc::new(Mutex::new(SerialPort::new(irq, output, theirs)));
+    Ok(SerialEnd { port, wants_input: Arc::new(wants_input), panicked })
+}
+
+fn ports(serial: &SerialEnd) -> Result<Bus, VmmError> {
+    let mut ports = Bus::new();
+    ports.place("i8042", layout::PORT_I8042, I8042_LEN, Arc::new(Mutex::new(I8042::default())))?;
+    ports.place("clock", layout::PORT_RTC, rtc::LEN, Arc::new(Mutex::new(Rtc::default())))?;
+    ports.place("exit port", layout::PORT_EXIT, 1, Arc::new(Mutex::new(ExitPort)))?;
+    ports.place("serial port", layout::PORT_SERIAL, serial::LEN, serial.port.clone())?;
+    ports.place("pvpanic", layout::PORT_PVPANIC, 1, Arc::new(Mutex::new(Pvpanic)))?;
+    let acpi = Arc::new(Mutex::new(AcpiRegisters));
+    ports.place("ACPI registers", layout::PORT_ACPI_SLEEP_CONTROL, ACPI_LEN, acpi)?;
+    Ok(ports)
+}
+
+type VirtioDevices = (Bus, Vec<Arc<Mutex<MmioTransport>>>, Vec<MmioDevice>);
+
+fn virtio_devices(vm: &VmFd, ram: &Ram, disks: &[OpenDisk]) -> Result<VirtioDevices, VmmError> {
+    let mut mmio = Bus::new();
+    let (mut transports, mut announced) = (Vec::new(), Vec::new());
+    let places = (0..).map(|index| layout::VIRTIO_MMIO + index * layout::VIRTIO_MMIO_STRIDE);
+    for (((disk, letter), base), irq) in disks.iter().zip('a'..='z').zip(places).zip(layout::VIRTIO_IRQS) {
+        let device = BlockDevice::new(&format!("vd{letter}"), Arc::clone(&disk.image))
+            .map_err(host("start a disk's worker"))?;
+        let line = kvm::interrupt(vm, irq)?;
+        let transport = Arc::new(Mutex::new(MmioTransport::new(Box::new(device), ram.clone(), line)));
+        bind_doorbells(vm, &transport, base)?;
+        mmio.place("virtio-mmio", base, layout::VIRTIO_MMIO_STRIDE, transport.clone())?;
+        transports.push(transport);
+        announced.push(MmioDevice { base, irq });
+    }
+    Ok((mmio, transports, announced))
+}
+
+fn bind_doorbells(vm: &VmFd, transport: &Mutex<MmioTransport>, base: u64) -> Result<(), VmmError> {
+    let transport = transport.lock().unwrap_or_else(PoisonError::into_inner);
+    for (queue, doorbell) in (0..).zip(transport.doorbells()) {
+        kvm::bind_doorbell(vm, doorbell, base + QUEUE_NOTIFY, queue)?;
+    }
+    Ok(())
+}
+
+/// What every CPU shares.
+struct Parts {
+    ports: Arc<Bus>,
+    mmio: Arc<Bus>,
+    ram: Ram,
+}
+
+fn vcpus(kvm: &Kvm, vm: &VmFd, config: &Config, parts: &Parts) -> Result<Vec<Vcpu>, VmmError> {
+    let triple_fault_resets = cmdline::reboots_by_triple_fault(&config.cmdline);
+    let mut vcpus = Vec::with_capacity(usize::from(config.cpus));
+    for id in 0..config.cpus {
+        let fd =
+            vm.create_vcpu(u64::from(id)).map_err(|error| kvm::KvmError::Refused("one more CPU", error))?;
+        let has_mtrrs = cpuid::set_up(kvm, &fd, Place { id, cpus: config.cpus })?;
+        msrs::set_up(kvm, &fd, has_mtrrs)?;
+        msrs::set_up_lapic(&fd)?;
+        let page = RunPage::new(&fd).map_err(host("map a CPU's shared page"))?;
+        vcpus.push(Vcpu {
+            id,
+            fd,
+            page: Arc::new(page),
+            ports: Arc::clone(&parts.ports),
+            mmio: Arc::clone(&parts.mmio),
+            ram: parts.ram.clone(),
+            triple_fault_resets,
+        });
+    }
+    Ok(vcpus)
+}

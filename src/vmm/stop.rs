@@ -1,0 +1,137 @@
+//! The end in order: vCPUs, then the devices' I/O, then the images.
+//!
+//! Owns the waiting for each, and its limits. A host whose disk hangs must not hang us without a
+//! word: past the limit we say who still holds the I/O, and fail.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::signal::{Killable, SIGRTMIN};
+
+use super::events::Signals;
+use crate::disk::Image;
+use crate::kvm::run_page::RunPage;
+use crate::virtio::mmio::MmioTransport;
+
+/// Draining I/O, or a vCPU that waits for it, may take so long.
+const DRAIN_MAX: Duration = Duration::from_secs(60);
+/// After so long we say what we wait for.
+const SILENT_MAX: Duration = Duration::from_secs(3);
+/// How often we look.
+const LOOK: Duration = Duration::from_millis(5);
+/// How often a vCPU's thread is kicked anew: the signal may come just before a system call.
+const KICK_AGAIN: Duration = Duration::from_millis(20);
+
+/// What went wrong at the end.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// Something hangs in the host.
+    #[error(
+        "gave up waiting for {what}: the host's kernel still holds the I/O, and data that the guest has not \
+         flushed may be lost"
+    )]
+    Stuck {
+        /// What we waited for.
+        what: String,
+    },
+    /// The last fdatasync failed.
+    #[error("the last fdatasync of disk image {path} failed: what the guest wrote may be lost")]
+    Sync {
+        /// The image.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// No thread for it.
+    #[error("cannot start a thread")]
+    Thread(#[from] io::Error),
+}
+
+/// A vCPU's thread, and how to reach it.
+pub struct VcpuThread {
+    /// Its thread.
+    pub thread: JoinHandle<()>,
+    /// Its shared page.
+    pub page: Arc<RunPage>,
+}
+
+/// A disk: where it is, and the image itself.
+pub struct OpenDisk {
+    /// For messages.
+    pub path: PathBuf,
+    /// The image.
+    pub image: Arc<Image>,
+}
+
+/// Stops the vCPUs. The flag that they look at is set already.
+pub fn stop_vcpus(threads: &[VcpuThread], signals: &Signals) -> Result<(), StopError> {
+    let mut kicked: Option<Instant> = None;
+    let done = || {
+        if kicked.is_none_or(|at| at.elapsed() >= KICK_AGAIN) {
+            kicked = Some(Instant::now());
+            for vcpu in threads.iter().filter(|vcpu| !vcpu.thread.is_finished()) {
+                vcpu.page.set_immediate_exit();
+                // A thread that has ended meanwhile needs no signal.
+                let _ = vcpu.thread.kill(SIGRTMIN());
+            }
+        }
+        threads.iter().all(|vcpu| vcpu.thread.is_finished())
+    };
+    wait_until(done, "the guest's CPUs", Some(DRAIN_MAX), signals)
+}
+
+/// Stops every device: when this returns without error no I/O is in flight.
+pub fn drain(transports: &[Arc<Mutex<MmioTransport>>], signals: &Signals) -> Result<(), StopError> {
+    let mine = transports.to_vec();
+    let work = thread::Builder::new().name("drain".into()).spawn(move || {
+        for transport in &mine {
+            transport.lock().unwrap_or_else(PoisonError::into_inner).stop();
+        }
+    })?;
+    wait_until(|| work.is_finished(), "the disks' I/O in flight", Some(DRAIN_MAX), signals)
+}
+
+/// Closes every image: the last fdatasync, which may have much to write and has no limit but a signal.
+pub fn close(disks: &[OpenDisk], signals: &Signals) -> Result<(), StopError> {
+    let mut failed = Ok(());
+    for disk in disks {
+        let image = Arc::clone(&disk.image);
+        let work = thread::Builder::new().name("close".into()).spawn(move || image.close())?;
+        let what = format!("the last fdatasync of {}", disk.path.display());
+        wait_until(|| work.is_finished(), &what, None, signals)?;
+        let result = work.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
+        if let Err(source) = result {
+            log::error!("{}: the last fdatasync failed: {source}", disk.path.display());
+            failed = Err(StopError::Sync { path: disk.path.clone(), source });
+        }
+    }
+    failed
+}
+
+/// Waits until `done`; one more signal from the user means that they do not want to wait.
+fn wait_until(
+    mut done: impl FnMut() -> bool,
+    what: &str,
+    limit: Option<Duration>,
+    signals: &Signals,
+) -> Result<(), StopError> {
+    let begin = Instant::now();
+    let mut said = false;
+    while !done() {
+        let waited = begin.elapsed();
+        let gave_up = said && signals.take().is_some_and(|signal| signal != libc::SIGCONT);
+        if gave_up || limit.is_some_and(|limit| waited >= limit) {
+            return Err(StopError::Stuck { what: what.into() });
+        }
+        if !said && waited >= SILENT_MAX {
+            said = true;
+            crate::terminal::restore();
+            eprintln!("minivmm: waiting for {what}; Ctrl-C, or another signal, gives up");
+        }
+        thread::sleep(LOOK.min(Duration::from_micros(200) + waited / 4));
+    }
+    Ok(())
+}
