@@ -1,12 +1,13 @@
 #!/bin/sh
 # Builds the bare-metal guest twice into a directory: pvh.elf with the PVH note, elf.elf without it.
 # Needs cc and ld, which a machine with Rust has. Usage: build.sh DIRECTORY [SYMBOL=VALUE]...
-# The symbols place devices: VIRTIO_MMIO_BASE and PORT_ACPI, by default where minivmm has them.
+# The symbols place devices, by default where minivmm has them.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:?usage: build.sh DIRECTORY [SYMBOL=VALUE]...}
 shift
-symbols="--defsym VIRTIO_MMIO_BASE=0xd0000000 --defsym PORT_ACPI=0x600"
+symbols="--defsym VIRTIO_MMIO_BASE=0xd0000000"
+symbols="$symbols --defsym PORT_ACPI_SLEEP_CONTROL=0x600 --defsym PORT_ACPI_RESET=0x602"
 for symbol in "$@"; do
     symbols="$symbols --defsym $symbol"
 done

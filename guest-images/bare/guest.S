@@ -52,7 +52,7 @@
  *   0x26  after reset, the device has still written to the used ring
  */
 
-/* Ports. PORT_ACPI and VIRTIO_MMIO_BASE are given to the linker. */
+/* Ports. Those of ACPI, and VIRTIO_MMIO_BASE, are given to the linker. */
 #define PORT_COM1       0x3f8
 #define PORT_EXIT       0xf4
 #define PORT_PVPANIC    0x505
@@ -228,11 +228,11 @@ scenario_exit:
         jmp     1b
 
 scenario_reset:
-        movl    $PORT_ACPI + 2, %edx            /* RESET_REG, RESET_VALUE 1 */
+        movl    $PORT_ACPI_RESET, %edx          /* RESET_REG, RESET_VALUE 1 */
         movb    $1, %al
         jmp     last_write
 scenario_poweroff:
-        movl    $PORT_ACPI, %edx                /* SLEEP_CONTROL_REG */
+        movl    $PORT_ACPI_SLEEP_CONTROL, %edx  /* SLEEP_CONTROL_REG */
         movb    $(5 << 2 | 0x20), %al           /* SLP_TYP 5, SLP_EN */
         jmp     last_write
 scenario_panic:

@@ -86,7 +86,8 @@ fn build_guests() -> PathBuf {
     let built = Command::new(&script)
         .arg(&directory)
         .arg(format!("VIRTIO_MMIO_BASE={:#x}", layout::VIRTIO_MMIO))
-        .arg(format!("PORT_ACPI={:#x}", layout::PORT_ACPI))
+        .arg(format!("PORT_ACPI_SLEEP_CONTROL={:#x}", layout::PORT_ACPI_SLEEP_CONTROL))
+        .arg(format!("PORT_ACPI_RESET={:#x}", layout::PORT_ACPI_RESET))
         .status()
         .unwrap();
     assert!(built.success(), "{} failed", script.display());
