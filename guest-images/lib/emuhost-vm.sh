@@ -58,7 +58,8 @@ find_binary() {
 stage_libraries() {
     local stage=$1 program=$2 soname path
     mkdir -p "$stage/lib"
-    ldd "$program" 2>/dev/null | awk '$2 == "=>" && $3 ~ /^\// { print $1, $3 }' |
+    # ldd fails on a static program, which needs none.
+    { ldd "$program" 2>/dev/null || true; } | awk '$2 == "=>" && $3 ~ /^\// { print $1, $3 }' |
         while read -r soname path; do
             grep -qxF -- "$soname" "$HOST_BUILD/sonames" || place "$path" "$stage/lib/$soname"
         done
