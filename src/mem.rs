@@ -147,10 +147,13 @@ impl Iov {
         &self.pieces
     }
 
-    /// Whether every piece begins and ends on a multiple of `align` bytes (a power of two), as
-    /// O_DIRECT wants of each iovec, not only of the total.
-    pub fn is_aligned(&self, align: usize) -> bool {
-        self.pieces.iter().all(|piece| (piece.iov_base as usize | piece.iov_len).is_multiple_of(align))
+    /// Whether every piece begins on a multiple of `memory_align` and is a multiple of `len_align`
+    /// long, in bytes: O_DIRECT wants it of each iovec, not only of the total.
+    pub fn is_aligned(&self, memory_align: u32, len_align: u32) -> bool {
+        self.pieces.iter().all(|piece| {
+            (piece.iov_base as usize).is_multiple_of(memory_align as usize)
+                && piece.iov_len.is_multiple_of(len_align as usize)
+        })
     }
 
     /// The part from `skip`, at most `len` bytes of it and at most `pieces_max` pieces.

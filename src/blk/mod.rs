@@ -1,42 +1,110 @@
-//! Being built.
+//! virtio-blk (virtio 5.2): the device that a transport sees.
+//!
+//! Owns activation, reset and configuration space. Requests are moved by [`worker`], parsed by
+//! [`request`], and carried out by [`crate::disk`]. Knows nothing of KVM or transports.
+
+pub mod config;
+pub mod request;
+pub mod worker;
 
 use std::io;
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::EventFd;
-
 use crate::disk::Image;
-use crate::virtio::{ActivateError, Activation, VirtioDevice, feature};
+use crate::disk::blocking::BlockingEngine;
+use crate::disk::cache::{Negotiated, WriteCache};
+use crate::disk::machine::{Disk, StableBy};
+use crate::virtio::{ActivateError, Activation, EnabledQueue, VirtioDevice};
+use worker::{Job, WorkerThread};
 
-/// A virtio-blk device.
+/// Device ID of a block device (virtio 5.2.1).
+const DEVICE_ID: u32 = 2;
+
+/// A virtio-blk device: one image, a worker thread a queue.
 pub struct BlockDevice {
-    _image: Arc<Image>,
+    image: Arc<Image>,
+    cache: Arc<WriteCache>,
+    queue_sizes: Vec<u16>,
+    workers: Vec<WorkerThread>,
 }
 
 impl BlockDevice {
-    /// Makes the device and its parked workers; `name` is vda, vdb, ...
-    pub fn new(_name: &str, image: Arc<Image>) -> io::Result<Self> {
-        Ok(Self { _image: image })
+    /// Makes the device and its parked workers; `name` is vda, vdb, ... and names the threads.
+    pub fn new(name: &str, image: Arc<Image>) -> io::Result<Self> {
+        let cache = Arc::new(WriteCache::new(image.policy()));
+        let engine = Box::new(BlockingEngine::new(Arc::clone(image.file())));
+        let disk = Disk::new(Arc::clone(&image), Arc::clone(&cache), engine, StableBy::Dsync);
+        Self::with_disks(name, image, cache, vec![disk])
+    }
+
+    /// A device over these machines, one a queue, all of `image` and `cache`.
+    pub fn with_disks(
+        name: &str,
+        image: Arc<Image>,
+        cache: Arc<WriteCache>,
+        disks: Vec<Disk>,
+    ) -> io::Result<Self> {
+        let queue_sizes = vec![image.queue_size(); disks.len()];
+        let thread = |(index, disk)| WorkerThread::park(format!("{name}-q{index}"), disk);
+        let workers = disks.into_iter().enumerate().map(thread).collect::<io::Result<_>>()?;
+        Ok(Self { image, cache, queue_sizes, workers })
     }
 }
 
 impl VirtioDevice for BlockDevice {
     fn device_id(&self) -> u32 {
-        2
+        DEVICE_ID
     }
+
     fn features(&self) -> u64 {
-        feature::VERSION_1
+        config::offered(&self.image)
     }
+
     fn queue_sizes(&self) -> &[u16] {
-        &[]
+        &self.queue_sizes
     }
-    fn doorbells(&self) -> &[EventFd] {
-        &[]
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let space = config::space(&self.image, self.cache.writeback());
+        let from = usize::try_from(offset).unwrap_or(usize::MAX).min(space.len());
+        for (to, from) in data.iter_mut().zip(&space[from..]) {
+            *to = *from;
+        }
     }
-    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
-    fn write_config(&mut self, _offset: u64, _data: &[u8], _features: u64) {}
-    fn activate(&mut self, _parts: Activation) -> Result<(), ActivateError> {
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        // `writeback` is the only field that a driver may write (virtio 5.2.5).
+        let at = (config::WRITEBACK as u64).checked_sub(offset).and_then(|at| usize::try_from(at).ok());
+        let Some(&value) = at.and_then(|at| data.get(at)) else { return };
+        if self.cache.guest_sets_writeback(value != 0)
+            && let Some(worker) = self.workers.first()
+        {
+            worker.wake();
+        }
+    }
+
+    fn negotiated(&mut self, features: u64) {
+        self.cache.negotiate(Negotiated {
+            flush: features & config::FLUSH != 0,
+            config_wce: features & config::CONFIG_WCE != 0,
+        });
+    }
+
+    fn activate(&mut self, parts: Activation) -> Result<(), ActivateError> {
+        let Activation { ram, features, queues, interrupt } = parts;
+        for EnabledQueue { index, ring, doorbell } in queues {
+            let worker = self.workers.get(usize::from(index)).ok_or(ActivateError::MissingQueue(index))?;
+            let job =
+                Job { ram: ram.clone(), features, index, ring, doorbell, interrupt: Arc::clone(&interrupt) };
+            worker.start(job).map_err(|_| ActivateError::Worker(index))?;
+        }
         Ok(())
     }
-    fn reset(&mut self) {}
+
+    fn reset(&mut self) {
+        for worker in &self.workers {
+            worker.stop();
+        }
+        self.cache.reset();
+    }
 }

@@ -40,6 +40,8 @@ pub struct EnabledQueue {
     pub index: u16,
     /// Its rings.
     pub ring: Ring,
+    /// Written at each available-buffer notification, by KVM itself (ioeventfd) or the transport.
+    pub doorbell: Arc<EventFd>,
 }
 
 /// What a device gets at DRIVER_OK.
@@ -74,14 +76,12 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// The largest size of each queue; the number of queues is its length.
     fn queue_sizes(&self) -> &[u16];
-    /// One eventfd a queue, written at each available-buffer notification. They are created with
-    /// the device and live as long as it does, so KVM can signal them itself (ioeventfd).
-    fn doorbells(&self) -> &[EventFd];
     /// Reads configuration space at `offset`; bytes that do not exist read 0 (virtio 2.5).
     fn read_config(&self, offset: u64, data: &mut [u8]);
-    /// Writes configuration space; whatever is not writable is ignored. `features` are those
-    /// negotiated so far.
-    fn write_config(&mut self, offset: u64, data: &[u8], features: u64);
+    /// Writes configuration space, after FEATURES_OK; whatever is not writable is ignored.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+    /// FEATURES_OK: this subset of [`VirtioDevice::features`] holds until reset.
+    fn negotiated(&mut self, features: u64);
     /// DRIVER_OK: takes the queues and starts to work.
     fn activate(&mut self, parts: Activation) -> Result<(), ActivateError>;
     /// Stops, having waited for all I/O in flight (S10, R15): when it returns no queue is touched

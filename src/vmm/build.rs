@@ -92,6 +92,9 @@ fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
     let open = |options| {
         let image = Arc::new(Image::open(options)?);
         log::info!("{}", image.banner());
+        for warning in image.warnings() {
+            log::warn!("{warning}");
+        }
         Ok(OpenDisk { path: options.path.clone(), image })
     };
     config.disks.iter().map(open).collect()
@@ -142,7 +145,9 @@ fn virtio_devices(vm: &VmFd, ram: &Ram, disks: &[OpenDisk]) -> Result<VirtioDevi
         let device = BlockDevice::new(&format!("vd{letter}"), Arc::clone(&disk.image))
             .map_err(host("start a disk's worker"))?;
         let line = kvm::interrupt(vm, irq)?;
-        let transport = Arc::new(Mutex::new(MmioTransport::new(Box::new(device), ram.clone(), line)));
+        let transport = MmioTransport::new(Box::new(device), ram.clone(), line)
+            .map_err(host("make the doorbells of a disk"))?;
+        let transport = Arc::new(Mutex::new(transport));
         bind_doorbells(vm, &transport, base)?;
         mmio.place("virtio-mmio", base, layout::VIRTIO_MMIO_STRIDE, transport.clone())?;
         transports.push(transport);

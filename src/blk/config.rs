@@ -1,0 +1,79 @@
+//! virtio-blk's features and configuration space (virtio 5.2.3, 5.2.4).
+//!
+//! Owns the bits and the layout. Pure: what is offered follows from the image alone.
+
+use crate::disk::Image;
+use crate::virtio::feature;
+
+/// VIRTIO_BLK_F_SEG_MAX.
+pub const SEG_MAX: u64 = 1 << 2;
+/// VIRTIO_BLK_F_RO.
+pub const RO: u64 = 1 << 5;
+/// VIRTIO_BLK_F_BLK_SIZE.
+pub const BLK_SIZE: u64 = 1 << 6;
+/// VIRTIO_BLK_F_FLUSH.
+pub const FLUSH: u64 = 1 << 9;
+/// VIRTIO_BLK_F_TOPOLOGY.
+pub const TOPOLOGY: u64 = 1 << 10;
+/// VIRTIO_BLK_F_CONFIG_WCE.
+pub const CONFIG_WCE: u64 = 1 << 11;
+/// VIRTIO_BLK_F_DISCARD.
+pub const DISCARD: u64 = 1 << 13;
+/// VIRTIO_BLK_F_WRITE_ZEROES.
+pub const WRITE_ZEROES: u64 = 1 << 14;
+
+/// Offset of the `writeback` byte.
+pub const WRITEBACK: usize = 32;
+/// Length of struct virtio_blk_config up to write_zeroes_may_unmap and its padding.
+const CONFIG_BYTES: usize = 60;
+
+/// Most segments of one DISCARD or WRITE_ZEROES.
+pub const ERASE_SEGMENTS_MAX: u32 = 32;
+/// Most sectors of one segment: 2 GiB, so that one request cannot keep a worker for long.
+pub const ERASE_SECTORS_MAX: u32 = 1 << 22;
+
+/// What is offered for `image`.
+///
+/// FLUSH always, so CONFIG_WCE may be (virtio 5.2.5.2); in `unsafe` too, where it breaks the promise
+/// on purpose but leaves the guest's behaviour as in writeback.
+pub fn offered(image: &Image) -> u64 {
+    let always = feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC;
+    let block = SEG_MAX | BLK_SIZE | TOPOLOGY | FLUSH | CONFIG_WCE;
+    let writing = if image.readonly() { RO } else { WRITE_ZEROES };
+    let discard = if image.discard() { DISCARD } else { 0 };
+    always | block | writing | discard
+}
+
+/// Configuration space, with `writeback` as it is now. Fields whose feature is not offered read 0.
+pub fn space(image: &Image, writeback: bool) -> [u8; CONFIG_BYTES] {
+    let geometry = image.geometry();
+    let offered = offered(image);
+    let block_sectors = geometry.logical_block / 512;
+    let mut space = [0; CONFIG_BYTES];
+    let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, &geometry.capacity_sectors.to_le_bytes());
+    // A header and a status leave so many descriptors for data.
+    put(12, &u32::from(image.queue_size().saturating_sub(2)).to_le_bytes());
+    put(20, &geometry.logical_block.to_le_bytes());
+    put(24, &[physical_block_exp(geometry.physical_block, geometry.logical_block)]);
+    // alignment_offset stays 0; min_io_size is in logical blocks; opt_io_size stays 0, unknown.
+    put(26, &1u16.to_le_bytes());
+    put(WRITEBACK, &[u8::from(writeback)]);
+    if offered & DISCARD != 0 {
+        put(36, &ERASE_SECTORS_MAX.to_le_bytes());
+        put(40, &ERASE_SEGMENTS_MAX.to_le_bytes());
+        put(44, &block_sectors.to_le_bytes());
+    }
+    if offered & WRITE_ZEROES != 0 {
+        put(48, &ERASE_SECTORS_MAX.to_le_bytes());
+        put(52, &ERASE_SEGMENTS_MAX.to_le_bytes());
+        put(56, &[u8::from(image.discard())]);
+    }
+    space
+}
+
+/// log2 of physical over logical block, both powers of two.
+fn physical_block_exp(physical: u32, logical: u32) -> u8 {
+    let exponent = physical.max(1).ilog2().saturating_sub(logical.max(1).ilog2());
+    u8::try_from(exponent).unwrap_or(0)
+}

@@ -1,0 +1,322 @@
+//! What a descriptor chain asks of a block device (virtio 5.2.6).
+//!
+//! Owns framing and parsing, whatever the descriptor layout (virtio 2.7.4.1): the first 16 readable
+//! bytes are the header, the last writable byte is the status. Pure: bytes that were copied out of
+//! guest memory once come in, and a request that is private from then on comes out.
+
+use crate::disk::geometry::{Geometry, SECTOR, SectorRange};
+use crate::disk::machine::ZeroedRange;
+use crate::mem::Segment;
+use crate::virtio::queue::Chain;
+
+use super::config::{self, ERASE_SECTORS_MAX, ERASE_SEGMENTS_MAX};
+
+/// Bytes of struct virtio_blk_req up to its data.
+pub const HEADER_BYTES: usize = 16;
+/// Bytes of struct virtio_blk_discard_write_zeroes.
+const ERASE_SEGMENT_BYTES: usize = 16;
+/// Bytes of a GET_ID answer.
+pub const ID_BYTES: u32 = 20;
+
+/// Request types.
+mod kind {
+    pub const IN: u32 = 0;
+    pub const OUT: u32 = 1;
+    pub const FLUSH: u32 = 4;
+    pub const GET_ID: u32 = 8;
+    pub const DISCARD: u32 = 11;
+    pub const WRITE_ZEROES: u32 = 13;
+}
+
+/// Flag of a discard or write-zeroes segment.
+const UNMAP: u32 = 1;
+
+/// The status byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Status {
+    /// Done, all of it.
+    Ok = 0,
+    /// Not done, or nobody knows.
+    IoErr = 1,
+    /// Not something this device does.
+    Unsupp = 2,
+}
+
+/// A chain taken apart into the parts of a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// The first 16 readable bytes; `None` if there are fewer.
+    pub header: Option<Vec<Segment>>,
+    /// Readable bytes behind the header.
+    pub data_out: Vec<Segment>,
+    /// Writable bytes before the status.
+    pub data_in: Vec<Segment>,
+    /// Guest address of the status byte.
+    pub status_addr: u64,
+}
+
+impl Frame {
+    /// Takes a chain apart; `None` if it has no writable byte for a status.
+    pub fn new(chain: &Chain) -> Option<Self> {
+        let (data_in, status) = split_last(&chain.writable)?;
+        let (header, data_out) = match split_at(&chain.readable, HEADER_BYTES as u64) {
+            Some((header, data)) => (Some(header), data),
+            None => (None, Vec::new()),
+        };
+        Some(Self { header, data_out, data_in, status_addr: status })
+    }
+
+    /// What goes into the used ring (virtio 2.7.8.2): bytes from the first writable one that are
+    /// really written, if the status is and `data` bytes before it are.
+    pub fn written(&self, data: u32) -> u32 {
+        match total(&self.data_in) {
+            all if all == u64::from(data) => data.saturating_add(1),
+            // A gap lies between what was written and the status, which then does not count.
+            _ => data,
+        }
+    }
+
+    /// Bytes that the device may fill.
+    pub fn data_in_bytes(&self) -> u64 {
+        total(&self.data_in)
+    }
+}
+
+/// All bytes of some segments.
+pub fn total(segments: &[Segment]) -> u64 {
+    segments.iter().map(|segment| u64::from(segment.len)).sum()
+}
+
+/// The address of the last byte, and what comes before it.
+fn split_last(segments: &[Segment]) -> Option<(Vec<Segment>, u64)> {
+    let last = segments.iter().rposition(|segment| segment.len > 0)?;
+    let mut before = segments[..=last].to_vec();
+    let ending = before.last_mut()?;
+    ending.len -= 1;
+    // An address beyond 2^64 is nowhere: writing the status there fails, and says so.
+    let status = ending.addr.saturating_add(u64::from(ending.len));
+    before.retain(|segment| segment.len > 0);
+    Some((before, status))
+}
+
+/// The first `count` bytes and the rest; `None` if there are fewer.
+fn split_at(segments: &[Segment], count: u64) -> Option<(Vec<Segment>, Vec<Segment>)> {
+    let (mut first, mut rest) = (Vec::new(), Vec::new());
+    let mut left = count;
+    for &Segment { addr, len } in segments {
+        let take = u64::from(len).min(left);
+        let take_u32 = u32::try_from(take).ok()?;
+        if take > 0 {
+            first.push(Segment { addr, len: take_u32 });
+        }
+        if u64::from(len) > take {
+            // Beyond 2^64 is outside RAM like any other such address, and found there.
+            rest.push(Segment { addr: addr.saturating_add(take), len: len - take_u32 });
+        }
+        left -= take;
+    }
+    (left == 0).then_some((first, rest))
+}
+
+/// The header, private (virtio 5.2.6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// Type.
+    pub kind: u32,
+    /// First sector.
+    pub sector: u64,
+}
+
+impl Header {
+    /// Decodes it; the reserved word is ignored.
+    pub fn parse(bytes: &[u8; HEADER_BYTES]) -> Self {
+        let [k0, k1, k2, k3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = *bytes;
+        Self {
+            kind: u32::from_le_bytes([k0, k1, k2, k3]),
+            sector: u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]),
+        }
+    }
+
+    /// Bytes of `data_out` that must be copied to parse the request: the segments of an erase.
+    /// `None` if there are more, or fewer, than such a request may have.
+    pub fn payload_bytes(&self, data_out: u64) -> Option<usize> {
+        match self.kind {
+            kind::DISCARD | kind::WRITE_ZEROES => {
+                let segment = ERASE_SEGMENT_BYTES as u64;
+                let most = u64::from(ERASE_SEGMENTS_MAX) * segment;
+                let fits = data_out > 0 && data_out.is_multiple_of(segment) && data_out <= most;
+                usize::try_from(data_out).ok().filter(|_| fits)
+            }
+            _ => Some(0),
+        }
+    }
+}
+
+/// A request, checked against the disk as far as that goes without moving a byte.
+#[derive(Debug, Clone)]
+pub enum Request {
+    /// Read this range into the writable data.
+    In(SectorRange),
+    /// Write the readable data to this range.
+    Out(SectorRange),
+    /// Make stable.
+    Flush,
+    /// Tell the serial.
+    GetId,
+    /// Forget these ranges.
+    Discard(Vec<SectorRange>),
+    /// Zero these ranges.
+    WriteZeroes(Vec<ZeroedRange>),
+}
+
+/// The disk as far as parsing needs it.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits<'a> {
+    /// Capacity.
+    pub geometry: &'a Geometry,
+    /// Features that were negotiated.
+    pub features: u64,
+    /// A read-only disk answers every write with IOERR, whatever was negotiated (B9).
+    pub readonly: bool,
+}
+
+/// Parses a request whose frame is sound; `payload` is the data of an erase. The error is the
+/// status to answer with.
+pub fn parse(header: Header, frame: &Frame, payload: &[u8], limits: &Limits<'_>) -> Result<Request, Status> {
+    let range = |bytes| limits.geometry.check(header.sector, bytes).ok_or(Status::IoErr);
+    let writable = |request| if limits.readonly { Err(Status::IoErr) } else { request };
+    match header.kind {
+        kind::IN => range(total(&frame.data_in)).map(Request::In),
+        kind::OUT => writable(range(total(&frame.data_out)).map(Request::Out)),
+        // Sector and data mean nothing to a FLUSH; a driver that sets them gets its FLUSH (B10).
+        kind::FLUSH => Ok(Request::Flush),
+        kind::GET_ID if frame.data_in_bytes() < u64::from(ID_BYTES) => Err(Status::IoErr),
+        kind::GET_ID => Ok(Request::GetId),
+        kind::DISCARD if limits.features & config::DISCARD != 0 => {
+            writable(discard(payload, limits).map(Request::Discard))
+        }
+        kind::WRITE_ZEROES if limits.features & config::WRITE_ZEROES != 0 => {
+            writable(write_zeroes(payload, limits).map(Request::WriteZeroes))
+        }
+        // On a readonly disk these two were never offered; they are writes all the same.
+        kind::DISCARD | kind::WRITE_ZEROES if limits.readonly => Err(Status::IoErr),
+        _ => Err(Status::Unsupp),
+    }
+}
+
+fn discard(payload: &[u8], limits: &Limits<'_>) -> Result<Vec<SectorRange>, Status> {
+    let segments = erase_segments(payload)?;
+    // Unknown flags, and for DISCARD unmap too, are UNSUPP (virtio 5.2.6.2), before any range is
+    // looked at.
+    if segments.iter().any(|segment| segment.flags != 0) {
+        return Err(Status::Unsupp);
+    }
+    segments.iter().map(|segment| segment.range(limits)).collect()
+}
+
+fn write_zeroes(payload: &[u8], limits: &Limits<'_>) -> Result<Vec<ZeroedRange>, Status> {
+    let segments = erase_segments(payload)?;
+    if segments.iter().any(|segment| segment.flags & !UNMAP != 0) {
+        return Err(Status::Unsupp);
+    }
+    // Without `discard=on` write_zeroes_may_unmap is 0, and the flag is a wish that is not granted.
+    let may_unmap = limits.features & config::DISCARD != 0;
+    let ranges = segments.iter().map(|segment| {
+        let unmap = may_unmap && segment.flags & UNMAP != 0;
+        segment.range(limits).map(|range| ZeroedRange { range, unmap })
+    });
+    ranges.collect()
+}
+
+/// struct virtio_blk_discard_write_zeroes.
+struct EraseSegment {
+    sector: u64,
+    sectors: u32,
+    flags: u32,
+}
+
+impl EraseSegment {
+    fn range(&self, limits: &Limits<'_>) -> Result<SectorRange, Status> {
+        if self.sectors > ERASE_SECTORS_MAX {
+            return Err(Status::IoErr);
+        }
+        let bytes = u64::from(self.sectors) * SECTOR;
+        limits.geometry.check(self.sector, bytes).ok_or(Status::IoErr)
+    }
+}
+
+fn erase_segments(payload: &[u8]) -> Result<Vec<EraseSegment>, Status> {
+    let (segments, rest) = payload.as_chunks::<ERASE_SEGMENT_BYTES>();
+    if segments.is_empty() || !rest.is_empty() {
+        return Err(Status::IoErr);
+    }
+    let parse = |&[s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, f0, f1, f2, f3]: &[u8; 16]| EraseSegment {
+        sector: u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]),
+        sectors: u32::from_le_bytes([n0, n1, n2, n3]),
+        flags: u32::from_le_bytes([f0, f1, f2, f3]),
+    };
+    Ok(segments.iter().map(parse).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segment(addr: u64, len: u32) -> Segment {
+        Segment { addr, len }
+    }
+
+    fn chain(readable: &[(u64, u32)], writable: &[(u64, u32)]) -> Chain {
+        let segments = |parts: &[(u64, u32)]| parts.iter().map(|&(addr, len)| segment(addr, len)).collect();
+        Chain { head: 0, readable: segments(readable), writable: segments(writable), fault: None }
+    }
+
+    #[test]
+    fn any_layout_of_descriptors_gives_the_same_parts() {
+        let classic = chain(&[(0, 16), (16, 512)], &[(0x1000, 512), (0x1200, 1)]);
+        let others = [
+            chain(&[(0, 528)], &[(0x1000, 513)]),
+            chain(&[(0, 7), (7, 1), (8, 520)], &[(0x1000, 1), (0x1001, 512)]),
+            chain(&[(0, 0), (0, 16), (16, 0), (16, 512)], &[(0x1000, 513), (0x9999, 0)]),
+        ];
+        let expected = Frame::new(&classic).unwrap();
+        assert_eq!(expected.status_addr, 0x1200);
+        for other in &others {
+            let frame = Frame::new(other).unwrap();
+            assert_eq!(frame.status_addr, expected.status_addr);
+            assert_eq!(total(frame.header.as_ref().unwrap()), 16);
+            assert_eq!(total(&frame.data_out), 512);
+            assert_eq!(total(&frame.data_in), 512);
+            assert_eq!(frame.data_in[0].addr, 0x1000);
+            assert_eq!(frame.data_out[0].addr, 16);
+        }
+    }
+
+    #[test]
+    fn a_chain_without_a_writable_byte_is_no_frame() {
+        assert_eq!(Frame::new(&chain(&[(0, 16)], &[])), None);
+        assert_eq!(Frame::new(&chain(&[(0, 16)], &[(0x1000, 0)])), None);
+    }
+
+    #[test]
+    fn a_short_header_is_seen() {
+        assert_eq!(Frame::new(&chain(&[(0, 15)], &[(0x1000, 1)])).unwrap().header, None);
+    }
+
+    #[test]
+    fn addresses_at_the_end_of_the_world_do_not_wrap() {
+        let frame = Frame::new(&chain(&[(u64::MAX - 3, 64)], &[(u64::MAX, 9)])).unwrap();
+        assert_eq!(frame.status_addr, u64::MAX);
+        assert_eq!(frame.data_out[0].addr, u64::MAX);
+    }
+
+    #[test]
+    fn used_length_counts_the_status_only_behind_whole_data() {
+        let frame = Frame::new(&chain(&[(0, 16)], &[(0x1000, 513)])).unwrap();
+        for (data, written) in [(512, 513), (0, 0), (20, 20)] {
+            assert_eq!(frame.written(data), written);
+        }
+        assert_eq!(Frame::new(&chain(&[(0, 16)], &[(0x1000, 1)])).unwrap().written(0), 1);
+    }
+}

@@ -1,0 +1,447 @@
+//! The worker of one queue: moves requests from the ring to the disk and their answers back.
+//!
+//! Owns the thread, its parking between drivers, and what each request in flight still needs for
+//! its answer. A popped chain is completed exactly once, or the ring is declared broken. Requests
+//! are kept under a private number, never under the guest's head, which a hostile guest may submit
+//! twice (R8).
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::request::{self, Frame, HEADER_BYTES, Header, ID_BYTES, Limits, Request, Status};
+use crate::disk::engine::Wake;
+use crate::disk::machine::{Completion, Disk, Op};
+use crate::mem::{self, Iov, Ram, Segment};
+use crate::ratelimit::RateLimit;
+use crate::virtio::Interrupt;
+use crate::virtio::queue::{Chain, Ring, RingError};
+use crate::warn_limited;
+
+/// What a worker gets at activation.
+pub struct Job {
+    /// Guest RAM.
+    pub ram: Ram,
+    /// What was negotiated.
+    pub features: u64,
+    /// The queue's index.
+    pub index: u16,
+    /// Its rings.
+    pub ring: Ring,
+    /// Its doorbell.
+    pub doorbell: Arc<EventFd>,
+    /// The way to the driver.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// The answer that a request in flight still owes.
+struct Pending {
+    head: u16,
+    frame: Frame,
+    /// Bytes of data that the driver gets if all goes well.
+    data_bytes: u32,
+}
+
+/// One queue at work, from DRIVER_OK to reset. It needs no thread of its own: tests call
+/// [`QueueWorker::turn`].
+pub struct QueueWorker<'a> {
+    job: Job,
+    disk: &'a mut Disk,
+    pending: HashMap<u64, Pending>,
+    next_id: u64,
+    /// Something was pushed to the used ring since the driver was last told.
+    pushed: bool,
+    errors: RateLimit,
+}
+
+impl<'a> QueueWorker<'a> {
+    /// A worker for `job` on `disk`.
+    pub fn new(job: Job, disk: &'a mut Disk) -> Self {
+        let errors = RateLimit::for_guest_errors();
+        Self { job, disk, pending: HashMap::new(), next_id: 0, pushed: false, errors }
+    }
+
+    /// One round: takes what is available, answers what is done, and waits for more of either.
+    pub fn turn(&mut self) -> Result<(), TurnError> {
+        self.disk.sync_if_switched_off();
+        let more = self.take_available()?;
+        self.answer()?;
+        let doorbell = Arc::clone(&self.job.doorbell);
+        let wake = if more { Wake::Now } else { Wake::Doorbell(&doorbell) };
+        self.disk.wait(wake)?;
+        self.answer()
+    }
+
+    /// Waits for everything in flight and answers it (virtio 2.4.1, R15). When the ring takes no
+    /// answer any more, the I/O on guest memory is waited for all the same.
+    pub fn drain(&mut self) -> Result<(), TurnError> {
+        let mut outcome = Ok(());
+        while !self.disk.is_idle() {
+            self.disk.wait(Wake::EndOnly)?;
+            match outcome {
+                Ok(()) => outcome = self.answer(),
+                Err(_) => self.disk.take_completions().for_each(drop),
+            }
+        }
+        outcome
+    }
+
+    /// Pops at most as many chains as the ring has entries, so that a flood of requests cannot
+    /// keep the others from being answered (R17); whether there may be more.
+    fn take_available(&mut self) -> Result<bool, RingError> {
+        let size = usize::from(self.job.ring.size());
+        self.job.ring.disable_doorbell(&self.job.ram)?;
+        for _ in 0..size {
+            // More in flight than the ring has entries is possible only when a driver submits
+            // descriptors that it does not own; it waits until some are done (R23).
+            if self.pending.len() == size {
+                return Ok(false);
+            }
+            let Some(chain) = self.job.ring.pop(&self.job.ram)? else {
+                if self.job.ring.enable_doorbell(&self.job.ram)? {
+                    continue;
+                }
+                return Ok(false);
+            };
+            self.take(&chain)?;
+        }
+        Ok(true)
+    }
+
+    /// A chain becomes a request of the disk, or is answered at once.
+    fn take(&mut self, chain: &Chain) -> Result<(), RingError> {
+        let frame = Frame::new(chain).ok_or(RingError::NoStatus(chain.head))?;
+        match self.parse(chain, &frame) {
+            Ok((Op::Flush, _)) => self.submit(chain.head, frame, 0, Op::Flush),
+            Ok((op, data_bytes)) => self.submit(chain.head, frame, data_bytes, op),
+            Err(Answer { status, data_bytes }) => self.finish(chain.head, &frame, status, data_bytes)?,
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self, head: u16, frame: Frame, data_bytes: u32, op: Op) {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.pending.insert(id, Pending { head, frame, data_bytes });
+        self.disk.submit(id, op);
+    }
+
+    /// Reads header and payload, once, and makes an operation of them.
+    fn parse(&mut self, chain: &Chain, frame: &Frame) -> Result<(Op, u32), Answer> {
+        let bad = |worker: &mut Self, why: &dyn std::fmt::Display| {
+            warn_limited!(worker.errors, "blk: request at descriptor {}: {why}", chain.head);
+            Answer::from(Status::IoErr)
+        };
+        if let Some(fault) = chain.fault {
+            return Err(bad(self, &fault));
+        }
+        let Some(header) = &frame.header else {
+            return Err(bad(self, &"its header is shorter than 16 bytes"));
+        };
+        let mut bytes = [0; HEADER_BYTES];
+        gather(&self.job.ram, header, &mut bytes).map_err(|why| bad(self, &why))?;
+        let header = Header::parse(&bytes);
+        // An erase with a wrong amount of data still has to be UNSUPP where it is not offered, so
+        // an empty payload goes on to the parser, which refuses it.
+        let payload_bytes = header.payload_bytes(request::total(&frame.data_out)).unwrap_or(0);
+        let mut payload = vec![0; payload_bytes];
+        gather(&self.job.ram, &frame.data_out, &mut payload).map_err(|why| bad(self, &why))?;
+        let image = Arc::clone(self.disk.image());
+        let features = self.job.features;
+        let limits = Limits { geometry: image.geometry(), features, readonly: image.readonly() };
+        match request::parse(header, frame, &payload, &limits)? {
+            Request::In(range) => {
+                let iov = Iov::new(&self.job.ram, &frame.data_in).map_err(|why| bad(self, &why))?;
+                // More than 4 GiB was refused by the walk; the largest used length is 2^32 - 1.
+                let data_bytes = u32::try_from(range.bytes()).unwrap_or(u32::MAX - 1);
+                Ok((Op::Read(range, iov), data_bytes))
+            }
+            Request::Out(range) => {
+                let iov = Iov::new(&self.job.ram, &frame.data_out).map_err(|why| bad(self, &why))?;
+                Ok((Op::Write(range, iov), 0))
+            }
+            Request::Flush => Ok((Op::Flush, 0)),
+            Request::Discard(ranges) => Ok((Op::Discard(ranges), 0)),
+            Request::WriteZeroes(ranges) => Ok((Op::WriteZeroes(ranges), 0)),
+            Request::GetId => {
+                scatter(&self.job.ram, &frame.data_in, image.serial()).map_err(|why| bad(self, &why))?;
+                Err(Answer { status: Status::Ok, data_bytes: ID_BYTES })
+            }
+        }
+    }
+
+    /// Answers what the disk has done, then tells the driver, at most once.
+    fn answer(&mut self) -> Result<(), TurnError> {
+        let completions: Vec<Completion> = self.disk.take_completions().collect();
+        for Completion { id, result } in completions {
+            let Some(Pending { head, frame, data_bytes }) = self.pending.remove(&id) else {
+                return Err(TurnError::Lost(id));
+            };
+            let (status, data_bytes) = match result {
+                Ok(()) => (Status::Ok, data_bytes),
+                Err(error) => {
+                    let path = self.disk.image().path().display().to_string();
+                    warn_limited!(self.errors, "disk {path}: request fails: {}", Chained(&error));
+                    // What was transferred before the error is not counted on: 0 is always true.
+                    (Status::IoErr, 0)
+                }
+            };
+            self.finish(head, &frame, status, data_bytes)?;
+        }
+        if std::mem::take(&mut self.pushed) && self.job.ring.wants_interrupt(&self.job.ram)? {
+            self.job.interrupt.queue(self.job.index);
+        }
+        Ok(())
+    }
+
+    /// Data is there; now the status, then the used entry, then its index (virtio 2.7.8.2).
+    fn finish(&mut self, head: u16, frame: &Frame, status: Status, data_bytes: u32) -> Result<(), RingError> {
+        mem::write_bytes(&self.job.ram, frame.status_addr, &[status as u8])
+            .map_err(|_| RingError::NoStatus(head))?;
+        self.job.ring.push_used(&self.job.ram, head, frame.written(data_bytes))?;
+        self.pushed = true;
+        Ok(())
+    }
+}
+
+/// An answer that needs no disk.
+struct Answer {
+    status: Status,
+    data_bytes: u32,
+}
+
+impl From<Status> for Answer {
+    fn from(status: Status) -> Self {
+        Self { status, data_bytes: 0 }
+    }
+}
+
+/// Why a worker cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum TurnError {
+    /// The driver has broken the ring.
+    #[error("the driver has broken its queue")]
+    Ring(#[from] RingError),
+    /// The engine cannot wait.
+    #[error("the I/O engine failed")]
+    Engine(#[from] io::Error),
+    /// The disk completed what was never submitted: our error, and nothing it says can be trusted.
+    #[error("the disk completed request {0}, which is not in flight")]
+    Lost(u64),
+}
+
+/// An error with its causes, in one line.
+struct Chained<'a>(&'a dyn std::error::Error);
+
+impl std::fmt::Display for Chained<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+/// Copies the first `bytes.len()` bytes of the segments out of guest memory.
+fn gather(ram: &Ram, segments: &[Segment], bytes: &mut [u8]) -> Result<(), mem::OutsideRam> {
+    let mut rest = bytes;
+    for segment in segments {
+        let take = rest.len().min(segment.len as usize);
+        let (now, later) = rest.split_at_mut(take);
+        if !now.is_empty() {
+            mem::read_bytes(ram, segment.addr, now)?;
+        }
+        rest = later;
+    }
+    Ok(())
+}
+
+/// Copies bytes into the segments, as far as they reach.
+fn scatter(ram: &Ram, segments: &[Segment], bytes: &[u8]) -> Result<(), mem::OutsideRam> {
+    let mut rest = bytes;
+    for segment in segments {
+        let (now, later) = rest.split_at(rest.len().min(segment.len as usize));
+        if !now.is_empty() {
+            mem::write_bytes(ram, segment.addr, now)?;
+        }
+        rest = later;
+    }
+    Ok(())
+}
+
+/// What the device and its worker's thread say to each other.
+struct Mailbox {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+enum State {
+    /// Waits for a driver.
+    Parked,
+    /// A driver has come.
+    Starting(Box<Job>),
+    /// At work; the eventfd wakes it.
+    Working(Arc<EventFd>),
+    /// Told to drain and park.
+    Stopping,
+    /// Told to end, or ended by itself.
+    Ended,
+}
+
+impl Mailbox {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, guard: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(guard).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, state: State) {
+        *self.lock() = state;
+        self.changed.notify_all();
+    }
+}
+
+/// A worker's thread, created at start and parked until a driver comes.
+pub struct WorkerThread {
+    mailbox: Arc<Mailbox>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The worker's thread is not there any more.
+#[derive(Debug, thiserror::Error)]
+#[error("the worker's thread has ended")]
+pub struct WorkerGone;
+
+impl WorkerThread {
+    /// Starts the thread and parks it.
+    pub fn park(name: String, disk: Disk) -> io::Result<Self> {
+        let mailbox = Arc::new(Mailbox { state: Mutex::new(State::Parked), changed: Condvar::new() });
+        let theirs = Arc::clone(&mailbox);
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            let at_the_end = EndsWithThread(&theirs);
+            work(at_the_end.0, disk);
+        })?;
+        Ok(Self { mailbox, thread: Some(thread) })
+    }
+
+    /// Hands over the queue.
+    pub fn start(&self, job: Job) -> Result<(), WorkerGone> {
+        match &mut *self.mailbox.lock() {
+            state @ State::Parked => *state = State::Starting(Box::new(job)),
+            _ => return Err(WorkerGone),
+        }
+        self.mailbox.changed.notify_all();
+        Ok(())
+    }
+
+    /// Wakes the worker to look at more than its ring.
+    pub fn wake(&self) {
+        if let State::Working(doorbell) = &*self.mailbox.lock() {
+            ring(doorbell);
+        }
+    }
+
+    /// Returns when the worker has drained and parked, or has ended.
+    pub fn stop(&self) {
+        let mut state = self.mailbox.lock();
+        if let State::Starting(_) = *state {
+            *state = State::Parked;
+        }
+        if let State::Working(doorbell) = &*state {
+            let doorbell = Arc::clone(doorbell);
+            *state = State::Stopping;
+            ring(&doorbell);
+        }
+        while matches!(*state, State::Stopping) {
+            state = self.mailbox.wait(state);
+        }
+    }
+}
+
+impl Drop for WorkerThread {
+    /// Whoever starts an I/O owns it until it ends: drains, then joins.
+    fn drop(&mut self) {
+        self.stop();
+        self.mailbox.set(State::Ended);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("blk: a worker has panicked");
+        }
+    }
+}
+
+/// However the thread ends, nobody waits for it for ever.
+struct EndsWithThread<'a>(&'a Mailbox);
+
+impl Drop for EndsWithThread<'_> {
+    fn drop(&mut self) {
+        self.0.set(State::Ended);
+    }
+}
+
+/// A full eventfd counter wakes as well as a ring does.
+fn ring(doorbell: &EventFd) {
+    if let Err(error) = doorbell.write(1)
+        && error.kind() != io::ErrorKind::WouldBlock
+    {
+        log::error!("blk: a worker cannot be woken: {error}");
+    }
+}
+
+/// The thread: parks, works, drains, parks again. It ends when it is told to, or when its engine
+/// cannot be waited for, since then nothing can be known of what is in flight.
+fn work(mailbox: &Mailbox, mut disk: Disk) {
+    while let Some(job) = next_job(mailbox) {
+        let interrupt = Arc::clone(&job.interrupt);
+        let mut worker = QueueWorker::new(job, &mut disk);
+        let mut outcome = Ok(());
+        while outcome.is_ok() && matches!(*mailbox.lock(), State::Working(_)) {
+            outcome = worker.turn();
+        }
+        let outcome = outcome.and(worker.drain());
+        drop(worker);
+        if let Err(error) = &outcome {
+            log::warn!("blk: {}; the device needs a reset", Chained(error));
+            interrupt.needs_reset();
+        }
+        if let Err(TurnError::Engine(_)) = outcome {
+            return;
+        }
+        park(mailbox);
+    }
+}
+
+fn next_job(mailbox: &Mailbox) -> Option<Job> {
+    let mut state = mailbox.lock();
+    loop {
+        match std::mem::replace(&mut *state, State::Parked) {
+            State::Starting(job) => {
+                *state = State::Working(Arc::clone(&job.doorbell));
+                return Some(*job);
+            }
+            State::Ended => {
+                *state = State::Ended;
+                return None;
+            }
+            _ => state = mailbox.wait(state),
+        }
+    }
+}
+
+/// Tells that nothing is in flight any more.
+fn park(mailbox: &Mailbox) {
+    match &mut *mailbox.lock() {
+        State::Ended => {}
+        state => *state = State::Parked,
+    }
+    mailbox.changed.notify_all();
+}

@@ -1,0 +1,98 @@
+//! The blocking engine: preadv, pwritev2, fdatasync, fallocate, one after another in the order of
+//! submission, on the thread that waits.
+//!
+//! Owns the system calls and nothing else. It is the reference that strace can audit: every
+//! operation is exactly one call.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use super::engine::{Ended, Engine, HostOp, Wake};
+
+/// Most operations that wait for their turn. The virtqueue is the real bound; this one keeps the
+/// engine honest about being full.
+const QUEUED_MAX: usize = 128;
+
+/// Executes one operation at a time with system calls that block.
+pub struct BlockingEngine {
+    file: Arc<File>,
+    queued: VecDeque<(u64, HostOp)>,
+}
+
+impl BlockingEngine {
+    /// An engine for `file`, which stays open as long as the engine lives.
+    pub fn new(file: Arc<File>) -> Self {
+        Self { file, queued: VecDeque::with_capacity(QUEUED_MAX) }
+    }
+
+    fn execute(&self, op: &HostOp) -> io::Result<usize> {
+        let fd = self.file.as_raw_fd();
+        let result = match op {
+            HostOp::Readv { iov, offset } => {
+                let iovecs = iov.as_iovecs();
+                // SAFETY: the iovecs point to memory that `iov` owns until after this call; the
+                // kernel writes to it, and nothing in Rust holds a reference to it.
+                unsafe { libc::preadv(fd, iovecs.as_ptr(), count(iovecs)?, file_offset(*offset)?) }
+            }
+            HostOp::Writev { iov, offset, dsync } => {
+                let iovecs = iov.as_iovecs();
+                let flags = if *dsync { libc::RWF_DSYNC } else { 0 };
+                // SAFETY: as above; the kernel only reads.
+                unsafe { libc::pwritev2(fd, iovecs.as_ptr(), count(iovecs)?, file_offset(*offset)?, flags) }
+            }
+            // SAFETY: no memory is involved.
+            HostOp::Fdatasync => unsafe { libc::fdatasync(fd) as isize },
+            HostOp::PunchHole { offset, len } => fallocate(fd, libc::FALLOC_FL_PUNCH_HOLE, *offset, *len)?,
+            HostOp::ZeroRange { offset, len } => fallocate(fd, libc::FALLOC_FL_ZERO_RANGE, *offset, *len)?,
+        };
+        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+fn fallocate(fd: i32, mode: i32, offset: u64, len: u64) -> io::Result<isize> {
+    let (offset, len) = (file_offset(offset)?, file_offset(len)?);
+    // SAFETY: no memory is involved.
+    Ok(unsafe { libc::fallocate(fd, mode | libc::FALLOC_FL_KEEP_SIZE, offset, len) } as isize)
+}
+
+fn count(iovecs: &[libc::iovec]) -> io::Result<i32> {
+    i32::try_from(iovecs.len()).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+fn file_offset(bytes: u64) -> io::Result<i64> {
+    i64::try_from(bytes).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+impl Engine for BlockingEngine {
+    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+        if self.queued.len() == QUEUED_MAX {
+            return Err(op);
+        }
+        self.queued.push_back((token, op));
+        Ok(())
+    }
+
+    /// Executes the oldest operation. One a call, so that its completion does not wait for the
+    /// others'.
+    fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
+        if let Some((token, op)) = self.queued.pop_front() {
+            let result = self.execute(&op);
+            ended.push(Ended { token, result });
+            return Ok(());
+        }
+        let Wake::Doorbell(doorbell) = wake else { return Ok(()) };
+        let mut poll = libc::pollfd { fd: doorbell.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: `poll` is one valid pollfd for the length of the call.
+        if unsafe { libc::poll(&raw mut poll, 1, -1) } < 0 {
+            let error = io::Error::last_os_error();
+            return if error.kind() == io::ErrorKind::Interrupted { Ok(()) } else { Err(error) };
+        }
+        match doorbell.read() {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+            _ => Ok(()),
+        }
+    }
+}

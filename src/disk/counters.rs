@@ -1,0 +1,70 @@
+//! What one disk has done, counted: requests as the guest made them, operations as the host got
+//! them. No decision ever depends on a counter; above all, none skips a sync.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident),+ $(,)?) => {
+        /// Counts since the start of the process.
+        #[derive(Debug, Default)]
+        pub struct Counters {
+            $($(#[$doc])* pub $name: AtomicU64,)+
+        }
+
+        impl Counters {
+            /// Every counter's name and value, in the order of their definition.
+            pub fn snapshot(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name.load(Ordering::Relaxed)),)+]
+            }
+        }
+    };
+}
+
+counters! {
+    /// Reads that the guest asked for.
+    reads,
+    /// Writes that the guest asked for.
+    writes,
+    /// FLUSHes that the guest asked for.
+    flushes,
+    /// DISCARDs that the guest asked for.
+    discards,
+    /// WRITE_ZEROES that the guest asked for.
+    write_zeroes,
+    /// Requests that were answered with an error.
+    errors,
+    /// FLUSHes that were answered without a sync (unsafe).
+    flushes_ignored,
+    /// Calls of preadv.
+    preadvs,
+    /// Calls of pwritev, without RWF_DSYNC.
+    pwritevs,
+    /// Calls of pwritev2 with RWF_DSYNC.
+    pwritevs_dsync,
+    /// Calls of fdatasync, without those of the start.
+    fdatasyncs,
+    /// Calls of fallocate.
+    fallocates,
+    /// Transfers through a private buffer.
+    bounces,
+    /// Transfers that were continued after a short count.
+    continued,
+}
+
+impl Counters {
+    /// One more.
+    pub fn count(counter: &AtomicU64) {
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// All that is not 0, in one line.
+    pub fn summary(&self) -> String {
+        let parts: Vec<_> = self
+            .snapshot()
+            .into_iter()
+            .filter(|&(_, value)| value > 0)
+            .map(|(name, value)| format!("{name} {value}"))
+            .collect();
+        if parts.is_empty() { "no requests".to_owned() } else { parts.join(", ") }
+    }
+}

@@ -1,0 +1,204 @@
+//! How big the image is, and how transfers must be aligned for it.
+//!
+//! Owns capacity checks (R11) and the probing of O_DIRECT's alignment, in this order:
+//! STATX_DIOALIGN, the block device's logical block, reads that try, 4096 (part 3 of the
+//! requirements). Knows nothing of modes.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use super::blocking::BlockingEngine;
+use super::engine::{Engine, HostOp, Wake};
+use crate::mem::{AlignedBuffer, Iov};
+
+/// Bytes of a sector, whatever the block size (virtio 5.2.6).
+pub const SECTOR: u64 = 512;
+
+/// A range that [`Geometry::check`] has found to be inside the image. There is no other way to
+/// make one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SectorRange {
+    offset: u64,
+    bytes: u64,
+}
+
+impl SectorRange {
+    /// Offset in the image, in bytes.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Length in bytes, a multiple of 512.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+/// Alignment that the host wants of direct transfers, in bytes, powers of two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Alignment {
+    /// Of each piece of memory.
+    pub memory: u32,
+    /// Of offsets and lengths.
+    pub offset: u32,
+    /// How it was found.
+    pub found_by: &'static str,
+}
+
+/// Size and block sizes of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Geometry {
+    /// Size in sectors of 512 bytes.
+    pub capacity_sectors: u64,
+    /// Logical block in bytes, which the guest sees as blk_size.
+    pub logical_block: u32,
+    /// Physical block in bytes: what the host below rewrites as one.
+    pub physical_block: u32,
+    /// What transfers must be aligned to.
+    pub alignment: Alignment,
+}
+
+impl Geometry {
+    /// The range of `bytes` from `sector`, if it is whole sectors inside the capacity.
+    pub fn check(&self, sector: u64, bytes: u64) -> Option<SectorRange> {
+        let offset = sector.checked_mul(SECTOR)?;
+        let end = offset.checked_add(bytes)?;
+        let capacity = self.capacity_sectors.checked_mul(SECTOR)?;
+        (bytes.is_multiple_of(SECTOR) && end <= capacity).then_some(SectorRange { offset, bytes })
+    }
+
+    /// Whether a range begins and ends where transfers may.
+    pub fn is_aligned(&self, range: SectorRange) -> bool {
+        (range.offset | range.bytes).is_multiple_of(u64::from(self.alignment.offset))
+    }
+}
+
+/// Alignment of buffered transfers: none beyond the sector.
+pub const BUFFERED: Alignment = Alignment { memory: 1, offset: 512, found_by: "page cache" };
+
+/// Finds the alignment of direct transfers on `file`, which is open with O_DIRECT. `None` where the
+/// host says that the file cannot do them.
+pub fn probe_direct_alignment(file: &Arc<File>) -> io::Result<Option<Alignment>> {
+    match statx_dio_alignment(file)? {
+        StatxDio::Alignment(found) => return Ok(Some(found)),
+        StatxDio::Unsupported => return Ok(None),
+        StatxDio::NotReported => {}
+    }
+    if let Some(block) = logical_block_of_device(file) {
+        let memory = block.min(512);
+        return Ok(Some(Alignment { memory, offset: block, found_by: "BLKSSZGET" }));
+    }
+    Ok(Some(probe_by_reading(file)))
+}
+
+enum StatxDio {
+    Alignment(Alignment),
+    Unsupported,
+    NotReported,
+}
+
+fn statx_dio_alignment(file: &File) -> io::Result<StatxDio> {
+    // SAFETY: statx is plain numbers, for which all zeroes are valid.
+    let mut found: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: an empty path with AT_EMPTY_PATH names the descriptor; `found` is valid for writes.
+    let result = unsafe {
+        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut found)
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if found.stx_mask & libc::STATX_DIOALIGN == 0 {
+        return Ok(StatxDio::NotReported);
+    }
+    let (memory, offset) = (found.stx_dio_mem_align, found.stx_dio_offset_align);
+    if memory == 0 || offset == 0 {
+        return Ok(StatxDio::Unsupported);
+    }
+    if !memory.is_power_of_two() || !offset.is_power_of_two() {
+        return Ok(StatxDio::NotReported);
+    }
+    // XFS and DMA engines accept memory on 4 bytes, but a piece of memory must not be shorter than
+    // a block either way, and 512 costs nothing: every Linux guest's buffers are on 512.
+    let found_by = "STATX_DIOALIGN";
+    Ok(StatxDio::Alignment(Alignment { memory: memory.max(512), offset: offset.max(512), found_by }))
+}
+
+/// The logical block of a block device, in bytes; `None` for other files.
+pub fn logical_block_of_device(file: &File) -> Option<u32> {
+    device_number(file, libc::BLKSSZGET)
+}
+
+/// The physical block of a block device, in bytes; `None` for other files.
+pub fn physical_block_of_device(file: &File) -> Option<u32> {
+    device_number(file, libc::BLKPBSZGET)
+}
+
+fn device_number(file: &File, request: libc::Ioctl) -> Option<u32> {
+    let mut number: libc::c_int = 0;
+    // SAFETY: both requests write one int to the pointer, which is valid for it.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), request, &raw mut number) };
+    let number = u32::try_from(number).ok()?;
+    (result == 0 && number.is_power_of_two()).then_some(number)
+}
+
+/// Tries reads at ever coarser alignments; what nothing answers is 4096, which suits every disk.
+fn probe_by_reading(file: &Arc<File>) -> Alignment {
+    let coarsest = Alignment { memory: 4096, offset: 4096, found_by: "assumed" };
+    let Ok(buffer) = AlignedBuffer::new(8192, 4096) else { return coarsest };
+    let whole = Iov::from_buffer(&Arc::new(buffer), 8192);
+    let reads = |skip: u32, len: u32| {
+        let mut engine = BlockingEngine::new(Arc::clone(file));
+        let mut ended = Vec::new();
+        let iov = whole.part(u64::from(skip), u64::from(len), 1);
+        let sent = engine.submit(0, HostOp::Readv { iov, offset: 0 }).is_ok();
+        sent && engine.wait(Wake::Now, &mut ended).is_ok() && ended.iter().all(|end| end.result.is_ok())
+    };
+    let sizes = [512u32, 1024, 2048, 4096];
+    let Some(offset) = sizes.into_iter().find(|&len| reads(0, len)) else { return coarsest };
+    let memory = sizes.into_iter().find(|&skip| reads(skip, offset)).unwrap_or(4096);
+    Alignment { memory, offset, found_by: "reads that tried" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geometry(capacity_sectors: u64, offset: u32) -> Geometry {
+        let alignment = Alignment { memory: 512, offset, found_by: "test" };
+        Geometry { capacity_sectors, logical_block: offset, physical_block: 4096, alignment }
+    }
+
+    #[test]
+    fn only_whole_sectors_inside_the_capacity_are_ranges() {
+        let disk = geometry(16, 512);
+        for (sector, bytes, inside) in [
+            (0, 8192, true),
+            (15, 512, true),
+            (16, 0, true),
+            (15, 1024, false),
+            (16, 512, false),
+            (17, 0, false),
+            (0, 511, false),
+            (u64::MAX, 512, false),
+            (u64::MAX / 512, 512, false),
+            (1 << 55, 512, false),
+            (0, u64::MAX - 511, false),
+            // A shift would wrap these round to sector 0.
+            (1 << 55, 0, false),
+            ((1 << 55) + 1, 512, false),
+        ] {
+            assert_eq!(disk.check(sector, bytes).is_some(), inside, "{sector} {bytes}");
+        }
+    }
+
+    #[test]
+    fn a_range_is_aligned_when_both_ends_are() {
+        let disk = geometry(64, 4096);
+        for (sector, bytes, aligned) in [(0, 4096, true), (8, 8192, true), (1, 4096, false), (8, 512, false)]
+        {
+            assert_eq!(disk.is_aligned(disk.check(sector, bytes).unwrap()), aligned, "{sector} {bytes}");
+        }
+    }
+}

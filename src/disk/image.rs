@@ -1,0 +1,458 @@
+//! One open image: flags, lock, size, geometry, and the end.
+//!
+//! Owns the descriptor, which stays open for the life of the process (E3), the checks before the
+//! first byte is touched, and the final fdatasync (E4).
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::cache::CachePolicy;
+use super::counters::Counters;
+use super::geometry::{self, BUFFERED, Geometry, SECTOR};
+use super::latch::SyncLatch;
+use super::options::{DiskOptions, SERIAL_MAX};
+
+/// Why an image cannot be used: what failed, why, and what to do.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot use disk image {}", path.display())]
+pub struct ImageError {
+    /// The image as named on the command line.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    #[source]
+    pub reason: ImageProblem,
+}
+
+/// What is wrong with an image.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageProblem {
+    /// The host refuses to open it.
+    #[error("it cannot be opened {flags}")]
+    Open {
+        /// How we tried.
+        flags: &'static str,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// Neither a regular file nor a block device.
+    #[error("it is {0}; a disk is a regular file or a block device")]
+    Kind(&'static str),
+    /// The file system has no O_DIRECT.
+    #[error(
+        "its file system has no O_DIRECT, which cache={mode} needs: use cache=writeback, writethrough or unsafe, \
+         or a file on ext4 or xfs"
+    )]
+    NoDirect {
+        /// The mode that was asked for.
+        mode: &'static str,
+    },
+    /// No byte in it.
+    #[error("it is empty: give it a size first, as in `truncate -s 1G {0}`")]
+    Empty(String),
+    /// Not a whole number of blocks.
+    #[error(
+        "its {bytes} bytes are no multiple of the block size of {block}: extend it with `truncate -s %{block} {path}`"
+    )]
+    PartialBlock {
+        /// The size in bytes.
+        bytes: u64,
+        /// The block size in bytes.
+        block: u32,
+        /// The image.
+        path: String,
+    },
+    /// A logical block below what the host can do.
+    #[error(
+        "block-size={asked} is below the {needed} bytes that O_DIRECT needs here: use block-size={needed}"
+    )]
+    BlockTooSmall {
+        /// As asked for, in bytes.
+        asked: u32,
+        /// As needed, in bytes.
+        needed: u32,
+    },
+    /// The host needs larger blocks than virtio guests know.
+    #[error(
+        "O_DIRECT needs blocks of {0} bytes here, more than the 4096 that guests understand: use cache=writeback"
+    )]
+    BlockTooLarge(u32),
+    /// Another format.
+    #[error(
+        "it looks like a {format} image, and guests would see its metadata as data: convert it with \
+         `qemu-img convert -O raw {path} {path}.raw` and use that, or say format=raw if it is raw all the same"
+    )]
+    NotRaw {
+        /// What it looks like.
+        format: &'static str,
+        /// The image.
+        path: String,
+    },
+    /// Somebody else has it open.
+    #[error(
+        "another process has locked it (another VM?): stop that one; readers can share an image when all say readonly"
+    )]
+    Locked(#[source] io::Error),
+    /// An older writeback error, or a dying disk.
+    #[error("what was written to it before cannot be made stable: check the host's disk and its kernel log")]
+    FirstSync(#[source] io::Error),
+    /// Something else that the host refused.
+    #[error("{what}")]
+    Host {
+        /// What we tried.
+        what: &'static str,
+        /// The host's answer.
+        source: io::Error,
+    },
+}
+
+/// An open, locked image and everything that its queues share.
+#[derive(Debug)]
+pub struct Image {
+    file: Arc<File>,
+    path: PathBuf,
+    policy: &'static CachePolicy,
+    geometry: Geometry,
+    readonly: bool,
+    serial: [u8; SERIAL_MAX],
+    queue_size: u16,
+    discard: bool,
+    bounce_always: bool,
+    /// What has been done so far.
+    pub counters: Counters,
+    /// The first sync error.
+    pub latch: SyncLatch,
+    warnings: Vec<String>,
+}
+
+impl Image {
+    /// Opens, checks, locks and probes. Nothing is written; a writable image is synced once (E3).
+    pub fn open(options: &DiskOptions) -> Result<Self, ImageError> {
+        Self::try_open(options).map_err(|reason| ImageError { path: options.path.clone(), reason })
+    }
+
+    fn try_open(options: &DiskOptions) -> Result<Self, ImageProblem> {
+        let kind = check_kind(&options.path)?;
+        let file = Arc::new(open_file(options, kind)?);
+        lock(&file, options.readonly)?;
+        if !options.force_raw {
+            refuse_formats(&file, &options.path)?;
+        }
+        let mut warnings = Vec::new();
+        let geometry = find_geometry(&file, options, kind)?;
+        if options.cache.direct && is_tmpfs(&file) {
+            warnings.push(format!(
+                "{}: tmpfs takes O_DIRECT but keeps everything in memory, so cache={} means nothing here",
+                options.path.display(),
+                options.cache.name
+            ));
+        }
+        if !options.cache.honour_flush {
+            warnings.push(format!(
+                "{}: cache={} ignores the guest's FLUSH: a crash of this host loses data that the guest believes \
+                 stable. This breaks virtio 5.2.6.2 on purpose; use it only for what you can make again",
+                options.path.display(),
+                options.cache.name
+            ));
+        }
+        if !options.readonly && options.cache.honour_flush {
+            first_sync(&file, options, kind)?;
+        }
+        Ok(Self {
+            file,
+            path: options.path.clone(),
+            policy: options.cache,
+            geometry,
+            readonly: options.readonly,
+            serial: serial_bytes(options),
+            queue_size: options.queue_size,
+            discard: options.discard && !options.readonly,
+            bounce_always: options.bounce_always,
+            counters: Counters::default(),
+            latch: SyncLatch::default(),
+            warnings,
+        })
+    }
+
+    /// The descriptor, for engines.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// As named on the command line.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The row of the cache mode.
+    pub fn policy(&self) -> &'static CachePolicy {
+        self.policy
+    }
+
+    /// Size and block sizes.
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// Whether nothing is ever written.
+    pub fn readonly(&self) -> bool {
+        self.readonly
+    }
+
+    /// What GET_ID answers: NUL padded, without a terminator when full.
+    pub fn serial(&self) -> &[u8; SERIAL_MAX] {
+        &self.serial
+    }
+
+    /// Descriptors a virtqueue.
+    pub fn queue_size(&self) -> u16 {
+        self.queue_size
+    }
+
+    /// Whether DISCARD is offered.
+    pub fn discard(&self) -> bool {
+        self.discard
+    }
+
+    /// Whether every direct transfer is bounced.
+    pub fn bounce_always(&self) -> bool {
+        self.bounce_always
+    }
+
+    /// What the user should know before the guest runs.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// The flags that the image is open with, in words, from the kernel's own answer.
+    pub fn open_flags(&self) -> String {
+        // SAFETY: F_GETFL takes no argument and touches no memory.
+        let flags = unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_GETFL) };
+        let access = if flags & libc::O_ACCMODE == libc::O_RDONLY { "O_RDONLY" } else { "O_RDWR" };
+        let direct = if flags & libc::O_DIRECT != 0 { "|O_DIRECT" } else { "" };
+        let sync = if flags & libc::O_DSYNC != 0 { "|O_DSYNC" } else { "" };
+        format!("{access}{direct}{sync}")
+    }
+
+    /// One line about the disk, for the start.
+    pub fn banner(&self) -> String {
+        let geometry = &self.geometry;
+        format!(
+            "{}: {} MiB, cache={} ({}, write cache {}, FLUSH is {}), blocks of {} bytes, alignment {}/{} by {}{}",
+            self.path.display(),
+            geometry.capacity_sectors * SECTOR / (1 << 20),
+            self.policy.name,
+            self.open_flags(),
+            if self.policy.write_cache { "on" } else { "off" },
+            if self.policy.honour_flush { "fdatasync" } else { "ignored" },
+            geometry.logical_block,
+            geometry.alignment.memory,
+            geometry.alignment.offset,
+            geometry.alignment.found_by,
+            if self.readonly { ", readonly" } else { "" },
+        )
+    }
+
+    /// The end: a last fdatasync where the mode honours flushes, and the first sync error of the
+    /// run, if there was one (E4). Call it when no I/O is in flight any more.
+    pub fn close(&self) -> io::Result<()> {
+        self.latch.check()?;
+        if self.readonly || !self.policy.honour_flush {
+            return Ok(());
+        }
+        Counters::count(&self.counters.fdatasyncs);
+        self.file.sync_data().inspect_err(|error| self.latch.set(error))
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    File,
+    Device,
+}
+
+fn host(what: &'static str) -> impl FnOnce(io::Error) -> ImageProblem {
+    move |source| ImageProblem::Host { what, source }
+}
+
+/// Looks before opening: opening a FIFO or a tape has effects.
+fn check_kind(path: &Path) -> Result<Kind, ImageProblem> {
+    let found = std::fs::metadata(path).map_err(|source| ImageProblem::Open { flags: "at all", source })?;
+    let kind = found.file_type();
+    if kind.is_file() {
+        Ok(Kind::File)
+    } else if kind.is_block_device() {
+        Ok(Kind::Device)
+    } else if kind.is_dir() {
+        Err(ImageProblem::Kind("a directory"))
+    } else if kind.is_char_device() {
+        Err(ImageProblem::Kind("a character device"))
+    } else {
+        Err(ImageProblem::Kind("a pipe or socket"))
+    }
+}
+
+fn open_file(options: &DiskOptions, kind: Kind) -> Result<File, ImageProblem> {
+    let direct = if options.cache.direct { libc::O_DIRECT } else { 0 };
+    // For a block device O_EXCL fails while it is mounted or otherwise in use.
+    let exclusive = if kind == Kind::Device && !options.readonly { libc::O_EXCL } else { 0 };
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(!options.readonly)
+        .custom_flags(direct | exclusive | libc::O_NOCTTY)
+        .open(&options.path);
+    opened.map_err(|source| match source.raw_os_error() {
+        Some(libc::EINVAL) if options.cache.direct => ImageProblem::NoDirect { mode: options.cache.name },
+        Some(libc::EBUSY) if exclusive != 0 => {
+            ImageProblem::Open { flags: "exclusively (is it mounted, or part of a RAID or LVM?)", source }
+        }
+        _ if options.readonly => ImageProblem::Open { flags: "for reading", source },
+        _ => ImageProblem::Open { flags: "for reading and writing (readonly would do with reading)", source },
+    })
+}
+
+/// An OFD lock on the whole image: exclusive for a writer, shared for readers.
+fn lock(file: &File, readonly: bool) -> Result<(), ImageProblem> {
+    // SAFETY: flock is plain numbers, for which all zeroes are valid.
+    let mut wanted: libc::flock = unsafe { std::mem::zeroed() };
+    let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
+    // Both constants and SEEK_SET are 0, 1 or 2.
+    #[allow(clippy::cast_possible_truncation)]
+    {
+        wanted.l_type = kind as libc::c_short;
+        wanted.l_whence = libc::SEEK_SET as libc::c_short;
+    }
+    // SAFETY: `wanted` is a valid flock for the length of the call.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const wanted) } == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => Err(ImageProblem::Locked(error)),
+        _ => Err(host("it cannot be locked")(error)),
+    }
+}
+
+/// First bytes of other formats. A guest could write them to a raw disk of its own, so nothing
+/// but this refusal ever depends on them (R21).
+static FORMATS: [(&[u8], &str); 6] = [
+    (b"QFI\xfb", "qcow2"),
+    (b"KDMV", "vmdk"),
+    (b"# Disk DescriptorFile", "vmdk"),
+    (b"conectix", "vhd"),
+    (b"vhdxfile", "vhdx"),
+    (b"<<< ", "vdi"),
+];
+
+fn refuse_formats(file: &File, path: &Path) -> Result<(), ImageProblem> {
+    // Through the open descriptor, so that it is the same file; without O_DIRECT's alignment.
+    let again = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let mut plain = File::open(again).map_err(host("its first bytes cannot be read"))?;
+    let mut first = [0; 32];
+    let filled = read_some(&mut plain, &mut first).map_err(host("its first bytes cannot be read"))?;
+    let found =
+        FORMATS.iter().find(|(magic, _)| first[..filled].starts_with(magic)).map(|&(_, format)| format);
+    match found.or_else(|| has_vhd_footer(&mut plain).then_some("vhd")) {
+        None => Ok(()),
+        Some(format) => Err(ImageProblem::NotRaw { format, path: path.display().to_string() }),
+    }
+}
+
+/// A fixed-size vhd is raw but for its last sector.
+fn has_vhd_footer(file: &mut File) -> bool {
+    let mut footer = [0; 8];
+    file.seek(SeekFrom::End(-512)).is_ok()
+        && read_some(file, &mut footer).is_ok_and(|filled| filled == footer.len())
+        && footer == *b"conectix"
+}
+
+/// Fills `buffer` as far as the file reaches.
+fn read_some(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+fn find_geometry(file: &Arc<File>, options: &DiskOptions, kind: Kind) -> Result<Geometry, ImageProblem> {
+    let bytes = (&**file).seek(SeekFrom::End(0)).map_err(host("its size cannot be found"))?;
+    let path = options.path.display().to_string();
+    if bytes == 0 {
+        return Err(ImageProblem::Empty(path));
+    }
+    let alignment = if options.cache.direct {
+        geometry::probe_direct_alignment(file)
+            .map_err(host("its alignment for O_DIRECT cannot be found"))?
+            .ok_or(ImageProblem::NoDirect { mode: options.cache.name })?
+    } else {
+        BUFFERED
+    };
+    let needed = alignment.offset;
+    let logical_block = match options.block_size {
+        Some(asked) if asked < needed => return Err(ImageProblem::BlockTooSmall { asked, needed }),
+        Some(asked) => asked,
+        None => needed.max(geometry::logical_block_of_device(file).unwrap_or(512)),
+    };
+    if logical_block > 4096 {
+        return Err(ImageProblem::BlockTooLarge(logical_block));
+    }
+    if !bytes.is_multiple_of(u64::from(logical_block)) {
+        return Err(ImageProblem::PartialBlock { bytes, block: logical_block, path });
+    }
+    let physical_block = physical_block(file, kind).clamp(logical_block, 65536);
+    Ok(Geometry { capacity_sectors: bytes / SECTOR, logical_block, physical_block, alignment })
+}
+
+/// What the host rewrites as one: the device's physical block, or the file system's block.
+fn physical_block(file: &File, kind: Kind) -> u32 {
+    let found = match kind {
+        Kind::Device => geometry::physical_block_of_device(file),
+        Kind::File => file.metadata().ok().and_then(|found| u32::try_from(found.blksize()).ok()),
+    };
+    found.filter(|bytes| bytes.is_power_of_two()).unwrap_or(512)
+}
+
+fn is_tmpfs(file: &File) -> bool {
+    // SAFETY: statfs is plain numbers, for which all zeroes are valid.
+    let mut found: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `found` is valid for writes.
+    let result = unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut found) };
+    result == 0 && found.f_type == libc::TMPFS_MAGIC
+}
+
+/// Syncs once before the guest runs, so that an error of the past is not mistaken for one of ours,
+/// and the directory, so that a new image's name is as stable as its content.
+fn first_sync(file: &File, options: &DiskOptions, kind: Kind) -> Result<(), ImageProblem> {
+    file.sync_data().map_err(ImageProblem::FirstSync)?;
+    if kind == Kind::File {
+        let real = options.path.canonicalize().map_err(host("its real path cannot be found"))?;
+        let directory = real.parent().unwrap_or(Path::new("/"));
+        // A directory that we may not open was synced by whoever made the image, or not at all.
+        if let Ok(directory) = File::open(directory)
+            && let Err(error) = directory.sync_all()
+            && error.raw_os_error() != Some(libc::EINVAL)
+        {
+            return Err(ImageProblem::FirstSync(error));
+        }
+    }
+    Ok(())
+}
+
+fn serial_bytes(options: &DiskOptions) -> [u8; SERIAL_MAX] {
+    let name = options.path.file_name().map(|name| name.to_string_lossy().into_owned());
+    let text = options.serial.clone().or(name).unwrap_or_default();
+    let mut serial = [0; SERIAL_MAX];
+    for (to, from) in serial.iter_mut().zip(text.bytes()) {
+        *to = from;
+    }
+    serial
+}

@@ -1,0 +1,296 @@
+//! What `--disk PATH[,KEY=VALUE]...` says.
+//!
+//! Owns the table of keys, from which parsing, errors and `--help` are made: a new key is a row.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use super::cache::{CachePolicy, POLICIES};
+
+/// Largest virtqueue: as many pieces as one preadv takes (IOV_MAX).
+pub const QUEUE_SIZE_MAX: u16 = 1024;
+/// Smallest: a header, one piece of data, a status, and what makes a power of two of them.
+pub const QUEUE_SIZE_MIN: u16 = 4;
+/// Longest serial in bytes (virtio 5.2.6: GET_ID).
+pub const SERIAL_MAX: usize = 20;
+
+/// One disk, as asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// The image: a file or a block device.
+    pub path: PathBuf,
+    /// The row of the cache mode.
+    pub cache: &'static CachePolicy,
+    /// Nothing is ever written.
+    pub readonly: bool,
+    /// What GET_ID answers; the image's file name where not given.
+    pub serial: Option<String>,
+    /// Descriptors a virtqueue, a power of two.
+    pub queue_size: u16,
+    /// Logical block size in bytes; probed where not given.
+    pub block_size: Option<u32>,
+    /// DISCARD is offered and frees space in the image.
+    pub discard: bool,
+    /// `format=raw` was said: no look at the image's first bytes.
+    pub force_raw: bool,
+    /// Every transfer of a direct mode goes through a private buffer, so that a guest that changes
+    /// memory in flight cannot upset checksums or mirrors below.
+    pub bounce_always: bool,
+}
+
+/// Why `--disk` cannot be understood.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OptionsError {
+    /// There is no path.
+    #[error("--disk needs the path of an image: --disk PATH[,KEY=VALUE]...")]
+    NoPath,
+    /// No such key.
+    #[error("unknown key '{key}' (the keys are {known}; a comma in the path is written twice)")]
+    UnknownKey {
+        /// As given.
+        key: String,
+        /// All keys.
+        known: String,
+    },
+    /// A key is there twice.
+    #[error("the key '{0}' is given twice")]
+    Twice(&'static str),
+    /// The value does not fit the key.
+    #[error("{key}={value} cannot be: {key} takes {takes}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// The value as given.
+        value: String,
+        /// What it could have been.
+        takes: &'static str,
+    },
+}
+
+struct Key {
+    name: &'static str,
+    takes: &'static str,
+    help: &'static str,
+    /// The value of the key alone, without `=`.
+    alone: Option<&'static str>,
+    set: fn(&mut DiskOptions, &str) -> Option<()>,
+}
+
+static KEYS: [Key; 8] = [
+    Key {
+        name: "cache",
+        takes: "none|writethrough|writeback|directsync|unsafe",
+        help: "where data may be when a write or FLUSH is reported complete [none]",
+        alone: None,
+        set: |options, value| {
+            options.cache = CachePolicy::by_name(value)?;
+            Some(())
+        },
+    },
+    Key {
+        name: "readonly",
+        takes: "on|off",
+        help: "the guest cannot write; the image may be shared with other readers [off]",
+        alone: Some("on"),
+        set: |options, value| on_off(value).map(|on| options.readonly = on),
+    },
+    Key {
+        name: "serial",
+        takes: "at most 20 bytes",
+        help: "what the guest sees as the disk's serial [the image's file name]",
+        alone: None,
+        set: |options, value| (value.len() <= SERIAL_MAX).then(|| options.serial = Some(value.to_owned())),
+    },
+    Key {
+        name: "queue-size",
+        takes: "a power of two from 4 to 1024",
+        help: "descriptors in the virtqueue [256]",
+        alone: None,
+        set: |options, value| {
+            let size: u16 = value.parse().ok()?;
+            let fits = size.is_power_of_two() && (QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&size);
+            fits.then(|| options.queue_size = size)
+        },
+    },
+    Key {
+        name: "block-size",
+        takes: "512|4096",
+        help: "the disk's logical block [what the host needs for O_DIRECT, or 512]",
+        alone: None,
+        set: |options, value| {
+            options.block_size = Some(match value {
+                "512" => 512,
+                "4096" => 4096,
+                _ => return None,
+            });
+            Some(())
+        },
+    },
+    Key {
+        name: "discard",
+        takes: "on|off",
+        help: "offer DISCARD, which frees space in the image [on]",
+        alone: Some("on"),
+        set: |options, value| on_off(value).map(|on| options.discard = on),
+    },
+    Key {
+        name: "bounce",
+        takes: "auto|always",
+        help: "copy every O_DIRECT transfer, not only what is misaligned, for hosts with checksums [auto]",
+        alone: None,
+        set: |options, value| {
+            options.bounce_always = match value {
+                "auto" => false,
+                "always" => true,
+                _ => return None,
+            };
+            Some(())
+        },
+    },
+    Key {
+        name: "format",
+        takes: "raw",
+        help: "take the image as raw bytes even if it looks like qcow2, vmdk or vhd",
+        alone: None,
+        set: |options, value| (value == "raw").then(|| options.force_raw = true),
+    },
+];
+
+fn on_off(value: &str) -> Option<bool> {
+    match value {
+        "on" => Some(true),
+        "off" => Some(false),
+        _ => None,
+    }
+}
+
+impl DiskOptions {
+    /// The disk at `path` with every key at its default.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            cache: &POLICIES[0],
+            readonly: false,
+            serial: None,
+            queue_size: 256,
+            block_size: None,
+            discard: true,
+            force_raw: false,
+            bounce_always: false,
+        }
+    }
+
+    /// The text of `--help` about the keys, a line each.
+    pub fn keys_help() -> String {
+        KEYS.iter().map(|key| format!("  {}={}\n      {}\n", key.name, key.takes, key.help)).collect()
+    }
+}
+
+impl FromStr for DiskOptions {
+    type Err = OptionsError;
+
+    fn from_str(text: &str) -> Result<Self, OptionsError> {
+        let mut parts = split_at_commas(text).into_iter();
+        let path = parts.next().filter(|path| !path.is_empty()).ok_or(OptionsError::NoPath)?;
+        let mut options = DiskOptions::new(path);
+        let mut given: Vec<&'static str> = Vec::new();
+        for part in parts {
+            let (name, value) = match part.split_once('=') {
+                Some((name, value)) => (name, Some(value)),
+                None => (part.as_str(), None),
+            };
+            let Some(key) = KEYS.iter().find(|key| key.name == name) else {
+                let known: Vec<_> = KEYS.iter().map(|key| key.name).collect();
+                return Err(OptionsError::UnknownKey { key: name.to_owned(), known: known.join(", ") });
+            };
+            if given.contains(&key.name) {
+                return Err(OptionsError::Twice(key.name));
+            }
+            given.push(key.name);
+            let value = value.or(key.alone).unwrap_or_default();
+            let wrong = || OptionsError::Value { key: key.name, value: value.to_owned(), takes: key.takes };
+            (key.set)(&mut options, value).ok_or_else(wrong)?;
+        }
+        Ok(options)
+    }
+}
+
+/// Splits at single commas; two in a row are one comma of the text.
+fn split_at_commas(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        let escaped = c == ',' && chars.next_if_eq(&',').is_some();
+        match parts.last_mut() {
+            Some(part) if c != ',' || escaped => part.push(c),
+            _ => parts.push(String::new()),
+        }
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_alone_is_cache_none() {
+        let options: DiskOptions = "a.img".parse().unwrap();
+        assert_eq!(options, DiskOptions::new("a.img"));
+        assert_eq!(options.cache.name, "none");
+    }
+
+    #[test]
+    fn every_key_is_understood() {
+        let text = "a.img,cache=unsafe,readonly,serial=x y,queue-size=64,block-size=4096,discard=off,\
+                    bounce=always,format=raw";
+        let expected = DiskOptions {
+            path: "a.img".into(),
+            cache: CachePolicy::by_name("unsafe").unwrap(),
+            readonly: true,
+            serial: Some("x y".into()),
+            queue_size: 64,
+            block_size: Some(4096),
+            discard: false,
+            force_raw: true,
+            bounce_always: true,
+        };
+        assert_eq!(text.parse(), Ok(expected));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_and_the_error_names_it() {
+        for (text, needle) in [
+            ("", "PATH"),
+            (",cache=none", "PATH"),
+            ("a,cache=fast", "none|writethrough|writeback|directsync|unsafe"),
+            ("a,cache", "cache takes"),
+            ("a,cash=none", "unknown key 'cash'"),
+            ("a,queue-size=3", "power of two"),
+            ("a,queue-size=2048", "power of two"),
+            ("a,queue-size=2", "power of two"),
+            ("a,block-size=1024", "512|4096"),
+            ("a,serial=123456789012345678901", "20 bytes"),
+            ("a,readonly=maybe", "on|off"),
+            ("a,format=qcow2", "raw"),
+            ("a,cache=none,cache=none", "twice"),
+        ] {
+            let error = text.parse::<DiskOptions>().unwrap_err().to_string();
+            assert!(error.contains(needle), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_comma_in_the_path_is_written_twice() {
+        let options: DiskOptions = "a,,b.img,readonly".parse().unwrap();
+        assert_eq!(options.path, PathBuf::from("a,b.img"));
+        assert!(options.readonly);
+    }
+
+    #[test]
+    fn help_names_every_key() {
+        for key in &KEYS {
+            assert!(DiskOptions::keys_help().contains(key.name));
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! What the tests run: the guest in both forms, minivmm's command line, and images of known content.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::time::Duration;
+
+use minivmm::layout;
+use tempfile::TempDir;
+
+/// Exit statuses of the program, as `--help` documents them.
+pub const ORDERLY: i32 = 0;
+pub const FAILURE: i32 = 125;
+pub const TIMED_OUT: i32 = 126;
+pub const GUEST_PANIC: i32 = 124;
+
+/// The status that a code at the exit port becomes.
+pub const fn exit(code: i32) -> i32 {
+    code << 1 | 1
+}
+
+/// Longer than any run takes; who meets it hangs.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+pub const BLOCK_BYTES: usize = 4096;
+pub const IMAGE_BYTES: usize = 1 << 20;
+
+/// Can tests run here? If not, says why.
+pub fn kvm() -> bool {
+    let opened = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    if let Err(error) = &opened {
+        skip(&format!("cannot open /dev/kvm: {error}"));
+    }
+    opened.is_ok()
+}
+
+#[expect(clippy::explicit_write, reason = "the test harness swallows what eprintln prints")]
+pub fn skip(reason: &str) {
+    writeln!(std::io::stderr(), "skipped: {reason}").unwrap();
+}
+
+/// Does this KVM run guest code on the processor, or emulate CPL 0?
+pub fn hardware_virtualization() -> bool {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap();
+    cpuinfo
+        .lines()
+        .any(|line| line.starts_with("flags") && line.split(' ').any(|flag| flag == "vmx" || flag == "svm"))
+}
+
+/// How a guest is entered, and therefore which file it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    Elf,
+    Pvh,
+}
+
+pub const ENTRIES: [Entry; 2] = [Entry::Elf, Entry::Pvh];
+
+impl Entry {
+    pub fn kernel(self) -> PathBuf {
+        static BUILT: OnceLock<PathBuf> = OnceLock::new();
+        let directory = BUILT.get_or_init(build_guests);
+        directory.join(match self {
+            Self::Elf => "elf.elf",
+            Self::Pvh => "pvh.elf",
+        })
+    }
+
+    pub fn greeting(self) -> &'static str {
+        match self {
+            Self::Elf => "entered by ELF",
+            Self::Pvh => "entered by PVH",
+        }
+    }
+}
+
+fn build_guests() -> PathBuf {
+    if let Some(built) = std::env::var_os("MINIVMM_BARE") {
+        return built.into();
+    }
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bare");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-images/bare/build.sh");
+    let built = Command::new(&script)
+        .arg(&directory)
+        .arg(format!("VIRTIO_MMIO_BASE={:#x}", layout::VIRTIO_MMIO))
+        .arg(format!("PORT_ACPI_SLEEP_CONTROL={:#x}", layout::PORT_ACPI_SLEEP_CONTROL))
+        .arg(format!("PORT_ACPI_RESET={:#x}", layout::PORT_ACPI_RESET))
+        .status()
+        .unwrap();
+    assert!(built.success(), "{} failed", script.display());
+    directory
+}
+
+/// What a run left behind.
+#[derive(Debug)]
+pub struct Ran {
+    pub status: i32,
+    pub console: String,
+    pub log: String,
+}
+
+impl Ran {
+    #[track_caller]
+    pub fn expect(self, status: i32, what: &str) -> Self {
+        assert_eq!(self.status, status, "{what}\n--- console\n{}\n--- log\n{}", self.console, self.log);
+        self
+    }
+}
+
+/// The program under test. `MINIVMM_BINARY`, and `MINIVMM_BARE` for the directory of the built
+/// guests, let this test program run where there is no source tree: inside the emulated host.
+pub fn binary() -> PathBuf {
+    std::env::var_os("MINIVMM_BINARY").map_or_else(|| env!("CARGO_BIN_EXE_minivmm").into(), PathBuf::from)
+}
+
+pub fn minivmm() -> Command {
+    Command::new(binary())
+}
+
+/// A directory on a real file system, removed when dropped.
+pub fn scratch() -> TempDir {
+    let base = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    tempfile::tempdir_in(if base.exists() { base } else { Path::new(".") }).unwrap()
+}
+
+/// Adds what every guest here is started with.
+pub fn start<'a>(command: &'a mut Command, entry: Entry, cmdline: &str) -> &'a mut Command {
+    command.arg("--kernel").arg(entry.kernel()).args(["--initrd", "none", "--cmdline", cmdline])
+}
+
+/// Runs to the end, with `input` on standard input.
+pub fn run(command: &mut Command, input: &[u8]) -> Ran {
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let _watchdog = Watchdog::over(&child);
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_vec();
+    let writer = std::thread::spawn(move || {
+        // A guest that ends early closes the pipe: what counts is what it did.
+        let _ = stdin.write_all(&input);
+    });
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    Ran {
+        status: output.status.code().unwrap_or_else(|| panic!("killed: {output:?}")),
+        console: String::from_utf8_lossy(&output.stdout).into_owned(),
+        log: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// A guest without a disk, on the console of this process.
+pub fn run_plain(entry: Entry, cmdline: &str, more: &[&str]) -> Ran {
+    run(start(&mut minivmm(), entry, cmdline).args(["--console", "stdio", "--timeout", "60"]).args(more), b"")
+}
+
+/// Kills a process that outlives all patience, so that a hang fails instead of lasting.
+pub struct Watchdog(#[allow(dead_code, reason = "dropping it calls the dog off")] Sender<()>);
+
+impl Watchdog {
+    pub fn over(child: &Child) -> Self {
+        let pid = i32::try_from(child.id()).unwrap();
+        let (off, calm) = mpsc::channel::<()>();
+        std::thread::spawn(move || {
+            if calm.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                kill(pid, libc::SIGKILL);
+            }
+        });
+        Self(off)
+    }
+}
+
+pub fn kill(pid: i32, signal: i32) {
+    // SAFETY: kill takes two integers; `pid` is a child that this process has not reaped.
+    let result = unsafe { libc::kill(pid, signal) };
+    assert_eq!(result, 0, "kill({pid}, {signal})");
+}
+
+/// An image whose every byte is known, in a directory of its own on a real file system.
+pub struct Image {
+    _directory: TempDir,
+    pub path: PathBuf,
+}
+
+impl Image {
+    pub fn new() -> Self {
+        let directory = scratch();
+        // As strace names it.
+        let path = directory.path().canonicalize().unwrap().join("disk.img");
+        fs::write(&path, Self::before()).unwrap();
+        Self { _directory: directory, path }
+    }
+
+    /// What is in it before the guest runs.
+    pub fn before() -> Vec<u8> {
+        (0..IMAGE_BYTES).map(|i| u8::try_from(i % 251).unwrap()).collect()
+    }
+
+    /// What must be in it when the guest has written its block at sector 8.
+    pub fn after() -> Vec<u8> {
+        let mut bytes = Self::before();
+        let block =
+            (0..u32::try_from(BLOCK_BYTES / 4).unwrap()).flat_map(|i| (0x6d76_0000 + i).to_le_bytes());
+        bytes.splice(8 * 512..8 * 512 + BLOCK_BYTES, block);
+        bytes
+    }
+
+    #[track_caller]
+    pub fn must_hold(&self, expected: &[u8], what: &str) {
+        let found = fs::read(&self.path).unwrap();
+        assert_eq!(found.len(), expected.len(), "{what}: the image's size has changed");
+        let differing = found.iter().zip(expected).position(|(a, b)| a != b);
+        assert_eq!(differing, None, "{what}: the image differs first at this byte");
+    }
+
+    pub fn disk(&self, keys: &str) -> String {
+        format!("{},{keys}", self.path.display())
+    }
+}

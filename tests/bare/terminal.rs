@@ -1,0 +1,174 @@
+//! The console on a pseudo-terminal: raw mode, keys, signals, and the terminal put back.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+
+use crate::machine::*;
+
+/// A pseudo-terminal with a machine on it.
+struct Session {
+    child: Child,
+    terminal: File,
+    /// Keeps the terminal and its settings alive when the child is gone.
+    slave: OwnedFd,
+    before: libc::termios,
+    #[allow(dead_code, reason = "it watches while the session lives")]
+    watchdog: Watchdog,
+}
+
+impl Session {
+    fn start(command: &mut Command) -> Self {
+        let (terminal, slave) = open_terminal();
+        let before = settings(&slave);
+        let io = || Stdio::from(slave.try_clone().unwrap());
+        let child =
+            command.args(["--console", "stdio"]).stdin(io()).stdout(io()).stderr(io()).spawn().unwrap();
+        let watchdog = Watchdog::over(&child);
+        Self { child, terminal: File::from(terminal), slave, before, watchdog }
+    }
+
+    /// Reads until `text` has come; returns all that was read.
+    #[track_caller]
+    fn read_until(&mut self, text: &str) -> String {
+        let mut read = String::new();
+        let mut byte = [0];
+        while !read.contains(text) {
+            // The slave is open here too, so a dead child is seen by asking, never by end of file.
+            assert!(self.readable() || self.child.try_wait().unwrap().is_none(), "ended after {read:?}");
+            if self.readable() {
+                self.terminal.read_exact(&mut byte).unwrap();
+                read.push(char::from(byte[0]));
+            }
+        }
+        read
+    }
+
+    /// Waits a little for output.
+    fn readable(&self) -> bool {
+        let mut poll = libc::pollfd { fd: self.terminal.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: `poll` is one valid pollfd, for the length of the call.
+        unsafe { libc::poll(&raw mut poll, 1, 100) == 1 }
+    }
+
+    fn is_raw(&self) -> bool {
+        settings(&self.slave).c_lflag & (libc::ICANON | libc::ECHO | libc::ISIG) == 0
+    }
+
+    /// The exit status, once the machine has ended and its last words are read.
+    fn end(mut self) -> (i32, bool) {
+        let mut last_words = [0; 1024];
+        let status = loop {
+            if self.readable() {
+                let _ = self.terminal.read(&mut last_words).unwrap();
+            } else if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+        };
+        let after = settings(&self.slave);
+        let restored = (after.c_iflag, after.c_oflag, after.c_cflag, after.c_lflag, after.c_cc)
+            == (
+                self.before.c_iflag,
+                self.before.c_oflag,
+                self.before.c_cflag,
+                self.before.c_lflag,
+                self.before.c_cc,
+            );
+        (status.code().unwrap_or_else(|| panic!("not ended in order: {status}")), restored)
+    }
+}
+
+fn open_terminal() -> (OwnedFd, OwnedFd) {
+    let (mut master, mut slave) = (-1, -1);
+    // SAFETY: the two integers are ours; name, settings and window size may be null.
+    let result = unsafe {
+        libc::openpty(
+            &raw mut master,
+            &raw mut slave,
+            std::ptr::null_mut(),
+            std::ptr::null(),
+            std::ptr::null(),
+        )
+    };
+    assert_eq!(result, 0, "openpty");
+    for fd in [master, slave] {
+        // SAFETY: fcntl takes integers here; `fd` is open, by openpty.
+        assert_eq!(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) }, 0);
+    }
+    // SAFETY: openpty succeeded, so both are open and nobody else owns them.
+    unsafe { (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) }
+}
+
+fn settings(fd: &OwnedFd) -> libc::termios {
+    let mut settings = std::mem::MaybeUninit::uninit();
+    // SAFETY: `fd` is an open terminal, and `settings` has room for one termios.
+    let result = unsafe { libc::tcgetattr(fd.as_raw_fd(), settings.as_mut_ptr()) };
+    assert_eq!(result, 0, "tcgetattr");
+    // SAFETY: tcgetattr succeeded, so it has filled it.
+    unsafe { settings.assume_init() }
+}
+
+#[test]
+fn signals_stop_the_machine_in_order_and_restore_the_terminal() {
+    if !kvm() {
+        return;
+    }
+    for (scenario, seen) in [("hang", "halting"), ("spin", "spinning"), ("echo", "until q")] {
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            let what = format!("signal {signal} in {scenario}");
+            let image = Image::new();
+            let mut command = minivmm();
+            start(&mut command, Entry::Elf, &format!("scenario={scenario}")).args([
+                "--timeout",
+                "60",
+                "--disk",
+            ]);
+            let mut session = Session::start(command.arg(image.disk("cache=none")));
+            session.read_until(seen);
+            assert!(session.is_raw(), "{what}: the terminal is not raw while the machine runs");
+            kill(i32::try_from(session.child.id()).unwrap(), signal);
+            assert_eq!(session.end(), (128 + signal, true), "{what}: (status, terminal restored)");
+        }
+    }
+}
+
+#[test]
+fn the_terminal_is_restored_however_the_machine_ends() {
+    if !kvm() {
+        return;
+    }
+    let endings = [
+        ("exit=7", "60", exit(7)),
+        ("reset", "60", ORDERLY),
+        ("poweroff", "60", ORDERLY),
+        ("panic", "60", GUEST_PANIC),
+        ("triple", "60", FAILURE),
+        ("hang", "1", TIMED_OUT),
+    ];
+    for (scenario, timeout, status) in endings {
+        let mut command = minivmm();
+        start(&mut command, Entry::Pvh, &format!("scenario={scenario}")).args(["--timeout", timeout]);
+        let session = Session::start(&mut command);
+        assert_eq!(session.end(), (status, true), "{scenario}: (status, terminal restored)");
+    }
+}
+
+#[test]
+fn keys_on_a_terminal_reach_the_guest_and_control_a_x_ends_it() {
+    if !kvm() {
+        return;
+    }
+    let mut command = minivmm();
+    start(&mut command, Entry::Elf, "scenario=echo").args(["--timeout", "60"]);
+    let mut session = Session::start(&mut command);
+    session.read_until("until q");
+    // Control-C and Control-D are the guest's, once the terminal is raw.
+    session.terminal.write_all(b"ab\x03\x04cd").unwrap();
+    session.read_until("ab\x03\x04cd");
+    session.terminal.write_all(b"\x01h").unwrap();
+    let help = session.read_until("Ctrl-A x");
+    assert!(!help.contains('\x01'), "{help:?}");
+    session.terminal.write_all(b"\x01x").unwrap();
+    assert_eq!(session.end(), (ORDERLY, true), "(status, terminal restored)");
+}

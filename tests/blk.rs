@@ -1,0 +1,612 @@
+//! Every request type and every malformed chain of the requirements, through a driver of our own
+//! against the live device (registers, rings, worker thread, real file).
+#![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
+
+mod common;
+
+use common::driver::*;
+use common::images::{TestImage, pattern};
+use minivmm::disk::{DiskOptions, Image};
+use std::sync::Arc;
+
+/// A descriptor without its next: address, length, flags.
+type Part = (u64, u32, u16);
+
+const MODES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];
+const IMAGE_BYTES: u64 = 1 << 20;
+const CAPACITY: u64 = IMAGE_BYTES / 512;
+const FEATURES: u64 = F_FLUSH | F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES | F_INDIRECT;
+
+fn rig(mode: &str, features: u64) -> (TestImage, Rig) {
+    let image = TestImage::new(IMAGE_BYTES);
+    let rig = Rig::live(image.open(mode), features);
+    (image, rig)
+}
+
+fn rig_with(features: u64, change: impl FnOnce(&mut DiskOptions)) -> (TestImage, Rig) {
+    let image = TestImage::new(IMAGE_BYTES);
+    let mut options = image.options("none");
+    change(&mut options);
+    let rig = Rig::live(Arc::new(Image::open(&options).unwrap()), features);
+    (image, rig)
+}
+
+/// A request that must work after every attack: reads sector 3.
+fn assert_alive(rig: &mut Rig, context: &str) {
+    let (status, data) = rig.read_sectors(3, 512);
+    assert_eq!((status, data), (OK, vec![pattern(3); 512]), "after {context}");
+}
+
+#[test]
+fn what_is_written_is_read_back_and_on_the_image_in_every_mode() {
+    for mode in MODES {
+        let (image, mut rig) = rig(mode, FEATURES);
+        let data: Vec<u8> = (0..8192u32).map(|i| (i * 7 % 256) as u8).collect();
+        assert_eq!(rig.write_sectors(16, &data), OK, "{mode}");
+        assert_eq!(rig.read_sectors(16, 8192), (OK, data.clone()), "{mode}");
+        assert_eq!(rig.flush(), OK, "{mode}");
+        let content = image.content();
+        assert_eq!(content.len() as u64, IMAGE_BYTES);
+        assert_eq!(content[16 * 512..32 * 512], data, "{mode}");
+        for sector in (0..16).chain(32..CAPACITY) {
+            let at = usize::try_from(sector * 512).unwrap();
+            assert_eq!(content[at..at + 512], [pattern(sector); 512], "{mode}: sector {sector} changed");
+        }
+    }
+}
+
+#[test]
+fn used_length_is_data_and_status_for_reads_and_one_for_the_rest() {
+    let (_image, mut rig) = rig("none", FEATURES);
+    assert_eq!(rig.request(IN, 0, Some((1024, WRITE))), (OK, 1025));
+    assert_eq!(rig.request(OUT, 0, Some((1024, 0))), (OK, 1));
+    assert_eq!(rig.request(FLUSH, 0, None), (OK, 1));
+    assert_eq!(rig.request(GET_ID, 0, Some((20, WRITE))), (OK, 21));
+    assert_eq!(rig.request(IN, CAPACITY, Some((512, WRITE))), (IOERR, 0));
+    assert_eq!(rig.request(99, 0, Some((512, WRITE))), (UNSUPP, 0));
+    assert_eq!(rig.request(99, 0, None), (UNSUPP, 1));
+}
+
+#[test]
+fn get_id_is_padded_with_nul_and_has_no_terminator_when_full() {
+    for (serial, expected) in [
+        ("disk-1", *b"disk-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0"),
+        ("12345678901234567890", *b"12345678901234567890"),
+    ] {
+        let (_image, mut rig) = rig_with(0, |options| options.serial = Some(serial.into()));
+        rig.fill(DATA, 0xee, 32);
+        assert_eq!(rig.request(GET_ID, 0, Some((20, WRITE))), (OK, 21));
+        assert_eq!(rig.peek(DATA, 21), [&expected[..], &[0xee]].concat());
+    }
+}
+
+#[test]
+fn get_id_into_too_little_space_is_an_error_and_more_space_is_left_alone() {
+    let (_image, mut rig) = rig_with(0, |options| options.serial = Some("x".into()));
+    assert_eq!(rig.request(GET_ID, 0, Some((19, WRITE))).0, IOERR);
+    rig.fill(DATA, 0xee, 32);
+    assert_eq!(rig.request(GET_ID, 0, Some((32, WRITE))), (OK, 20));
+    assert_eq!(rig.peek(DATA + 20, 12), [0xee; 12]);
+}
+
+#[test]
+fn a_flush_with_a_sector_or_with_data_is_a_flush() {
+    let (_image, mut rig) = rig("none", FEATURES);
+    for data in [None, Some((512, 0)), Some((512, WRITE))] {
+        assert_eq!(rig.request(FLUSH, 77, data).0, OK, "{data:?}");
+    }
+}
+
+#[test]
+fn everything_unknown_is_unsupported_and_completed() {
+    let (_image, mut rig) = rig("none", FEATURES);
+    // SCSI, legacy FLUSH_OUT, GET_LIFETIME, zone requests, SECURE_ERASE, BARRIER, anything.
+    for kind in [2, 3, 5, 6, 7, 9, 10, 14, 15, 16, 17, 18, 20, 22, 24, 1 << 31, u32::MAX] {
+        assert_eq!(rig.request(kind, 0, Some((512, WRITE))).0, UNSUPP, "type {kind:#x}");
+        assert_eq!(rig.request(kind, 0, None).0, UNSUPP, "type {kind:#x}");
+    }
+    assert_alive(&mut rig, "unknown requests");
+}
+
+#[test]
+fn reads_and_writes_beyond_the_capacity_fail_and_the_image_does_not_grow() {
+    for mode in MODES {
+        let (image, mut rig) = rig(mode, FEATURES);
+        let before = image.content();
+        let beyond = [CAPACITY, CAPACITY - 1, u64::MAX, u64::MAX / 512, 1 << 55, (1 << 55) + 1, u64::MAX - 1];
+        for sector in beyond {
+            let sectors = if sector == CAPACITY - 1 { 2 } else { 1 };
+            rig.fill(DATA, 0x55, 1024);
+            assert_eq!(
+                rig.request(OUT, sector, Some((512 * sectors, 0))).0,
+                IOERR,
+                "{mode} write {sector:#x}"
+            );
+            assert_eq!(
+                rig.request(IN, sector, Some((512 * sectors, WRITE))),
+                (IOERR, 0),
+                "{mode} {sector:#x}"
+            );
+            assert_eq!(rig.peek(DATA, 1024), [0x55; 1024], "{mode}: data of a failed read");
+        }
+        assert_eq!(image.content(), before, "{mode}");
+        assert_alive(&mut rig, "out of range requests");
+    }
+}
+
+#[test]
+fn data_that_is_no_whole_number_of_sectors_is_refused() {
+    let (image, mut rig) = rig("writeback", FEATURES);
+    let before = image.content();
+    for len in [1, 511, 513, 1023] {
+        assert_eq!(rig.request(OUT, 0, Some((len, 0))).0, IOERR, "write {len}");
+        assert_eq!(rig.request(IN, 0, Some((len, WRITE))).0, IOERR, "read {len}");
+    }
+    assert_eq!(image.content(), before);
+}
+
+#[test]
+fn a_request_without_data_moves_nothing_and_is_ok() {
+    let (image, mut rig) = rig("directsync", FEATURES);
+    let before = image.content();
+    for kind in [IN, OUT] {
+        assert_eq!(rig.request(kind, 5, None), (OK, 1), "type {kind}");
+    }
+    assert_eq!(image.content(), before);
+}
+
+#[test]
+fn any_legal_cut_into_descriptors_is_accepted() {
+    // (readable pieces, writable pieces) of a 1024-byte read and of a 1024-byte write.
+    let read_layouts: [&[Part]; 6] = [
+        &[(HEADER, 16, 0), (DATA, 1024, WRITE), (STATUS_BYTE, 1, WRITE)],
+        &[(HEADER, 16, 0), (DATA, 1025, WRITE)],
+        &[(HEADER, 1, 0), (HEADER + 1, 15, 0), (DATA, 1, WRITE), (DATA + 1, 1024, WRITE)],
+        &[
+            (HEADER, 8, 0),
+            (HEADER + 8, 0, 0),
+            (HEADER + 8, 8, 0),
+            (DATA, 512, WRITE),
+            (DATA + 512, 513, WRITE),
+        ],
+        &[(HEADER, 16, 0), (DATA, 100, WRITE), (DATA + 100, 412, WRITE), (DATA + 512, 513, WRITE)],
+        &[(HEADER, 16, 0), (DATA, 3, WRITE), (DATA + 3, 1021, WRITE), (DATA + 1024, 1, WRITE)],
+    ];
+    for mode in MODES {
+        let (_image, mut rig) = rig(mode, FEATURES);
+        for layout in read_layouts {
+            rig.put_header(IN, 7);
+            rig.put_chain(DESC, layout);
+            rig.fill(DATA, 0xee, 2048);
+            rig.make_available(&[0]);
+            rig.ring_doorbell();
+            assert_eq!(rig.wait_used(), (0, 1025), "{mode} {layout:?}");
+            let expected = [[pattern(7); 512], [pattern(8); 512]].concat();
+            assert_eq!(rig.peek(DATA, 1024), expected, "{mode} {layout:?}");
+            let (status_addr, len, _) = layout[layout.len() - 1];
+            assert_eq!(rig.peek(status_addr + u64::from(len) - 1, 1), [OK], "{mode} {layout:?}");
+        }
+        let write_layouts: [&[Part]; 4] = [
+            &[(HEADER, 16 + 1024, 0), (STATUS_BYTE, 1, WRITE)],
+            &[(HEADER, 7, 0), (HEADER + 7, 9 + 500, 0), (HEADER + 516, 524, 0), (STATUS_BYTE, 1, WRITE)],
+            &[(HEADER, 16, 0), (HEADER + 16, 512, 0), (HEADER + 528, 512, 0), (STATUS_BYTE, 1, WRITE)],
+            &[(HEADER, 16, 0), (HEADER + 16, 1, 0), (HEADER + 17, 1023, 0), (STATUS_BYTE, 1, WRITE)],
+        ];
+        for (round, layout) in (1u8..).zip(write_layouts) {
+            rig.put_header(OUT, 40);
+            rig.fill(HEADER + 16, round, 1024);
+            rig.put_chain(DESC, layout);
+            assert_eq!(rig.submit_chain(), (OK, 1), "{mode} {layout:?}");
+            assert_eq!(rig.read_sectors(40, 1024), (OK, vec![round; 1024]), "{mode} {layout:?}");
+        }
+    }
+}
+
+#[test]
+fn an_indirect_table_may_follow_direct_descriptors() {
+    let (_image, mut rig) = rig("none", FEATURES);
+    rig.put_header(IN, 9);
+    for (direct, indirect) in [
+        (&[][..], &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS_BYTE, 1, WRITE)][..]),
+        (&[(HEADER, 16, 0)][..], &[(DATA, 512, WRITE), (STATUS_BYTE, 1, WRITE)][..]),
+        (&[(HEADER, 16, 0), (DATA, 512, WRITE)][..], &[(STATUS_BYTE, 1, WRITE)][..]),
+    ] {
+        // F_WRITE on the descriptor of the table is ignored (virtio 2.7.5.3.2).
+        for table_flags in [INDIRECT, INDIRECT | WRITE] {
+            let table_bytes = u32::try_from(16 * indirect.len()).unwrap();
+            let mut parts = direct.to_vec();
+            parts.push((INDIRECT_TABLE, table_bytes, table_flags));
+            rig.put_chain(DESC, &parts);
+            rig.put_chain(INDIRECT_TABLE, indirect);
+            rig.fill(DATA, 0xee, 512);
+            assert_eq!(rig.submit_chain(), (OK, 513), "{parts:?}");
+            assert_eq!(rig.peek(DATA, 512), [pattern(9); 512]);
+        }
+    }
+}
+
+#[test]
+fn discarded_and_zeroed_ranges_read_as_zeroes_and_their_neighbours_stay() {
+    for mode in MODES {
+        for (kind, flags) in [(DISCARD, 0), (WRITE_ZEROES, 0), (WRITE_ZEROES, 1)] {
+            let (image, mut rig) = rig(mode, FEATURES);
+            assert_eq!(
+                rig.erase(kind, &[(8, 16, flags), (64, 0, flags), (100, 1, flags)]),
+                OK,
+                "{mode} {kind}"
+            );
+            let content = image.content();
+            assert_eq!(content.len() as u64, IMAGE_BYTES);
+            for sector in 0..CAPACITY {
+                let erased = (8..24).contains(&sector) || sector == 100;
+                let expected = if erased { 0 } else { pattern(sector) };
+                let at = usize::try_from(sector * 512).unwrap();
+                assert_eq!(content[at..at + 512], [expected; 512], "{mode} {kind} {flags} sector {sector}");
+                if erased {
+                    assert_eq!(rig.read_sectors(sector, 512), (OK, vec![0; 512]));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bad_erases_are_refused_with_the_right_status_and_erase_nothing() {
+    let (image, mut rig) = rig("none", FEATURES);
+    let before = image.content();
+    let too_many = u32::try_from(CAPACITY).unwrap() + 1;
+    for (kind, segments, expected) in [
+        (DISCARD, vec![(0, 8, 1)], UNSUPP),
+        (DISCARD, vec![(0, 8, 2)], UNSUPP),
+        (DISCARD, vec![(0, 8, 0), (8, 8, 1 << 31)], UNSUPP),
+        (WRITE_ZEROES, vec![(0, 8, 2)], UNSUPP),
+        (WRITE_ZEROES, vec![(0, 8, 3)], UNSUPP),
+        (DISCARD, vec![(0, too_many, 0)], IOERR),
+        (WRITE_ZEROES, vec![(0, too_many, 0)], IOERR),
+        (WRITE_ZEROES, vec![(CAPACITY, 1, 0)], IOERR),
+        (WRITE_ZEROES, vec![(u64::MAX, 1, 0)], IOERR),
+        (WRITE_ZEROES, vec![(u64::MAX / 512, u32::MAX, 0)], IOERR),
+        (DISCARD, vec![(0, 8, 0), (CAPACITY, 8, 0)], IOERR),
+        (DISCARD, vec![(0, 1, 0); 33], IOERR),
+        (WRITE_ZEROES, vec![], IOERR),
+    ] {
+        assert_eq!(rig.erase(kind, &segments), expected, "{kind} {segments:?}");
+    }
+    for len in [1, 15, 17, 31] {
+        assert_eq!(rig.request(DISCARD, 0, Some((len, 0))).0, IOERR, "payload of {len} bytes");
+    }
+    assert_eq!(image.content(), before);
+    assert_alive(&mut rig, "bad erases");
+}
+
+#[test]
+fn erases_that_were_not_negotiated_are_unsupported() {
+    let (image, mut rig) = rig("none", F_FLUSH);
+    let before = image.content();
+    assert_eq!(rig.erase(DISCARD, &[(0, 8, 0)]), UNSUPP);
+    assert_eq!(rig.erase(WRITE_ZEROES, &[(0, 8, 0)]), UNSUPP);
+    assert_eq!(image.content(), before);
+}
+
+#[test]
+fn discard_off_offers_no_discard_and_unmaps_nothing() {
+    let (image, mut rig) = rig_with(F_WRITE_ZEROES, |options| options.discard = false);
+    assert_eq!(rig.offered() & F_DISCARD, 0);
+    assert_eq!(rig.config(56, 1), 0, "write_zeroes_may_unmap");
+    assert_eq!(rig.erase(DISCARD, &[(0, 8, 0)]), UNSUPP);
+    assert_eq!(rig.erase(WRITE_ZEROES, &[(0, 8, 1)]), OK);
+    assert_eq!(rig.read_sectors(0, 4096), (OK, vec![0; 4096]));
+    drop(image);
+}
+
+#[test]
+fn a_readonly_disk_answers_every_write_with_ioerr_and_every_flush_with_ok() {
+    for features in [F_RO | F_FLUSH, F_FLUSH, 0] {
+        let (image, mut rig) = rig_with(features, |options| options.readonly = true);
+        let before = image.content();
+        assert_eq!(rig.offered() & (F_RO | F_DISCARD | F_WRITE_ZEROES), F_RO);
+        assert_eq!(rig.write_sectors(0, &[9; 512]), IOERR);
+        assert_eq!(rig.erase(DISCARD, &[(0, 8, 0)]), IOERR);
+        assert_eq!(rig.erase(WRITE_ZEROES, &[(0, 8, 0)]), IOERR);
+        assert_eq!(rig.flush(), OK);
+        assert_eq!(rig.request(GET_ID, 0, Some((20, WRITE))).0, OK);
+        assert_alive(&mut rig, "writes to a readonly disk");
+        assert_eq!(image.content(), before);
+    }
+}
+
+#[test]
+fn memory_that_o_direct_cannot_use_is_bounced_and_right() {
+    for mode in ["none", "directsync"] {
+        let (image, mut rig) = rig(mode, FEATURES);
+        for shift in [1u64, 4, 100, 511] {
+            let data: Vec<u8> = (0..4096u32).map(|i| (i * 13 % 255) as u8).collect();
+            rig.poke(DATA + shift, &data);
+            rig.put_header(OUT, 80);
+            rig.put_chain(DESC, &[(HEADER, 16, 0), (DATA + shift, 4096, 0), (STATUS_BYTE, 1, WRITE)]);
+            assert_eq!(rig.submit_chain(), (OK, 1), "{mode} +{shift}");
+            assert_eq!(image.content()[80 * 512..88 * 512], data, "{mode} +{shift}");
+            rig.put_header(IN, 80);
+            rig.fill(DATA, 0, 8192);
+            rig.put_chain(DESC, &[(HEADER, 16, 0), (DATA + shift, 4096, WRITE), (STATUS_BYTE, 1, WRITE)]);
+            assert_eq!(rig.submit_chain(), (OK, 4097), "{mode} +{shift}");
+            assert_eq!(rig.peek(DATA + shift, 4096), data, "{mode} +{shift}");
+            assert_eq!(rig.peek(DATA, 1)[0], 0, "the byte before");
+            assert_eq!(rig.peek(DATA + shift + 4096, 1)[0], 0, "the byte behind");
+        }
+    }
+}
+
+#[test]
+fn bounce_always_copies_aligned_transfers_too_and_long_ones_in_turns() {
+    let (image, mut rig) = rig_with(0, |options| options.bounce_always = true);
+    let data: Vec<u8> = (0..768u32 << 10).map(|i| (i * 31 % 253) as u8).collect();
+    assert_eq!(rig.write_sectors(8, &data), OK);
+    assert_eq!(rig.read_sectors(8, 768 << 10), (OK, data.clone()));
+    assert_eq!(image.content()[4096..4096 + data.len()], data);
+    let bounces = rig.image.counters.bounces.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(bounces, 6, "three turns of 256 KiB each way");
+}
+
+#[test]
+fn with_blocks_of_4096_smaller_requests_of_a_direct_mode_are_refused_not_rewritten() {
+    let image = TestImage::new(IMAGE_BYTES);
+    let mut options = image.options("none");
+    options.block_size = Some(4096);
+    let opened = Image::open(&options).unwrap();
+    let needs = opened.geometry().alignment.offset;
+    let mut rig = Rig::live(Arc::new(opened), 0);
+    assert_eq!(rig.config(20, 4), 4096, "blk_size");
+    let (status, _) = rig.read_sectors(1, 512);
+    // blk_size is advice: where the host can do 512, a request of 512 is served.
+    assert_eq!(status, if needs <= 512 { OK } else { IOERR });
+}
+
+/// Chains that can be followed but are no request: IOERR, or whatever the table says, and alive.
+#[test]
+fn malformed_requests_get_an_error_and_the_device_goes_on() {
+    let (image, mut rig) = rig("none", FEATURES);
+    let before = image.content();
+    let far = RAM_BYTES + 4096;
+    let cases: [(&str, u32, Vec<Part>); 15] = [
+        ("a header of 15 bytes", IN, vec![(HEADER, 15, 0), (STATUS_BYTE, 1, WRITE)]),
+        ("no header", IN, vec![(STATUS_BYTE, 1, WRITE)]),
+        ("a header outside RAM", IN, vec![(far, 16, 0), (STATUS_BYTE, 1, WRITE)]),
+        ("a header at the end of the world", IN, vec![(u64::MAX - 7, 16, 0), (STATUS_BYTE, 1, WRITE)]),
+        ("data outside RAM", IN, vec![(HEADER, 16, 0), (far, 512, WRITE), (STATUS_BYTE, 1, WRITE)]),
+        (
+            "data across the end of RAM",
+            IN,
+            vec![(HEADER, 16, 0), (RAM_BYTES - 256, 512, WRITE), (STATUS_BYTE, 1, WRITE)],
+        ),
+        ("data that wraps", OUT, vec![(HEADER, 16, 0), (u64::MAX - 255, 512, 0), (STATUS_BYTE, 1, WRITE)]),
+        ("a write from outside RAM", OUT, vec![(HEADER, 16, 0), (far, 512, 0), (STATUS_BYTE, 1, WRITE)]),
+        ("a huge segment", OUT, vec![(HEADER, 16, 0), (DATA, u32::MAX, 0), (STATUS_BYTE, 1, WRITE)]),
+        (
+            "more than 4 GiB",
+            OUT,
+            vec![(HEADER, 16, 0), (DATA, u32::MAX, 0), (DATA, u32::MAX, 0), (STATUS_BYTE, 1, WRITE)],
+        ),
+        ("writable before readable", OUT, vec![(HEADER, 16, 0), (STATUS_BYTE, 1, WRITE), (DATA, 512, 0)]),
+        (
+            "writable before the header",
+            IN,
+            vec![(DATA, 512, WRITE), (HEADER, 16, 0), (STATUS_BYTE, 1, WRITE)],
+        ),
+        ("a read whose data is readable", IN, vec![(HEADER, 16, 0), (DATA, 100, 0), (STATUS_BYTE, 2, WRITE)]),
+        (
+            "an erase with data outside RAM",
+            DISCARD,
+            vec![(HEADER, 16, 0), (far, 16, 0), (STATUS_BYTE, 1, WRITE)],
+        ),
+        ("a serial outside RAM", GET_ID, vec![(HEADER, 16, 0), (far, 20, WRITE), (STATUS_BYTE, 1, WRITE)]),
+    ];
+    for (what, kind, parts) in cases {
+        rig.put_header(kind, 3);
+        rig.put_chain(DESC, &parts);
+        rig.fill(STATUS_BYTE, UNTOUCHED, 2);
+        rig.make_available(&[0]);
+        rig.ring_doorbell();
+        let (head, _) = rig.wait_used();
+        assert_eq!(head, 0, "{what}");
+        let bytes = rig.peek(STATUS_BYTE, 2);
+        assert!(bytes.contains(&IOERR) && !bytes.contains(&OK), "{what}: {bytes:?}");
+        assert!(!rig.needs_reset(), "{what}");
+        assert_alive(&mut rig, what);
+    }
+    assert_eq!(image.content(), before);
+}
+
+/// What makes the ring impossible to follow: NEEDS_RESET, told by a configuration interrupt, and a
+/// reset makes the device whole again.
+#[test]
+fn a_broken_ring_asks_for_a_reset_and_survives_it() {
+    type Breaks = fn(&mut Rig);
+    let cases: [(&str, Breaks); 16] = [
+        ("avail.idx jumps", |rig| {
+            rig.set_avail_idx(17);
+        }),
+        ("avail.idx jumps backwards", |rig| rig.set_avail_idx(u16::MAX)),
+        ("a head beyond the table", |rig| rig.make_available(&[16])),
+        ("a head far beyond the table", |rig| rig.make_available(&[u16::MAX])),
+        ("next beyond the table", |rig| {
+            rig.put_desc(DESC, 0, (HEADER, 16, NEXT, 16));
+            rig.make_available(&[0]);
+        }),
+        ("a descriptor that is its own next", |rig| {
+            rig.put_desc(DESC, 0, (HEADER, 16, NEXT, 0));
+            rig.make_available(&[0]);
+        }),
+        ("a loop of two", |rig| {
+            rig.put_desc(DESC, 0, (HEADER, 16, NEXT, 1));
+            rig.put_desc(DESC, 1, (DATA, 512, NEXT | WRITE, 0));
+            rig.make_available(&[0]);
+        }),
+        ("no writable byte", |rig| {
+            rig.put_chain(DESC, &[(HEADER, 16, 0)]);
+            rig.make_available(&[0]);
+        }),
+        ("only empty descriptors", |rig| {
+            rig.put_chain(DESC, &[(HEADER, 0, 0), (STATUS_BYTE, 0, WRITE)]);
+            rig.make_available(&[0]);
+        }),
+        ("a status outside RAM", |rig| {
+            rig.put_chain(DESC, &[(HEADER, 16, 0), (RAM_BYTES, 1, WRITE)]);
+            rig.make_available(&[0]);
+        }),
+        ("a nested indirect table", |rig| {
+            rig.put_chain(DESC, &[(INDIRECT_TABLE, 16, INDIRECT)]);
+            rig.put_chain(INDIRECT_TABLE, &[(INDIRECT_TABLE, 16, INDIRECT)]);
+            rig.make_available(&[0]);
+        }),
+        ("an indirect descriptor with a next", |rig| {
+            rig.put_desc(DESC, 0, (INDIRECT_TABLE, 48, INDIRECT | NEXT, 1));
+            rig.make_available(&[0]);
+        }),
+        ("an indirect table of 24 bytes", |rig| {
+            rig.put_chain(DESC, &[(INDIRECT_TABLE, 24, INDIRECT)]);
+            rig.make_available(&[0]);
+        }),
+        ("an empty indirect table", |rig| {
+            rig.put_chain(DESC, &[(INDIRECT_TABLE, 0, INDIRECT)]);
+            rig.make_available(&[0]);
+        }),
+        ("an indirect table longer than the queue", |rig| {
+            rig.put_chain(DESC, &[(INDIRECT_TABLE, 16 * 17, INDIRECT)]);
+            rig.make_available(&[0]);
+        }),
+        ("an indirect table outside RAM", |rig| {
+            rig.put_chain(DESC, &[(RAM_BYTES - 16, 32, INDIRECT)]);
+            rig.make_available(&[0]);
+        }),
+    ];
+    let (image, mut rig) = rig("none", FEATURES);
+    let before = image.content();
+    for (what, break_it) in cases {
+        rig.start(FEATURES);
+        rig.put_header(IN, 3);
+        break_it(&mut rig);
+        rig.ring_doorbell();
+        assert_eq!(rig.wait_interrupt() & 2, 2, "{what}: a configuration interrupt");
+        assert!(rig.needs_reset(), "{what}");
+        rig.start(FEATURES);
+        assert_alive(&mut rig, what);
+    }
+    assert_eq!(image.content(), before);
+}
+
+#[test]
+fn an_indirect_table_that_was_not_negotiated_breaks_the_ring() {
+    let (_image, mut rig) = rig("none", F_FLUSH);
+    rig.put_header(IN, 3);
+    rig.put_chain(DESC, &[(INDIRECT_TABLE, 48, INDIRECT)]);
+    rig.put_chain(INDIRECT_TABLE, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS_BYTE, 1, WRITE)]);
+    rig.make_available(&[0]);
+    rig.ring_doorbell();
+    assert_eq!(rig.wait_interrupt() & 2, 2);
+    assert!(rig.needs_reset());
+}
+
+#[test]
+fn the_same_head_many_times_in_flight_is_completed_as_often() {
+    let (_image, mut rig) = rig("none", FEATURES);
+    rig.put_header(IN, 3);
+    rig.put_chain(DESC, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS_BYTE, 1, WRITE)]);
+    for _ in 0..20 {
+        rig.make_available(&[0; 16]);
+        rig.ring_doorbell();
+        for _ in 0..16 {
+            assert_eq!(rig.wait_used(), (0, 513));
+        }
+    }
+    assert_alive(&mut rig, "the same head in flight");
+}
+
+#[test]
+fn buffers_may_overlap_each_other_the_header_and_the_rings() {
+    let (_image, mut rig) = rig("none", FEATURES);
+    for (what, data, status) in [
+        ("the status inside the data", DATA, DATA + 17),
+        ("the data over the header", HEADER - 256, STATUS_BYTE),
+        ("the status over the header", DATA, HEADER),
+        ("the data over the descriptors", DESC + 64, STATUS_BYTE),
+    ] {
+        rig.put_header(IN, 3);
+        rig.put_chain(DESC, &[(HEADER, 16, 0), (data, 512, WRITE), (status, 1, WRITE)]);
+        rig.make_available(&[0]);
+        rig.ring_doorbell();
+        assert_eq!(rig.wait_used(), (0, 513), "{what}");
+        assert_alive(&mut rig, what);
+    }
+    // Sixteen zero bytes of the used ring are a legal, if strange, place for a header; whatever the
+    // device makes of data over its used ring, a reset mends it.
+    rig.put_header(IN, 3);
+    rig.put_chain(DESC, &[(HEADER, 16, 0), (USED, 512, WRITE), (STATUS_BYTE, 1, WRITE)]);
+    rig.make_available(&[0]);
+    rig.ring_doorbell();
+    rig.wait_interrupt();
+    rig.start(FEATURES);
+    assert_alive(&mut rig, "data over the used ring");
+}
+
+#[test]
+fn a_full_ring_of_requests_is_answered_completely() {
+    let (_image, mut rig) = rig("none", FEATURES);
+    // Five requests of three descriptors fit into sixteen.
+    for index in 0..5u16 {
+        let base = 3 * index;
+        let header = HEADER + 64 * u64::from(index);
+        rig.poke(header, &IN.to_le_bytes());
+        rig.poke(header + 8, &u64::from(index).to_le_bytes());
+        rig.put_desc(DESC, base, (header, 16, NEXT, base + 1));
+        rig.put_desc(DESC, base + 1, (DATA + 512 * u64::from(index), 512, NEXT | WRITE, base + 2));
+        rig.put_desc(DESC, base + 2, (STATUS_BYTE + u64::from(index), 1, WRITE, 0));
+    }
+    for _ in 0..100 {
+        rig.fill(STATUS_BYTE, UNTOUCHED, 5);
+        rig.make_available(&[0, 3, 6, 9, 12]);
+        rig.ring_doorbell();
+        let mut heads: Vec<_> = (0..5).map(|_| rig.wait_used().0).collect();
+        heads.sort_unstable();
+        assert_eq!(heads, [0, 3, 6, 9, 12]);
+        assert_eq!(rig.peek(STATUS_BYTE, 5), [OK; 5]);
+    }
+    for index in 0..5 {
+        assert_eq!(rig.peek(DATA + 512 * index, 512), [pattern(index); 512]);
+    }
+}
+
+#[test]
+fn configuration_space_says_what_the_disk_is() {
+    let (_image, mut rig) = rig_with(0, |options| options.queue_size = 64);
+    assert_eq!(rig.config(0, 8), CAPACITY);
+    assert_eq!(rig.config(0, 4), CAPACITY, "the lower half");
+    assert_eq!(rig.config(4, 4), 0, "the upper half");
+    assert_eq!(rig.config(8, 4), 0, "size_max is not offered");
+    assert_eq!(rig.config(12, 4), 62, "seg_max");
+    let logical = rig.config(20, 4);
+    assert!(logical == 512 || logical == 4096);
+    assert_eq!(logical << rig.config(24, 1), 4096, "physical block");
+    assert_eq!(rig.config(26, 2), 1, "min_io_size in logical blocks");
+    assert_eq!(rig.config(32, 1), 1, "writeback");
+    assert_eq!(rig.config(33, 1), 0, "unused0");
+    assert_eq!(rig.config(34, 2), 0, "num_queues is not offered");
+    assert_eq!((rig.config(36, 4), rig.config(40, 4)), (1 << 22, 32), "discard limits");
+    assert_eq!(rig.config(44, 4), logical / 512, "discard alignment");
+    assert_eq!((rig.config(48, 4), rig.config(52, 4)), (1 << 22, 32), "write zeroes limits");
+    assert_eq!(rig.config(56, 1), 1, "write_zeroes_may_unmap");
+    assert_eq!(rig.config(57, 3), 0, "unused1");
+    for offset in [60, 64, 255, 1000, 3000] {
+        assert_eq!(rig.config(offset, 8), 0, "beyond the end, at {offset}");
+    }
+}
+
+#[test]
+fn the_features_of_the_issue_are_offered_and_no_others() {
+    let (_image, mut rig) = rig("none", 0);
+    let always =
+        F_VERSION_1 | F_EVENT_IDX | F_INDIRECT | F_FLUSH | F_CONFIG_WCE | F_BLK_SIZE | F_TOPOLOGY | F_SEG_MAX;
+    assert_eq!(rig.offered(), always | F_DISCARD | F_WRITE_ZEROES);
+    let (_image, mut rig) = rig_with(0, |options| options.readonly = true);
+    assert_eq!(rig.offered(), always | F_RO);
+}

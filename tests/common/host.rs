@@ -1,0 +1,148 @@
+//! Where test guests with a kernel run: on this machine where its KVM can run Linux, in the emulated
+//! host elsewhere. Chosen once a process, said in one line.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// A machine that runs minivmm with Linux guests.
+pub enum Host {
+    Direct,
+    /// The directory of a running emulated host.
+    Emulated(PathBuf),
+}
+
+/// A directory of its own on that machine, on a file system with O_DIRECT.
+pub struct Place {
+    host: &'static Host,
+    path: String,
+}
+
+/// What a command has done.
+#[derive(Debug)]
+pub struct Outcome {
+    pub status: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+static HOST: OnceLock<Host> = OnceLock::new();
+static PLACES: AtomicU32 = AtomicU32::new(0);
+
+fn tree(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+fn run(command: &mut Command) -> Outcome {
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    Outcome {
+        status: output.status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// Ends the emulated host with the test process.
+extern "C" fn end_emulated_host() {
+    if let Some(Host::Emulated(dir)) = HOST.get() {
+        let _ = Command::new(tree("guest-images/emuhost")).arg("kill").arg(dir).status();
+        let _ = std::fs::remove_dir_all(dir);
+    }
+}
+
+impl Host {
+    pub fn get() -> &'static Host {
+        HOST.get_or_init(|| {
+            let chosen = run(Command::new(tree("guest-images/which-host")).stderr(Stdio::inherit()));
+            assert_eq!(chosen.status, 0, "guest-images/which-host failed");
+            println!("guests run {}", chosen.stdout.trim());
+            if chosen.stdout.starts_with("directly") {
+                return Host::Direct;
+            }
+            let dir =
+                PathBuf::from(format!("{}/emuhost-{}", env!("CARGO_TARGET_TMPDIR"), std::process::id()));
+            let started = run(Command::new(tree("guest-images/emuhost"))
+                .args(["start", "--binary", env!("CARGO_BIN_EXE_minivmm"), "--memory", "4096"])
+                .arg(&dir));
+            assert_eq!(started.status, 0, "the emulated host did not start: {}", started.stderr);
+            // SAFETY: the function is `extern "C"` and takes nothing.
+            unsafe { libc::atexit(end_emulated_host) };
+            Host::Emulated(dir)
+        })
+    }
+
+    /// A fresh directory to work in.
+    pub fn place(&'static self) -> Place {
+        let number = PLACES.fetch_add(1, Ordering::Relaxed);
+        let path = match self {
+            Host::Direct => {
+                let path = format!("{}/guest-{}-{number}", env!("CARGO_TARGET_TMPDIR"), std::process::id());
+                std::fs::create_dir_all(&path).unwrap();
+                path
+            }
+            Host::Emulated(_) => format!("/data/test-{number}"),
+        };
+        let place = Place { host: self, path };
+        if matches!(self, Host::Emulated(_)) {
+            let made = place.run_in("/", &format!("mkdir -p {}", place.path));
+            assert_eq!(made.status, 0, "{}", made.stderr);
+        }
+        place
+    }
+}
+
+impl Place {
+    /// A shell command in this directory: `minivmm` is the binary under test, `$GUESTS` the guests'
+    /// images, by kernel.
+    pub fn sh(&self, script: &str) -> Outcome {
+        self.run_in(&self.path, script)
+    }
+
+    fn run_in(&self, dir: &str, script: &str) -> Outcome {
+        match self.host {
+            Host::Direct => {
+                let binary = Path::new(env!("CARGO_BIN_EXE_minivmm")).parent().unwrap();
+                let path = format!("{}:{}", binary.display(), std::env::var("PATH").unwrap());
+                run(Command::new("sh")
+                    .args(["-c", script])
+                    .current_dir(dir)
+                    .env("PATH", path)
+                    .env("GUESTS", tree("guest-images/build")))
+            }
+            Host::Emulated(host) => {
+                let script = format!("GUESTS=/data/guest\n{script}");
+                run(Command::new(tree("guest-images/emuhost"))
+                    .args(["exec", "--no-tty", "--timeout", "240", "--cwd", dir])
+                    .arg(host)
+                    .args(["--", "sh", "-c", &script]))
+            }
+        }
+    }
+
+    /// Puts a file there.
+    pub fn put(&self, name: &str, bytes: &[u8]) {
+        let target = format!("{}/{name}", self.path);
+        match self.host {
+            Host::Direct => std::fs::write(target, bytes).unwrap(),
+            Host::Emulated(host) => {
+                let local = tempfile::NamedTempFile::new().unwrap();
+                std::fs::write(local.path(), bytes).unwrap();
+                let pushed = run(Command::new(tree("guest-images/emuhost"))
+                    .arg("push")
+                    .arg(host)
+                    .arg(local.path())
+                    .arg(target));
+                assert_eq!(pushed.status, 0, "{}", pushed.stderr);
+            }
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.run_in("/", &format!("rm -rf {}", self.path));
+        }
+    }
+}

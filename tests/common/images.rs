@@ -1,0 +1,54 @@
+//! Disk images for tests, on a file system with O_DIRECT where the build directory has one.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use minivmm::disk::cache::CachePolicy;
+use minivmm::disk::{DiskOptions, Image};
+use tempfile::TempDir;
+
+/// An image of its own in a directory of its own, gone with it.
+pub struct TestImage {
+    pub path: PathBuf,
+    dir: TempDir,
+}
+
+/// A directory where O_DIRECT works if it works anywhere in the build tree.
+pub fn test_dir() -> TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+impl TestImage {
+    /// `bytes` bytes that say where they are: sector n is full of the byte n + 1.
+    pub fn new(bytes: u64) -> Self {
+        let dir = test_dir();
+        let path = dir.path().join("test.img");
+        let file = File::create(&path).unwrap();
+        file.set_len(bytes).unwrap();
+        for sector in 0..bytes / 512 {
+            file.write_all_at(&[pattern(sector); 512], sector * 512).unwrap();
+        }
+        file.sync_all().unwrap();
+        Self { path, dir }
+    }
+
+    /// What is in the file now, past any cache of ours.
+    pub fn content(&self) -> Vec<u8> {
+        std::fs::read(&self.path).unwrap()
+    }
+
+    pub fn options(&self, mode: &str) -> DiskOptions {
+        DiskOptions { cache: CachePolicy::by_name(mode).unwrap(), ..DiskOptions::new(&self.path) }
+    }
+
+    pub fn open(&self, mode: &str) -> Arc<Image> {
+        Arc::new(Image::open(&self.options(mode)).unwrap())
+    }
+}
+
+/// The byte that sector `sector` of a new image is full of.
+pub fn pattern(sector: u64) -> u8 {
+    u8::try_from(sector % 251).unwrap() + 1
+}

@@ -1,0 +1,289 @@
+//! Stock Linux kernels under minivmm, many checks a boot: the guest's view of each cache mode,
+//! fio's verify, ext4 from mkfs to e2fsck on both sides, the FLUSHes that the guest counts against
+//! the fdatasyncs that strace sees, and every way to end.
+//!
+//! Runs on this machine's KVM where it can run Linux, in the emulated host elsewhere.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
+
+#[path = "common/cpio.rs"]
+mod cpio;
+#[path = "common/host.rs"]
+mod host;
+
+use host::{Host, Outcome, Place};
+
+/// One boot of the test guest.
+struct Boot<'a> {
+    kernel: &'a str,
+    /// The rest of the command line.
+    args: &'a str,
+    /// What the guest does; it ends with power-off.
+    job: &'a str,
+}
+
+impl Boot<'_> {
+    /// The command line, in the shell of the host.
+    fn command(&self, place: &Place) -> String {
+        place.put("job.cpio", &cpio::job(self.job));
+        let guest = format!("$GUESTS/{}", self.kernel);
+        let made = place.sh(&format!("cat {guest}/initrd.cpio job.cpio > initrd.cpio"));
+        assert_eq!(made.status, 0, "{}", made.stderr);
+        format!("minivmm --timeout 200 --kernel {guest}/vmlinuz --initrd initrd.cpio {}", self.args)
+    }
+
+    fn run(&self, place: &Place) -> Outcome {
+        let command = self.command(place);
+        place.sh(&command)
+    }
+}
+
+/// The value of a line "T NAME VALUE" that a job has printed.
+fn told<'a>(outcome: &'a Outcome, name: &str) -> &'a str {
+    let lines = outcome.stdout.lines().map(str::trim);
+    let mut values = lines.filter_map(|line| line.strip_prefix("T ")?.strip_prefix(name)?.strip_prefix(' '));
+    let value = values.next();
+    value.unwrap_or_else(|| panic!("the guest did not tell {name}: {outcome:#?}")).trim()
+}
+
+fn number(outcome: &Outcome, name: &str) -> u64 {
+    told(outcome, name).parse().unwrap_or_else(|_| panic!("{name} is no number: {outcome:#?}"))
+}
+
+const FIELDS: &str = r#"
+field() { awk -v n="$2" '{ print $n }' /sys/block/$1/stat; }
+tell() { echo "T $*"; }
+"#;
+
+/// In each mode: what the guest sees, verified random writes, a file system's life, counters.
+fn a_mode_from_mkfs_to_fsck(mode: &str, kernel: &str, cpus: u32, memory: &str) {
+    let through = matches!(mode, "writethrough" | "directsync");
+    let place = Host::get().place();
+    place.sh("truncate -s 64M a.img b.img");
+    let job = format!(
+        r#"{FIELDS}
+tell cache_type $(cat /sys/block/vda/cache_type)
+tell cpus $(grep -c ^processor /proc/cpuinfo)
+tell memory $(awk '/MemTotal/ {{ print $2 }}' /proc/meminfo)
+tell sizes $(cat /sys/block/vda/size) $(cat /sys/block/vdb/size)
+fio --name=verify --filename=/dev/vdb --rw=randwrite --bsrange=512-64k --size=16M --direct=1 --ioengine=libaio \
+    --iodepth=8 --verify=crc32c --do_verify=1 --end_fsync=1 --output-format=terse >/tmp/fio 2>&1
+tell fio $?
+mkfs.ext4 -q -F /dev/vda && mkdir -p /mnt && mount -t ext4 /dev/vda /mnt
+i=0; while [ $i -lt 20 ]; do head -c 20000 /dev/urandom > /mnt/$i; sync -f /mnt/$i 2>/dev/null || sync; i=$((i+1)); done
+(cd /mnt && sha256sum * > SUMS); umount /mnt
+e2fsck -fn /dev/vda >/tmp/fsck 2>&1; tell fsck $?
+mount -t ext4 /dev/vda /mnt && (cd /mnt && sha256sum -c -s SUMS 2>/dev/null || sha256sum -c SUMS >/dev/null); tell sums $?
+umount /mnt
+tell writes $(field vda 5)
+tell flushes $(field vda 16)
+tell warnings $(dmesg -l warn,err,crit,alert,emerg 2>/dev/null | wc -l)
+dmesg | grep -iE 'error|fail|bug|warn|call trace|blocked for' | sed 's/^/K /'
+"#
+    );
+    let args = format!(
+        "--cpus {cpus} --memory {memory} --disk a.img,cache={mode} --disk b.img,cache={mode},serial=two"
+    );
+    let boot = Boot { kernel, args: &args, job: &job };
+    // Only the calls on a.img count: strace shows the path behind each descriptor.
+    let command = boot.command(&place);
+    let traced = format!(
+        "strace -f --seccomp-bpf -y -o trace -e trace=fdatasync,fsync,pwritev,pwritev2,openat {command}"
+    );
+    let outcome = place.sh(&traced);
+    assert_eq!(outcome.status, 0, "{mode}: {outcome:#?}");
+    assert_eq!(told(&outcome, "cache_type"), if through { "write through" } else { "write back" }, "{mode}");
+    assert_eq!(told(&outcome, "cpus"), cpus.to_string());
+    assert_eq!(told(&outcome, "sizes"), "131072 131072");
+    for name in ["fio", "fsck", "sums"] {
+        assert_eq!(told(&outcome, name), "0", "{mode} {name}: {outcome:#?}");
+    }
+
+    let on_host = place.sh("e2fsck -fn a.img");
+    assert_eq!(on_host.status, 0, "{mode}: e2fsck on the host: {}", on_host.stdout);
+
+    let count = |pattern: &str| -> u64 {
+        place.sh(&format!("grep -cE '{pattern}' trace")).stdout.trim().parse().unwrap()
+    };
+    let fdatasyncs = count("fdatasync\\([0-9]+<[^>]*/a.img>");
+    let (writes, flushes) = (number(&outcome, "writes"), number(&outcome, "flushes"));
+    // One at the start and one at the end, where the mode honours flushes.
+    match mode {
+        "none" | "writeback" => {
+            assert!(flushes > 20, "{mode}: {flushes} FLUSHes");
+            assert_eq!(fdatasyncs, flushes + 2, "{mode}");
+            assert_eq!(count("pwritev2\\([0-9]+<[^>]*/a.img>.*RWF_DSYNC"), 0, "{mode}");
+        }
+        "unsafe" => {
+            assert!(flushes > 20, "{mode}: {flushes} FLUSHes");
+            assert_eq!(fdatasyncs, 0, "{mode}");
+        }
+        _ => {
+            assert_eq!(flushes, 0, "{mode}: a guest without a write cache sends none");
+            let stable = count("pwritev2\\([0-9]+<[^>]*/a.img>.*RWF_DSYNC");
+            let erases_synced = fdatasyncs.saturating_sub(2);
+            assert!(stable > 0 && stable <= writes + 1, "{mode}: {stable} stable writes of {writes}");
+            assert_eq!(
+                count("pwritev2\\([0-9]+<[^>]*/a.img>") - stable,
+                0,
+                "{mode}: no write without RWF_DSYNC"
+            );
+            assert!(erases_synced <= writes, "{mode}: {fdatasyncs} fdatasyncs");
+        }
+    }
+    let flags = place.sh("grep -m1 'openat.*a.img' trace").stdout;
+    assert_eq!(flags.contains("O_DIRECT"), matches!(mode, "none" | "directsync"), "{mode}: {flags}");
+}
+
+#[test]
+fn mode_none_on_6_12() {
+    a_mode_from_mkfs_to_fsck("none", "6.12", 1, "128M");
+}
+
+#[test]
+fn mode_writeback_on_6_1_with_two_cpus() {
+    a_mode_from_mkfs_to_fsck("writeback", "6.1", 2, "512M");
+}
+
+#[test]
+fn mode_writethrough_on_6_12_with_two_cpus_and_memory_beyond_the_hole() {
+    a_mode_from_mkfs_to_fsck("writethrough", "6.12", 2, "4G");
+}
+
+#[test]
+fn mode_directsync_on_6_1() {
+    a_mode_from_mkfs_to_fsck("directsync", "6.1", 1, "128M");
+}
+
+#[test]
+fn mode_unsafe_on_6_12() {
+    a_mode_from_mkfs_to_fsck("unsafe", "6.12", 1, "512M");
+}
+
+#[test]
+fn the_guest_switches_its_write_cache_and_the_host_follows_at_once() {
+    let place = Host::get().place();
+    place.sh("truncate -s 16M a.img");
+    let write = "dd if=/dev/urandom of=/dev/vda bs=4096 count=1 oflag=direct seek=$1 2>/dev/null";
+    let job = format!(
+        r#"{FIELDS}
+w() {{ {write}; }}
+tell before $(cat /sys/block/vda/cache_type)
+w 0; w 1
+echo "write through" > /sys/block/vda/cache_type
+tell after $(cat /sys/block/vda/cache_type)
+w 2; w 3; w 4
+echo "write back" > /sys/block/vda/cache_type
+tell again $(cat /sys/block/vda/cache_type)
+w 5
+"#
+    );
+    let boot = Boot { kernel: "6.12", args: "--disk a.img,cache=none", job: &job };
+    let command = boot.command(&place);
+    let outcome =
+        place.sh(&format!("strace -f --seccomp-bpf -o trace -e trace=fdatasync,pwritev2 {command}"));
+    assert_eq!(outcome.status, 0, "{outcome:#?}");
+    for (name, expected) in [("before", "write back"), ("after", "write through"), ("again", "write back")] {
+        assert_eq!(told(&outcome, name), expected);
+    }
+    let calls = place.sh("grep -E 'pwritev2|fdatasync' trace | sed -E 's/^[0-9]+ +//'").stdout;
+    let letters: String = calls
+        .lines()
+        .map(|line| match line {
+            _ if line.contains("fdatasync") => 'f',
+            _ if line.contains("RWF_DSYNC") => 'D',
+            _ => 'w',
+        })
+        .collect();
+    // At the start, two plain writes, the sync of the change, three stable ones, a plain one, the end.
+    assert_eq!(letters.trim_start_matches('f').trim_end_matches('f'), "wwfDDDw", "{calls}");
+}
+
+#[test]
+fn readonly_block_size_discard_and_serial_are_as_asked() {
+    let place = Host::get().place();
+    place.sh("truncate -s 16M z.img; head -c 16777216 /dev/urandom > a.img; cp a.img ro.img; truncate -s 16M big.img");
+    let job = format!(
+        r#"{FIELDS}
+tell ro $(cat /sys/block/vdb/ro)
+dd if=/dev/zero of=/dev/vdb bs=4096 count=1 oflag=direct 2>/dev/null; tell written $?
+tell logical $(cat /sys/block/vdc/queue/logical_block_size)
+dd if=/dev/urandom of=/dev/vdc bs=512 count=1 oflag=direct 2>/dev/null; tell small $?
+mkfs.ext4 -q -F /dev/vdc && e2fsck -fn /dev/vdc >/dev/null 2>&1; tell fsck $?
+tell serial $(cat /sys/block/vda/serial)
+tell discard $(cat /sys/block/vda/queue/discard_max_bytes)
+blkdiscard -z -o 1048576 -l 1048576 /dev/vda; tell zeroed $?
+cmp -n 1048576 -s /dev/zero /dev/vda; tell first $?
+dd if=/dev/vda bs=1M skip=1 count=1 2>/dev/null | cmp -s -n 1048576 - /dev/zero; tell second $?
+blkdiscard -o 4194304 -l 4194304 /dev/vda; tell discarded $?
+"#
+    );
+    let args =
+        "--disk a.img,serial=twenty-bytes-long-ID --disk ro.img,readonly --disk big.img,block-size=4096";
+    let outcome = Boot { kernel: "6.12", args, job: &job }.run(&place);
+    assert_eq!(outcome.status, 0, "{outcome:#?}");
+    for (name, expected) in [
+        ("ro", "1"),
+        ("written", "1"),
+        ("logical", "4096"),
+        ("small", "1"),
+        ("fsck", "0"),
+        ("serial", "twenty-bytes-long-ID"),
+        ("zeroed", "0"),
+        ("first", "1"),
+        ("second", "0"),
+        ("discarded", "0"),
+    ] {
+        assert_eq!(told(&outcome, name), expected, "{name}: {outcome:#?}");
+    }
+    assert!(number(&outcome, "discard") > 0);
+    let freed = place.sh("stat -c '%s %b' a.img ro.img").stdout;
+    let lines: Vec<Vec<u64>> =
+        freed.lines().map(|line| line.split(' ').map(|word| word.parse().unwrap()).collect()).collect();
+    assert_eq!(lines[0][0], 16 << 20, "the file keeps its size");
+    assert!(lines[0][1] + 4096 <= lines[1][1], "a discard of 4 MiB frees space: {lines:?}");
+}
+
+#[test]
+fn power_off_and_reboot_are_success_and_panics_are_not() {
+    let place = Host::get().place();
+    place.sh("truncate -s 1M a.img");
+    let boots = [("poweroff -f", "", 0), ("reboot -f", "", 0), ("echo c > /proc/sysrq-trigger", "", 124)];
+    for (job, args, status) in boots {
+        for kernel in ["6.12", "6.1"] {
+            let args = format!("--disk a.img {args}");
+            let outcome = Boot { kernel, args: &args, job }.run(&place);
+            assert_eq!(outcome.status, status, "{job} on {kernel}: {outcome:#?}");
+        }
+    }
+    let early = place.sh("minivmm --timeout 100 --kernel $GUESTS/6.12/vmlinuz --initrd none --disk a.img");
+    assert_eq!(early.status, 124, "a panic before any module is loaded: {early:#?}");
+}
+
+#[test]
+fn a_signal_or_the_timeout_ends_the_machine_in_order_and_flushed_data_is_there() {
+    let place = Host::get().place();
+    let job = "mkfs.ext4 -q -F /dev/vda && mount -t ext4 /dev/vda /mnt && echo kept > /mnt/file && sync\n\
+               echo T ready now; while :; do echo more >> /mnt/file; done";
+    for (signal, status) in [("TERM", 143), ("INT", 130), ("HUP", 129), ("", 126)] {
+        place.sh("rm -f a.img out; truncate -s 32M a.img");
+        let command = Boot { kernel: "6.12", args: "--disk a.img,cache=writeback", job }.command(&place);
+        let outcome = if signal.is_empty() {
+            place.sh(&format!("{} > out 2> err", command.replace("--timeout 200", "--timeout 15")))
+        } else {
+            place.sh(&format!(
+                "strace -f --seccomp-bpf -o trace -e trace=fdatasync {command} > out 2> err & \
+                 until grep -q 'T ready' out; do sleep 0.2; done; \
+                 kill -{signal} $(pgrep -P $!); wait $!"
+            ))
+        };
+        let shown = place.sh("tail -n 5 out err").stdout;
+        assert_eq!(outcome.status, status, "signal {signal:?}: {shown}");
+        if !signal.is_empty() {
+            let last = place.sh("grep fdatasync trace | tail -n 1").stdout;
+            assert!(last.trim_end().ends_with("= 0"), "the final fdatasync: {last}");
+        }
+        let content = place
+            .sh("e2fsck -fy a.img >/dev/null 2>&1; debugfs -R 'cat /file' a.img 2>/dev/null | head -n 1");
+        assert_eq!(content.stdout.trim(), "kept", "signal {signal:?}");
+    }
+}
