@@ -32,8 +32,11 @@ pub const CMDLINE_MAX: u64 = 2048;
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI tables, in the BIOS area where a kernel scans for the RSDP.
 pub const ACPI: u64 = 0xe_0000;
-/// End of the ACPI tables and of the BIOS area.
-pub const ACPI_END: u64 = 0x10_0000;
+/// End of the ACPI tables.
+pub const ACPI_END: u64 = 0xf_0000;
+/// Where a processor starts in the BIOS after a reset (F000:FFF0), and where a kernel jumps to that
+/// resets the machine through the BIOS.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where the kernel is loaded, and RAM goes on.
 pub const HIGH_RAM: u64 = MIB;
 
@@ -68,7 +71,8 @@ const _: () = {
         CMDLINE + CMDLINE_MAX,
         LOW_RAM_END,
         ACPI,
-        ACPI_END - 1,
+        ACPI_END,
+        RESET_VECTOR,
         HIGH_RAM,
         RAM_HOLE,
         VIRTIO_MMIO,

@@ -122,11 +122,13 @@ fn port_in(ports: &Bus, port: u16, data: &mut [u8], width: usize) -> Action {
     for access in data.chunks_mut(width) {
         ports.read(u64::from(port), access);
     }
+    log::trace!("port {port:#x} -> {data:x?} (width {width})");
     Action::Continue
 }
 
 /// As [`port_in`]; the first access that ends the machine is the last.
 fn port_out(ports: &Bus, port: u16, data: &[u8], width: usize) -> Action {
+    log::trace!("port {port:#x} <- {data:x?} (width {width})");
     data.chunks(width)
         .map(|access| ports.write(u64::from(port), access))
         .find(|outcome| *outcome != Outcome::Continue)

@@ -6,9 +6,10 @@
 use super::MmioDevice;
 use crate::layout;
 
-/// The command line of a guest to which none is given: the console is the serial port, and a panic
-/// resets at once, so that one before the guest has loaded its pvpanic driver ends the VM too.
-pub const DEFAULT: &str = "console=ttyS0 panic=-1";
+/// The command line of a guest to which none is given: the console is the serial port; a reboot is by
+/// the i8042, which every kernel knows; and a panic resets at once, so that one before the guest has
+/// loaded its pvpanic driver ends the VM too.
+pub const DEFAULT: &str = "console=ttyS0 reboot=k panic=-1";
 
 /// Why a command line cannot be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

@@ -105,6 +105,7 @@ pub fn load(ram: &Ram, guest: &Guest<'_>) -> Result<Entry, BootError> {
     cmdline::check(&cmdline, kernel.cmdline_bytes_max)?;
     log::info!("kernel command line: {cmdline}");
     write_cmdline(ram, &cmdline)?;
+    mem::write_bytes(ram, layout::RESET_VECTOR, &RESET_CODE)?;
     acpi::write(ram, guest.cpus, guest.devices)?;
     let map = e820::map(&mem::regions(ram).iter().map(|&(base, _, len)| (base, len)).collect::<Vec<_>>());
     match kernel.entry {
@@ -113,6 +114,11 @@ pub fn load(ram: &Ram, guest: &Guest<'_>) -> Result<Entry, BootError> {
     }
     Ok(kernel.entry)
 }
+
+/// All the BIOS that there is, in real mode: `mov al, 0xfe; out 0x64, al`, which resets, and a halt.
+/// Linux does not use the ACPI reset register of a hardware-reduced machine unless `reboot=` says so:
+/// it expects EFI there, and without EFI goes to the BIOS.
+const RESET_CODE: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
 
 fn write_cmdline(ram: &Ram, cmdline: &str) -> Result<(), OutsideRam> {
     let mut bytes = cmdline.as_bytes().to_vec();
