@@ -28,7 +28,10 @@ impl Boot<'_> {
         let guest = format!("$GUESTS/{}", self.kernel);
         let made = place.sh(&format!("cat {guest}/initrd.cpio job.cpio > initrd.cpio"));
         assert_eq!(made.status, 0, "{}", made.stderr);
-        format!("minivmm --timeout 200 --kernel {guest}/vmlinuz --initrd initrd.cpio {}", self.args)
+        format!(
+            "minivmm --timeout 200 --kernel {guest}/vmlinuz --initrd initrd.cpio --append quiet {}",
+            self.args
+        )
     }
 
     fn run(&self, place: &Place) -> Outcome {
@@ -163,7 +166,7 @@ fn mode_unsafe_on_6_12() {
 fn the_guest_switches_its_write_cache_and_the_host_follows_at_once() {
     let place = Host::get().place();
     place.sh("truncate -s 16M a.img");
-    let write = "dd if=/dev/urandom of=/dev/vda bs=4096 count=1 oflag=direct seek=$1 2>/dev/null";
+    let write = "dd if=/dev/urandom of=/dev/vda bs=4096 count=1 seek=$1 2>/dev/null";
     let job = format!(
         r#"{FIELDS}
 w() {{ {write}; }}
@@ -205,9 +208,9 @@ fn readonly_block_size_discard_and_serial_are_as_asked() {
     let job = format!(
         r#"{FIELDS}
 tell ro $(cat /sys/block/vdb/ro)
-dd if=/dev/zero of=/dev/vdb bs=4096 count=1 oflag=direct 2>/dev/null; tell written $?
+dd if=/dev/zero of=/dev/vdb bs=4096 count=1 2>/dev/null; tell written $?
 tell logical $(cat /sys/block/vdc/queue/logical_block_size)
-dd if=/dev/urandom of=/dev/vdc bs=512 count=1 oflag=direct 2>/dev/null; tell small $?
+fio --name=small --filename=/dev/vdc --rw=write --bs=512 --size=512 --direct=1 >/dev/null 2>&1; tell small $?
 mkfs.ext4 -q -F /dev/vdc && e2fsck -fn /dev/vdc >/dev/null 2>&1; tell fsck $?
 tell serial $(cat /sys/block/vda/serial)
 tell discard $(cat /sys/block/vda/queue/discard_max_bytes)
@@ -270,10 +273,11 @@ fn a_signal_or_the_timeout_ends_the_machine_in_order_and_flushed_data_is_there()
         let outcome = if signal.is_empty() {
             place.sh(&format!("{} > out 2> err", command.replace("--timeout 200", "--timeout 15")))
         } else {
+            let traced = "strace -f --seccomp-bpf -o trace -e trace=fdatasync sh -c";
             place.sh(&format!(
-                "strace -f --seccomp-bpf -o trace -e trace=fdatasync {command} > out 2> err & \
-                 until grep -q 'T ready' out; do sleep 0.2; done; \
-                 kill -{signal} $(pgrep -P $!); wait $!"
+                "{traced} 'echo $$ > pid; exec {command}' > out 2> err & \
+                 until grep -q 'T ready' out || ! kill -0 $!; do sleep 0.2; done; \
+                 kill -{signal} $(cat pid); wait $!"
             ))
         };
         let shown = place.sh("tail -n 5 out err").stdout;

@@ -27,6 +27,9 @@ pub struct Outcome {
     pub stderr: String,
 }
 
+/// emuhost's own exit status for an emulator that hung or died.
+const EMULATOR_FAILED: i32 = 120;
+
 static HOST: OnceLock<Host> = OnceLock::new();
 static PLACES: AtomicU32 = AtomicU32::new(0);
 
@@ -111,11 +114,18 @@ impl Place {
                     .env("GUESTS", tree("guest-images/build")))
             }
             Host::Emulated(host) => {
-                let script = format!("GUESTS=/data/guest\n{script}");
-                run(Command::new(tree("guest-images/emuhost"))
+                let script = format!("export GUESTS=/data/guest\n{script}");
+                let mut outcome = run(Command::new(tree("guest-images/emuhost"))
                     .args(["exec", "--no-tty", "--timeout", "240", "--cwd", dir])
                     .arg(host)
-                    .args(["--", "sh", "-c", &script]))
+                    .args(["--", "sh", "-c", &script]));
+                if outcome.status == EMULATOR_FAILED {
+                    let log = std::fs::read_to_string(host.join("console.log")).unwrap_or_default();
+                    let tail: Vec<_> = log.lines().rev().take(60).collect();
+                    outcome.stderr += "the emulated host's last words:\n";
+                    outcome.stderr.extend(tail.into_iter().rev().flat_map(|line| [line, "\n"]));
+                }
+                outcome
             }
         }
     }
