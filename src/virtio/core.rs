@@ -352,6 +352,8 @@ impl Core {
         }
         if added & status::FEATURES_OK != 0 {
             self.device.negotiated(self.driver_features);
+            // The device may have changed fields to suit what was negotiated (virtio 5.2.5.2).
+            self.config_generation = self.config_generation.wrapping_add(1);
         }
         self.status.0.fetch_or(added, Ordering::SeqCst);
         if added & status::DRIVER_OK != 0 {
