@@ -46,7 +46,7 @@ struct Slow {
 }
 
 impl Slow {
-    fn new(image: &Image) -> (Box<dyn Engine>, Gate) {
+    fn with_gate(image: &Image) -> (Box<dyn Engine>, Gate) {
         let (started, theirs) = channel();
         let (ours, returned) = channel();
         let executed = Arc::new(AtomicUsize::new(0));
@@ -79,7 +79,8 @@ impl Engine for Slow {
 
 #[test]
 fn whatever_stops_a_queue_waits_for_the_io_in_flight_and_then_leaves_memory_alone() {
-    let stops: [(&str, fn(&mut Rig)); 3] = [
+    type Stop = (&'static str, fn(&mut Rig));
+    let stops: [Stop; 3] = [
         ("reset", |rig| rig.write(reg::STATUS, 0)),
         ("QueueReady 0", |rig| rig.write(reg::QUEUE_READY, 0)),
         ("the end of the machine", |rig| rig.mmio.stop()),
@@ -87,7 +88,7 @@ fn whatever_stops_a_queue_waits_for_the_io_in_flight_and_then_leaves_memory_alon
     for (what, stop) in stops {
         let test = TestImage::new(1 << 20);
         let image = test.open("none");
-        let (engine, gate) = Slow::new(&image);
+        let (engine, gate) = Slow::with_gate(&image);
         let mut rig = Rig::with_engine(image, engine, StableBy::Dsync);
         start(&mut rig);
         rig.fill(DATA, 0x5a, 4096);
