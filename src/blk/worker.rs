@@ -86,7 +86,8 @@ impl<'a> QueueWorker<'a> {
                 Err(_) => self.disk.take_completions().for_each(drop),
             }
         }
-        outcome
+        // Of what was answered before the ring broke, the driver has not been told yet.
+        outcome.and_then(|()| self.answer())
     }
 
     /// Pops at most as many chains as the ring has entries, so that a flood of requests cannot
