@@ -414,6 +414,13 @@ fn a_stopped_queue_reads_not_ready_and_starts_again_only_after_reset() {
 fn reset_forgets_everything_the_driver_said() {
     for (state, _image, mut rig) in states() {
         let (_other, mut new) = self::rig();
+        if state == "live" {
+            rig.put_chain(DESC, &[(HEADER, 16, 0), (STATUS_BYTE, 1, WRITE)]);
+            rig.make_available(&[0]);
+            rig.ring_doorbell();
+            assert!(rig.has_interrupt(10_000));
+            assert_eq!(rig.read(reg::INTERRUPT_STATUS), 1, "not acknowledged");
+        }
         rig.set_writeback(0);
         rig.write(reg::DEVICE_FEATURES_SEL, 1);
         rig.write(reg::DRIVER_FEATURES_SEL, 1);
@@ -492,6 +499,23 @@ fn a_broken_ring_sets_needs_reset_for_good_and_tells_the_driver() {
     assert_eq!(rig.read(reg::STATUS), ALIVE | FAILED | NEEDS_RESET, "only reset clears it");
     rig.ring_doorbell();
     works(&mut rig);
+}
+
+#[test]
+fn answers_given_before_the_ring_broke_are_told_too() {
+    let (_image, mut rig) = rig();
+    rig.start(F_VERSION_1);
+    rig.put_header(GET_ID, 0);
+    rig.put_chain(DESC, &[(HEADER, 16, 0), (DATA, 20, WRITE), (STATUS_BYTE, 1, WRITE)]);
+    // Head 99 is beyond the table.
+    rig.make_available(&[0, 0, 99]);
+    rig.ring_doorbell();
+    let mut told = 0;
+    while told != 3 {
+        told |= rig.wait_interrupt();
+    }
+    assert_eq!(rig.used_idx(), 2);
+    assert!(rig.needs_reset());
 }
 
 #[test]
