@@ -39,7 +39,7 @@ fn zeroes_that_end_short_are_continued_to_the_last_byte() {
         let image = test.open("none");
         let script = move |kind, before: usize| match kind {
             Kind::Zero | Kind::Punch => Fate::Fails(libc::EOPNOTSUPP),
-            Kind::Write if before % 2 == 0 => Fate::Short(step),
+            Kind::Write if before.is_multiple_of(2) => Fate::Short(step),
             _ => Fate::Real,
         };
         let (engine, _) = Scripted::with_log(&image, Box::new(script));

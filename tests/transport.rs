@@ -210,7 +210,9 @@ fn features_do_not_change_after_features_ok() {
     assert_eq!(rig.config(WRITEBACK, 1), 1, "CONFIG_WCE was not negotiated");
     rig.set_up_queue();
     rig.write(reg::STATUS, ALIVE);
-    rig.put_desc(DESC, 0, (INDIRECT_TABLE, 16, INDIRECT, 0));
+    rig.put_header(GET_ID, 0);
+    rig.put_chain(INDIRECT_TABLE, &[(HEADER, 16, 0), (DATA, 20, WRITE), (STATUS_BYTE, 1, WRITE)]);
+    rig.put_desc(DESC, 0, (INDIRECT_TABLE, 48, INDIRECT, 0));
     rig.make_available(&[0]);
     rig.ring_doorbell();
     rig.wait_interrupt();
