@@ -298,3 +298,20 @@ fn the_sync_at_a_change_to_writethrough_is_waited_for_and_its_failure_latches() 
     queue.disk.submit(1, Op::Flush);
     assert_eq!(queue.completed(), [(1, false)]);
 }
+
+#[test]
+fn short_zeroes_go_on_from_the_last_whole_block() {
+    let (_test, image, cache) = disk("none");
+    let step = u64::from(image.geometry().alignment.offset);
+    let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
+    let range = queue.range(8, u64::from(4 * BLOCK));
+    queue.disk.submit(1, Op::WriteZeroes(vec![ZeroedRange { range, unmap: true }]));
+    for expected in [Kind::Punch, Kind::Zero] {
+        assert_eq!(queue.kinds(), [expected]);
+        queue.end(error(libc::EOPNOTSUPP));
+    }
+    queue.end(Ok((step + 188) as usize));
+    assert_eq!(queue.transfer(), (4096 + step, u64::from(4 * BLOCK) - step));
+    queue.end(Ok((step - 1) as usize));
+    assert_eq!(queue.completed(), [(1, false)], "less than a block is no progress");
+}
