@@ -101,6 +101,12 @@ impl VirtioDevice for BlockDevice {
         Ok(())
     }
 
+    fn stop_queue(&mut self, index: u16) {
+        if let Some(worker) = self.workers.get(usize::from(index)) {
+            worker.stop();
+        }
+    }
+
     fn reset(&mut self) {
         for worker in &self.workers {
             worker.stop();

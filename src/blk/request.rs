@@ -4,8 +4,8 @@
 //! bytes are the header, the last writable byte is the status. Pure: bytes that were copied out of
 //! guest memory once come in, and a request that is private from then on comes out.
 
+use crate::disk::erase::ZeroedRange;
 use crate::disk::geometry::{Geometry, SECTOR, SectorRange};
-use crate::disk::machine::ZeroedRange;
 use crate::mem::Segment;
 use crate::virtio::queue::Chain;
 

@@ -54,13 +54,13 @@ pub struct QueueWorker<'a> {
     next_id: u64,
     /// Something was pushed to the used ring since the driver was last told.
     pushed: bool,
-    errors: RateLimit,
+    errors: &'a mut RateLimit,
 }
 
 impl<'a> QueueWorker<'a> {
-    /// A worker for `job` on `disk`.
-    pub fn new(job: Job, disk: &'a mut Disk) -> Self {
-        let errors = RateLimit::for_guest_errors();
+    /// A worker for `job` on `disk`. `errors` outlives the job, or a guest that resets the device
+    /// again and again could log without end (R18).
+    pub fn new(job: Job, disk: &'a mut Disk, errors: &'a mut RateLimit) -> Self {
         Self { job, disk, pending: HashMap::new(), next_id: 0, pushed: false, errors }
     }
 
@@ -86,7 +86,8 @@ impl<'a> QueueWorker<'a> {
                 Err(_) => self.disk.take_completions().for_each(drop),
             }
         }
-        outcome
+        // Of what was answered before the ring broke, the driver has not been told yet.
+        outcome.and_then(|()| self.answer())
     }
 
     /// Pops at most as many chains as the ring has entries, so that a flood of requests cannot
@@ -400,9 +401,11 @@ fn ring(doorbell: &EventFd) {
 /// The thread: parks, works, drains, parks again. It ends when it is told to, or when its engine
 /// cannot be waited for, since then nothing can be known of what is in flight.
 fn work(mailbox: &Mailbox, mut disk: Disk) {
+    let mut errors = RateLimit::for_guest_errors();
+    let mut broken = RateLimit::for_guest_errors();
     while let Some(job) = next_job(mailbox) {
         let interrupt = Arc::clone(&job.interrupt);
-        let mut worker = QueueWorker::new(job, &mut disk);
+        let mut worker = QueueWorker::new(job, &mut disk, &mut errors);
         let mut outcome = Ok(());
         while outcome.is_ok() && matches!(*mailbox.lock(), State::Working(_)) {
             outcome = worker.turn();
@@ -410,7 +413,7 @@ fn work(mailbox: &Mailbox, mut disk: Disk) {
         let outcome = outcome.and(worker.drain());
         drop(worker);
         if let Err(error) = &outcome {
-            log::warn!("blk: {}; the device needs a reset", Chained(error));
+            warn_limited!(broken, "blk: {}; the device needs a reset", Chained(error));
             interrupt.needs_reset();
         }
         if let Err(TurnError::Engine(_)) = outcome {

@@ -1,9 +1,10 @@
 //! The state machine between requests and host operations.
 //!
 //! Owns, for one queue: continuation of short transfers, bounce buffers, stable writes, the use of
-//! the error latch, draining. Its completions are whole: `Ok` means every byte and, for a stable
-//! write or a FLUSH, stable. It sits above the engines, so whatever an engine does wrong or the
-//! kernel answers is judged here, and a simulated engine can try all of it.
+//! the error latch, draining; [`super::erase`] takes an erase through its ranges. Its completions are
+//! whole: `Ok` means every byte and, for a stable write or a FLUSH, stable. It sits above the
+//! engines, so whatever an engine does wrong or the kernel answers is judged here, and a simulated
+//! engine can try all of it.
 //!
 //! A request has exactly one host operation in flight at any time:
 //!
@@ -22,6 +23,7 @@ use std::sync::Arc;
 use super::cache::WriteCache;
 use super::counters::Counters;
 use super::engine::{Ended, Engine, HostOp, Wake};
+use super::erase::{Erase, ZeroedRange};
 use super::geometry::SectorRange;
 use super::image::Image;
 use crate::mem::{AlignedBuffer, Iov};
@@ -46,15 +48,6 @@ pub enum Op {
     Discard(Vec<SectorRange>),
     /// These ranges read as zeroes afterwards.
     WriteZeroes(Vec<ZeroedRange>),
-}
-
-/// One range of a WRITE_ZEROES.
-#[derive(Debug, Clone, Copy)]
-pub struct ZeroedRange {
-    /// Where.
-    pub range: SectorRange,
-    /// The space may be given back to the host.
-    pub unmap: bool,
 }
 
 /// Why a request failed. Nothing of it is retried.
@@ -145,23 +138,6 @@ struct Transfer {
     dsync: bool,
     bounce: Option<Iov>,
     asked: u64,
-}
-
-struct Erase {
-    ranges: Vec<ZeroedRange>,
-    next: usize,
-    /// For WRITE_ZEROES the content matters; a DISCARD that the host cannot do is not an error.
-    must_zero: bool,
-    method: EraseBy,
-    /// Bytes of the current range already overwritten with zeroes.
-    filled: u64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum EraseBy {
-    Punch,
-    ZeroRange,
-    Overwrite,
 }
 
 /// What comes after an operation has ended.
@@ -269,10 +245,11 @@ impl Disk {
                 Ok((Stage::Sync, Next::Op(HostOp::Fdatasync)))
             }
             Op::Discard(ranges) => {
-                let ranges = ranges.into_iter().map(|range| ZeroedRange { range, unmap: true }).collect();
-                self.begin_erase(ranges, false, wb_at_submit)
+                let unmapped = |range| ZeroedRange { range, unmap: true };
+                let ranges: Vec<_> = ranges.into_iter().map(unmapped).collect();
+                self.begin_erase(&ranges, false, wb_at_submit)
             }
-            Op::WriteZeroes(ranges) => self.begin_erase(ranges, true, wb_at_submit),
+            Op::WriteZeroes(ranges) => self.begin_erase(&ranges, true, wb_at_submit),
         }
     }
 
@@ -295,18 +272,18 @@ impl Disk {
 
     fn begin_erase(
         &self,
-        ranges: Vec<ZeroedRange>,
+        ranges: &[ZeroedRange],
         must_zero: bool,
         wb_at_submit: bool,
     ) -> Result<(Stage, Next), DiskError> {
         self.check_writable()?;
-        for erased in &ranges {
+        for erased in ranges {
             self.check_aligned(erased.range)?;
         }
         if self.cache.write_must_be_stable(wb_at_submit) {
             self.check_latch()?;
         }
-        let mut erase = Erase { ranges, next: 0, must_zero, method: EraseBy::Punch, filled: 0 };
+        let mut erase = Erase::new(ranges, must_zero, self.image.geometry().alignment);
         let next = match erase.begin_range() {
             Some(op) => Next::Op(op),
             None => Next::Done(Ok(())),
@@ -396,7 +373,7 @@ impl Disk {
                     self.finish_write(flight, is_stable)
                 }
             },
-            Stage::Erase(erase) => match self.judge_erase(erase, result) {
+            Stage::Erase(erase) => match erase.judge(result) {
                 Err(error) => Next::Done(Err(error)),
                 Ok(Some(op)) => Next::Op(op),
                 Ok(None) => self.finish_write(flight, false),
@@ -510,62 +487,6 @@ impl Disk {
         Ok(bounce)
     }
 
-    fn judge_erase(&self, erase: &mut Erase, result: io::Result<usize>) -> Result<Option<HostOp>, DiskError> {
-        let Some(&ZeroedRange { range, .. }) = erase.ranges.get(erase.next) else { return Ok(None) };
-        match (result, erase.method) {
-            (Ok(count), EraseBy::Overwrite) => {
-                let step = u64::from(self.image.geometry().alignment.offset);
-                let moved = count as u64 - count as u64 % step;
-                let left = range.bytes() - erase.filled;
-                if moved == 0 || moved > left {
-                    let done = erase.filled;
-                    return Err(DiskError::Short {
-                        what: "overwriting with zeroes",
-                        done,
-                        bytes: range.bytes(),
-                    });
-                }
-                erase.filled += moved;
-                if erase.filled < range.bytes() {
-                    return self.overwrite(range, erase.filled).map(Some);
-                }
-                erase.next += 1;
-                Ok(erase.begin_range())
-            }
-            (Ok(_), _) => {
-                erase.next += 1;
-                Ok(erase.begin_range())
-            }
-            (Err(error), method) if erase_may_fall_back(&error) && method != EraseBy::Overwrite => {
-                if !erase.must_zero {
-                    // DISCARD is advice (virtio 5.2.6.2): the host cannot follow it here.
-                    erase.next += 1;
-                    return Ok(erase.begin_range());
-                }
-                if method == EraseBy::Punch {
-                    erase.method = EraseBy::ZeroRange;
-                    return Ok(Some(HostOp::ZeroRange { offset: range.offset(), len: range.bytes() }));
-                }
-                erase.method = EraseBy::Overwrite;
-                self.overwrite(range, 0).map(Some)
-            }
-            (Err(source), EraseBy::Overwrite) => {
-                Err(DiskError::Host { what: "overwriting with zeroes", source })
-            }
-            (Err(source), _) => Err(DiskError::Host { what: "fallocate", source }),
-        }
-    }
-
-    fn overwrite(&self, range: SectorRange, filled: u64) -> Result<HostOp, DiskError> {
-        let alignment = self.image.geometry().alignment;
-        let no_memory = |source| DiskError::Host { what: "allocating zeroes", source };
-        let bytes = usize::try_from((range.bytes() - filled).min(BOUNCE_MAX))
-            .map_err(|error| no_memory(io::Error::other(error)))?;
-        let zeroes = AlignedBuffer::new(bytes, alignment.memory.max(512) as usize).map_err(no_memory)?;
-        let iov = Iov::from_buffer(&Arc::new(zeroes), bytes);
-        Ok(HostOp::Writev { iov, offset: range.offset() + filled, dsync: false })
-    }
-
     fn complete(&mut self, id: Option<u64>, result: Result<(), DiskError>) {
         if result.is_err() {
             Counters::count(&self.image.counters.errors);
@@ -593,33 +514,6 @@ impl Transfer {
             (true, true) => "pwritev2 with RWF_DSYNC",
         }
     }
-}
-
-impl Erase {
-    /// The first operation for the next range that is not empty.
-    fn begin_range(&mut self) -> Option<HostOp> {
-        while let Some(ZeroedRange { range, unmap }) = self.ranges.get(self.next) {
-            if range.bytes() == 0 {
-                self.next += 1;
-                continue;
-            }
-            self.filled = 0;
-            let (offset, len) = (range.offset(), range.bytes());
-            let (method, op) = if *unmap {
-                (EraseBy::Punch, HostOp::PunchHole { offset, len })
-            } else {
-                (EraseBy::ZeroRange, HostOp::ZeroRange { offset, len })
-            };
-            self.method = method;
-            return Some(op);
-        }
-        None
-    }
-}
-
-/// Answers of fallocate that say "not on this file", rather than "the disk has failed".
-fn erase_may_fall_back(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENODEV))
 }
 
 fn counter_of<'a>(counters: &'a Counters, op: &HostOp) -> &'a std::sync::atomic::AtomicU64 {

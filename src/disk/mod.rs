@@ -9,6 +9,7 @@ pub mod blocking;
 pub mod cache;
 pub mod counters;
 pub mod engine;
+pub mod erase;
 pub mod geometry;
 pub mod image;
 pub mod latch;

@@ -295,8 +295,7 @@ impl Core {
     fn write_queue_ready(&mut self, value: u32) {
         let Some(at) = self.selected() else { return };
         if self.is_live() {
-            // Queues go live and end with the device: RING_RESET is not offered (virtio 2.6.1).
-            return;
+            return self.stop_queue(at, value);
         }
         self.queues[at].ready = value == 1
             && match Ring::new(&self.ram, &self.queues[at].config, self.device.queue_sizes()[at], 0) {
@@ -306,6 +305,17 @@ impl Core {
                     false
                 }
             };
+    }
+
+    /// A live queue may be stopped, and drivers of mmio wait until it reads 0 (virtio 4.2.2.2). It
+    /// cannot be started again before reset: RING_RESET is not offered (virtio 2.6.1).
+    fn stop_queue(&mut self, at: usize, value: u32) {
+        if value == 0
+            && std::mem::take(&mut self.queues[at].ready)
+            && let Ok(index) = u16::try_from(at)
+        {
+            self.device.stop_queue(index);
+        }
     }
 
     /// A doorbell that KVM did not catch: the same wake-up path.
@@ -342,6 +352,8 @@ impl Core {
         }
         if added & status::FEATURES_OK != 0 {
             self.device.negotiated(self.driver_features);
+            // The device may have changed fields to suit what was negotiated (virtio 5.2.5.2).
+            self.config_generation = self.config_generation.wrapping_add(1);
         }
         self.status.0.fetch_or(added, Ordering::SeqCst);
         if added & status::DRIVER_OK != 0 {

@@ -84,6 +84,9 @@ pub trait VirtioDevice: Send {
     fn negotiated(&mut self, features: u64);
     /// DRIVER_OK: takes the queues and starts to work.
     fn activate(&mut self, parts: Activation) -> Result<(), ActivateError>;
+    /// The driver takes one queue back (virtio 4.2.2.2): waits for its I/O in flight; when it returns
+    /// the queue is not touched any more, until reset and the next activation.
+    fn stop_queue(&mut self, index: u16);
     /// Stops, having waited for all I/O in flight (S10, R15): when it returns no queue is touched
     /// and no notification is sent any more.
     fn reset(&mut self);

@@ -1,0 +1,124 @@
+//! A DISCARD or WRITE_ZEROES as a sequence of host operations.
+//!
+//! Owns the choice between punching a hole, ZERO_RANGE and overwriting with zeroes, range by range.
+//! What comes after the last range (a sync, the completion) is the business of [`super::machine`].
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+
+use super::engine::HostOp;
+use super::geometry::{Alignment, SectorRange};
+use super::machine::{BOUNCE_MAX, DiskError};
+use crate::mem::{AlignedBuffer, Iov};
+
+/// One range of a WRITE_ZEROES.
+#[derive(Debug, Clone, Copy)]
+pub struct ZeroedRange {
+    /// Where.
+    pub range: SectorRange,
+    /// The space may be given back to the host.
+    pub unmap: bool,
+}
+
+/// The ranges that are still to be erased, and how far the first of them is.
+pub(super) struct Erase {
+    /// Without the empty ones; the first is in progress.
+    ranges: VecDeque<ZeroedRange>,
+    /// For WRITE_ZEROES the content matters; a DISCARD that the host cannot do is not an error.
+    must_zero: bool,
+    method: EraseBy,
+    /// Bytes of the first range already overwritten with zeroes.
+    filled: u64,
+    /// Bytes that the operation in flight overwrites.
+    asked: u64,
+    alignment: Alignment,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum EraseBy {
+    Punch,
+    ZeroRange,
+    Overwrite,
+}
+
+impl Erase {
+    pub(super) fn new(ranges: &[ZeroedRange], must_zero: bool, alignment: Alignment) -> Self {
+        let ranges = ranges.iter().copied().filter(|erased| erased.range.bytes() > 0).collect();
+        Self { ranges, must_zero, method: EraseBy::Punch, filled: 0, asked: 0, alignment }
+    }
+
+    /// The first operation for the range that is next; `None` when all are done.
+    pub(super) fn begin_range(&mut self) -> Option<HostOp> {
+        let &ZeroedRange { range, unmap } = self.ranges.front()?;
+        let (offset, len) = (range.offset(), range.bytes());
+        let (method, op) = if unmap {
+            (EraseBy::Punch, HostOp::PunchHole { offset, len })
+        } else {
+            (EraseBy::ZeroRange, HostOp::ZeroRange { offset, len })
+        };
+        (self.method, self.filled) = (method, 0);
+        Some(op)
+    }
+
+    fn next_range(&mut self) -> Option<HostOp> {
+        self.ranges.pop_front();
+        self.begin_range()
+    }
+
+    /// What follows from the end of an operation: the next one, or `None` when all is erased.
+    pub(super) fn judge(&mut self, result: io::Result<usize>) -> Result<Option<HostOp>, DiskError> {
+        let Some(&ZeroedRange { range, .. }) = self.ranges.front() else { return Ok(None) };
+        match (result, self.method) {
+            (Ok(count), EraseBy::Overwrite) => self.judge_overwrite(range, count as u64),
+            (Ok(_), _) => Ok(self.next_range()),
+            (Err(source), EraseBy::Overwrite) => {
+                Err(DiskError::Host { what: "overwriting with zeroes", source })
+            }
+            (Err(error), method) if may_fall_back(&error) => self.fall_back(range, method),
+            (Err(source), _) => Err(DiskError::Host { what: "fallocate", source }),
+        }
+    }
+
+    fn fall_back(&mut self, range: SectorRange, from: EraseBy) -> Result<Option<HostOp>, DiskError> {
+        if !self.must_zero {
+            // DISCARD is advice (virtio 5.2.6.2): the host cannot follow it here.
+            return Ok(self.next_range());
+        }
+        if from == EraseBy::Punch {
+            self.method = EraseBy::ZeroRange;
+            return Ok(Some(HostOp::ZeroRange { offset: range.offset(), len: range.bytes() }));
+        }
+        self.method = EraseBy::Overwrite;
+        self.overwrite(range).map(Some)
+    }
+
+    fn judge_overwrite(&mut self, range: SectorRange, count: u64) -> Result<Option<HostOp>, DiskError> {
+        // What O_DIRECT cannot continue in the middle of a block is written again, whole.
+        let moved = count - count % u64::from(self.alignment.offset);
+        if moved == 0 || count > self.asked {
+            let (done, bytes) = (self.filled, range.bytes());
+            return Err(DiskError::Short { what: "overwriting with zeroes", done, bytes });
+        }
+        self.filled += moved;
+        if self.filled < range.bytes() {
+            return self.overwrite(range).map(Some);
+        }
+        Ok(self.next_range())
+    }
+
+    fn overwrite(&mut self, range: SectorRange) -> Result<HostOp, DiskError> {
+        let no_memory = |source| DiskError::Host { what: "allocating zeroes", source };
+        self.asked = (range.bytes() - self.filled).min(BOUNCE_MAX);
+        let bytes = usize::try_from(self.asked).map_err(|error| no_memory(io::Error::other(error)))?;
+        let memory_align = self.alignment.memory.max(512) as usize;
+        let zeroes = AlignedBuffer::new(bytes, memory_align).map_err(no_memory)?;
+        let iov = Iov::from_buffer(&Arc::new(zeroes), bytes);
+        Ok(HostOp::Writev { iov, offset: range.offset() + self.filled, dsync: false })
+    }
+}
+
+/// Answers of fallocate that say "not on this file", rather than "the disk has failed".
+fn may_fall_back(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENODEV))
+}

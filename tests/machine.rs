@@ -1,0 +1,317 @@
+//! The disk's state machine with the engine in the test's own hands: operations end when and how the
+//! test says, in any order, on one queue or two. What is promised may rest on nothing else.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
+
+mod common;
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use common::engines::Kind;
+use common::images::TestImage;
+use minivmm::disk::Image;
+use minivmm::disk::cache::{Negotiated, POLICIES, WriteCache};
+use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
+use minivmm::disk::erase::ZeroedRange;
+use minivmm::disk::geometry::SectorRange;
+use minivmm::disk::machine::{Disk, Op, StableBy};
+use minivmm::mem::{AlignedBuffer, Iov};
+
+const BLOCK: u32 = 4096;
+
+/// What the engine holds, in the order it was given.
+#[derive(Default)]
+struct Held {
+    operations: Vec<(u64, HostOp)>,
+    ended: Vec<Ended>,
+    room: usize,
+}
+
+/// The test's side of an engine.
+#[derive(Clone)]
+struct Hands(Arc<Mutex<Held>>);
+
+struct Manual(Hands);
+
+impl Engine for Manual {
+    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+        let mut held = self.0.0.lock().unwrap();
+        if held.operations.len() == held.room {
+            return Err(op);
+        }
+        held.operations.push((token, op));
+        Ok(())
+    }
+
+    fn wait(&mut self, _: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
+        ended.append(&mut self.0.0.lock().unwrap().ended);
+        Ok(())
+    }
+}
+
+/// One queue: its state machine and the hands on its engine.
+struct Queue {
+    disk: Disk,
+    hands: Hands,
+}
+
+impl Queue {
+    fn new(image: &Arc<Image>, cache: &Arc<WriteCache>, stable_by: StableBy) -> Self {
+        let hands = Hands(Arc::new(Mutex::new(Held { room: 64, ..Held::default() })));
+        let engine = Box::new(Manual(hands.clone()));
+        Self { disk: Disk::new(Arc::clone(image), Arc::clone(cache), engine, stable_by), hands }
+    }
+
+    fn range(&self, sector: u64, bytes: u64) -> SectorRange {
+        self.disk.image().geometry().check(sector, bytes).unwrap()
+    }
+
+    fn write(&mut self, id: u64, bytes: u32) {
+        let op = Op::Write(self.range(8, u64::from(bytes)), memory(bytes));
+        self.disk.submit(id, op);
+    }
+
+    fn read(&mut self, id: u64, bytes: u32) {
+        let op = Op::Read(self.range(8, u64::from(bytes)), memory(bytes));
+        self.disk.submit(id, op);
+    }
+
+    fn zero(&mut self, id: u64) {
+        let zeroed = ZeroedRange { range: self.range(8, u64::from(BLOCK)), unmap: false };
+        self.disk.submit(id, Op::WriteZeroes(vec![zeroed]));
+    }
+
+    fn kinds(&self) -> Vec<Kind> {
+        self.hands.0.lock().unwrap().operations.iter().map(|(_, op)| Kind::of(op)).collect()
+    }
+
+    /// Offset and length of the oldest transfer.
+    fn transfer(&self) -> (u64, u64) {
+        match &self.hands.0.lock().unwrap().operations[0].1 {
+            HostOp::Readv { iov, offset } | HostOp::Writev { iov, offset, .. } => (*offset, iov.bytes()),
+            other => panic!("{other:?} is no transfer"),
+        }
+    }
+
+    /// The oldest operation ends so.
+    fn end(&mut self, result: io::Result<usize>) {
+        {
+            let mut held = self.hands.0.lock().unwrap();
+            let (token, _) = held.operations.remove(0);
+            held.ended.push(Ended { token, result });
+        }
+        self.disk.wait(Wake::Now).unwrap();
+    }
+
+    /// What has completed since: identity, and whether it is OK.
+    fn completed(&mut self) -> Vec<(u64, bool)> {
+        self.disk.take_completions().map(|done| (done.id, done.result.is_ok())).collect()
+    }
+}
+
+fn memory(bytes: u32) -> Iov {
+    let buffer = AlignedBuffer::new(bytes as usize, 4096).unwrap();
+    Iov::from_buffer(&Arc::new(buffer), bytes as usize)
+}
+
+fn error(errno: i32) -> io::Result<usize> {
+    Err(io::Error::from_raw_os_error(errno))
+}
+
+/// An image and its write cache with FLUSH and CONFIG_WCE negotiated.
+fn disk(mode: &str) -> (TestImage, Arc<Image>, Arc<WriteCache>) {
+    let test = TestImage::new(1 << 20);
+    let image = test.open(mode);
+    let cache = Arc::new(WriteCache::new(image.policy()));
+    cache.negotiate(Negotiated { flush: true, config_wce: true });
+    (test, image, cache)
+}
+
+#[test]
+fn a_write_across_a_change_of_writeback_gets_the_stricter_side() {
+    for policy in &POLICIES {
+        for (before, after) in [(true, true), (true, false), (false, true), (false, false)] {
+            for zeroes in [false, true] {
+                let (_test, image, cache) = disk(policy.name);
+                let mut queue = Queue::new(&image, &cache, StableBy::Fdatasync);
+                cache.guest_sets_writeback(before);
+                if zeroes {
+                    queue.zero(1)
+                } else {
+                    queue.write(1, BLOCK)
+                }
+                cache.guest_sets_writeback(after);
+                queue.end(Ok(BLOCK as usize));
+                let what = format!("{} {before} to {after}, zeroes {zeroes}", policy.name);
+                if policy.honour_flush && !(before && after) {
+                    assert_eq!(queue.completed(), [], "{what}");
+                    assert_eq!(queue.kinds(), [Kind::Fdatasync], "{what}");
+                    queue.end(Ok(0));
+                }
+                assert_eq!(queue.completed(), [(1, true)], "{what}");
+                assert!(queue.disk.is_idle());
+            }
+        }
+    }
+}
+
+#[test]
+fn when_a_sync_fails_on_one_queue_no_promise_of_another_is_kept() {
+    type Start = fn(&mut Queue);
+    // What is in flight on the other queue, how it is made stable, and how many ends it takes.
+    let others: [(&str, Start, StableBy, usize); 5] = [
+        ("a FLUSH", |queue| queue.disk.submit(1, Op::Flush), StableBy::Dsync, 1),
+        ("a DSYNC write", |queue| queue.write(1, BLOCK), StableBy::Dsync, 1),
+        ("a write to be synced", |queue| queue.write(1, BLOCK), StableBy::Fdatasync, 1),
+        ("zeroes", |queue| queue.zero(1), StableBy::Dsync, 1),
+        (
+            "a write's own sync",
+            |queue| {
+                queue.write(1, BLOCK);
+                queue.end(Ok(BLOCK as usize));
+            },
+            StableBy::Fdatasync,
+            1,
+        ),
+    ];
+    for policy in POLICIES.iter().filter(|policy| policy.honour_flush) {
+        for (what, start, stable_by, ends) in others {
+            let (_test, image, cache) = disk(policy.name);
+            cache.guest_sets_writeback(false);
+            let mut failing = Queue::new(&image, &cache, stable_by);
+            let mut other = Queue::new(&image, &cache, stable_by);
+            start(&mut other);
+            failing.disk.submit(9, Op::Flush);
+            failing.end(error(libc::EIO));
+            assert_eq!(failing.completed(), [(9, false)]);
+            for _ in 0..ends {
+                let is_sync = other.kinds() == [Kind::Fdatasync];
+                other.end(Ok(if is_sync { 0 } else { BLOCK as usize }));
+            }
+            assert_eq!(other.completed(), [(1, false)], "{what} in {}", policy.name);
+            assert_eq!(other.kinds(), [], "{what}: nothing is tried again");
+        }
+    }
+}
+
+#[test]
+fn after_a_failed_sync_nothing_that_must_be_stable_is_even_begun() {
+    let (_test, image, cache) = disk("none");
+    cache.guest_sets_writeback(false);
+    let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
+    queue.disk.submit(0, Op::Flush);
+    queue.end(error(libc::ENOSPC));
+    queue.write(1, BLOCK);
+    queue.zero(2);
+    let range = queue.range(8, u64::from(BLOCK));
+    queue.disk.submit(3, Op::Discard(vec![range]));
+    queue.disk.submit(4, Op::Flush);
+    assert_eq!(queue.completed(), [(0, false), (1, false), (2, false), (3, false), (4, false)]);
+    assert_eq!(queue.kinds(), []);
+    // What promises nothing still goes on, and so do reads.
+    cache.guest_sets_writeback(true);
+    queue.write(5, BLOCK);
+    queue.read(6, BLOCK);
+    queue.end(Ok(BLOCK as usize));
+    queue.end(Ok(BLOCK as usize));
+    assert_eq!(queue.completed(), [(5, true), (6, true)]);
+}
+
+#[test]
+fn a_short_transfer_goes_on_from_the_last_whole_block() {
+    for write in [false, true] {
+        let (_test, image, cache) = disk("none");
+        let step = u64::from(image.geometry().alignment.offset);
+        let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
+        if write {
+            queue.write(1, 4 * BLOCK)
+        } else {
+            queue.read(1, 4 * BLOCK)
+        }
+        let all = u64::from(4 * BLOCK);
+        assert_eq!(queue.transfer(), (4096, all));
+        // (what the host says was moved, how far it is then)
+        for (moved, done) in [(step + 188, step), (step, 2 * step), (2 * step - 1, 3 * step)] {
+            queue.end(Ok(moved as usize));
+            assert_eq!(queue.transfer(), (4096 + done, all - done), "write {write}, {moved} bytes");
+            assert_eq!(queue.completed(), []);
+        }
+        queue.end(Ok((all - 3 * step) as usize));
+        assert_eq!(queue.completed(), [(1, true)], "write {write}");
+        for (nothing, id) in [(0, 2), (step - 1, 3), (all + 1, 4)] {
+            if write {
+                queue.write(id, 4 * BLOCK)
+            } else {
+                queue.read(id, 4 * BLOCK)
+            }
+            queue.end(Ok(nothing as usize));
+            assert_eq!(queue.completed(), [(id, false)], "write {write}, {nothing} bytes");
+        }
+    }
+}
+
+#[test]
+fn an_engine_that_is_full_gets_the_rest_later_and_in_order() {
+    let (_test, image, cache) = disk("none");
+    let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
+    queue.hands.0.lock().unwrap().room = 2;
+    for id in 0..20 {
+        queue.write(id, BLOCK);
+        queue.disk.submit(100 + id, Op::Flush);
+    }
+    assert_eq!(queue.kinds(), [Kind::Write, Kind::Fdatasync]);
+    let mut completed = Vec::new();
+    while !queue.disk.is_idle() {
+        assert!(queue.kinds().len() <= 2);
+        let is_sync = queue.kinds()[0] == Kind::Fdatasync;
+        queue.end(Ok(if is_sync { 0 } else { BLOCK as usize }));
+        // What had to wait goes in at the next wait.
+        queue.disk.wait(Wake::Now).unwrap();
+        completed.extend(queue.completed());
+    }
+    let expected: Vec<_> = (0..20).flat_map(|id| [(id, true), (100 + id, true)]).collect();
+    assert_eq!(completed, expected);
+}
+
+#[test]
+fn an_engine_that_ends_what_it_was_never_given_is_not_trusted_again() {
+    let (_test, image, cache) = disk("none");
+    let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
+    queue.hands.0.lock().unwrap().ended.push(Ended { token: 77, result: Ok(0) });
+    queue.disk.wait(Wake::Now).unwrap();
+    queue.disk.submit(1, Op::Flush);
+    assert_eq!(queue.completed(), [(1, false)]);
+}
+
+#[test]
+fn the_sync_at_a_change_to_writethrough_is_waited_for_and_its_failure_latches() {
+    let (_test, image, cache) = disk("none");
+    let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
+    cache.guest_sets_writeback(false);
+    queue.disk.sync_if_switched_off();
+    queue.disk.sync_if_switched_off();
+    assert_eq!(queue.kinds(), [Kind::Fdatasync], "once");
+    assert!(!queue.disk.is_idle(), "a drain waits for it");
+    queue.end(error(libc::EIO));
+    assert!(queue.disk.is_idle());
+    assert_eq!(queue.completed(), [], "nobody asked for it");
+    queue.disk.submit(1, Op::Flush);
+    assert_eq!(queue.completed(), [(1, false)]);
+}
+
+#[test]
+fn short_zeroes_go_on_from_the_last_whole_block() {
+    let (_test, image, cache) = disk("none");
+    let step = u64::from(image.geometry().alignment.offset);
+    let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
+    let range = queue.range(8, u64::from(4 * BLOCK));
+    queue.disk.submit(1, Op::WriteZeroes(vec![ZeroedRange { range, unmap: true }]));
+    for expected in [Kind::Punch, Kind::Zero] {
+        assert_eq!(queue.kinds(), [expected]);
+        queue.end(error(libc::EOPNOTSUPP));
+    }
+    queue.end(Ok((step + 188) as usize));
+    assert_eq!(queue.transfer(), (4096 + step, u64::from(4 * BLOCK) - step));
+    queue.end(Ok((step - 1) as usize));
+    assert_eq!(queue.completed(), [(1, false)], "less than a block is no progress");
+}

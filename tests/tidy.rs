@@ -1,0 +1,309 @@
+//! The house rules that a compiler does not know: who may use whom, what a file opens with, what no
+//! file contains (`docs/architecture.md`; the map of the crate is `src/lib.rs`).
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
+
+use std::path::{Path, PathBuf};
+
+/// Which modules of the crate each module may name. Dependencies point down; a module may always
+/// name itself. `None`: everything.
+const LAYERS: [(&str, Option<&[&str]>); 17] = [
+    ("main", None),
+    ("cli", None),
+    ("vmm", None),
+    ("check", None),
+    ("vcpu", Some(&["kvm", "bus", "mem", "layout", "ratelimit"])),
+    ("kvm", Some(&["bus", "mem", "layout", "ratelimit"])),
+    ("boot", Some(&["mem", "layout"])),
+    ("crash", Some(&["disk", "blk", "mem", "ratelimit"])),
+    ("study", Some(&["disk", "blk", "crash", "mem", "ratelimit"])),
+    ("blk", Some(&["virtio", "disk", "mem", "ratelimit"])),
+    ("disk", Some(&["mem", "ratelimit"])),
+    ("virtio", Some(&["bus", "pci", "mem", "ratelimit"])),
+    ("pci", Some(&["bus", "mem", "layout", "ratelimit"])),
+    ("devices", Some(&["bus", "layout", "ratelimit"])),
+    // What the layers stand on.
+    ("bus", Some(&[])),
+    ("mem", Some(&[])),
+    ("terminal", Some(&[])),
+];
+/// Modules that stand alone and that anybody may have named in [`LAYERS`].
+const ALONE: [&str; 2] = ["layout", "ratelimit"];
+
+/// Inside a layer: (who, must not name).
+const FORBIDDEN: [(&str, &[&str]); 3] = [
+    // A device does not know its transport.
+    ("blk", &["virtio::mmio", "virtio::pci", "virtio::core"]),
+    // Transports share the register machine, and know nothing of each other.
+    ("virtio/mmio", &["virtio::pci", "super::pci"]),
+    ("virtio/pci", &["virtio::mmio", "super::mmio"]),
+];
+
+/// Only these name the KVM crates: the rest runs in tests without /dev/kvm.
+const KVM_CRATES: [&str; 2] = ["kvm_ioctls", "kvm_bindings"];
+const MAY_NAME_KVM: [&str; 4] = ["src/kvm", "src/vcpu.rs", "src/vmm", "src/boot/cpu.rs"];
+
+/// What no Rust file contains, put together so that this one does not either.
+const NEVER: [(&str, &str); 5] =
+    [("to", "do!"), ("unimple", "mented!"), ("db", "g!("), ("#[ign", "ore"), ("Co-authored", "-by")];
+
+const LINES_MAX: usize = 600;
+/// Tables of cases make tests longer.
+const TEST_LINES_MAX: usize = 700;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Every file below `directory` that `wanted` wants, as (path from the root, content).
+fn files(directory: &str, wanted: fn(&Path) -> bool) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut directories = vec![root().join(directory)];
+    while let Some(directory) = directories.pop() {
+        let Ok(entries) = std::fs::read_dir(&directory) else { continue };
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        paths.sort();
+        for path in paths {
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if path.is_symlink() || name == "target" || name == ".git" {
+                continue;
+            } else if path.is_dir() {
+                directories.push(path);
+            } else if wanted(&path)
+                && let Ok(content) = std::fs::read_to_string(&path)
+            {
+                found.push((path.strip_prefix(root()).unwrap().display().to_string(), content));
+            }
+        }
+    }
+    found
+}
+
+fn rust_files(directory: &str) -> Vec<(String, String)> {
+    files(directory, |path| path.extension().is_some_and(|extension| extension == "rs"))
+}
+
+/// The lines of a file that are code, with their numbers from 1.
+fn code(content: &str) -> impl Iterator<Item = (usize, &str)> {
+    content
+        .lines()
+        .enumerate()
+        .map(|(at, line)| (at + 1, line.split("//").next().unwrap_or(line)))
+        .filter(|(_, line)| !line.trim().is_empty())
+}
+
+/// The module of the crate's root that a file of `src/` belongs to.
+fn module(path: &str) -> &str {
+    let inside = path.strip_prefix("src/").unwrap();
+    inside.split(['/', '.']).next().unwrap()
+}
+
+/// Whether `text` has `word` where no longer identifier contains it.
+fn names(text: &str, word: &str) -> bool {
+    let inside = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
+    text.match_indices(word).any(|(at, _)| {
+        !inside(text[..at].chars().next_back()) && !inside(text[at + word.len()..].chars().next())
+    })
+}
+
+/// The modules that the paths in a file's code begin with: `crate::a`, `minivmm::a`, and each of
+/// `use crate::{a, b::c}`.
+fn named_modules(content: &str) -> Vec<(usize, String)> {
+    let mut found = Vec::new();
+    let text: Vec<(usize, &str)> = code(content).collect();
+    for (at, &(number, line)) in text.iter().enumerate() {
+        for (start, prefix) in ["crate::", "minivmm::"].iter().flat_map(|p| line.match_indices(p)) {
+            if line[..start].ends_with(|c: char| c == '$' || c == '_' || c.is_alphanumeric()) {
+                continue;
+            }
+            // A list may go on over the next lines.
+            let mut rest = line[start + prefix.len()..].to_owned();
+            if rest.starts_with('{') {
+                let following = text[at + 1..].iter().map(|(_, line)| *line);
+                rest.extend(following.take_while(|line| !line.contains(';')));
+                found.extend(first_names(&rest).into_iter().map(|name| (number, name)));
+            } else {
+                found.push((number, identifier(&rest)));
+            }
+        }
+    }
+    found.retain(|(_, name)| name.starts_with(|c: char| c.is_ascii_lowercase()));
+    found
+}
+
+fn identifier(text: &str) -> String {
+    text.trim_start().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
+}
+
+/// The names at the outermost level of `{a, b::{c, d}, e}`.
+fn first_names(list: &str) -> Vec<String> {
+    let (mut depth, mut names, mut fresh) = (0, Vec::new(), false);
+    for (at, c) in list.char_indices() {
+        match c {
+            '{' => {
+                depth += 1;
+                fresh = depth == 1;
+            }
+            '}' => depth -= 1,
+            ',' => fresh = depth == 1,
+            c if c.is_whitespace() => {}
+            _ if fresh && depth == 1 => {
+                names.push(identifier(&list[at..]));
+                fresh = false;
+            }
+            _ => {}
+        }
+        if depth == 0 {
+            break;
+        }
+    }
+    names
+}
+
+fn nothing_is_wrong(wrong: &[String]) {
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn dependencies_point_down() {
+    let mut wrong = Vec::new();
+    for (path, content) in rust_files("src") {
+        let who = module(&path);
+        if who == "lib" {
+            continue;
+        }
+        let nothing: &[&str] = &[];
+        let allowed = match LAYERS.iter().find(|layer| layer.0 == who) {
+            Some((_, None)) => continue,
+            Some((_, Some(allowed))) => *allowed,
+            None if ALONE.contains(&who) => nothing,
+            None => {
+                wrong.push(format!("{path}: give the module {who} its place in tests/tidy.rs"));
+                continue;
+            }
+        };
+        for (line, name) in named_modules(&content) {
+            // A macro at the crate's root is named like a module: it lives in `ratelimit`.
+            let name = if name == "warn_limited" { "ratelimit".to_owned() } else { name };
+            if name != who && !allowed.contains(&name.as_str()) {
+                wrong.push(format!("{path}:{line}: {who} may not use {name}"));
+            }
+        }
+    }
+    nothing_is_wrong(&wrong);
+}
+
+#[test]
+fn a_layer_keeps_its_own_secrets() {
+    let mut wrong = Vec::new();
+    for (path, content) in rust_files("src") {
+        for (who, forbidden) in FORBIDDEN {
+            if !path.strip_prefix("src/").unwrap().starts_with(who) {
+                continue;
+            }
+            for (line, text) in code(&content) {
+                for name in forbidden.iter().filter(|name| names(text, name)) {
+                    wrong.push(format!("{path}:{line}: {who} may not name {name}"));
+                }
+            }
+        }
+    }
+    nothing_is_wrong(&wrong);
+}
+
+#[test]
+fn only_the_machine_itself_names_the_kvm_crates() {
+    let mut wrong = Vec::new();
+    for (path, content) in rust_files("src") {
+        if MAY_NAME_KVM.iter().any(|place| path.starts_with(place)) {
+            continue;
+        }
+        for (line, text) in code(&content) {
+            for name in KVM_CRATES.iter().filter(|name| names(text, name)) {
+                wrong.push(format!("{path}:{line}: names {name}; only {MAY_NAME_KVM:?} may"));
+            }
+        }
+    }
+    nothing_is_wrong(&wrong);
+}
+
+#[test]
+fn every_file_opens_with_what_it_owns() {
+    let mut wrong = Vec::new();
+    for (path, content) in [rust_files("src"), rust_files("tests")].concat() {
+        let first = content.lines().next().unwrap_or_default();
+        if !first.starts_with("//! ") {
+            wrong.push(format!("{path}: does not open with //! and what it owns"));
+        }
+    }
+    nothing_is_wrong(&wrong);
+}
+
+#[test]
+fn nothing_is_left_for_later_and_no_test_is_switched_off() {
+    let mut wrong = Vec::new();
+    for (path, content) in [rust_files("src"), rust_files("tests")].concat() {
+        for (line, text) in content.lines().enumerate().map(|(at, line)| (at + 1, line)) {
+            for (a, b) in NEVER.iter().filter(|(a, b)| text.contains(&format!("{a}{b}"))) {
+                wrong.push(format!("{path}:{line}: {a}{b}"));
+            }
+        }
+    }
+    nothing_is_wrong(&wrong);
+}
+
+#[test]
+fn a_file_can_be_read_in_one_sitting() {
+    let mut wrong = Vec::new();
+    for (directory, most) in [("src", LINES_MAX), ("tests", TEST_LINES_MAX)] {
+        for (path, content) in rust_files(directory) {
+            let lines = content.lines().count();
+            if lines > most {
+                wrong.push(format!("{path}: {lines} lines, {most} at most"));
+            }
+        }
+    }
+    nothing_is_wrong(&wrong);
+}
+
+#[test]
+fn scripts_and_tests_name_no_url() {
+    // A mirror is taken from the machine's own configuration when it is needed.
+    fn is_script(path: &Path) -> bool {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let inside = |place: &str| path.strip_prefix(root()).is_ok_and(|path| path.starts_with(place));
+        name == "Makefile"
+            || name.ends_with(".mk")
+            || name.ends_with(".sh")
+            || [".ci", "guest-images", "tests"].into_iter().any(inside) && !name.ends_with(".md")
+    }
+    let (plain, secure) = (format!("http:{}", "//"), format!("https:{}", "//"));
+    let mut wrong = Vec::new();
+    for (path, content) in files(".", is_script) {
+        for (at, line) in content.lines().enumerate() {
+            if line.contains(&plain) || line.contains(&secure) {
+                wrong.push(format!("{path}:{}: a URL", at + 1));
+            }
+        }
+    }
+    nothing_is_wrong(&wrong);
+}
+
+#[test]
+fn the_reader_of_use_lines_understands_what_rust_writes() {
+    for (text, expected) in [
+        ("use crate::mem::{self, Ram};", vec!["mem"]),
+        ("use crate::{bus, mem::{Ram, Iov}, virtio::core};", vec!["bus", "mem", "virtio"]),
+        ("pub(crate) use crate::{\n    bus::Bus,\n    layout,\n};", vec!["bus", "layout"]),
+        ("let a = crate::disk::Image::open(crate::layout::KIB);", vec!["disk", "layout"]),
+        ("use minivmm::vmm::run;", vec!["vmm"]),
+        ("// use crate::vmm;", vec![]),
+        ("/// [`crate::disk`]", vec![]),
+        ("$crate::warn()", vec![]),
+        ("use linux_crate::vmm;", vec![]),
+        ("use crate::Bar;", vec![]),
+    ] {
+        let found: Vec<String> = named_modules(text).into_iter().map(|(_, name)| name).collect();
+        assert_eq!(found, expected, "{text}");
+    }
+    assert!(names("use kvm_ioctls::Cap;", "kvm_ioctls") && !names("my_kvm_ioctls", "kvm_ioctls"));
+}
