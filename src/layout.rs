@@ -34,6 +34,8 @@ pub const LOW_RAM_END: u64 = 0x9_fc00;
 pub const ACPI: u64 = 0xe_0000;
 /// End of the ACPI tables.
 pub const ACPI_END: u64 = 0xf_0000;
+/// The MP table, in the part of the BIOS area where a kernel scans for it.
+pub const MP_TABLE: u64 = 0xf_0000;
 /// Where a processor starts in the BIOS after a reset (F000:FFF0), and where a kernel jumps to that
 /// resets the machine through the BIOS.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
@@ -59,6 +61,7 @@ pub const KVM_TSS: u64 = 0xfffb_d000;
 /// RAM above 4 GiB.
 pub const RAM_ABOVE_HOLE: u64 = 4 * GIB;
 
+const _: () = assert!(ACPI_END <= MP_TABLE);
 const _: () = {
     let ordered = [
         GDT,
@@ -71,7 +74,7 @@ const _: () = {
         CMDLINE + CMDLINE_MAX,
         LOW_RAM_END,
         ACPI,
-        ACPI_END,
+        MP_TABLE,
         RESET_VECTOR,
         HIGH_RAM,
         RAM_HOLE,

@@ -19,6 +19,9 @@ static RAW: AtomicBool = AtomicBool::new(false);
 const FATAL: [libc::c_int; 6] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT, libc::SIGQUIT];
 
+/// What handled each of them before us (Rust's own says of a stack that it has overflowed).
+static BEFORE: [OnceLock<libc::sigaction>; FATAL.len()] = [const { OnceLock::new() }; FATAL.len()];
+
 /// Raw mode, for as long as this lives.
 #[derive(Debug)]
 pub struct RawMode(());
@@ -108,8 +111,9 @@ fn current() -> io::Result<libc::termios> {
     }
 }
 
-fn zeroed() -> libc::termios {
-    // SAFETY: termios is plain integers, for which zero is a value.
+/// Of the C structures of this file only.
+fn zeroed<T: Copy>() -> T {
+    // SAFETY: termios and sigaction are plain data, for which zero is a value (no handler, no flags).
     unsafe { std::mem::zeroed() }
 }
 
@@ -129,18 +133,34 @@ fn install_restorers() {
             restore();
             next(info);
         }));
-        for signal in FATAL {
-            // SAFETY: the handler is a plain function that calls nothing but async-signal-safe ones.
-            unsafe { libc::signal(signal, on_fatal as *const () as libc::sighandler_t) };
+        for (signal, before) in FATAL.into_iter().zip(&BEFORE) {
+            let mut action: libc::sigaction = zeroed();
+            action.sa_sigaction = on_fatal as *const () as libc::sighandler_t;
+            // On the alternative stack, because a stack may have overflowed.
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            let mut old = zeroed();
+            // SAFETY: both are whole structures; the handler calls async-signal-safe functions only.
+            if unsafe { libc::sigaction(signal, &raw const action, &raw mut old) } == 0 {
+                let _ = before.set(old);
+            }
         }
     });
 }
 
-extern "C" fn on_fatal(signal: libc::c_int) {
+/// Restores the terminal and leaves the rest to whoever handled the signal before us.
+extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     restore();
-    // SAFETY: both are async-signal-safe; the signal then does what it does by default.
+    let before = FATAL.iter().zip(&BEFORE).find(|(number, _)| **number == signal);
+    // SAFETY: all calls are async-signal-safe; the kernel hands a siginfo_t; the action is the one
+    // that sigaction gave, or the default.
     unsafe {
-        libc::signal(signal, libc::SIG_DFL);
-        libc::raise(signal);
+        match before.and_then(|(_, before)| before.get()) {
+            Some(action) => _ = libc::sigaction(signal, action, std::ptr::null_mut()),
+            None => _ = libc::signal(signal, libc::SIG_DFL),
+        }
+        // A fault comes again when the instruction is tried again; a signal that was sent does not.
+        if (*info).si_code <= 0 {
+            libc::raise(signal);
+        }
     }
 }

@@ -152,7 +152,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_booted_is_refused_with_its_reason() {
-        let cases: [(&str, fn(&mut setup_header)); 7] = [
+        type Change = fn(&mut setup_header);
+        let cases: [(&str, Change); 7] = [
             ("2.06", |h| h.version = 0x0206),
             ("64-bit entry", |h| h.xloadflags = 0),
             ("zImage", |h| h.loadflags = 0),

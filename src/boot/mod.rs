@@ -1,4 +1,5 @@
-//! Puts a guest into memory: kernel, initrd, command line, boot parameters, ACPI tables.
+//! Puts a guest into memory: kernel, initrd, command line, boot parameters, ACPI tables, MP
+//! table.
 //!
 //! Owns what the boot protocols and the firmware tables say; knows of devices no more than what has
 //! to be announced. Everything read from a file is an allegation until it is checked here. Only
@@ -12,6 +13,7 @@ mod e820;
 mod elf;
 mod initrd;
 mod kernel;
+mod mptable;
 mod params;
 
 use std::path::{Path, PathBuf};
@@ -107,6 +109,7 @@ pub fn load(ram: &Ram, guest: &Guest<'_>) -> Result<Entry, BootError> {
     write_cmdline(ram, &cmdline)?;
     mem::write_bytes(ram, layout::RESET_VECTOR, &RESET_CODE)?;
     acpi::write(ram, guest.cpus, guest.devices)?;
+    mptable::write(ram, guest.cpus)?;
     let map = e820::map(&mem::regions(ram).iter().map(|&(base, _, len)| (base, len)).collect::<Vec<_>>());
     match kernel.entry {
         Entry::Long64 { .. } => params::write_zero_page(ram, &kernel, initrd, cmdline.len(), &map)?,

@@ -24,7 +24,10 @@ const CRASH_LOADED: u8 = 1 << 1;
 
 /// pvpanic: read which events are known, write which has come.
 #[derive(Debug, Default)]
-pub struct Pvpanic;
+pub struct Pvpanic {
+    /// A guest may write as often as it likes, and is reported once.
+    crash_reported: bool,
+}
 
 impl BusDevice for Pvpanic {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
@@ -37,7 +40,9 @@ impl BusDevice for Pvpanic {
         match data.first() {
             Some(event) if event & PANICKED != 0 => Outcome::GuestPanic,
             Some(event) if event & CRASH_LOADED != 0 => {
-                log::warn!("the guest has panicked and starts its crash kernel");
+                if !std::mem::replace(&mut self.crash_reported, true) {
+                    log::warn!("the guest has panicked and starts its crash kernel");
+                }
                 Outcome::Continue
             }
             _ => Outcome::Continue,
@@ -58,10 +63,10 @@ mod tests {
     #[test]
     fn pvpanic_ends_the_vm_unless_a_crash_kernel_runs() {
         for (event, outcome) in [(1, Outcome::GuestPanic), (3, Outcome::GuestPanic), (2, Outcome::Continue)] {
-            assert_eq!(Pvpanic.write(0, &[event]), outcome, "{event}");
+            assert_eq!(Pvpanic::default().write(0, &[event]), outcome, "{event}");
         }
         let mut data = [0];
-        Pvpanic.read(0, &mut data);
+        Pvpanic::default().read(0, &mut data);
         assert_eq!(data, [3]);
     }
 }

@@ -16,6 +16,8 @@ const HYPERVISOR: u32 = 1 << 31;
 const HTT: u32 = 1 << 28;
 /// Leaf 0x8000_0001, ECX: all logical processors of the package are cores (AMD).
 const CMP_LEGACY: u32 = 1 << 1;
+/// Leaves that number threads, cores and so on, which are made anew, or (AMD's) left out.
+const TOPOLOGY_LEAVES: [u32; 3] = [0xb, 0x1f, 0x8000_0026];
 /// Kinds of level in leaves 0xb and 0x1f.
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
@@ -53,9 +55,13 @@ pub fn set_up(kvm: &Kvm, vcpu: &VcpuFd, place: Place) -> Result<bool, KvmError> 
 /// The leaves for one CPU.
 fn adapt(supported: &[kvm_cpuid_entry2], place: Place, deadline: bool) -> Vec<kvm_cpuid_entry2> {
     let mut leaves: Vec<kvm_cpuid_entry2> =
-        supported.iter().filter(|leaf| leaf.function != 0xb && leaf.function != 0x1f).copied().collect();
+        supported.iter().filter(|leaf| !TOPOLOGY_LEAVES.contains(&leaf.function)).copied().collect();
+    let amd = is_amd(&leaves);
     for leaf in &mut leaves {
         adapt_leaf(leaf, place, deadline);
+        if amd {
+            adapt_amd_leaf(leaf, place);
+        }
     }
     let basic_max = leaves.iter().find(|leaf| leaf.function == 0).map_or(0, |leaf| leaf.eax);
     for function in [0xb, 0x1f] {
@@ -82,33 +88,34 @@ fn adapt_leaf(leaf: &mut kvm_cpuid_entry2, place: Place, deadline: bool) {
             let sharing = if level >= 3 { cpus } else { 1 };
             leaf.eax = (leaf.eax & 0x3fff) | (sharing - 1) << 14 | (cpus - 1).min(63) << 26;
         }
-        0x8000_0001 => {
-            leaf.ecx = (leaf.ecx & !CMP_LEGACY) | if cpus > 1 && is_amd(leaf) { CMP_LEGACY } else { 0 };
-        }
-        // The count of cores, and the bits of the APIC id that number them (AMD).
+        _ => {}
+    }
+}
+
+/// What AMD numbers in leaves that Intel reserves.
+fn adapt_amd_leaf(leaf: &mut kvm_cpuid_entry2, place: Place) {
+    let cpus = u32::from(place.cpus);
+    let id = u32::from(place.id);
+    match leaf.function {
+        0x8000_0001 => leaf.ecx = (leaf.ecx & !CMP_LEGACY) | if cpus > 1 { CMP_LEGACY } else { 0 },
+        // The count of cores, and the bits of the APIC id that number them.
         0x8000_0008 => leaf.ecx = (leaf.ecx & !0xf0ff) | (cpus - 1) | place.core_bits() << 12,
-        // Caches, as leaf 4 (AMD).
+        // Caches, as leaf 4.
         0x8000_001d if leaf.eax & 0x1f != 0 => {
             let level = (leaf.eax >> 5) & 7;
             let sharing = if level >= 3 { cpus } else { 1 };
             leaf.eax = (leaf.eax & !0x03ff_c000) | (sharing - 1) << 14;
         }
-        // APIC id, core id with one thread a core, one node (AMD).
-        0x8000_001e => {
-            leaf.eax = id;
-            leaf.ebx = id;
-            leaf.ecx = 0;
-        }
+        // APIC id, core id with one thread a core, one node.
+        0x8000_001e => (leaf.eax, leaf.ebx, leaf.ecx) = (id, id, 0),
         _ => {}
     }
 }
 
-/// CMP_LEGACY is AMD's; Intel's leaf has bit 11 of EDX (SYSCALL) alone in common. The leaf does not
-/// name its maker, but only AMD's has the topology extensions or SVM beside it.
-fn is_amd(leaf: &kvm_cpuid_entry2) -> bool {
-    const SVM: u32 = 1 << 2;
-    const TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
-    leaf.ecx & (SVM | TOPOLOGY_EXTENSIONS | CMP_LEGACY) != 0
+/// Whether the maker's name, in leaf 0, is AMD's or that of Hygon, who follows AMD.
+fn is_amd(leaves: &[kvm_cpuid_entry2]) -> bool {
+    let starts = [*b"Auth", *b"Hygo"].map(u32::from_le_bytes);
+    leaves.iter().any(|leaf| leaf.function == 0 && starts.contains(&leaf.ebx))
 }
 
 /// Leaf 0xb or 0x1f: a level of threads with one, a level of cores with all, and the end.
@@ -143,12 +150,13 @@ mod tests {
 
     fn supported() -> Vec<kvm_cpuid_entry2> {
         vec![
-            leaf(0, 0, [0xd, 0, 0, 0]),
+            leaf(0, 0, [0xd, u32::from_le_bytes(*b"Auth"), 0, 0]),
             leaf(1, 0, [0, 0x1234_0800, X2APIC | TSC_DEADLINE, 0]),
             leaf(4, 0, [0xffff_c121, 1, 2, 3]),
             leaf(4, 3, [0xffff_c163, 1, 2, 3]),
             leaf(4, 4, [0, 0, 0, 0]),
             leaf(0xb, 0, [9, 9, 9, 9]),
+            leaf(0x8000_0026, 0, [9, 9, 9, 9]),
             leaf(0x4000_0000, 0, [0x4000_0001, 1, 2, 3]),
             leaf(0x8000_0001, 0, [0, 0, 1 << 22, 0]),
             leaf(0x8000_0008, 0, [0x3030, 0, 0x70ff, 0]),
@@ -182,7 +190,18 @@ mod tests {
                 assert_eq!(find(&leaves, 4, 3).eax >> 14 & 0xfff, u32::from(cpus) - 1, "L3 is shared");
                 assert_eq!(find(&leaves, 4, 0).eax >> 14 & 0xfff, 0, "L1 is not");
                 assert_eq!(find(&leaves, 4, 4).eax, 0, "no cache stays none");
+                assert!(!leaves.iter().any(|leaf| leaf.function == 0x8000_0026));
             }
+        }
+    }
+
+    #[test]
+    fn intels_reserved_leaves_stay_as_they_are() {
+        let mut intel = supported();
+        intel[0].ebx = u32::from_le_bytes(*b"Genu");
+        let leaves = adapt(&intel, Place { id: 1, cpus: 2 }, true);
+        for function in [0x8000_0001, 0x8000_0008, 0x8000_001e] {
+            assert_eq!(find(&leaves, function, 0), find(&intel, function, 0), "{function:#x}");
         }
     }
 

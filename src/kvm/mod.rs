@@ -11,10 +11,7 @@ pub mod run_page;
 
 use std::io;
 
-use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap,
-    kvm_pit_config, kvm_userspace_memory_region,
-};
+use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -98,6 +95,9 @@ fn advice(error: &io::Error) -> &'static str {
 }
 
 /// A VM with interrupt controllers, timer and memory. The caller keeps `ram` for as long as it.
+///
+/// KVM_CAP_EXIT_ON_EMULATION_FAILURE stays off: with it an instruction of an unprivileged program in
+/// the guest could end the VM, where now the program gets its exception.
 pub fn create_vm(kvm: &Kvm, ram: &Ram) -> Result<VmFd, KvmError> {
     let refused = |what| move |error| KvmError::Refused(what, error);
     let vm = kvm.create_vm().map_err(refused("a virtual machine"))?;
@@ -107,7 +107,6 @@ pub fn create_vm(kvm: &Kvm, ram: &Ram) -> Result<VmFd, KvmError> {
     // The timer and, with the dummy, port 0x61: a kernel without kvm-clock measures its TSC by them.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(refused("the interval timer"))?;
-    ask_for_instruction_bytes(&vm);
     for (slot, (guest, host, bytes)) in (0..).zip(mem::regions(ram)) {
         let region = kvm_userspace_memory_region {
             slot,
@@ -121,17 +120,6 @@ pub fn create_vm(kvm: &Kvm, ram: &Ram) -> Result<VmFd, KvmError> {
         unsafe { vm.set_user_memory_region(region) }.map_err(refused("the guest's memory"))?;
     }
     Ok(vm)
-}
-
-/// A newer KVM then hands the bytes of an instruction that it cannot emulate, for the report.
-fn ask_for_instruction_bytes(vm: &VmFd) {
-    let cap =
-        kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, args: [1, 0, 0, 0], ..Default::default() };
-    if vm.check_extension_raw(u64::from(KVM_CAP_EXIT_ON_EMULATION_FAILURE)) > 0
-        && let Err(error) = vm.enable_cap(&cap)
-    {
-        log::debug!("KVM does not report emulation failures in detail: {error}");
-    }
 }
 
 /// A new eventfd whose writes pulse interrupt line `line` (edge-triggered).

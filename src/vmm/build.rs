@@ -129,7 +129,7 @@ fn ports(serial: &SerialEnd) -> Result<Bus, VmmError> {
     ports.place("clock", layout::PORT_RTC, rtc::LEN, Arc::new(Mutex::new(Rtc::default())))?;
     ports.place("exit port", layout::PORT_EXIT, 1, Arc::new(Mutex::new(ExitPort)))?;
     ports.place("serial port", layout::PORT_SERIAL, serial::LEN, serial.port.clone())?;
-    ports.place("pvpanic", layout::PORT_PVPANIC, 1, Arc::new(Mutex::new(Pvpanic)))?;
+    ports.place("pvpanic", layout::PORT_PVPANIC, 1, Arc::new(Mutex::new(Pvpanic::default())))?;
     let acpi = Arc::new(Mutex::new(AcpiRegisters));
     ports.place("ACPI registers", layout::PORT_ACPI_SLEEP_CONTROL, ACPI_LEN, acpi)?;
     Ok(ports)

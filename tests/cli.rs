@@ -1,0 +1,106 @@
+//! What the user types and what minivmm ends with, as far as it needs neither KVM nor a kernel.
+#![allow(clippy::unwrap_used, reason = "a test that cannot begin has failed")]
+
+use std::path::Path;
+use std::process::Output;
+
+use assert_cmd::Command;
+
+const USAGE: i32 = 2;
+const FAILURE: i32 = 125;
+
+/// minivmm in `directory`, where no test guest is.
+fn minivmm(directory: &Path, args: &[&str]) -> Output {
+    let mut command = Command::cargo_bin("minivmm").unwrap();
+    command.current_dir(directory).env_remove("MINIVMM_GUEST").args(args).output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn wrong_usage_ends_with_2_and_says_what_is_right() {
+    let directory = tempfile::tempdir().unwrap();
+    for (args, word) in [
+        (&["--memory", "512"][..], "did you mean 512M"),
+        (&["--memory", "1.5G"], "512M, 4G"),
+        (&["--memory", "1M"], "less than 16M"),
+        (&["--cpus", "0"], "1..=254"),
+        (&["--cpus", "255"], "1..=254"),
+        (&["--console", "pty"], "stdio, off, or file=PATH"),
+        (&["--timeout", "0"], "above 0"),
+        (&["--timeout", "soon"], "above 0"),
+        (&["--disk", "a.img,cache=never"], "cache"),
+        (&["--disk", "a.img,colour=red"], "colour"),
+        (&["--verbose", "--quiet"], "cannot be used with"),
+        (&["--no-such-option"], "--no-such-option"),
+        (&["a.img"], "a.img"),
+    ] {
+        let output = minivmm(directory.path(), args);
+        assert_eq!(output.status.code(), Some(USAGE), "{args:?}");
+        assert!(stderr(&output).contains(word), "{args:?}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn help_names_every_option_key_and_status() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = minivmm(directory.path(), &["--help"]);
+    assert_eq!(output.status.code(), Some(0));
+    let text = String::from_utf8_lossy(&output.stdout);
+    for word in [
+        "--kernel",
+        "--initrd",
+        "--append",
+        "--cmdline",
+        "--memory",
+        "--cpus",
+        "--disk",
+        "--console",
+        "--timeout",
+        "cache=",
+        "readonly",
+        "serial=",
+        "queue-size=",
+        "block-size=",
+        "discard=",
+        "format=raw",
+        "Ctrl-A x",
+        "MINIVMM_GUEST",
+        "124",
+        "125",
+        "126",
+        "128+n",
+        "2v+1",
+    ] {
+        assert!(text.contains(word), "{word} is missing in:\n{text}");
+    }
+}
+
+#[test]
+fn an_error_is_printed_once_with_what_it_is_about() {
+    let directory = tempfile::tempdir().unwrap();
+    for (args, words) in [
+        (&["--disk", "missing.img", "--kernel", "k", "--initrd", "none"][..], &["missing.img"][..]),
+        (&["--console", "file=no/such/file", "--kernel", "k", "--initrd", "none"], &["no/such/file"]),
+    ] {
+        let output = minivmm(directory.path(), args);
+        assert_eq!(output.status.code(), Some(FAILURE), "{args:?}");
+        let text = stderr(&output);
+        assert!(text.starts_with("error: ") && text.matches("error: ").count() == 1, "{text}");
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+    }
+}
+
+#[test]
+fn a_missing_test_guest_is_looked_for_where_the_variable_says_and_nowhere_else() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = Command::cargo_bin("minivmm").unwrap();
+    let output = command.current_dir(directory.path()).env("MINIVMM_GUEST", "/nowhere").output().unwrap();
+    assert_eq!(output.status.code(), Some(FAILURE));
+    let text = stderr(&output);
+    for word in ["vmlinuz and initrd.cpio", "looked in /nowhere;", "make guest", "--kernel"] {
+        assert!(text.contains(word), "{word} is missing in: {text}");
+    }
+}
