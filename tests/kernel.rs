@@ -162,6 +162,44 @@ fn mode_unsafe_on_6_12() {
     a_mode_from_mkfs_to_fsck("unsafe", "6.12", 1, "512M");
 }
 
+/// A small kernel of our own reads both ACPI and `virtio_mmio.device=`, and has virtio built in.
+#[test]
+fn a_kernel_that_reads_acpi_and_the_command_line_ends_with_one_device_a_disk() {
+    let place = Host::get().place();
+    place.sh("truncate -s 4M a.img b.img");
+    let job = format!(
+        r#"{FIELDS}
+tell disks $(ls /sys/block | grep -c '^vd')
+tell sizes $(cat /sys/block/vda/size) $(cat /sys/block/vdb/size)
+tell serials $(cat /sys/block/vda/serial) $(cat /sys/block/vdb/serial)
+tell cpus $(grep -c ^processor /proc/cpuinfo)
+dd if=/dev/urandom of=/dev/vda bs=4096 count=4 2>/dev/null && sync; tell wrote $?
+"#
+    );
+    let made = place.sh("cat $GUESTS/6.12/initrd.cpio > base.cpio");
+    assert_eq!(made.status, 0, "{}", made.stderr);
+    place.put("job.cpio", &cpio::job(&job));
+    place.sh("cat base.cpio job.cpio > initrd.cpio");
+    // (image, what the guest is told, what it can read): PVH and the 64-bit boot protocol.
+    for (image, parameters) in [
+        ("vmlinux", "quiet"),
+        ("bzImage", "quiet"),
+        ("vmlinux", "quiet acpi=off minivmm.end=reboot"),
+        ("bzImage", "quiet acpi=off minivmm.end=reboot -- an argument for init"),
+    ] {
+        let outcome = place.sh(&format!(
+            "minivmm --timeout 60 --cpus 2 --kernel $GUESTS/small/{image} --initrd initrd.cpio \
+             --append '{parameters}' --disk a.img,serial=A --disk b.img,serial=B"
+        ));
+        assert_eq!(outcome.status, 0, "{image} {parameters}: {outcome:#?}");
+        for (name, expected) in
+            [("disks", "2"), ("sizes", "8192 8192"), ("serials", "A B"), ("cpus", "2"), ("wrote", "0")]
+        {
+            assert_eq!(told(&outcome, name), expected, "{image} {parameters}: {outcome:#?}");
+        }
+    }
+}
+
 #[test]
 fn the_guest_switches_its_write_cache_and_the_host_follows_at_once() {
     let place = Host::get().place();
