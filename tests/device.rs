@@ -112,6 +112,23 @@ fn a_real_sync_error_is_latched_though_the_kernel_forgets_it() {
     }
 }
 
+#[test]
+fn a_file_system_without_o_direct_is_named_with_the_modes_that_work() {
+    let Some(ramfs) = Mounted::ramfs() else { return };
+    let path = ramfs.dir.path().join("a.img");
+    File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    for mode in ["none", "directsync"] {
+        let options = DiskOptions { cache: CachePolicy::by_name(mode).unwrap(), ..DiskOptions::new(&path) };
+        let text = Image::open(&options).unwrap_err().source().unwrap().to_string();
+        for needle in ["no O_DIRECT", &format!("cache={mode}"), "cache=writeback"] {
+            assert!(text.contains(needle), "{text}");
+        }
+    }
+    let buffered =
+        DiskOptions { cache: CachePolicy::by_name("writeback").unwrap(), ..DiskOptions::new(&path) };
+    assert!(Image::open(&buffered).is_ok());
+}
+
 /// A bare-metal guest on `device` that hangs until its time is over.
 fn hanging_guest(device: &LoopDevice, kernel: &Path) -> Child {
     Command::new(env!("CARGO_BIN_EXE_minivmm"))

@@ -45,6 +45,11 @@ impl Mounted {
         Self::mount(&["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs"])
     }
 
+    /// A file system that has no O_DIRECT.
+    pub fn ramfs() -> Option<Self> {
+        Self::mount(&["-t", "ramfs", "ramfs"])
+    }
+
     /// What is on a block device.
     pub fn device(device: &Path) -> Option<Self> {
         Self::mount(&[device.to_str().unwrap()])
