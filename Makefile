@@ -34,11 +34,12 @@ run: deps build guest
 # Single-threaded where a test's guests share two CPUs anyway.
 test: deps lint guest-all guest-small
 	@cargo test --release --locked
+	@cargo test --release --locked --features mutants --test durability
 	@guest-images/which-host >/dev/null
 
 lint: deps
 	@cargo fmt --all -- --check
-	@cargo clippy --release --locked --all-targets --quiet -- -D warnings
+	@cargo clippy --release --locked --all-targets --features mutants --quiet -- -D warnings
 	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo \
 		guest-images/install-packages guest-images/emuhost guest-images/build-guest guest-images/build-host \
 		guest-images/build-small-kernel .ci/run

@@ -14,7 +14,7 @@
 //! | [`virtio`] | device trait, register core, mmio transport, virtqueues | blocks, files |
 //! | [`blk`] | virtio-blk: features, config space, requests, the worker | KVM, transports |
 //! | [`disk`] | one host image: flags, locking, policy, engines, sticky error | virtio, KVM |
-//! | [`layout`], [`mem`], [`ratelimit`] | the address map; guest memory and pieces of it; quiet logs | everything |
+//! | [`layout`], [`mem`], [`ratelimit`], [`mutants`] | the address map; guest memory and pieces of it; quiet logs; deliberate mistakes | everything |
 //!
 //! One write, there and back, is told in `docs/architecture.md`.
 
@@ -27,6 +27,7 @@ pub mod disk;
 pub mod kvm;
 pub mod layout;
 pub mod mem;
+pub mod mutants;
 pub mod ratelimit;
 pub mod terminal;
 pub mod vcpu;

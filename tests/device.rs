@@ -1,6 +1,6 @@
 //! Block devices as images, and a disk that really fails: loop devices of our own (as root; else
 //! each test says that it is not run).
-#![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
 
 mod common;
 

@@ -17,7 +17,7 @@ const LAYERS: [(&str, Option<&[&str]>); 17] = [
     ("crash", Some(&["disk", "blk", "mem", "ratelimit"])),
     ("study", Some(&["disk", "blk", "crash", "mem", "ratelimit"])),
     ("blk", Some(&["virtio", "disk", "mem", "ratelimit"])),
-    ("disk", Some(&["mem", "ratelimit"])),
+    ("disk", Some(&["mem", "ratelimit", "mutants"])),
     ("virtio", Some(&["bus", "pci", "mem", "ratelimit"])),
     ("pci", Some(&["bus", "mem", "layout", "ratelimit"])),
     ("devices", Some(&["bus", "layout", "ratelimit"])),
@@ -27,7 +27,7 @@ const LAYERS: [(&str, Option<&[&str]>); 17] = [
     ("terminal", Some(&[])),
 ];
 /// Modules that stand alone and that anybody may have named in [`LAYERS`].
-const ALONE: [&str; 2] = ["layout", "ratelimit"];
+const ALONE: [&str; 3] = ["layout", "ratelimit", "mutants"];
 
 /// Inside a layer: (who, must not name).
 const FORBIDDEN: [(&str, &[&str]); 3] = [

@@ -90,6 +90,17 @@ impl<'a> QueueWorker<'a> {
         outcome.and_then(|()| self.answer())
     }
 
+    /// Whether nothing is in flight.
+    pub fn is_idle(&self) -> bool {
+        self.disk.is_idle()
+    }
+
+    /// Answers what has ended by now, and takes nothing new.
+    pub fn wait_for_ends(&mut self) -> Result<(), TurnError> {
+        self.disk.wait(Wake::Now)?;
+        self.answer()
+    }
+
     /// Pops at most as many chains as the ring has entries, so that a flood of requests cannot
     /// keep the others from being answered (R17); whether there may be more.
     fn take_available(&mut self) -> Result<bool, RingError> {

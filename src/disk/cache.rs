@@ -6,6 +6,8 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
+use crate::mutants::{Mutant, is_on};
+
 /// A cache mode, as a row of independent decisions.
 ///
 /// O_DIRECT, O_SYNC and fsync are not the same mechanism: `direct` decides whether the host's page
@@ -61,6 +63,9 @@ impl CachePolicy {
         wb_at_completion: bool,
     ) -> bool {
         let may_be_volatile = match (acked.flush, acked.config_wce) {
+            _ if is_on(Mutant::DirectsyncWithoutSync) && self.direct && !self.write_cache => true,
+            (false, _) if is_on(Mutant::NoFlushIsWriteback) => self.write_cache,
+            (true, true) if is_on(Mutant::ToggleIgnored) => self.write_cache,
             (false, _) => false,
             (true, false) => self.write_cache,
             (true, true) => wb_at_submit && wb_at_completion,
@@ -102,7 +107,9 @@ impl WriteCache {
     pub fn reset(&self) {
         self.negotiated.store(0, Ordering::SeqCst);
         self.switched_off.store(false, Ordering::SeqCst);
-        self.writeback.store(self.policy.write_cache, Ordering::SeqCst);
+        if !is_on(Mutant::ResetKeepsWriteback) {
+            self.writeback.store(self.policy.write_cache, Ordering::SeqCst);
+        }
     }
 
     /// FEATURES_OK. CONFIG_WCE without FLUSH starts as writethrough (virtio 5.2.5.2), and so it

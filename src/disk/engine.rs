@@ -47,6 +47,13 @@ pub enum HostOp {
     },
 }
 
+impl HostOp {
+    /// Whether its success says that something is stable.
+    pub fn is_sync(&self) -> bool {
+        matches!(self, HostOp::Fdatasync | HostOp::Writev { dsync: true, .. })
+    }
+}
+
 /// An operation that has ended.
 #[derive(Debug)]
 pub struct Ended {

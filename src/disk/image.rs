@@ -177,6 +177,24 @@ impl Image {
         })
     }
 
+    /// An image without storage of its own, for engines that do not use the descriptor.
+    pub fn simulated(options: &DiskOptions, geometry: Geometry) -> io::Result<Self> {
+        Ok(Self {
+            file: Arc::new(File::open("/dev/null")?),
+            path: options.path.clone(),
+            policy: options.cache,
+            geometry,
+            readonly: options.readonly,
+            serial: serial_bytes(options),
+            queue_size: options.queue_size,
+            discard: options.discard && !options.readonly,
+            bounce_always: options.bounce_always,
+            counters: Counters::default(),
+            latch: SyncLatch::default(),
+            warnings: Vec::new(),
+        })
+    }
+
     /// The descriptor, for engines.
     pub fn file(&self) -> &Arc<File> {
         &self.file

@@ -1,19 +1,65 @@
 //! The first sync error, kept for the life of the process.
 //!
+//! The kernel tells an error of writeback once: to one fdatasync, or stable write, while others that
+//! were in flight with it succeed. So a success counts only when every sync that was open at its
+//! end has been judged too; until then it is held ([`SyncLatch::open_now`]).
+//!
 //! After a failed fdatasync the kernel has marked the lost pages clean, and the next one succeeds
 //! (part 2.6 of the requirements): so an error is never retried, and from then on no FLUSH and no
 //! stable write of this disk is reported OK (E1, E2), in every mode and on every queue.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Remembers the first sync error of one disk.
+/// Remembers the first sync error of one disk, and which syncs nobody has judged yet.
 #[derive(Debug, Default)]
 pub struct SyncLatch {
     errno: AtomicI32,
+    syncs: Mutex<Syncs>,
 }
 
+#[derive(Debug, Default)]
+struct Syncs {
+    opened: u64,
+    open: BTreeSet<u64>,
+}
+
+/// A sync that an engine has, or whose result nobody has looked at.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Clone, Copy)]
+pub struct Ticket(u64);
+
 impl SyncLatch {
+    fn syncs(&self) -> MutexGuard<'_, Syncs> {
+        self.syncs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A sync is about to be handed to an engine.
+    pub fn open(&self) -> Ticket {
+        let mut syncs = self.syncs();
+        syncs.opened += 1;
+        let number = syncs.opened;
+        syncs.open.insert(number);
+        Ticket(number)
+    }
+
+    /// Its result has been looked at, and latched if it was an error.
+    pub fn judged(&self, Ticket(number): Ticket) {
+        self.syncs().open.remove(&number);
+    }
+
+    /// The newest sync that is open now: a success that ends now counts once it and all before it
+    /// are judged. `None` if there is nothing to wait for.
+    pub fn open_now(&self) -> Option<Ticket> {
+        self.syncs().open.last().copied().map(Ticket)
+    }
+
+    /// Whether this sync and all that were opened before it are judged.
+    pub fn is_settled(&self, Ticket(number): Ticket) -> bool {
+        self.syncs().open.first().is_none_or(|&oldest| oldest > number)
+    }
+
     /// Keeps `error` if it is the first; logs that one.
     pub fn set(&self, error: &io::Error) {
         let errno = error.raw_os_error().filter(|&errno| errno != 0).unwrap_or(libc::EIO);
@@ -45,6 +91,19 @@ mod tests {
         latch.set(&io::Error::from_raw_os_error(libc::ENOSPC));
         latch.set(&io::Error::from_raw_os_error(libc::EIO));
         assert_eq!(latch.check().unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+    }
+
+    #[test]
+    fn a_success_is_settled_when_all_syncs_that_were_open_are_judged() {
+        let latch = SyncLatch::default();
+        assert_eq!(latch.open_now(), None);
+        let (first, second) = (latch.open(), latch.open());
+        latch.judged(second);
+        let horizon = latch.open_now().unwrap();
+        let _later = latch.open();
+        assert!(!latch.is_settled(horizon));
+        latch.judged(first);
+        assert!(latch.is_settled(horizon), "what was opened later does not matter");
     }
 
     #[test]

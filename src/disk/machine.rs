@@ -26,7 +26,9 @@ use super::engine::{Ended, Engine, HostOp, Wake};
 use super::erase::{Erase, ZeroedRange};
 use super::geometry::SectorRange;
 use super::image::Image;
+use super::latch::Ticket;
 use crate::mem::{AlignedBuffer, Iov};
+use crate::mutants::{self, Mutant, is_on};
 
 /// Most bytes that one transfer moves through a private buffer; longer requests take turns.
 pub const BOUNCE_MAX: u64 = 256 << 10;
@@ -110,6 +112,8 @@ pub struct Disk {
     next_token: u64,
     waiting: VecDeque<(u64, HostOp)>,
     ended: Vec<Ended>,
+    /// Successes that count only when other syncs have been judged.
+    held: Vec<(Ticket, Option<u64>)>,
     done: Vec<Completion>,
 }
 
@@ -121,6 +125,8 @@ struct Flight {
     stage: Stage,
     /// The operation that the engine has, to repeat it after EINTR.
     current: Option<HostOp>,
+    /// Open while that operation is a sync.
+    ticket: Option<Ticket>,
 }
 
 enum Stage {
@@ -144,6 +150,8 @@ struct Transfer {
 enum Next {
     Op(HostOp),
     Done(Result<(), DiskError>),
+    /// Done and stable, if no other sync says otherwise.
+    Stable,
 }
 
 impl Disk {
@@ -163,6 +171,7 @@ impl Disk {
             next_token: 0,
             waiting: VecDeque::new(),
             ended: Vec::new(),
+            held: Vec::new(),
             done: Vec::new(),
         }
     }
@@ -174,16 +183,27 @@ impl Disk {
 
     /// Whether nothing is in flight and no completion waits to be taken.
     pub fn is_idle(&self) -> bool {
-        self.in_flight.is_empty() && self.done.is_empty()
+        self.in_flight.is_empty() && self.held.is_empty() && self.done.is_empty()
     }
 
     /// Takes a request. Its completion comes out of [`Disk::take_completions`], perhaps at once.
     pub fn submit(&mut self, id: u64, op: Op) {
         self.count(&op);
         let wb_at_submit = self.cache.writeback();
+        let writes = matches!(op, Op::Write(..));
         match self.begin(op, wb_at_submit) {
-            Ok((stage, Next::Op(first))) => self.take_off(Some(id), wb_at_submit, stage, first),
+            Ok((stage, Next::Op(first))) => {
+                if is_on(Mutant::SyncBeforeWrite) && writes && self.cache.write_must_be_stable(wb_at_submit) {
+                    self.take_off(None, false, Stage::Sync, HostOp::Fdatasync);
+                }
+                let early = is_on(Mutant::StatusBeforeData) && matches!(stage, Stage::Transfer(_));
+                self.take_off((!early).then_some(id), wb_at_submit, stage, first);
+                if early {
+                    self.complete(Some(id), Ok(()));
+                }
+            }
             Ok((_, Next::Done(result))) => self.complete(Some(id), result),
+            Ok((_, Next::Stable)) => self.complete(Some(id), Ok(())),
             Err(error) => self.complete(Some(id), Err(error)),
         }
     }
@@ -198,14 +218,32 @@ impl Disk {
     /// Waits until something has ended or `wake` says so.
     pub fn wait(&mut self, wake: Wake<'_>) -> io::Result<()> {
         self.feed_engine();
-        let wake = if self.done.is_empty() { wake } else { Wake::Now };
+        self.release_settled();
+        // What is held only by another queue's sync has no end of our own to wake us.
+        let held_by_others = !self.held.is_empty() && self.in_flight.is_empty();
+        let wake = if self.done.is_empty() && !held_by_others { wake } else { Wake::Now };
         let mut ended = std::mem::take(&mut self.ended);
         let waited = self.engine.wait(wake, &mut ended);
         for end in ended.drain(..) {
             self.advance(end);
         }
         self.ended = ended;
+        self.release_settled();
         waited
+    }
+
+    /// Completes what was held, once all the syncs that it waited for are judged.
+    fn release_settled(&mut self) {
+        let mut held = std::mem::take(&mut self.held);
+        held.retain(|&(horizon, id)| {
+            let settled = self.image.latch.is_settled(horizon);
+            if settled {
+                let result = self.check_latch();
+                self.complete(id, result);
+            }
+            !settled
+        });
+        self.held = held;
     }
 
     /// The requests that are done, in the order of their ends.
@@ -234,7 +272,11 @@ impl Disk {
                 if stable {
                     self.check_latch()?;
                 }
-                self.begin_transfer(range, iov, true, stable && self.stable_by == StableBy::Dsync)
+                let dsync = stable && self.stable_by == StableBy::Dsync && !is_on(Mutant::SyncBeforeWrite);
+                self.begin_transfer(range, iov, true, dsync)
+            }
+            Op::Flush if is_on(Mutant::FlushDoesNothing) || mutants::skips_sync() => {
+                Ok((Stage::Sync, Next::Done(Ok(()))))
             }
             Op::Flush if !self.cache.policy().honour_flush => {
                 Counters::count(&self.image.counters.flushes_ignored);
@@ -301,7 +343,7 @@ impl Disk {
 
     fn check_aligned(&self, range: SectorRange) -> Result<(), DiskError> {
         let geometry = self.image.geometry();
-        if geometry.is_aligned(range) {
+        if geometry.is_aligned(range) || is_on(Mutant::UnlockedRmw) {
             Ok(())
         } else {
             Err(DiskError::Misaligned(geometry.alignment.offset))
@@ -311,7 +353,7 @@ impl Disk {
     fn take_off(&mut self, id: Option<u64>, wb_at_submit: bool, stage: Stage, first: HostOp) {
         let token = self.next_token;
         self.next_token += 1;
-        self.in_flight.insert(token, Flight { id, wb_at_submit, stage, current: None });
+        self.in_flight.insert(token, Flight { id, wb_at_submit, stage, current: None, ticket: None });
         self.issue(token, first);
     }
 
@@ -319,6 +361,7 @@ impl Disk {
     fn issue(&mut self, token: u64, op: HostOp) {
         if let Some(flight) = self.in_flight.get_mut(&token) {
             flight.current = Some(op.clone());
+            flight.ticket = op.is_sync().then(|| self.image.latch.open());
         }
         self.waiting.push_back((token, op));
         self.feed_engine();
@@ -345,6 +388,7 @@ impl Disk {
             self.image.latch.set(&io::Error::from_raw_os_error(libc::EIO));
             return;
         };
+        let ticket = flight.ticket.take();
         let next = match end.result {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => match flight.current.take() {
                 Some(op) => Next::Op(op),
@@ -352,12 +396,23 @@ impl Disk {
             },
             result => self.judge(&mut flight, result),
         };
+        // Judged only now that an error of it is latched.
+        if let Some(ticket) = ticket {
+            self.image.latch.judged(ticket);
+        }
         match next {
             Next::Op(op) => {
                 self.in_flight.insert(end.token, flight);
                 self.issue(end.token, op);
             }
             Next::Done(result) => self.complete(flight.id, result),
+            Next::Stable => match self.image.latch.open_now() {
+                Some(horizon) if !is_on(Mutant::SuccessCountsAtOnce) => self.held.push((horizon, flight.id)),
+                _ => {
+                    let result = self.check_latch();
+                    self.complete(flight.id, result);
+                }
+            },
         }
     }
 
@@ -376,6 +431,7 @@ impl Disk {
             Stage::Erase(erase) => match erase.judge(result) {
                 Err(error) => Next::Done(Err(error)),
                 Ok(Some(op)) => Next::Op(op),
+                Ok(None) if is_on(Mutant::ZeroesUnsynced) => Next::Done(Ok(())),
                 Ok(None) => self.finish_write(flight, false),
             },
         }
@@ -388,7 +444,8 @@ impl Disk {
         }
         match self.check_latch() {
             Err(error) => Next::Done(Err(error)),
-            Ok(()) if is_stable => Next::Done(Ok(())),
+            Ok(()) if is_stable || is_on(Mutant::SyncBeforeWrite) => Next::Stable,
+            Ok(()) if mutants::skips_sync() => Next::Done(Ok(())),
             Ok(()) => {
                 flight.stage = Stage::Sync;
                 Next::Op(HostOp::Fdatasync)
@@ -398,11 +455,16 @@ impl Disk {
 
     fn judge_sync(&self, result: io::Result<usize>) -> Next {
         if let Err(source) = result {
-            self.image.latch.set(&source);
+            if is_on(Mutant::SyncErrorAcked) {
+                return Next::Done(Ok(()));
+            }
+            if !is_on(Mutant::SyncErrorForgotten) {
+                self.image.latch.set(&source);
+            }
             return Next::Done(Err(DiskError::Host { what: "fdatasync", source }));
         }
-        // Another queue's sync may have failed meanwhile and taken the error that was ours too.
-        Next::Done(self.check_latch())
+        mutants::count_sync();
+        Next::Stable
     }
 
     fn judge_transfer(
@@ -421,7 +483,7 @@ impl Disk {
                 return self.next_window(transfer).map(Next::into_op);
             }
             Err(source) => {
-                if transfer.dsync {
+                if transfer.dsync && !is_on(Mutant::SyncErrorForgotten) {
                     // Whether the write or its sync has failed cannot be told apart.
                     self.image.latch.set(&source);
                 }
@@ -441,6 +503,9 @@ impl Disk {
         }
         if let (Some(bounce), false) = (&transfer.bounce, transfer.write) {
             bounce.part(0, moved, 1).copy_to(&transfer.iov.part(transfer.done, moved, usize::MAX));
+        }
+        if moved < transfer.asked && transfer.write && is_on(Mutant::ShortWriteOk) {
+            return Ok(None);
         }
         if moved < transfer.asked {
             Counters::count(&self.image.counters.continued);
@@ -491,6 +556,7 @@ impl Disk {
         if result.is_err() {
             Counters::count(&self.image.counters.errors);
         }
+        mutants::count_write();
         if let Some(id) = id {
             self.done.push(Completion { id, result });
         }
@@ -501,7 +567,7 @@ impl Next {
     fn into_op(self) -> Option<HostOp> {
         match self {
             Next::Op(op) => Some(op),
-            Next::Done(_) => None,
+            Next::Done(_) | Next::Stable => None,
         }
     }
 }

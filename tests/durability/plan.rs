@@ -1,0 +1,141 @@
+//! What a driver does, generated: a plan is a seed's whole run, and shrinks to the shortest one
+//! that still fails.
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::storage::{Fault, SECTORS};
+
+/// A request as the driver makes it.
+#[derive(Debug, Clone, Copy)]
+pub enum Ask {
+    Read {
+        sector: usize,
+        sectors: usize,
+    },
+    Write {
+        sector: usize,
+        sectors: usize,
+    },
+    /// A write to a sector whose byte offset does not fit into 64 bits.
+    WriteFarAway {
+        sector: usize,
+    },
+    Flush,
+    Discard {
+        sector: usize,
+        sectors: usize,
+    },
+    WriteZeroes {
+        sector: usize,
+        sectors: usize,
+        unmap: bool,
+    },
+}
+
+/// One step of a run.
+#[derive(Debug, Clone, Copy)]
+pub enum Step {
+    /// The driver makes a request available.
+    Submit { queue: usize, ask: Ask },
+    /// The queue's worker does one round.
+    Turn { queue: usize },
+    /// The host starts or ends one operation.
+    Progress,
+    /// The host writes one sector back.
+    WriteBack { sector: usize },
+    /// The driver writes config.writeback.
+    SetWriteback { on: bool },
+    /// The driver resets the device and negotiates anew.
+    Reset { flush: bool, config_wce: bool },
+}
+
+/// A whole run.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub queues: usize,
+    pub mode: usize,
+    pub by_fdatasync: bool,
+    pub blocks_of_4096: bool,
+    pub bounce_always: bool,
+    pub flush: bool,
+    pub config_wce: bool,
+    pub faults: Vec<(u32, Fault)>,
+    pub steps: Vec<Step>,
+    pub dice: u64,
+}
+
+fn range() -> impl Strategy<Value = (usize, usize)> {
+    // Few sectors, so that requests overlap; whole blocks now and then, for 4096-byte blocks.
+    prop_oneof![
+        3 => (0..12usize, 1..4usize),
+        1 => (0..SECTORS / 8, 1..3usize).prop_map(|(block, blocks)| {
+            (block * 8, (blocks * 8).min(SECTORS - block * 8))
+        }),
+    ]
+}
+
+fn ask() -> impl Strategy<Value = Ask> {
+    prop_oneof![
+        8 => range().prop_map(|(sector, sectors)| Ask::Write { sector, sectors }),
+        3 => range().prop_map(|(sector, sectors)| Ask::Read { sector, sectors }),
+        5 => Just(Ask::Flush),
+        1 => range().prop_map(|(sector, sectors)| Ask::Discard { sector, sectors }),
+        2 => (range(), any::<bool>())
+            .prop_map(|((sector, sectors), unmap)| Ask::WriteZeroes { sector, sectors, unmap }),
+        1 => (0..12usize).prop_map(|sector| Ask::WriteFarAway { sector }),
+    ]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        10 => (0..3usize, ask()).prop_map(|(queue, ask)| Step::Submit { queue, ask }),
+        12 => (0..3usize).prop_map(|queue| Step::Turn { queue }),
+        20 => Just(Step::Progress),
+        1 => (0..12usize).prop_map(|sector| Step::WriteBack { sector }),
+        2 => any::<bool>().prop_map(|on| Step::SetWriteback { on }),
+        1 => (any::<bool>(), any::<bool>()).prop_map(|(flush, config_wce)| Step::Reset { flush, config_wce }),
+    ]
+}
+
+fn fault() -> impl Strategy<Value = Fault> {
+    prop_oneof![
+        Just(Fault::Eintr),
+        Just(Fault::Eio),
+        Just(Fault::Enospc),
+        Just(Fault::Short),
+        Just(Fault::Unsupported)
+    ]
+}
+
+/// Plans in the modes with these indices.
+pub fn plans(modes: &'static [usize]) -> impl Strategy<Value = Plan> {
+    let shape = (1..4usize, proptest::sample::select(modes), any::<bool>(), prop::bool::weighted(0.2));
+    let driver = (prop::bool::weighted(0.1), prop::bool::weighted(0.8), prop::bool::weighted(0.7));
+    // Half of the runs without a fault: a latched error hides much of what comes after.
+    let faults = prop_oneof![1 => Just(Vec::new()), 1 => vec((1..40u32, fault()), 1..3)];
+    (shape, driver, faults, vec(step(), 1..80), any::<u64>()).prop_map(
+        |(
+            (queues, mode, by_fdatasync, blocks_of_4096),
+            (bounce_always, flush, config_wce),
+            faults,
+            steps,
+            dice,
+        )| {
+            let mut faults = faults;
+            faults.sort_by_key(|&(at, _)| at);
+            Plan {
+                queues,
+                mode,
+                by_fdatasync,
+                blocks_of_4096,
+                bounce_always,
+                flush,
+                config_wce,
+                faults,
+                steps,
+                dice,
+            }
+        },
+    )
+}
