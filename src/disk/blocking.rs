@@ -4,7 +4,6 @@
 //! Owns the system calls and nothing else. It is the reference that strace can audit: every
 //! operation is exactly one call.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -12,20 +11,18 @@ use std::sync::Arc;
 
 use super::engine::{Ended, Engine, HostOp, Wake};
 
-/// Most operations that wait for their turn. The virtqueue is the real bound; this one keeps the
-/// engine honest about being full.
-const QUEUED_MAX: usize = 128;
-
 /// Executes one operation at a time with system calls that block.
 pub struct BlockingEngine {
     file: Arc<File>,
-    queued: VecDeque<(u64, HostOp)>,
+    /// The operation for the next wait. There is no room for more: what has not begun stays with
+    /// the state machine, so that one sync need not be judged with those that come after it.
+    next: Option<(u64, HostOp)>,
 }
 
 impl BlockingEngine {
     /// An engine for `file`, which stays open as long as the engine lives.
     pub fn new(file: Arc<File>) -> Self {
-        Self { file, queued: VecDeque::with_capacity(QUEUED_MAX) }
+        Self { file, next: None }
     }
 
     fn execute(&self, op: &HostOp) -> io::Result<usize> {
@@ -68,17 +65,16 @@ fn file_offset(bytes: u64) -> io::Result<i64> {
 
 impl Engine for BlockingEngine {
     fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
-        if self.queued.len() == QUEUED_MAX {
+        if self.next.is_some() {
             return Err(op);
         }
-        self.queued.push_back((token, op));
+        self.next = Some((token, op));
         Ok(())
     }
 
-    /// Executes the oldest operation. One a call, so that its completion does not wait for the
-    /// others'.
+    /// Executes the operation. One a call, so that its completion does not wait for others'.
     fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
-        if let Some((token, op)) = self.queued.pop_front() {
+        if let Some((token, op)) = self.next.take() {
             let result = self.execute(&op);
             ended.push(Ended { token, result });
             return Ok(());

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use super::engine::HostOp;
 use super::geometry::{Alignment, SectorRange};
-use super::machine::{BOUNCE_MAX, DiskError};
+use super::machine::DiskError;
+use super::transfer::BOUNCE_MAX;
 use crate::mem::{AlignedBuffer, Iov};
 
 /// One range of a WRITE_ZEROES.

@@ -1,7 +1,7 @@
 //! The state machine between requests and host operations.
 //!
 //! Owns, for one queue: continuation of short transfers, bounce buffers, stable writes, the use of
-//! the error latch, draining; [`super::erase`] takes an erase through its ranges. Its completions are
+//! the error latch, draining; [`super::transfer`] and [`super::erase`] take a request through its parts. Its completions are
 //! whole: `Ok` means every byte and, for a stable write or a FLUSH, stable. It sits above the
 //! engines, so whatever an engine does wrong or the kernel answers is judged here, and a simulated
 //! engine can try all of it.
@@ -27,15 +27,9 @@ use super::erase::{Erase, ZeroedRange};
 use super::geometry::SectorRange;
 use super::image::Image;
 use super::latch::Ticket;
-use crate::mem::{AlignedBuffer, Iov};
+use super::transfer::Transfer;
+use crate::mem::Iov;
 use crate::mutants::{self, Mutant, is_on};
-
-/// Most bytes that one transfer moves through a private buffer; longer requests take turns.
-pub const BOUNCE_MAX: u64 = 256 << 10;
-/// Most bytes of one host transfer: what Linux moves at once (MAX_RW_COUNT), on whole blocks.
-const TRANSFER_MAX: u64 = 0x7fff_f000;
-/// Most pieces of one host transfer (IOV_MAX).
-const PIECES_MAX: usize = 1024;
 
 /// What a request wants of the disk.
 #[derive(Debug)]
@@ -125,7 +119,7 @@ struct Flight {
     stage: Stage,
     /// The operation that the engine has, to repeat it after EINTR.
     current: Option<HostOp>,
-    /// Open while that operation is a sync.
+    /// Open while the engine has that operation and it is a sync.
     ticket: Option<Ticket>,
 }
 
@@ -134,16 +128,6 @@ enum Stage {
     Erase(Erase),
     /// An fdatasync that started after everything of this request had ended.
     Sync,
-}
-
-struct Transfer {
-    write: bool,
-    iov: Iov,
-    offset: u64,
-    done: u64,
-    dsync: bool,
-    bounce: Option<Iov>,
-    asked: u64,
 }
 
 /// What comes after an operation has ended.
@@ -303,11 +287,11 @@ impl Disk {
         dsync: bool,
     ) -> Result<(Stage, Next), DiskError> {
         self.check_aligned(range)?;
-        let mut transfer =
-            Transfer { write, iov, offset: range.offset(), done: 0, dsync, bounce: None, asked: 0 };
-        let next = match transfer.iov.bytes() {
-            0 => Next::Done(Ok(())),
-            _ => self.next_window(&mut transfer)?,
+        let mut transfer = Transfer::new(range.offset(), iov, write, dsync);
+        let next = if transfer.is_empty() {
+            Next::Done(Ok(()))
+        } else {
+            Next::Op(transfer.next_window(&self.image)?)
         };
         Ok((Stage::Transfer(transfer), next))
     }
@@ -361,7 +345,6 @@ impl Disk {
     fn issue(&mut self, token: u64, op: HostOp) {
         if let Some(flight) = self.in_flight.get_mut(&token) {
             flight.current = Some(op.clone());
-            flight.ticket = op.is_sync().then(|| self.image.latch.open());
         }
         self.waiting.push_back((token, op));
         self.feed_engine();
@@ -370,9 +353,20 @@ impl Disk {
     fn feed_engine(&mut self) {
         while let Some((token, op)) = self.waiting.pop_front() {
             let counter = counter_of(&self.image.counters, &op);
+            let latch = &self.image.latch;
+            // Open before the engine may begin it.
+            let ticket = op.is_sync().then(|| latch.open());
             match self.engine.submit(token, op) {
-                Ok(()) => Counters::count(counter),
+                Ok(()) => {
+                    Counters::count(counter);
+                    if let Some(flight) = self.in_flight.get_mut(&token) {
+                        flight.ticket = ticket;
+                    }
+                }
                 Err(op) => {
+                    if let Some(ticket) = ticket {
+                        latch.judged(ticket);
+                    }
                     self.waiting.push_front((token, op));
                     return;
                 }
@@ -472,84 +466,23 @@ impl Disk {
         transfer: &mut Transfer,
         result: io::Result<usize>,
     ) -> Result<Option<HostOp>, DiskError> {
-        let what = transfer.what();
-        let count = match result {
-            Ok(count) => count as u64,
+        match result {
+            Ok(count) => transfer.advance(count as u64, &self.image),
             Err(source) if transfer.dsync && source.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                 // Refused before a byte was written: this host has no RWF_DSYNC here.
                 log::info!("disk: no RWF_DSYNC on this file; stable writes use fdatasync");
                 self.stable_by = StableBy::Fdatasync;
                 transfer.dsync = false;
-                return self.next_window(transfer).map(Next::into_op);
+                transfer.next_window(&self.image).map(Some)
             }
             Err(source) => {
                 if transfer.dsync && !is_on(Mutant::SyncErrorForgotten) {
                     // Whether the write or its sync has failed cannot be told apart.
                     self.image.latch.set(&source);
                 }
-                return Err(DiskError::Host { what, source });
+                Err(DiskError::Host { what: transfer.what(), source })
             }
-        };
-        let bytes = transfer.iov.bytes();
-        let short = DiskError::Short { what, done: transfer.done, bytes };
-        if count == 0 || count > transfer.asked {
-            return Err(short);
         }
-        // What O_DIRECT cannot continue in the middle of a block is moved again, whole.
-        let step = u64::from(self.image.geometry().alignment.offset);
-        let moved = if count == transfer.asked { count } else { count - count % step };
-        if moved == 0 {
-            return Err(short);
-        }
-        if let (Some(bounce), false) = (&transfer.bounce, transfer.write) {
-            bounce.part(0, moved, 1).copy_to(&transfer.iov.part(transfer.done, moved, usize::MAX));
-        }
-        if moved < transfer.asked && transfer.write && is_on(Mutant::ShortWriteOk) {
-            return Ok(None);
-        }
-        if moved < transfer.asked {
-            Counters::count(&self.image.counters.continued);
-        }
-        transfer.done += moved;
-        if transfer.done == bytes {
-            return Ok(None);
-        }
-        self.next_window(transfer).map(Next::into_op)
-    }
-
-    /// The host operation for the next part of a transfer, through a bounce buffer if it must be.
-    fn next_window(&self, transfer: &mut Transfer) -> Result<Next, DiskError> {
-        let alignment = self.image.geometry().alignment;
-        let direct = self.cache.policy().direct;
-        let mut window = transfer.iov.part(transfer.done, TRANSFER_MAX, PIECES_MAX);
-        transfer.bounce = None;
-        let fits = window.is_aligned(alignment.memory, alignment.offset);
-        if direct && (self.image.bounce_always() || !fits) {
-            let bounce = self.bounce(transfer)?;
-            transfer.bounce = Some(bounce.clone());
-            window = bounce;
-        }
-        transfer.asked = window.bytes();
-        let offset = transfer.offset + transfer.done;
-        Ok(Next::Op(if transfer.write {
-            HostOp::Writev { iov: window, offset, dsync: transfer.dsync }
-        } else {
-            HostOp::Readv { iov: window, offset }
-        }))
-    }
-
-    fn bounce(&self, transfer: &Transfer) -> Result<Iov, DiskError> {
-        let part = transfer.iov.part(transfer.done, BOUNCE_MAX, usize::MAX);
-        let alignment = self.image.geometry().alignment;
-        let no_memory = |source| DiskError::Host { what: "allocating a bounce buffer", source };
-        let bytes = usize::try_from(part.bytes()).map_err(|error| no_memory(io::Error::other(error)))?;
-        let buffer = AlignedBuffer::new(bytes, alignment.memory.max(512) as usize).map_err(no_memory)?;
-        let bounce = Iov::from_buffer(&Arc::new(buffer), bytes);
-        if transfer.write {
-            part.copy_to(&bounce);
-        }
-        Counters::count(&self.image.counters.bounces);
-        Ok(bounce)
     }
 
     fn complete(&mut self, id: Option<u64>, result: Result<(), DiskError>) {
@@ -559,25 +492,6 @@ impl Disk {
         mutants::count_write();
         if let Some(id) = id {
             self.done.push(Completion { id, result });
-        }
-    }
-}
-
-impl Next {
-    fn into_op(self) -> Option<HostOp> {
-        match self {
-            Next::Op(op) => Some(op),
-            Next::Done(_) | Next::Stable => None,
-        }
-    }
-}
-
-impl Transfer {
-    fn what(&self) -> &'static str {
-        match (self.write, self.dsync) {
-            (false, _) => "preadv",
-            (true, false) => "pwritev",
-            (true, true) => "pwritev2 with RWF_DSYNC",
         }
     }
 }

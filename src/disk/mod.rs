@@ -15,6 +15,7 @@ pub mod image;
 pub mod latch;
 pub mod machine;
 pub mod options;
+mod transfer;
 
 pub use image::{Image, ImageError};
 pub use options::{DiskOptions, OptionsError};

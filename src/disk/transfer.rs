@@ -1,0 +1,115 @@
+//! A read or write as a sequence of host operations.
+//!
+//! Owns continuation of short transfers and bounce buffers. What an error means, and what comes
+//! after the last byte, is the business of [`super::machine`].
+
+use std::io;
+use std::sync::Arc;
+
+use super::counters::Counters;
+use super::engine::HostOp;
+use super::image::Image;
+use super::machine::DiskError;
+use crate::mem::{AlignedBuffer, Iov};
+use crate::mutants::{Mutant, is_on};
+
+/// Most bytes that one transfer moves through a private buffer; longer requests take turns.
+pub const BOUNCE_MAX: u64 = 256 << 10;
+/// Most bytes of one host transfer: what Linux moves at once (MAX_RW_COUNT), on whole blocks.
+const TRANSFER_MAX: u64 = 0x7fff_f000;
+/// Most pieces of one host transfer (IOV_MAX).
+const PIECES_MAX: usize = 1024;
+
+/// A read or write, and how far it is.
+pub(super) struct Transfer {
+    pub(super) write: bool,
+    /// Each part is stable when it ends.
+    pub(super) dsync: bool,
+    iov: Iov,
+    offset: u64,
+    done: u64,
+    bounce: Option<Iov>,
+    /// Bytes that the operation in flight moves.
+    asked: u64,
+}
+
+impl Transfer {
+    pub(super) fn new(offset: u64, iov: Iov, write: bool, dsync: bool) -> Self {
+        Self { write, dsync, iov, offset, done: 0, bounce: None, asked: 0 }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.iov.bytes() == 0
+    }
+
+    pub(super) fn what(&self) -> &'static str {
+        match (self.write, self.dsync) {
+            (false, _) => "preadv",
+            (true, false) => "pwritev",
+            (true, true) => "pwritev2 with RWF_DSYNC",
+        }
+    }
+
+    /// `count` bytes of what was asked have been moved: the next operation, or `None` after the
+    /// last byte.
+    pub(super) fn advance(&mut self, count: u64, image: &Image) -> Result<Option<HostOp>, DiskError> {
+        let bytes = self.iov.bytes();
+        let short = DiskError::Short { what: self.what(), done: self.done, bytes };
+        if count == 0 || count > self.asked {
+            return Err(short);
+        }
+        // What O_DIRECT cannot continue in the middle of a block is moved again, whole.
+        let step = u64::from(image.geometry().alignment.offset);
+        let moved = if count == self.asked { count } else { count - count % step };
+        if moved == 0 {
+            return Err(short);
+        }
+        if let (Some(bounce), false) = (&self.bounce, self.write) {
+            bounce.part(0, moved, 1).copy_to(&self.iov.part(self.done, moved, usize::MAX));
+        }
+        if moved < self.asked {
+            if self.write && is_on(Mutant::ShortWriteOk) {
+                return Ok(None);
+            }
+            Counters::count(&image.counters.continued);
+        }
+        self.done += moved;
+        if self.done == bytes {
+            return Ok(None);
+        }
+        self.next_window(image).map(Some)
+    }
+
+    /// The host operation for the next part, through a bounce buffer if it must be.
+    pub(super) fn next_window(&mut self, image: &Image) -> Result<HostOp, DiskError> {
+        let alignment = image.geometry().alignment;
+        let mut window = self.iov.part(self.done, TRANSFER_MAX, PIECES_MAX);
+        self.bounce = None;
+        let fits = window.is_aligned(alignment.memory, alignment.offset);
+        if image.policy().direct && (image.bounce_always() || !fits) {
+            window = self.bounce(image)?;
+            self.bounce = Some(window.clone());
+        }
+        self.asked = window.bytes();
+        let offset = self.offset + self.done;
+        Ok(if self.write {
+            HostOp::Writev { iov: window, offset, dsync: self.dsync }
+        } else {
+            HostOp::Readv { iov: window, offset }
+        })
+    }
+
+    fn bounce(&self, image: &Image) -> Result<Iov, DiskError> {
+        let part = self.iov.part(self.done, BOUNCE_MAX, usize::MAX);
+        let no_memory = |source| DiskError::Host { what: "allocating a bounce buffer", source };
+        let bytes = usize::try_from(part.bytes()).map_err(|error| no_memory(io::Error::other(error)))?;
+        let memory_align = image.geometry().alignment.memory.max(512) as usize;
+        let buffer = AlignedBuffer::new(bytes, memory_align).map_err(no_memory)?;
+        let bounce = Iov::from_buffer(&Arc::new(buffer), bytes);
+        if self.write {
+            part.copy_to(&bounce);
+        }
+        Counters::count(&image.counters.bounces);
+        Ok(bounce)
+    }
+}
