@@ -18,7 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     write_page(&directory, command.clone())?;
     for sub in command.get_subcommands() {
         let name: &'static str = format!("{}-{}", command.get_name(), sub.get_name()).leak();
-        let version = command.get_version().unwrap_or_default().to_owned();
+        let version: &'static str = command.get_version().unwrap_or_default().to_owned().leak();
         write_page(&directory, sub.clone().name(name).bin_name(name.replacen('-', " ", 1)).version(version))?;
     }
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {

@@ -15,7 +15,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use crate::boot::{Entry, cpu};
 use crate::kvm::cpuid::{self, Place};
-use crate::kvm::failure::{Failure, Reason};
+use crate::kvm::failure::Reason;
 use crate::kvm::run_page::RunPage;
 use crate::layout;
 use crate::mem::{self, Ram};
@@ -236,7 +236,7 @@ fn execute(code: &[u8], count: u64) -> Result<(u8, Duration), String> {
         Err(error) => Err(Reason::Run(error.errno())),
     };
     let took = begin.elapsed();
-    ended.map(|said| (said, took)).map_err(|reason| Failure::new(0, reason, &vcpu, &ram).in_short())
+    ended.map(|said| (said, took)).map_err(|reason| reason.in_short())
 }
 
 fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> String {

@@ -26,7 +26,12 @@ fn disk_text(disk: &Explanation) -> String {
     page += &line("at the end", &calls(&disk.calls.end));
     for (labels, driver) in groups(&disk.calls.drivers) {
         page.push('\n');
-        page += &hang("  ", &format!("A driver that {}:", labels.join("; or ")));
+        for (at, label) in labels.iter().enumerate() {
+            page += &hang(
+                if at == 0 { "  A driver that negotiates " } else { "                        or " },
+                label,
+            );
+        }
         page += &driver_text(driver);
     }
     page.push('\n');
@@ -54,19 +59,21 @@ fn blocks(disk: &Explanation) -> String {
 }
 
 fn calls(calls: &[&str]) -> String {
-    if calls.is_empty() { "nothing".into() } else { calls.join(", then ") }
+    if calls.is_empty() { "nothing".into() } else { calls.join(", then ").replace("FALLOC_FL_", "") }
 }
 
 /// What a driver negotiates and does.
 fn label(driver: &Driver) -> String {
     let negotiates = match (driver.negotiates_flush, driver.negotiates_config_wce) {
-        (true, true) => "negotiates FLUSH and CONFIG_WCE",
-        (true, false) => "negotiates FLUSH only",
-        (false, true) => "negotiates CONFIG_WCE only",
-        (false, false) => "negotiates neither",
+        (true, true) => "FLUSH and CONFIG_WCE",
+        (true, false) => "FLUSH only",
+        (false, true) => "CONFIG_WCE only",
+        (false, false) => "neither FLUSH nor CONFIG_WCE",
     };
     match driver.sets_writeback {
-        Some(value) => format!("{negotiates} and sets writeback to {value}"),
+        Some(value) => format!("{negotiates}, then sets writeback to {value}"),
+        // As every Linux since 3.7 does, until its user changes cache_type.
+        None if driver.negotiates_flush && driver.negotiates_config_wce => format!("{negotiates} (Linux)"),
         None => negotiates.into(),
     }
 }
@@ -101,7 +108,7 @@ fn same(a: &Driver, b: &Driver) -> bool {
 fn driver_text(driver: &Driver) -> String {
     let mut text = String::new();
     if !driver.on_setting.is_empty() {
-        text += &hang("    by setting    ", &calls(&driver.on_setting));
+        text += &hang("    by setting it ", &calls(&driver.on_setting));
     }
     for (name, answer) in answers(driver) {
         let words = match answer.status {

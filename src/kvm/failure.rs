@@ -164,13 +164,14 @@ pub fn hardware() -> Option<&'static str> {
 
 impl std::error::Error for Failure {}
 
-impl Failure {
-    /// The reason and the instruction in one line.
+impl Reason {
+    /// The reason in a few words.
     pub fn in_short(&self) -> String {
-        let bytes: Vec<_> = self.instruction.iter().map(|byte| format!("{byte:02x}")).collect();
-        match bytes.as_slice() {
-            [] => self.reason.to_string(),
-            bytes => format!("{} (at {} ...)", self.reason, bytes[..bytes.len().min(6)].join(" ")),
+        match self {
+            Self::Internal(error) if error.suberror == EMULATION => {
+                "KVM cannot emulate it (KVM_EXIT_INTERNAL_ERROR, suberror 1)".into()
+            }
+            reason => reason.to_string(),
         }
     }
 }
