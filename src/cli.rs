@@ -24,7 +24,7 @@ pub use find_guest::GuestNotFound;
 /// Boots a Linux kernel (without --kernel, the bundled test guest) with its console on this terminal
 /// and each --disk as /dev/vda, /dev/vdb, ...
 #[derive(Debug, Parser)]
-#[command(version, about, long_about = None, max_term_width = 100)]
+#[command(version, max_term_width = 100)]
 #[command(after_long_help = help::after(), after_help = "--help tells more: keys, examples, exit statuses.")]
 #[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
 pub struct Args {
@@ -105,8 +105,12 @@ enum Command {
     /// 0 where Linux guests run, 1 where they do not.
     Check {
         /// As JSON
-        #[arg(long)]
+        #[arg(long, conflicts_with = "quiet")]
         json: bool,
+
+        /// Only the verdict, in one line
+        #[arg(short, long)]
+        quiet: bool,
     },
 }
 
@@ -119,6 +123,8 @@ pub enum Task {
     Check {
         /// As JSON.
         json: bool,
+        /// The verdict alone.
+        quiet: bool,
     },
     /// These disks explained.
     Explain {
@@ -155,7 +161,7 @@ impl Args {
     /// What is to be done.
     pub fn into_task(self) -> Result<Task, GuestNotFound> {
         match self.command {
-            Some(Command::Check { json }) => Ok(Task::Check { json }),
+            Some(Command::Check { json, quiet }) => Ok(Task::Check { json, quiet }),
             None if self.explain => Ok(Task::Explain { disks: self.disks, json: self.json }),
             None => self.into_config().map(Task::Run),
         }

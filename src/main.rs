@@ -28,9 +28,13 @@ fn run(args: Args) -> Result<ExitStatus> {
             log::info!("the VM has ended: {ending:?}");
             Ok(ending.into())
         }
-        Task::Check { json } => {
+        Task::Check { json, quiet } => {
             let report = check::check();
-            print(&if json { report.to_json()? } else { report.to_text() })?;
+            print(&match (json, quiet) {
+                (true, _) => report.to_json()?,
+                (_, true) => report.verdict.clone(),
+                (_, false) => report.to_text(),
+            })?;
             Ok(if report.linux_runs { ExitStatus::Success } else { ExitStatus::NoLinux })
         }
         Task::Explain { disks, json } => explain_disks(&disks, json),
@@ -46,7 +50,7 @@ fn explain_disks(disks: &[DiskOptions], json: bool) -> Result<ExitStatus> {
 /// To standard output, all of it. A reader that has gone, as `head` does, is no error.
 fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| writeln!(out)).and_then(|()| out.flush()) {
+    match writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(error).context("cannot write to standard output")
         }

@@ -12,7 +12,7 @@ pub fn strace(log: &Path) -> Command {
     let mut strace = Command::new("strace");
     strace.args(["-f", "-y", "-s", "256", "-e"]);
     strace.arg(
-        "trace=openat,write,fdatasync,fsync,sync_file_range,pwrite64,pwritev,pwritev2,pread64,preadv,preadv2,\
+        "trace=openat,write,writev,fdatasync,fsync,sync_file_range,pwrite64,pwritev,pwritev2,pread64,preadv,preadv2,\
          fallocate,io_uring_enter,io_submit",
     );
     strace.arg("-o").arg(log);
@@ -62,7 +62,9 @@ impl Log {
     fn line(&mut self, line: &str, image: &str, directory: &str) {
         let Some((_, line)) = line.split_once(' ') else { return };
         let Some((name, arguments)) = line.trim_start().split_once('(') else { return };
-        if name == "write" && arguments.contains(&format!("<{}>", console(Path::new(image)).display())) {
+        if ["write", "writev"].contains(&name)
+            && arguments.contains(&format!("<{}>", console(Path::new(image)).display()))
+        {
             let text = arguments.split('"').nth(1).unwrap_or_default();
             self.console += &text.replace("\\r", "").replace("\\n", "");
         } else if name == "openat" && arguments.contains(image) {
