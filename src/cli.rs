@@ -58,7 +58,7 @@ pub struct Args {
     memory: u64,
 
     /// Number of CPUs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=254), help_heading = help::MACHINE)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = cpus, help_heading = help::MACHINE)]
     cpus: u8,
 
     /// Disk image, with keys (repeatable: vda, vdb, ...)
@@ -139,6 +139,11 @@ fn disk_help() -> String {
     format!("Disk image, with keys (repeatable: vda, vdb, ...)\n\n{}", DiskOptions::keys_help())
 }
 
+fn cpus(text: &str) -> Result<u8, String> {
+    let wrong = || "it is a number from 1 to 254".to_string();
+    text.parse().ok().filter(|count| (1..=254).contains(count)).ok_or_else(wrong)
+}
+
 fn console(text: &str) -> Result<ConsoleTarget, String> {
     match text.split_once('=') {
         None if text == "stdio" => Ok(ConsoleTarget::Stdio),
@@ -158,6 +163,11 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 impl Args {
+    /// The arguments of this process; ends it where they are wrong, or ask for help.
+    pub fn of_process() -> Self {
+        Self::try_parse().unwrap_or_else(|error| help::improve(error).exit())
+    }
+
     /// What is to be done.
     pub fn into_task(self) -> Result<Task, GuestNotFound> {
         match self.command {

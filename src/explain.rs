@@ -100,7 +100,10 @@ pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
     let policy = image.policy();
     let mut warnings = image.warnings().to_vec();
     if image.is_locked_by_another() {
-        warnings.push("another process has locked the image now: minivmm would refuse to start".into());
+        warnings.push("another VM has locked the image now: minivmm would refuse to start".into());
+    }
+    if image.is_device() && !image.readonly() && layers::is_in_use(&image) {
+        warnings.push("the device is mounted, or part of another one: minivmm would refuse to start".into());
     }
     if std::env::var("LD_PRELOAD").is_ok_and(|libraries| libraries.contains("eatmydata")) {
         warnings.push("LD_PRELOAD names libeatmydata: fdatasync will do nothing".into());

@@ -5,13 +5,12 @@
 use std::io::Write;
 
 use anyhow::{Context, Result};
-use clap::Parser;
 use minivmm::cli::{Args, ExitStatus, Task};
 use minivmm::disk::DiskOptions;
 use minivmm::{check, explain, vmm};
 
 fn main() {
-    let args = Args::parse();
+    let args = Args::of_process();
     start_logging(args.log_level());
     let status = run(args).unwrap_or_else(|error| {
         // Whoever reads it may be gone; the status still says it.

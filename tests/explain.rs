@@ -172,7 +172,7 @@ fn what_would_keep_a_guest_from_starting_keeps_it_from_being_explained() {
     let image = Image::new();
     let directory = image.path.parent().unwrap().display().to_string();
     for (disk, word) in [
-        (format!("{directory}/missing"), "No such file"),
+        (format!("{directory}/missing"), "does not exist"),
         (directory.clone(), "directory"),
         (image.disk("cache=none,block-size=512,serial=x,format=raw,colour=red"), "colour"),
     ] {

@@ -2,6 +2,10 @@
 //!
 //! Owns what clap cannot derive from the arguments themselves.
 
+use std::path::Path;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+
 /// What the machine runs.
 pub const GUEST: &str = "Guest";
 /// What the machine is.
@@ -39,4 +43,17 @@ Exit status:
 /// What stands at the end of `--help`.
 pub fn after() -> String {
     format!("{EXAMPLES}\n\n{STATUSES}")
+}
+
+/// A file where clap expects one of our commands is a disk, most likely.
+pub fn improve(mut error: clap::Error) -> clap::Error {
+    if error.kind() != ErrorKind::InvalidSubcommand {
+        return error;
+    }
+    let Some(ContextValue::String(word)) = error.get(ContextKind::InvalidSubcommand) else { return error };
+    if Path::new(word).exists() {
+        let tip = format!("to give the guest a disk: --disk {word}");
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    }
+    error
 }

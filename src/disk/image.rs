@@ -40,6 +40,9 @@ pub enum ImageProblem {
         /// The host's answer.
         source: io::Error,
     },
+    /// There is no such file.
+    #[error("it does not exist: check its name, or make it, as in `truncate -s 1G {0}`")]
+    Missing(String),
     /// Neither a regular file nor a block device.
     #[error("it is {0}; a disk is a regular file or a block device")]
     Kind(&'static str),
@@ -95,7 +98,7 @@ pub enum ImageProblem {
     },
     /// Somebody else has it open.
     #[error(
-        "another process has locked it (another VM?): stop that one; readers can share an image when all say readonly"
+        "another VM, or another --disk of this one, has locked it; readers can share an image when all say readonly"
     )]
     Locked(#[source] io::Error),
     /// An older writeback error, or a dying disk.
@@ -328,7 +331,10 @@ fn host(what: &'static str) -> impl FnOnce(io::Error) -> ImageProblem {
 
 /// Looks before opening: opening a FIFO or a tape has effects.
 fn check_kind(path: &Path) -> Result<Kind, ImageProblem> {
-    let found = std::fs::metadata(path).map_err(|source| ImageProblem::Open { flags: "at all", source })?;
+    let found = std::fs::metadata(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => ImageProblem::Missing(path.display().to_string()),
+        _ => ImageProblem::Open { flags: "at all", source },
+    })?;
     let kind = found.file_type();
     if kind.is_file() {
         Ok(Kind::File)

@@ -96,12 +96,12 @@ pub fn extensions(kvm: &Kvm) -> Vec<(&'static str, bool)> {
 fn advice(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-            "this machine has no KVM (is virtualization switched on, and are kvm_intel or kvm_amd loaded?); \
+            "this machine has no KVM (is virtualization switched on, and are kvm_intel or kvm_amd loaded? `minivmm check` tells more); \
              without it Linux guests run in the emulated host, guest-images/emuhost"
         }
         Some(libc::EACCES | libc::EPERM) => {
-            "the permission is missing (add the user to the group that owns it: `sudo usermod -aG kvm $USER`, \
-             then log in anew)"
+            "the permission is missing (mostly `sudo usermod -aG kvm $USER`, then log in anew; `minivmm check` tells \
+             what it takes here)"
         }
         Some(libc::EBUSY) => "another hypervisor uses the processor's virtualization",
         _ => "the host refuses it",
