@@ -70,7 +70,8 @@ const GROUPS: [(&str, &str); 3] = [
     ("features", "Not needed; used where they are there"),
 ];
 
-const EMULATED_HOST: &str = "run Linux guests in the emulated host: guest-images/emuhost run -- minivmm ... (make run and make test do)";
+const EMULATED_HOST: &str = "run Linux guests in the emulated host, from minivmm's source tree: guest-images/emuhost \
+                             run -- minivmm ...";
 
 /// Looks at this machine.
 pub fn check() -> Report {
