@@ -2,7 +2,7 @@
 # is missing, or print the line that does.
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test lint deps clean check-guests torture
+.PHONY: help build run test lint deps clean check-guests torture install install-files static deb
 
 include guest-images/guest.mk
 
@@ -14,6 +14,9 @@ help: ## lists the commands
 	@echo "make guest        the test guest's kernel and initramfs, in guest-images/build"
 	@echo "make guest-small  a small kernel of our own, with virtio built in"
 	@echo "make emuhost      the emulated host, for machines whose KVM cannot run Linux"
+	@echo "make install      binary, manual, completions, docs, guest images; PREFIX=/usr/local, DESTDIR="
+	@echo "make static       a static binary, for any Linux: $(static_binary)"
+	@echo "make deb          a Debian package of it, in target/debian"
 	@echo "make torture      the long suites"
 	@echo "make clean        removes what was built"
 
@@ -45,6 +48,65 @@ lint: deps
 		guest-images/build-small-kernel .ci/run
 	@command -v cargo-deny >/dev/null || cargo install --quiet --debug --locked cargo-deny
 	@cargo deny --log-level error check bans licenses sources
+
+# What is installed. Everything is built before, as the user, and then only copied: `make build guest`
+# and `sudo make install` does as well as either alone.
+PREFIX ?= /usr/local
+DESTDIR ?=
+installed := $(DESTDIR)$(PREFIX)
+binary := target/release/minivmm
+static_binary := target/x86_64-unknown-linux-gnu/release/minivmm
+sources := $(shell find src examples/manual.rs -name '*.rs') Cargo.toml Cargo.lock
+manual := target/manual
+
+$(binary): $(sources)
+	@cargo build --release --locked
+	@touch $@
+
+$(static_binary): $(sources)
+	@RUSTFLAGS='-C target-feature=+crt-static' \
+		cargo build --release --locked --target x86_64-unknown-linux-gnu
+	@touch $@
+
+$(manual)/minivmm.1: $(sources)
+	@cargo run --release --locked --quiet --example manual -- $(manual)
+	@touch $@
+
+$(guest_build)/vmlinuz:
+	@$(MAKE) --no-print-directory guest
+
+static: $(static_binary)
+	@file -b $(static_binary) 2>/dev/null | grep -q dynamically && \
+		{ echo "error: $(static_binary) is not static" >&2; exit 1; } || echo $(static_binary)
+
+install: $(binary) $(manual)/minivmm.1 $(guest_build)/vmlinuz install-files
+
+# `from` the binary to install; of the guest images, what is built.
+from := $(binary)
+strip :=
+zsh := site-functions
+install-files: $(manual)/minivmm.1
+	@install -D -m 755 $(strip) $(from) $(installed)/bin/minivmm
+	@install -d $(installed)/share/man/man1 $(installed)/share/doc/minivmm
+	@install -m 644 $(manual)/*.1 $(installed)/share/man/man1
+	@install -D -m 644 $(manual)/minivmm.bash $(installed)/share/bash-completion/completions/minivmm
+	@install -D -m 644 $(manual)/_minivmm $(installed)/share/zsh/$(zsh)/_minivmm
+	@install -D -m 644 $(manual)/minivmm.fish $(installed)/share/fish/vendor_completions.d/minivmm.fish
+	@install -m 644 $(wildcard README.md) CHANGELOG.md docs/*.md $(installed)/share/doc/minivmm
+	@install -m 644 LICENSE-APACHE LICENSE-MIT $(installed)/share/doc/minivmm
+	@for image in vmlinuz initrd.cpio; do \
+		[ ! -e $(guest_build)/$$image ] || \
+			install -D -m 644 $(guest_build)/$$image $(installed)/share/minivmm/$$image; \
+	done
+	@echo "installed in $(installed)"
+
+# The package is made of what `make install` would install, with the static binary.
+deb: $(static_binary) $(manual)/minivmm.1
+	@command -v cargo-deb >/dev/null || cargo install --quiet --debug --locked cargo-deb
+	@rm -rf target/stage
+	@$(MAKE) --no-print-directory install-files from=$(static_binary) strip=--strip zsh=vendor-completions \
+		PREFIX=/usr DESTDIR=target/stage
+	@cargo deb --quiet --no-build --target x86_64-unknown-linux-gnu --output target/debian/
 
 clean: guest-clean
 	@cargo clean

@@ -1,15 +1,17 @@
 //! What the user types, and the number with which minivmm ends.
 //!
 //! Owns arguments, their help, exit statuses, and the search for the bundled test guest. The disk's
-//! keys are `disk`'s, in the table from which the help is made.
+//! keys are `disk`'s, in the table from which the help is made. Manual page and completions are made
+//! from the same definitions (`examples/manual.rs`).
 
 mod find_guest;
+mod help;
 mod size;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, Parser};
+use clap::{ArgAction, Parser, Subcommand};
 
 use crate::boot::cmdline;
 use crate::disk::DiskOptions;
@@ -22,64 +24,124 @@ pub use find_guest::GuestNotFound;
 /// Boots a Linux kernel (without --kernel, the bundled test guest) with its console on this terminal
 /// and each --disk as /dev/vda, /dev/vdb, ...
 #[derive(Debug, Parser)]
-#[command(version, after_long_help = ExitStatus::HELP, after_help = "--help tells more, of exit statuses too.")]
+#[command(version, max_term_width = 100)]
+#[command(after_long_help = help::after(), after_help = "--help tells more: keys, examples, exit statuses.")]
+#[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
 pub struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+
     /// Kernel to boot: a bzImage, or an ELF vmlinux [default: the test guest's]
     ///
     /// A bzImage is entered by the 64-bit boot protocol, an ELF image by PVH if it has the note and by
     /// the 64-bit boot protocol if not. The test guest (vmlinuz, initrd.cpio; `make guest` builds it)
     /// is looked for in $MINIVMM_GUEST, beside the binary, and in guest-images/build.
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", help_heading = help::GUEST)]
     kernel: Option<PathBuf>,
 
     /// Initial RAM disk, or `none` [default: the test guest's]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", help_heading = help::GUEST)]
     initrd: Option<PathBuf>,
 
     /// Add to the kernel command line (repeatable)
     ///
     /// What stands behind a ` -- ` goes to the guest's init.
-    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true, help_heading = help::GUEST)]
     append: Vec<String>,
 
     /// Replace the kernel command line
-    #[arg(long, value_name = "STRING", default_value = cmdline::DEFAULT, allow_hyphen_values = true)]
+    #[arg(long, value_name = "STRING", default_value = cmdline::DEFAULT, allow_hyphen_values = true, help_heading = help::GUEST)]
     cmdline: String,
 
     /// Guest memory: a number with K, M, G or T (512M, 4G); without a letter, bytes
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::memory)]
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::memory, help_heading = help::MACHINE)]
     memory: u64,
 
     /// Number of CPUs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=254))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = cpus, help_heading = help::MACHINE)]
     cpus: u8,
 
     /// Disk image, with keys (repeatable: vda, vdb, ...)
-    #[arg(long = "disk", value_name = "PATH[,KEY=VALUE]...", long_help = disk_help())]
+    #[arg(long = "disk", value_name = "PATH[,KEY=VALUE]...", long_help = disk_help(), help_heading = help::DISKS)]
     disks: Vec<DiskOptions>,
+
+    /// Tell what each --disk will do, and run nothing
+    ///
+    /// Open flags, features, the host's system calls for every request of every kind of driver,
+    /// alignment, file system, the host's disks. Nothing is started, written, synced or locked.
+    #[arg(long, requires = "disks", help_heading = help::DISKS)]
+    explain: bool,
+
+    /// With --explain: as JSON
+    #[arg(long, requires = "explain", help_heading = help::DISKS)]
+    json: bool,
 
     /// Kernel console, a 16550 (ttyS0): stdio, off, or file=PATH
     ///
     /// On a terminal Ctrl-A x ends the VM, and Ctrl-A h lists the keys. What is no terminal is passed
     /// as it is.
-    #[arg(long, value_name = "stdio|off|file=PATH", default_value = "stdio", value_parser = console)]
+    #[arg(long, value_name = "stdio|off|file=PATH", default_value = "stdio", value_parser = console, help_heading = help::RUNNING)]
     console: ConsoleTarget,
 
     /// End the VM after so many seconds
-    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = help::RUNNING)]
     timeout: Option<Duration>,
 
     /// Say more (twice: much more)
-    #[arg(short, long, action = ArgAction::Count)]
+    #[arg(short, long, action = ArgAction::Count, help_heading = help::RUNNING)]
     verbose: u8,
 
     /// Say nothing but errors
-    #[arg(short, long, conflicts_with = "verbose")]
+    #[arg(short, long, conflicts_with = "verbose", help_heading = help::RUNNING)]
     quiet: bool,
+}
+
+/// What minivmm does besides running a guest.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Tell whether this machine can run Linux guests, and what to do if not
+    ///
+    /// Looks at /dev/kvm and runs guests of a few instructions, for less than a second. Exit status:
+    /// 0 where Linux guests run, 1 where they do not.
+    Check {
+        /// As JSON
+        #[arg(long, conflicts_with = "quiet")]
+        json: bool,
+
+        /// Only the verdict, in one line
+        #[arg(short, long)]
+        quiet: bool,
+    },
+}
+
+/// What the user wants.
+#[derive(Debug)]
+pub enum Task {
+    /// A guest run.
+    Run(Config),
+    /// This machine looked at.
+    Check {
+        /// As JSON.
+        json: bool,
+        /// The verdict alone.
+        quiet: bool,
+    },
+    /// These disks explained.
+    Explain {
+        /// Which.
+        disks: Vec<DiskOptions>,
+        /// As JSON.
+        json: bool,
+    },
 }
 
 fn disk_help() -> String {
     format!("Disk image, with keys (repeatable: vda, vdb, ...)\n\n{}", DiskOptions::keys_help())
+}
+
+fn cpus(text: &str) -> Result<u8, String> {
+    let wrong = || "it is a number from 1 to 254".to_string();
+    text.parse().ok().filter(|count| (1..=254).contains(count)).ok_or_else(wrong)
 }
 
 fn console(text: &str) -> Result<ConsoleTarget, String> {
@@ -101,8 +163,26 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 impl Args {
+    /// The arguments of this process; ends it where they are wrong, or ask for help.
+    pub fn of_process() -> Self {
+        Self::try_parse().unwrap_or_else(|error| help::improve(error).exit())
+    }
+
+    /// What is to be done.
+    pub fn into_task(self) -> Result<Task, GuestNotFound> {
+        match self.command {
+            Some(Command::Check { json, quiet }) => Ok(Task::Check { json, quiet }),
+            None if self.explain => Ok(Task::Explain { disks: self.disks, json: self.json }),
+            None => self.into_config().map(Task::Run),
+        }
+    }
+
     /// How much is to be logged.
     pub fn log_level(&self) -> log::LevelFilter {
+        if self.explain {
+            // What the trial runs would say is no news of the host's.
+            return log::LevelFilter::Error;
+        }
         match (self.quiet, self.verbose) {
             (true, _) => log::LevelFilter::Error,
             (false, 0) => log::LevelFilter::Warn,
@@ -153,26 +233,17 @@ pub enum ExitStatus {
     Signal(i32),
     /// A guest has written this to the exit port.
     ExitPort(u8),
+    /// `check`: Linux guests do not run here.
+    NoLinux,
 }
 
 impl ExitStatus {
-    /// The table of `--help`.
-    const HELP: &'static str = "\
-Exit status:
-  0      the guest has powered off or reset (or Ctrl-A x)
-  2      usage
-  124    the guest has panicked
-  125    minivmm or the host has failed; a failed last fdatasync is one
-  126    --timeout has passed
-  128+n  ended by signal n (SIGHUP 129, SIGINT 130, SIGTERM 143), in order
-  2v+1   a guest has written v to the exit port 0xf4 (modulo 256: v = 0x3e, 0x40,
-         0x47 and v + 0x80 give a number that has another meaning too)";
-
     /// The number.
     pub fn code(self) -> i32 {
         match self {
             Self::Success => 0,
             Self::Usage => 2,
+            Self::NoLinux => 1,
             Self::GuestPanic => 124,
             Self::Failure => 125,
             Self::Timeout => 126,

@@ -6,30 +6,36 @@
 //! | module | owns | must not know |
 //! |---|---|---|
 //! | [`cli`] | arguments, `--help`, exit statuses | |
+//! | [`check`] | can this machine run Linux guests? | |
 //! | [`vmm`] | builds the machine in order, runs it, stops it in order | |
 //! | [`terminal`] | the terminal's raw mode, and its restoration | |
 //! | [`vcpu`], [`kvm`] | the KVM_RUN loop, irqfd, ioeventfd, CPUID, MSRs | virtio, disks |
 //! | [`boot`] | kernel, initrd, command line, zero page, CPU state, ACPI | devices' insides |
 //! | [`bus`], [`devices`] | port and MMIO dispatch; serial, power, RTC | KVM |
 //! | [`virtio`] | device trait, register core, mmio transport, virtqueues | blocks, files |
+//! | [`explain`] | what a disk will do, told without doing it | KVM |
 //! | [`blk`] | virtio-blk: features, config space, requests, the worker | KVM, transports |
 //! | [`disk`] | one host image: flags, locking, policy, engines, sticky error | virtio, KVM |
-//! | [`layout`], [`mem`], [`ratelimit`], [`mutants`] | the address map; guest memory and pieces of it; quiet logs; deliberate mistakes | everything |
+//! | [`layout`], [`mem`] | the address map; guest memory and pieces of it | everything |
+//! | [`ratelimit`], [`text`], [`mutants`] | quiet logs; wrapped lines; deliberate mistakes | everything |
 //!
 //! One write, there and back, is told in `docs/architecture.md`.
 
 pub mod blk;
 pub mod boot;
 pub mod bus;
+pub mod check;
 pub mod cli;
 pub mod devices;
 pub mod disk;
+pub mod explain;
 pub mod kvm;
 pub mod layout;
 pub mod mem;
 pub mod mutants;
 pub mod ratelimit;
 pub mod terminal;
+pub mod text;
 pub mod vcpu;
 pub mod virtio;
 pub mod vmm;

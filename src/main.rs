@@ -4,13 +4,13 @@
 
 use std::io::Write;
 
-use anyhow::Result;
-use clap::Parser;
-use minivmm::cli::{Args, ExitStatus};
-use minivmm::vmm;
+use anyhow::{Context, Result};
+use minivmm::cli::{Args, ExitStatus, Task};
+use minivmm::disk::DiskOptions;
+use minivmm::{check, explain, vmm};
 
 fn main() {
-    let args = Args::parse();
+    let args = Args::of_process();
     start_logging(args.log_level());
     let status = run(args).unwrap_or_else(|error| {
         // Whoever reads it may be gone; the status still says it.
@@ -21,9 +21,40 @@ fn main() {
 }
 
 fn run(args: Args) -> Result<ExitStatus> {
-    let ending = vmm::run(&args.into_config()?)?;
-    log::info!("the VM has ended: {ending:?}");
-    Ok(ending.into())
+    match args.into_task()? {
+        Task::Run(config) => {
+            let ending = vmm::run(&config)?;
+            log::info!("the VM has ended: {ending:?}");
+            Ok(ending.into())
+        }
+        Task::Check { json, quiet } => {
+            let report = check::check();
+            print(&match (json, quiet) {
+                (true, _) => report.to_json()?,
+                (_, true) => report.verdict.clone(),
+                (_, false) => report.to_text(),
+            })?;
+            Ok(if report.linux_runs { ExitStatus::Success } else { ExitStatus::NoLinux })
+        }
+        Task::Explain { disks, json } => explain_disks(&disks, json),
+    }
+}
+
+fn explain_disks(disks: &[DiskOptions], json: bool) -> Result<ExitStatus> {
+    let explained = disks.iter().map(explain::explain).collect::<Result<Vec<_>, _>>()?;
+    print(&if json { explain::to_json(&explained)? } else { explain::to_text(&explained) })?;
+    Ok(ExitStatus::Success)
+}
+
+/// To standard output, all of it. A reader that has gone, as `head` does, is no error.
+fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
+        _ => Ok(()),
+    }
 }
 
 fn start_logging(level: log::LevelFilter) {

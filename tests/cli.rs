@@ -22,12 +22,15 @@ fn stderr(output: &Output) -> String {
 #[test]
 fn wrong_usage_ends_with_2_and_says_what_is_right() {
     let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("there.img"), "").unwrap();
     for (args, word) in [
         (&["--memory", "512"][..], "did you mean 512M"),
         (&["--memory", "1.5G"], "512M, 4G"),
         (&["--memory", "1M"], "less than 16M"),
-        (&["--cpus", "0"], "1..=254"),
-        (&["--cpus", "255"], "1..=254"),
+        (&["--memory", "1"], "did you mean 16M"),
+        (&["--cpus", "0"], "from 1 to 254"),
+        (&["--cpus", "255"], "from 1 to 254"),
+        (&["--cpus", "two"], "from 1 to 254"),
         (&["--console", "pty"], "stdio, off, or file=PATH"),
         (&["--timeout", "0"], "above 0"),
         (&["--timeout", "soon"], "above 0"),
@@ -36,6 +39,12 @@ fn wrong_usage_ends_with_2_and_says_what_is_right() {
         (&["--verbose", "--quiet"], "cannot be used with"),
         (&["--no-such-option"], "--no-such-option"),
         (&["a.img"], "a.img"),
+        (&["there.img"], "--disk there.img"),
+        (&["chek"], "'check'"),
+        (&["--explain"], "--disk"),
+        (&["--json", "--disk", "a.img"], "--explain"),
+        (&["check", "--json", "--quiet"], "cannot be used with"),
+        (&["check", "--disk", "a.img"], "--disk"),
     ] {
         let output = minivmm(directory.path(), args);
         assert_eq!(output.status.code(), Some(USAGE), "{args:?}");
@@ -59,6 +68,13 @@ fn help_names_every_option_key_and_status() {
         "--disk",
         "--console",
         "--timeout",
+        "--explain",
+        "check",
+        "Guest:",
+        "Machine:",
+        "Disks:",
+        "Running:",
+        "Examples:",
         "cache=",
         "readonly",
         "serial=",
@@ -82,7 +98,11 @@ fn help_names_every_option_key_and_status() {
 fn an_error_is_printed_once_with_what_it_is_about() {
     let directory = tempfile::tempdir().unwrap();
     for (args, words) in [
-        (&["--disk", "missing.img", "--kernel", "k", "--initrd", "none"][..], &["missing.img"][..]),
+        (
+            &["--disk", "missing.img", "--kernel", "k", "--initrd", "none"][..],
+            &["missing.img", "truncate"][..],
+        ),
+        (&["--explain", "--disk", "missing.img"], &["missing.img", "truncate"]),
         (&["--console", "file=no/such/file", "--kernel", "k", "--initrd", "none"], &["no/such/file"]),
     ] {
         let output = minivmm(directory.path(), args);

@@ -32,6 +32,8 @@
 /* Features, low word and high word. */
 #define F_FLUSH         (1 << 9)
 #define F_CONFIG_WCE    (1 << 11)
+#define F_DISCARD       (1 << 13)
+#define F_WRITE_ZEROES  (1 << 14)
 #define F_HI_VERSION_1  (1 << 0)
 
 /* Requests (virtio 5.2.6). */
@@ -39,6 +41,8 @@
 #define T_OUT           1
 #define T_FLUSH         4
 #define T_GET_ID        8
+#define T_DISCARD       11
+#define T_WRITE_ZEROES  13
 #define T_UNKNOWN       0x4d56
 #define ST_OK           0
 #define ST_IOERR        1
@@ -51,6 +55,9 @@
 #define QUEUE_SIZE      8
 #define BLOCK           4096
 #define SECTOR          8
+#define SECTOR_DISCARD  64
+#define SECTOR_ZEROES   72
+#define ERASE_SECTORS   8
 /* The pattern: dword i of the block is PATTERN + i. */
 #define PATTERN         0x6d760000
 
@@ -80,6 +87,26 @@ scenario_io:
         movl    $1, %r9d
         call    must_be_ok
         say     "bare guest: flushed\r\n"
+1:
+        testl   $F_DISCARD, %r14d
+        jz      1f
+        movl    $T_DISCARD, %edi
+        movl    $SECTOR_DISCARD, %esi
+        call    erase
+        movl    $0x27, %edi
+        movl    $1, %r9d
+        call    must_be_ok
+        say     "bare guest: discarded\r\n"
+1:
+        testl   $F_WRITE_ZEROES, %r14d
+        jz      1f
+        movl    $T_WRITE_ZEROES, %edi
+        movl    $SECTOR_ZEROES, %esi
+        call    erase
+        movl    $0x28, %edi
+        movl    $1, %r9d
+        call    must_be_ok
+        say     "bare guest: zeroed\r\n"
 1:
         movl    $T_IN, %edi
         movl    $SECTOR, %esi
@@ -185,6 +212,18 @@ describe_write:
         xorl    %r8d, %r8d
         ret
 
+/* A DISCARD or WRITE_ZEROES (edi) of one range, from sector esi. */
+erase:
+        movl    %esi, erased
+        movl    $0, erased + 4
+        movl    $ERASE_SECTORS, erased + 8
+        movl    $0, erased + 12
+        xorl    %esi, %esi
+        movl    $erased, %edx
+        movl    $16, %ecx
+        xorl    %r8d, %r8d
+        jmp     request
+
 /* r10w = the used index at once after the reset: before anything else takes time. */
 reset_device:
         reg_write R_STATUS, $0
@@ -211,7 +250,17 @@ negotiate:
         testq   %rax, %rax
         jz      2f
         andl    $~F_CONFIG_WCE, %r14d
-2:
+2:      movl    $word_discard, %edi
+        call    find
+        testq   %rax, %rax
+        jz      3f
+        orl     $F_DISCARD, %r14d
+3:      movl    $word_zeroes, %edi
+        call    find
+        testq   %rax, %rax
+        jz      4f
+        orl     $F_WRITE_ZEROES, %r14d
+4:
         reg_write R_STATUS, $0
         reg_write R_STATUS, $S_ACKNOWLEDGE
         reg_write R_STATUS, $(S_ACKNOWLEDGE | S_DRIVER)
@@ -222,8 +271,10 @@ negotiate:
         jz      fail
         reg_write R_DEVICE_FEAT_SEL, $0
         movl    R_DEVICE_FEATURES(%rbx), %eax
-        andl    $F_FLUSH | F_CONFIG_WCE, %eax
-        cmpl    $F_FLUSH | F_CONFIG_WCE, %eax
+        movl    %r14d, %ecx
+        orl     $F_FLUSH | F_CONFIG_WCE, %ecx
+        andl    %ecx, %eax
+        cmpl    %ecx, %eax
         jne     fail
 
         reg_write R_DRIVER_FEAT_SEL, $1

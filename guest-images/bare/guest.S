@@ -17,6 +17,8 @@
  *                 noflush   does not negotiate FLUSH, and sends none
  *                 nowce     does not negotiate CONFIG_WCE
  *                 wb=0 wb=1 sets `writeback` before the first write, in the first round only
+ *                 discard   negotiates DISCARD too, and discards sectors 64 to 71
+ *                 zeroes    negotiates WRITE_ZEROES too, and zeroes sectors 72 to 79
  *                 second    uses the second device
  *                 twice     does all of it again after the reset
  *   inflight    resets the device with a write in flight; exit code 0x23
@@ -49,6 +51,7 @@
  *   0x1f  after reset, status or QueueReady is not 0
  *   0x24  a status byte was not written
  *   0x25  `writeback` does not read back what was written
+ *   0x27  discard   0x28  write-zeroes: its status was not OK
  *   0x26  after reset, the device has still written to the used ring
  */
 
@@ -207,6 +210,8 @@ word_scenario:  .asciz "scenario="
 word_noflush:   .asciz "noflush"
 word_nowce:     .asciz "nowce"
 word_wb:        .asciz "wb="
+word_discard:   .asciz "discard"
+word_zeroes:    .asciz "zeroes"
 word_second:    .asciz "second"
 word_twice:     .asciz "twice"
 text_elf:       .asciz "ELF"
@@ -340,6 +345,7 @@ available:      .skip   6 + 2 * QUEUE_SIZE
 used:           .skip   6 + 8 * QUEUE_SIZE
         .balign 16
 cell:           .skip   16
+erased:         .skip   16
 header:         .skip   16
 rounds:         .skip   4
 status:         .skip   1

@@ -44,6 +44,26 @@ pub fn offered(image: &Image) -> u64 {
     always | block | writing | discard
 }
 
+/// The names of all that may be offered, in the order of their bits.
+const NAMES: [(u64, &str); 11] = [
+    (SEG_MAX, "SEG_MAX"),
+    (RO, "RO"),
+    (BLK_SIZE, "BLK_SIZE"),
+    (FLUSH, "FLUSH"),
+    (TOPOLOGY, "TOPOLOGY"),
+    (CONFIG_WCE, "CONFIG_WCE"),
+    (DISCARD, "DISCARD"),
+    (WRITE_ZEROES, "WRITE_ZEROES"),
+    (feature::INDIRECT_DESC, "INDIRECT_DESC"),
+    (feature::EVENT_IDX, "EVENT_IDX"),
+    (feature::VERSION_1, "VERSION_1"),
+];
+
+/// Features by their names.
+pub fn names(features: u64) -> Vec<&'static str> {
+    NAMES.iter().filter(|(bit, _)| features & bit != 0).map(|(_, name)| *name).collect()
+}
+
 /// Configuration space, with `writeback` as it is now. Fields whose feature is not offered read 0.
 pub fn space(image: &Image, writeback: bool) -> [u8; CONFIG_BYTES] {
     let geometry = image.geometry();

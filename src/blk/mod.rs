@@ -33,7 +33,7 @@ impl BlockDevice {
     pub fn new(name: &str, image: Arc<Image>) -> io::Result<Self> {
         let cache = Arc::new(WriteCache::new(image.policy()));
         let engine = Box::new(BlockingEngine::new(Arc::clone(image.file())));
-        let disk = Disk::new(Arc::clone(&image), Arc::clone(&cache), engine, StableBy::Dsync);
+        let disk = Disk::new(Arc::clone(&image), Arc::clone(&cache), engine, StableBy::FIRST);
         Self::with_disks(name, image, cache, vec![disk])
     }
 

@@ -19,7 +19,8 @@ const ERASE_SEGMENT_BYTES: usize = 16;
 pub const ID_BYTES: u32 = 20;
 
 /// Request types.
-mod kind {
+#[allow(missing_docs, reason = "named as in virtio 5.2.6")]
+pub mod kind {
     pub const IN: u32 = 0;
     pub const OUT: u32 = 1;
     pub const FLUSH: u32 = 4;
@@ -29,7 +30,7 @@ mod kind {
 }
 
 /// Flag of a discard or write-zeroes segment.
-const UNMAP: u32 = 1;
+pub const UNMAP: u32 = 1;
 
 /// The status byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,12 +11,13 @@ const MEMORY_MAX: u64 = 16 << 40;
 pub fn memory(text: &str) -> Result<u64, String> {
     let bytes = bytes(text)?;
     if bytes < MEMORY_MIN {
+        let meant = if bytes.saturating_mul(MIB) >= MEMORY_MIN { text } else { "16" };
         let hint = if text.bytes().all(|byte| byte.is_ascii_digit()) {
-            format!(" (a number without a letter counts bytes; did you mean {text}M?)")
+            format!(" (a number without a letter counts bytes; did you mean {meant}M?)")
         } else {
             String::new()
         };
-        return Err(format!("it is less than 16M{hint}"));
+        return Err(format!("it is less than 16M, in which no kernel boots{hint}"));
     }
     if bytes > MEMORY_MAX {
         return Err("it is more than 16T".into());
@@ -74,6 +75,7 @@ mod tests {
             ("4\u{fc}", "512M"),
             ("512", "did you mean 512M"),
             ("8M", "less than 16M"),
+            ("1", "did you mean 16M"),
             ("17T", "more than 16T"),
             ("99999999999999G", "count"),
             ("33554433", "multiple"),

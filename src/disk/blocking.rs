@@ -36,9 +36,14 @@ impl BlockingEngine {
             }
             HostOp::Writev { iov, offset, dsync } => {
                 let iovecs = iov.as_iovecs();
-                let flags = if *dsync { libc::RWF_DSYNC } else { 0 };
-                // SAFETY: as above; the kernel only reads.
-                unsafe { libc::pwritev2(fd, iovecs.as_ptr(), count(iovecs)?, file_offset(*offset)?, flags) }
+                let (count, offset) = (count(iovecs)?, file_offset(*offset)?);
+                if *dsync {
+                    // SAFETY: as above; the kernel only reads.
+                    unsafe { libc::pwritev2(fd, iovecs.as_ptr(), count, offset, libc::RWF_DSYNC) }
+                } else {
+                    // SAFETY: as above.
+                    unsafe { libc::pwritev(fd, iovecs.as_ptr(), count, offset) }
+                }
             }
             // SAFETY: no memory is involved.
             HostOp::Fdatasync => unsafe { libc::fdatasync(fd) as isize },
@@ -46,6 +51,18 @@ impl BlockingEngine {
             HostOp::ZeroRange { offset, len } => fallocate(fd, libc::FALLOC_FL_ZERO_RANGE, *offset, *len)?,
         };
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+/// The one system call that an operation is, as strace writes it.
+pub fn system_call(op: &HostOp) -> &'static str {
+    match op {
+        HostOp::Readv { .. } => "preadv",
+        HostOp::Writev { dsync: false, .. } => "pwritev",
+        HostOp::Writev { dsync: true, .. } => "pwritev2(RWF_DSYNC)",
+        HostOp::Fdatasync => "fdatasync",
+        HostOp::PunchHole { .. } => "fallocate(FALLOC_FL_KEEP_SIZE|FALLOC_FL_PUNCH_HOLE)",
+        HostOp::ZeroRange { .. } => "fallocate(FALLOC_FL_KEEP_SIZE|FALLOC_FL_ZERO_RANGE)",
     }
 }
 

@@ -3,9 +3,11 @@
 //! Owns the descriptor, which stays open for the life of the process (E3), the checks before the
 //! first byte is touched, and the final fdatasync (E4).
 
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,6 +40,9 @@ pub enum ImageProblem {
         /// The host's answer.
         source: io::Error,
     },
+    /// There is no such file.
+    #[error("it does not exist: check its name, or make it, as in `truncate -s 1G {0}`")]
+    Missing(String),
     /// Neither a regular file nor a block device.
     #[error("it is {0}; a disk is a regular file or a block device")]
     Kind(&'static str),
@@ -93,7 +98,7 @@ pub enum ImageProblem {
     },
     /// Somebody else has it open.
     #[error(
-        "another process has locked it (another VM?): stop that one; readers can share an image when all say readonly"
+        "another VM, or another --disk of this one, has locked it; readers can share an image when all say readonly"
     )]
     Locked(#[source] io::Error),
     /// An older writeback error, or a dying disk.
@@ -113,6 +118,8 @@ pub enum ImageProblem {
 #[derive(Debug)]
 pub struct Image {
     file: Arc<File>,
+    kind: Kind,
+    wanted_flags: libc::c_int,
     path: PathBuf,
     policy: &'static CachePolicy,
     geometry: Geometry,
@@ -134,10 +141,34 @@ impl Image {
         Self::try_open(options).map_err(|reason| ImageError { path: options.path.clone(), reason })
     }
 
+    /// Looks at what [`Image::open`] would open: for reading only, without lock or sync, so that
+    /// nothing changes and nobody is kept out. It serves to explain, not to run.
+    pub fn look(options: &DiskOptions) -> Result<Self, ImageError> {
+        let looked = || {
+            let kind = check_kind(&options.path)?;
+            check_access(options)?;
+            let direct = wanted_flags(options, kind) & libc::O_DIRECT;
+            let opened =
+                OpenOptions::new().read(true).custom_flags(direct | libc::O_NOCTTY).open(&options.path);
+            let file = Arc::new(opened.map_err(|source| open_problem(options, kind, source))?);
+            Self::describe(options, kind, file)
+        };
+        looked().map_err(|reason| ImageError { path: options.path.clone(), reason })
+    }
+
     fn try_open(options: &DiskOptions) -> Result<Self, ImageProblem> {
         let kind = check_kind(&options.path)?;
         let file = Arc::new(open_file(options, kind)?);
         lock(&file, options.readonly)?;
+        let image = Self::describe(options, kind, file)?;
+        if image.is_synced_at_both_ends() {
+            first_sync(&image.file, options, kind)?;
+        }
+        Ok(image)
+    }
+
+    /// Everything that is found without changing anything.
+    fn describe(options: &DiskOptions, kind: Kind, file: Arc<File>) -> Result<Self, ImageProblem> {
         if !options.force_raw {
             refuse_formats(&file, &options.path)?;
         }
@@ -158,11 +189,10 @@ impl Image {
                 options.cache.name
             ));
         }
-        if !options.readonly && options.cache.honour_flush {
-            first_sync(&file, options, kind)?;
-        }
         Ok(Self {
             file,
+            kind,
+            wanted_flags: wanted_flags(options, kind),
             path: options.path.clone(),
             policy: options.cache,
             geometry,
@@ -249,10 +279,31 @@ impl Image {
     pub fn open_flags(&self) -> String {
         // SAFETY: F_GETFL takes no argument and touches no memory.
         let flags = unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_GETFL) };
-        let access = if flags & libc::O_ACCMODE == libc::O_RDONLY { "O_RDONLY" } else { "O_RDWR" };
-        let direct = if flags & libc::O_DIRECT != 0 { "|O_DIRECT" } else { "" };
-        let sync = if flags & libc::O_DSYNC != 0 { "|O_DSYNC" } else { "" };
-        format!("{access}{direct}{sync}")
+        flags_in_words(flags)
+    }
+
+    /// The flags that [`Image::open`] asks for, in words.
+    pub fn wanted_flags(&self) -> String {
+        flags_in_words(self.wanted_flags)
+    }
+
+    /// Whether it is a block device, not a regular file.
+    pub fn is_device(&self) -> bool {
+        self.kind == Kind::Device
+    }
+
+    /// Whether somebody else has locked the image so that [`Image::open`] would be refused.
+    pub fn is_locked_by_another(&self) -> bool {
+        let mut wanted = whole_file_lock(self.readonly);
+        // SAFETY: `wanted` is a valid flock, which the kernel may write to, for the length of the call.
+        let result = unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut wanted) };
+        result == 0 && libc::c_int::from(wanted.l_type) != libc::F_UNLCK
+    }
+
+    /// Whether the image is synced at the start and at the end: where it may be written, and the mode
+    /// honours flushes.
+    pub fn is_synced_at_both_ends(&self) -> bool {
+        !self.readonly && self.policy.honour_flush
     }
 
     /// One line about the disk, for the start.
@@ -278,7 +329,7 @@ impl Image {
     /// run, if there was one (E4). Call it when no I/O is in flight any more.
     pub fn close(&self) -> io::Result<()> {
         self.latch.check()?;
-        if self.readonly || !self.policy.honour_flush {
+        if !self.is_synced_at_both_ends() {
             return Ok(());
         }
         Counters::count(&self.counters.fdatasyncs);
@@ -298,7 +349,10 @@ fn host(what: &'static str) -> impl FnOnce(io::Error) -> ImageProblem {
 
 /// Looks before opening: opening a FIFO or a tape has effects.
 fn check_kind(path: &Path) -> Result<Kind, ImageProblem> {
-    let found = std::fs::metadata(path).map_err(|source| ImageProblem::Open { flags: "at all", source })?;
+    let found = std::fs::metadata(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => ImageProblem::Missing(path.display().to_string()),
+        _ => ImageProblem::Open { flags: "at all", source },
+    })?;
     let kind = found.file_type();
     if kind.is_file() {
         Ok(Kind::File)
@@ -313,36 +367,63 @@ fn check_kind(path: &Path) -> Result<Kind, ImageProblem> {
     }
 }
 
-fn open_file(options: &DiskOptions, kind: Kind) -> Result<File, ImageProblem> {
+/// What the image is opened with.
+fn wanted_flags(options: &DiskOptions, kind: Kind) -> libc::c_int {
+    let access = if options.readonly { libc::O_RDONLY } else { libc::O_RDWR };
     let direct = if options.cache.direct { libc::O_DIRECT } else { 0 };
     // For a block device O_EXCL fails while it is mounted or otherwise in use.
     let exclusive = if kind == Kind::Device && !options.readonly { libc::O_EXCL } else { 0 };
+    access | direct | exclusive
+}
+
+/// The flags that matter here, as strace writes them.
+fn flags_in_words(flags: libc::c_int) -> String {
+    let access = if flags & libc::O_ACCMODE == libc::O_RDONLY { "O_RDONLY" } else { "O_RDWR" };
+    let others = [(libc::O_EXCL, "O_EXCL"), (libc::O_DSYNC, "O_DSYNC"), (libc::O_DIRECT, "O_DIRECT")];
+    let set = others.iter().filter(|(flag, _)| flags & flag != 0).map(|(_, name)| *name);
+    std::iter::once(access).chain(set).collect::<Vec<_>>().join("|")
+}
+
+fn open_file(options: &DiskOptions, kind: Kind) -> Result<File, ImageProblem> {
     let opened = OpenOptions::new()
         .read(true)
         .write(!options.readonly)
-        .custom_flags(direct | exclusive | libc::O_NOCTTY)
+        // The access mode is what `write` says.
+        .custom_flags(wanted_flags(options, kind) & !libc::O_ACCMODE | libc::O_NOCTTY)
         .open(&options.path);
-    opened.map_err(|source| match source.raw_os_error() {
+    opened.map_err(|source| open_problem(options, kind, source))
+}
+
+fn open_problem(options: &DiskOptions, kind: Kind, source: io::Error) -> ImageProblem {
+    let exclusive = wanted_flags(options, kind) & libc::O_EXCL != 0;
+    match source.raw_os_error() {
         Some(libc::EINVAL) if options.cache.direct => ImageProblem::NoDirect { mode: options.cache.name },
-        Some(libc::EBUSY) if exclusive != 0 => {
+        Some(libc::EBUSY) if exclusive => {
             ImageProblem::Open { flags: "exclusively (is it mounted, or part of a RAID or LVM?)", source }
         }
         _ if options.readonly => ImageProblem::Open { flags: "for reading", source },
         _ => ImageProblem::Open { flags: "for reading and writing (readonly would do with reading)", source },
-    })
+    }
+}
+
+/// Whether the image may be opened as it would be, found without opening it for writing.
+fn check_access(options: &DiskOptions) -> Result<(), ImageProblem> {
+    let flags = "for reading and writing (readonly would do with reading)";
+    let failed = |source| ImageProblem::Open { flags, source };
+    if options.readonly {
+        return Ok(());
+    }
+    let path = CString::new(options.path.as_os_str().as_bytes())
+        .map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
+    // SAFETY: `path` is a string with its terminator, which the kernel only reads.
+    let result =
+        unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::R_OK | libc::W_OK, libc::AT_EACCESS) };
+    if result == 0 { Ok(()) } else { Err(failed(io::Error::last_os_error())) }
 }
 
 /// An OFD lock on the whole image: exclusive for a writer, shared for readers.
 fn lock(file: &File, readonly: bool) -> Result<(), ImageProblem> {
-    // SAFETY: flock is plain numbers, for which all zeroes are valid.
-    let mut wanted: libc::flock = unsafe { std::mem::zeroed() };
-    let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
-    // Both constants and SEEK_SET are 0, 1 or 2.
-    #[allow(clippy::cast_possible_truncation)]
-    {
-        wanted.l_type = kind as libc::c_short;
-        wanted.l_whence = libc::SEEK_SET as libc::c_short;
-    }
+    let wanted = whole_file_lock(readonly);
     // SAFETY: `wanted` is a valid flock for the length of the call.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const wanted) } == 0 {
         return Ok(());
@@ -352,6 +433,19 @@ fn lock(file: &File, readonly: bool) -> Result<(), ImageProblem> {
         Some(libc::EAGAIN | libc::EACCES) => Err(ImageProblem::Locked(error)),
         _ => Err(host("it cannot be locked")(error)),
     }
+}
+
+fn whole_file_lock(readonly: bool) -> libc::flock {
+    // SAFETY: flock is plain numbers, for which all zeroes are valid.
+    let mut wanted: libc::flock = unsafe { std::mem::zeroed() };
+    let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
+    // Both constants and SEEK_SET are 0, 1 or 2.
+    #[allow(clippy::cast_possible_truncation)]
+    {
+        wanted.l_type = kind as libc::c_short;
+        wanted.l_whence = libc::SEEK_SET as libc::c_short;
+    }
+    wanted
 }
 
 /// First bytes of other formats. A guest could write them to a raw disk of its own, so nothing

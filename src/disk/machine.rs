@@ -96,6 +96,11 @@ pub enum StableBy {
     Fdatasync,
 }
 
+impl StableBy {
+    /// What a disk begins with: where the host has no RWF_DSYNC it goes over to the other.
+    pub const FIRST: StableBy = StableBy::Dsync;
+}
+
 /// The state machine of one queue of one disk.
 pub struct Disk {
     image: Arc<Image>,

@@ -130,7 +130,7 @@ impl fmt::Display for Reason {
 impl Reason {
     fn advice(&self) -> &'static str {
         match self {
-            Self::Internal(_) if !has_hardware() => {
+            Self::Internal(_) if hardware().is_none() => {
                 "this host's KVM works without hardware virtualization (no vmx or svm in /proc/cpuinfo): it \
                  emulates kernel code, and lacks instructions that Linux uses. Run Linux guests in the emulated \
                  host, guest-images/emuhost, or on a machine with VMX or SVM"
@@ -155,14 +155,26 @@ impl Reason {
     }
 }
 
-fn has_hardware() -> bool {
+/// The processor's virtualization extension, vmx or svm, as /proc/cpuinfo names it.
+pub fn hardware() -> Option<&'static str> {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    info.lines()
-        .find(|line| line.starts_with("flags"))
-        .is_some_and(|flags| flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
+    let flags = info.lines().find(|line| line.starts_with("flags"))?;
+    ["vmx", "svm"].into_iter().find(|name| flags.split_whitespace().any(|flag| flag == *name))
 }
 
 impl std::error::Error for Failure {}
+
+impl Reason {
+    /// The reason in a few words.
+    pub fn in_short(&self) -> String {
+        match self {
+            Self::Internal(error) if error.suberror == EMULATION => {
+                "KVM cannot emulate it (KVM_EXIT_INTERNAL_ERROR, suberror 1)".into()
+            }
+            reason => reason.to_string(),
+        }
+    }
+}
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -48,29 +48,24 @@ pub enum KvmError {
     Refused(&'static str, #[source] kvm_ioctls::Error),
 }
 
+/// What we cannot do without.
+const NEEDED: [(Cap, &str); 8] = [
+    (Cap::UserMemory, "user memory"),
+    (Cap::Irqchip, "interrupt controllers"),
+    (Cap::Pit2, "interval timer"),
+    (Cap::Irqfd, "irqfd"),
+    (Cap::Ioeventfd, "ioeventfd"),
+    (Cap::ExtCpuid, "CPUID"),
+    (Cap::ImmediateExit, "immediate_exit"),
+    (Cap::SetTssAddr, "task segment address"),
+];
+
 /// Opens /dev/kvm and checks that it has what we need for `cpus` CPUs.
 pub fn open(cpus: u8) -> Result<Kvm, KvmError> {
-    let kvm = Kvm::new().map_err(|error| {
-        let source = io::Error::from(error);
-        KvmError::Open { advice: advice(&source), source }
-    })?;
-    let version = kvm.get_api_version();
-    if u32::try_from(version) != Ok(KVM_API_VERSION) {
-        return Err(KvmError::Version(version));
-    }
-    for (cap, name) in [
-        (Cap::UserMemory, "user memory"),
-        (Cap::Irqchip, "interrupt controllers"),
-        (Cap::Pit2, "interval timer"),
-        (Cap::Irqfd, "irqfd"),
-        (Cap::Ioeventfd, "ioeventfd"),
-        (Cap::ExtCpuid, "CPUID"),
-        (Cap::ImmediateExit, "immediate_exit"),
-        (Cap::SetTssAddr, "task segment address"),
-    ] {
-        if !kvm.check_extension(cap) {
-            return Err(KvmError::Missing(name));
-        }
+    let kvm = open_device().map_err(|source| KvmError::Open { advice: advice(&source), source })?;
+    version(&kvm)?;
+    if let Some((name, _)) = extensions(&kvm).into_iter().find(|(_, there)| !there) {
+        return Err(KvmError::Missing(name));
     }
     let max = kvm.get_max_vcpus();
     if usize::from(cpus) > max {
@@ -79,15 +74,34 @@ pub fn open(cpus: u8) -> Result<Kvm, KvmError> {
     Ok(kvm)
 }
 
+/// Opens /dev/kvm, and looks no further.
+pub fn open_device() -> io::Result<Kvm> {
+    Kvm::new().map_err(io::Error::from)
+}
+
+/// The version of KVM's interface, which is the one that we speak.
+pub fn version(kvm: &Kvm) -> Result<u32, KvmError> {
+    let version = kvm.get_api_version();
+    u32::try_from(version)
+        .ok()
+        .filter(|version| *version == KVM_API_VERSION)
+        .ok_or(KvmError::Version(version))
+}
+
+/// What we cannot do without, by name, and whether this KVM has it.
+pub fn extensions(kvm: &Kvm) -> Vec<(&'static str, bool)> {
+    NEEDED.iter().map(|&(cap, name)| (name, kvm.check_extension(cap))).collect()
+}
+
 fn advice(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-            "this machine has no KVM (is virtualization switched on, and are kvm_intel or kvm_amd loaded?); \
+            "this machine has no KVM (is virtualization switched on, and are kvm_intel or kvm_amd loaded? `minivmm check` tells more); \
              without it Linux guests run in the emulated host, guest-images/emuhost"
         }
         Some(libc::EACCES | libc::EPERM) => {
-            "the permission is missing (add the user to the group that owns it: `sudo usermod -aG kvm $USER`, \
-             then log in anew)"
+            "the permission is missing (mostly `sudo usermod -aG kvm $USER`, then log in anew; `minivmm check` tells \
+             what it takes here)"
         }
         Some(libc::EBUSY) => "another hypervisor uses the processor's virtualization",
         _ => "the host refuses it",

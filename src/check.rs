@@ -1,0 +1,206 @@
+//! `minivmm check`: can this machine run Linux guests, and if not, what to do?
+//!
+//! Owns the rows of the answer, the verdict, and both ways to print them. What is looked at is in
+//! [`devkvm`] (KVM), [`probe`] (guests of a few instructions) and [`features`] (what minivmm uses
+//! where it is there). Starts no guest of the user's and changes nothing.
+
+mod devkvm;
+mod features;
+mod probe;
+
+use serde::Serialize;
+
+use crate::text;
+
+/// How a row came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Needed, and there.
+    Pass,
+    /// Needed, and missing.
+    Fail,
+    /// Not needed; good to know.
+    Note,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    /// Its group: `kvm`, `probe` or `features`.
+    pub group: &'static str,
+    /// Its name, for programs: it stays.
+    pub key: String,
+    /// How it came out.
+    pub status: Status,
+    /// What was found, in words.
+    pub found: String,
+    /// A number, where it is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub number: Option<u64>,
+}
+
+impl Row {
+    fn new(group: &'static str, key: impl Into<String>, status: Status, found: impl Into<String>) -> Self {
+        Self { group, key: key.into(), status, found: found.into(), number: None }
+    }
+
+    fn with(self, number: u64) -> Self {
+        Self { number: Some(number), ..self }
+    }
+}
+
+/// The whole answer.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Whether Linux guests run here.
+    pub linux_runs: bool,
+    /// That, in a sentence.
+    pub verdict: String,
+    /// What to do where they do not.
+    pub remedy: Option<String>,
+    /// Everything looked at.
+    pub rows: Vec<Row>,
+}
+
+/// The groups, and their headings.
+const GROUPS: [(&str, &str); 3] = [
+    ("kvm", "KVM"),
+    ("probe", "Probe guests: a few instructions each, in kernel mode, in a VM of its own"),
+    ("features", "Not needed; used where they are there"),
+];
+
+const EMULATED_HOST: &str = "run Linux guests in the emulated host, from minivmm's source tree: guest-images/emuhost \
+                             run -- minivmm ...";
+
+/// Looks at this machine.
+pub fn check() -> Report {
+    let mut rows = Vec::new();
+    let (verdict, remedy) = match devkvm::look(&mut rows) {
+        Err(cause) => (cause.what, Some(cause.remedy)),
+        Ok(()) => judge(probes(&mut rows)),
+    };
+    rows.extend(features::rows());
+    Report { linux_runs: remedy.is_none(), verdict, remedy, rows }
+}
+
+/// What the probes have shown.
+struct Probed {
+    lacking: Vec<&'static str>,
+    per_second: Option<u64>,
+}
+
+/// Less than this is emulation: a kernel's boot would take minutes.
+const SLOW: u64 = 20_000_000;
+
+fn probes(rows: &mut Vec<Row>) -> Probed {
+    let mut lacking = Vec::new();
+    for (probe, key, purpose) in probe::Probe::ALL {
+        let row = match probe::run(probe) {
+            Ok(found) => Row::new("probe", key, Status::Pass, found),
+            Err(found) => {
+                lacking.push(key);
+                Row::new("probe", key, Status::Fail, format!("{found}; Linux needs it for {purpose}"))
+            }
+        };
+        rows.push(row);
+    }
+    let measured = probe::instructions_per_second();
+    rows.push(match &measured {
+        Ok(count) if *count < SLOW => {
+            Row::new("probe", "speed", Status::Fail, format!("{}: emulated", speed(*count))).with(*count)
+        }
+        Ok(count) => Row::new("probe", "speed", Status::Pass, speed(*count)).with(*count),
+        Err(found) => Row::new("probe", "speed", Status::Fail, found.clone()),
+    });
+    Probed { lacking, per_second: measured.ok() }
+}
+
+/// Two digits are more than the measurement is worth already.
+fn speed(per_second: u64) -> String {
+    match per_second {
+        0..10_000_000 => format!("{:.1} million instructions a second", to_f64(per_second) / 1e6),
+        _ => format!("{} million instructions a second", per_second / 1_000_000),
+    }
+}
+
+fn to_f64(count: u64) -> f64 {
+    u32::try_from(count).map_or(f64::INFINITY, f64::from)
+}
+
+fn judge(probed: Probed) -> (String, Option<String>) {
+    let slow = probed.per_second.is_none_or(|count| count < SLOW);
+    if probed.lacking.is_empty() && !slow {
+        return ("Linux kernels run here".into(), None);
+    }
+    let lacks = match probed.lacking.as_slice() {
+        [] => String::new(),
+        names => format!(" and lacks {}", names.join(", ")),
+    };
+    let verdict = match (slow, crate::kvm::failure::hardware()) {
+        (true, _) => format!("this KVM emulates kernel code{lacks}: no Linux kernel runs here"),
+        (false, _) => format!("this KVM lacks {}: no Linux kernel runs here", probed.lacking.join(", ")),
+    };
+    (verdict, Some(format!("{EMULATED_HOST}; or use a machine, or a VM, with VMX or SVM")))
+}
+
+impl Report {
+    /// As JSON, its keys told in `docs/explain.md`.
+    pub fn to_json(&self) -> serde_json::Result<String> {
+        serde_json::to_string_pretty(self)
+    }
+
+    /// For a terminal of 80 columns. The last lines are the verdict and the remedy.
+    pub fn to_text(&self) -> String {
+        let mut page = String::new();
+        for (group, heading) in GROUPS {
+            let rows: Vec<_> = self.rows.iter().filter(|row| row.group == group).collect();
+            if rows.is_empty() {
+                continue;
+            }
+            page += &format!("{heading}\n");
+            for row in rows {
+                let mark = match row.status {
+                    Status::Pass => "PASS",
+                    Status::Fail => "FAIL",
+                    Status::Note => "note",
+                };
+                page += &text::hang(&format!("  {mark}  {:<23} ", row.key), &row.found);
+            }
+            page.push('\n');
+        }
+        page += &text::hang("verdict: ", &self.verdict);
+        if let Some(remedy) = &self.remedy {
+            page += &text::hang("remedy:  ", remedy);
+        }
+        page
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_named_with_what_to_do() {
+        let judged =
+            |lacking: &[&'static str], per_second| judge(Probed { lacking: lacking.into(), per_second });
+        assert_eq!(judged(&[], Some(900_000_000)), ("Linux kernels run here".into(), None));
+        for (lacking, speed, words) in [
+            (&["int3", "iretq"][..], Some(1_300_000), &["emulates", "int3, iretq"][..]),
+            (&["int3"], Some(900_000_000), &["lacks int3"]),
+            (&[], Some(1_300_000), &["emulates kernel code"]),
+            (&["int3"], None, &["emulates"]),
+        ] {
+            let (verdict, remedy) = judged(lacking, speed);
+            assert!(words.iter().all(|word| verdict.contains(word)), "{verdict}");
+            assert!(remedy.is_some_and(|remedy| remedy.contains("emuhost")));
+        }
+    }
+
+    #[test]
+    fn speed_is_said_so_that_one_can_read_it() {
+        assert_eq!(speed(1_312_345), "1.3 million instructions a second");
+        assert_eq!(speed(1_512_345_678), "1512 million instructions a second");
+    }
+}

@@ -1,0 +1,177 @@
+//! /dev/kvm: is it there, may we use it, is it KVM, has it what minivmm needs?
+//!
+//! Owns the rows about it and, where it cannot be used, the one thing to do first.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use super::{EMULATED_HOST, Row, Status};
+use crate::kvm::{self, KvmError, failure};
+
+const PATH: &str = "/dev/kvm";
+
+/// Why KVM cannot be used here, and what to do.
+pub struct Cause {
+    /// In a sentence.
+    pub what: String,
+    /// What to do.
+    pub remedy: String,
+}
+
+/// Adds the rows; the first thing that is in the way is the cause.
+pub fn look(rows: &mut Vec<Row>) -> Result<(), Cause> {
+    let mut row = |key: &str, status, found: String| rows.push(Row::new("kvm", key, status, found));
+    row("processor", Status::Note, processor());
+    let kvm = match kvm::open_device() {
+        Ok(kvm) => kvm,
+        Err(error) => {
+            let (found, cause) = cannot_open(&error);
+            row("/dev/kvm", Status::Fail, found);
+            return Err(cause);
+        }
+    };
+    row("/dev/kvm", Status::Pass, format!("may be read and written ({})", owner()));
+    match kvm::version(&kvm) {
+        Ok(version) => row("interface version", Status::Pass, version.to_string()),
+        Err(KvmError::Version(-1)) => {
+            row("interface version", Status::Fail, "none: this is not KVM".into());
+            return Err(not_kvm());
+        }
+        Err(error) => {
+            row("interface version", Status::Fail, error.to_string());
+            return Err(newer_kernel(error.to_string()));
+        }
+    }
+    let mut missing = Vec::new();
+    for (name, there) in kvm::extensions(&kvm) {
+        let (status, found) = if there { (Status::Pass, "there") } else { (Status::Fail, "missing") };
+        row(name, status, found.into());
+        if !there {
+            missing.push(name);
+        }
+    }
+    row("CPUs of a guest", Status::Note, format!("{} at most", kvm.get_max_vcpus()));
+    match missing.as_slice() {
+        [] => Ok(()),
+        names => Err(newer_kernel(format!("this KVM has no {}", names.join(", ")))),
+    }
+}
+
+fn processor() -> String {
+    let inside = if is_guest() { "; this machine is a virtual one itself" } else { "" };
+    match failure::hardware() {
+        Some(name) => format!("hardware virtualization: {name}{inside}"),
+        None => format!("no hardware virtualization: neither vmx nor svm in /proc/cpuinfo{inside}"),
+    }
+}
+
+fn is_guest() -> bool {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    info.lines().any(|line| line.starts_with("flags") && line.split(' ').any(|flag| flag == "hypervisor"))
+}
+
+/// Owner, group and mode, as `ls` shows them.
+fn owner() -> String {
+    match fs::metadata(PATH) {
+        Ok(found) => {
+            let name = |file, id| name_of(file, id).unwrap_or_else(|| id.to_string());
+            let (user, group) = (name("/etc/passwd", found.uid()), name("/etc/group", found.gid()));
+            format!("owner {user}:{group}, mode {:04o}", found.mode() & 0o7777)
+        }
+        Err(error) => error.to_string(),
+    }
+}
+
+/// The name of a user or group, from the plain file: a static binary asks no name service.
+fn name_of(file: &str, id: u32) -> Option<String> {
+    let content = fs::read_to_string(file).ok()?;
+    let line = content.lines().find(|line| line.split(':').nth(2) == Some(id.to_string().as_str()))?;
+    line.split(':').next().map(str::to_owned)
+}
+
+/// What is wrong when /dev/kvm does not open.
+fn cannot_open(error: &io::Error) -> (String, Cause) {
+    let cause = |what: &str, remedy: String| Cause { what: what.into(), remedy };
+    match error.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM) => {
+            let found = format!("no permission ({}; you are {})", owner(), myself());
+            (found, cause("no permission for /dev/kvm", permission_remedy()))
+        }
+        Some(libc::ENOENT) => ("not there".into(), cause("this machine has no /dev/kvm", missing_remedy())),
+        Some(libc::ENODEV | libc::ENXIO) => {
+            let what = "/dev/kvm is there, but no KVM stands behind it";
+            (error.to_string(), cause(what, missing_remedy()))
+        }
+        Some(libc::EBUSY) => {
+            let remedy =
+                "stop the other hypervisor (VirtualBox, VMware) that uses the processor's virtualization";
+            (error.to_string(), cause("another hypervisor holds the processor", remedy.into()))
+        }
+        _ if fs::metadata(PATH).is_ok_and(|found| !found.file_type().is_char_device()) => {
+            ("it is no device".into(), not_kvm())
+        }
+        _ => (error.to_string(), cause("/dev/kvm does not open", EMULATED_HOST.into())),
+    }
+}
+
+fn not_kvm() -> Cause {
+    let remedy = format!(
+        "something else lies at /dev/kvm: `sudo rm /dev/kvm && sudo modprobe kvm_intel` (or kvm_amd) brings the \
+         device back, in a container `--device /dev/kvm`; or {EMULATED_HOST}"
+    );
+    Cause { what: "/dev/kvm is not KVM".into(), remedy }
+}
+
+fn newer_kernel(what: String) -> Cause {
+    Cause { what, remedy: format!("use a newer kernel on this machine; or {EMULATED_HOST}") }
+}
+
+fn myself() -> String {
+    // SAFETY: takes nothing, touches no memory, and cannot fail.
+    let id = unsafe { libc::geteuid() };
+    match name_of("/etc/passwd", id) {
+        Some(name) => format!("{name}, uid {id}"),
+        None => format!("uid {id}"),
+    }
+}
+
+fn permission_remedy() -> String {
+    // SAFETY: as above.
+    if unsafe { libc::geteuid() } == 0 {
+        return "root is refused too: a container must be given the device (docker run --device /dev/kvm)"
+            .into();
+    }
+    let group = fs::metadata(PATH).ok().and_then(|found| {
+        let group_may = found.mode() & 0o060 == 0o060 && found.gid() != 0;
+        name_of("/etc/group", found.gid()).filter(|_| group_may)
+    });
+    match group {
+        Some(group) => format!(
+            "join the group {group}: `sudo usermod -aG {group} $USER`, then log in anew (or `newgrp {group}` in this \
+             shell); until then, {EMULATED_HOST}"
+        ),
+        None => format!(
+            "no group may use it: `sudo chgrp kvm /dev/kvm && sudo chmod 660 /dev/kvm`, and `sudo usermod -aG kvm \
+             $USER`; until then, {EMULATED_HOST}"
+        ),
+    }
+}
+
+fn missing_remedy() -> String {
+    match failure::hardware() {
+        Some(name) => {
+            let module = if name == "vmx" { "kvm_intel" } else { "kvm_amd" };
+            format!(
+                "`sudo modprobe {module}` (dmesg tells why, should it refuse); in a container, give it the device \
+                 (--device /dev/kvm); or {EMULATED_HOST}"
+            )
+        }
+        None if is_guest() => {
+            format!(
+                "switch nested virtualization on for this VM, where its provider lets you; or {EMULATED_HOST}"
+            )
+        }
+        None => format!("switch VMX or SVM on in the firmware's set-up; or {EMULATED_HOST}"),
+    }
+}

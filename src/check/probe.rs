@@ -1,0 +1,295 @@
+//! Guests of a few instructions, each alone in a VM of its own: what of a kernel's needs does this
+//! KVM run?
+//!
+//! Owns the instructions and how their ends are read. A KVM without hardware virtualization emulates
+//! privileged code and lacks instructions that every Linux kernel uses; since one that is missing
+//! ends its VM, each has its own, and none hides the others.
+
+use std::arch::global_asm;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+
+use crate::boot::{Entry, cpu};
+use crate::kvm::cpuid::{self, Place};
+use crate::kvm::failure::Reason;
+use crate::kvm::run_page::RunPage;
+use crate::layout;
+use crate::mem::{self, Ram};
+
+/// RAM of a probe: the tables below 1 MiB, the code above.
+const RAM_BYTES: u64 = 2 * layout::MIB;
+/// The interrupt descriptor table, and the code behind its entries; both between what
+/// [`cpu::set_up`] uses.
+const IDT: u64 = 0x1000;
+const STUBS: u64 = 0x1800;
+const STUB_BYTES: u64 = 8;
+/// Exceptions of the processor.
+const VECTORS: u8 = 32;
+/// A cell for cmpxchg16b, and an area for xsave.
+const CELL: u32 = 0x3000;
+const AREA: u32 = 0x4000;
+/// Where a probe says how it went.
+const PORT: u16 = 0xf4;
+/// It went as it should.
+const DONE: u8 = 1;
+/// The instruction ran, and did something else.
+const WRONG: u8 = 2;
+/// The processor has no such instruction, and a kernel does without.
+const NEEDLESS: u8 = 3;
+/// And the number of the exception.
+const EXCEPTION: u8 = 0x80;
+/// The breakpoint exception.
+const BREAKPOINT: u8 = 3;
+/// Longer than any probe takes on a KVM that is alive.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+global_asm!(
+    ".pushsection .rodata.minivmm_probes, \"a\"",
+    "minivmm_probe_cmpxchg16b:",
+    "    mov edi, {CELL}",
+    "    xor eax, eax",
+    "    xor edx, edx",
+    "    mov ebx, 5",
+    "    mov ecx, 6",
+    "    lock cmpxchg16b [rdi]",
+    "    jnz 2f",
+    "    cmp qword ptr [rdi], 5",
+    "    jne 2f",
+    "    mov al, {DONE}",
+    "    out {PORT}, al",
+    "2:  mov al, {WRONG}",
+    "    out {PORT}, al",
+    "    hlt",
+    "minivmm_probe_int3:",
+    "    int3",
+    "    mov al, {WRONG}",
+    "    out {PORT}, al",
+    "    hlt",
+    "minivmm_probe_xsave:",
+    "    mov eax, 1",
+    "    xor ecx, ecx",
+    "    cpuid",
+    "    test ecx, 1 << 26",
+    "    jz 3f",
+    "    mov rax, cr4",
+    "    or eax, (1 << 18) | (1 << 9)",
+    "    mov cr4, rax",
+    "    mov edi, {AREA}",
+    "    mov eax, 3",
+    "    xor edx, edx",
+    "    xsave64 [rdi]",
+    "    mov eax, 3",
+    "    xor edx, edx",
+    "    xrstor64 [rdi]",
+    "    mov al, {DONE}",
+    "    out {PORT}, al",
+    "3:  mov al, {NEEDLESS}",
+    "    out {PORT}, al",
+    "    hlt",
+    "minivmm_probe_iretq:",
+    "    mov rdx, rsp",
+    "    mov rcx, ss",
+    "    push rcx",
+    "    push rdx",
+    "    pushfq",
+    "    mov rcx, cs",
+    "    push rcx",
+    "    lea rcx, [rip + 2f]",
+    "    push rcx",
+    "    iretq",
+    "    mov al, {WRONG}",
+    "    out {PORT}, al",
+    "2:  mov al, {DONE}",
+    "    out {PORT}, al",
+    "    hlt",
+    "minivmm_probe_loop:",
+    "2:  dec rcx",
+    "    jnz 2b",
+    "    mov al, {DONE}",
+    "    out {PORT}, al",
+    "    hlt",
+    "minivmm_probes_end:",
+    ".popsection",
+    CELL = const CELL,
+    AREA = const AREA,
+    PORT = const PORT,
+    DONE = const DONE,
+    WRONG = const WRONG,
+    NEEDLESS = const NEEDLESS,
+);
+
+// SAFETY: labels of the block above, in the order of their addresses, in constant data.
+unsafe extern "C" {
+    static minivmm_probe_cmpxchg16b: u8;
+    static minivmm_probe_int3: u8;
+    static minivmm_probe_xsave: u8;
+    static minivmm_probe_iretq: u8;
+    static minivmm_probe_loop: u8;
+    static minivmm_probes_end: u8;
+}
+
+/// What is tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Probe {
+    /// `lock cmpxchg16b`.
+    Cmpxchg16b,
+    /// A breakpoint through the interrupt descriptor table.
+    Int3,
+    /// `xsave64` and `xrstor64`.
+    Xsave,
+    /// A return from an interrupt.
+    Iretq,
+}
+
+impl Probe {
+    /// All of them, with their keys and what Linux has them for.
+    pub const ALL: [(Probe, &'static str, &'static str); 4] = [
+        (Probe::Cmpxchg16b, "cmpxchg16b", "the slab allocator"),
+        (Probe::Int3, "int3", "patching of its own code"),
+        (Probe::Xsave, "xsave", "switching tasks"),
+        (Probe::Iretq, "iretq", "every return from an interrupt"),
+    ];
+
+    fn code(self) -> &'static [u8] {
+        match self {
+            Probe::Cmpxchg16b => between(&raw const minivmm_probe_cmpxchg16b),
+            Probe::Int3 => between(&raw const minivmm_probe_int3),
+            Probe::Xsave => between(&raw const minivmm_probe_xsave),
+            Probe::Iretq => between(&raw const minivmm_probe_iretq),
+        }
+    }
+
+    fn expected(self) -> u8 {
+        if self == Probe::Int3 { EXCEPTION + BREAKPOINT } else { DONE }
+    }
+}
+
+/// The bytes from a label to the end of the block; what follows a probe is never reached.
+fn between(from: *const u8) -> &'static [u8] {
+    let to = &raw const minivmm_probes_end;
+    // SAFETY: both labels are in one section of constant data, `from` before `to`, and nothing ever
+    // writes there.
+    unsafe { std::slice::from_raw_parts(from, (to as usize).saturating_sub(from as usize)) }
+}
+
+/// Runs `probe` in a VM of its own. The error says how it went wrong.
+pub fn run(probe: Probe) -> Result<&'static str, String> {
+    match start(probe.code(), 0)?.0 {
+        said if said == probe.expected() => Ok("runs"),
+        NEEDLESS => Ok("the processor has none, and Linux does without"),
+        said if said >= EXCEPTION => Err(format!("exception {}", said - EXCEPTION)),
+        said => Err(format!("runs, but does something else ({said})")),
+    }
+}
+
+/// How many instructions a second the guest's kernel code gets.
+pub fn instructions_per_second() -> Result<u64, String> {
+    // Ever more of them, until entry, warm-up and whatever else this machine does count no
+    // more; the best counts. Quick on a KVM that emulates, and on one that does not.
+    const TURNS: [u64; 4] = [10_000, 40_000, 400_000, 10_000_000];
+    const LONG_ENOUGH: Duration = Duration::from_millis(50);
+    let mut best = 0;
+    for turns in TURNS {
+        let (_, took) = start(between(&raw const minivmm_probe_loop), turns)?;
+        let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(1);
+        // Two instructions a turn; at most 2 * 10^16.
+        best = best.max(turns * 2_000_000_000 / nanos);
+        if took >= LONG_ENOUGH {
+            break;
+        }
+    }
+    Ok(best)
+}
+
+/// Runs `code` on a thread of its own, which is left behind should KVM never come back: what it
+/// said at the port, and after how long.
+fn start(code: &'static [u8], count: u64) -> Result<(u8, Duration), String> {
+    let (answer, answered) = mpsc::channel();
+    let work = move || {
+        // Nobody may be listening any more.
+        let _ = answer.send(execute(code, count));
+    };
+    thread::Builder::new().name("probe".into()).spawn(work).map_err(|error| error.to_string())?;
+    match answered.recv_timeout(PATIENCE) {
+        Ok(said) => said,
+        Err(_) => Err(format!("it has not ended after {} s", PATIENCE.as_secs())),
+    }
+}
+
+fn execute(code: &[u8], count: u64) -> Result<(u8, Duration), String> {
+    let kvm = Kvm::new().map_err(|error| error.to_string())?;
+    let ram = mem::map_ram(&[(0, RAM_BYTES)]).map_err(|error| error.to_string())?;
+    let vm = machine(&kvm, &ram)?;
+    load(&ram, code).map_err(|error| error.to_string())?;
+    let mut vcpu = vm.create_vcpu(0).map_err(refused("a CPU"))?;
+    prepare(&kvm, &vcpu, &ram, count)?;
+    let page = RunPage::new(&vcpu).map_err(|error| error.to_string())?;
+    let begin = Instant::now();
+    let ended = match vcpu.run() {
+        Ok(VcpuExit::IoOut(PORT, [said])) => Ok(*said),
+        Ok(VcpuExit::InternalError) => Err(Reason::Internal(page.internal_error())),
+        Ok(VcpuExit::FailEntry(reason, cpu)) => Err(Reason::FailEntry(reason, cpu)),
+        Ok(VcpuExit::Shutdown) => Err(Reason::TripleFault),
+        Ok(other) => Err(Reason::Unexpected(format!("{other:?}"))),
+        Err(error) => Err(Reason::Run(error.errno())),
+    };
+    let took = begin.elapsed();
+    ended.map(|said| (said, took)).map_err(|reason| reason.in_short())
+}
+
+fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> String {
+    move |error| format!("KVM refuses {what}: {error}")
+}
+
+/// A VM with memory and nothing else.
+fn machine(kvm: &Kvm, ram: &Ram) -> Result<VmFd, String> {
+    let vm = kvm.create_vm().map_err(refused("a virtual machine"))?;
+    let tss = usize::try_from(layout::KVM_TSS).unwrap_or_default();
+    vm.set_tss_address(tss).map_err(refused("the task segment's place"))?;
+    for (slot, (guest_phys_addr, userspace_addr, memory_size)) in (0..).zip(mem::regions(ram)) {
+        let region =
+            kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr, memory_size, userspace_addr };
+        // SAFETY: a mapping of `ram`, which `execute` drops after the VM (it was made before it).
+        unsafe { vm.set_user_memory_region(region) }.map_err(refused("the guest's memory"))?;
+    }
+    Ok(vm)
+}
+
+/// Code at the start of high RAM, and an interrupt table whose every entry says its number at the port.
+fn load(ram: &Ram, code: &[u8]) -> Result<(), mem::OutsideRam> {
+    const INTERRUPT_GATE: u64 = 0x8e00;
+    const CODE_SELECTOR: u64 = 0x10;
+    mem::write_bytes(ram, layout::HIGH_RAM, code)?;
+    for vector in 0..VECTORS {
+        let stub = STUBS + u64::from(vector) * STUB_BYTES;
+        // mov al, EXCEPTION + vector; out PORT, al; hlt
+        let port = PORT.to_le_bytes()[0];
+        mem::write_bytes(ram, stub, &[0xb0, EXCEPTION + vector, 0xe6, port, 0xf4])?;
+        let gate = (stub & 0xffff) | CODE_SELECTOR << 16 | INTERRUPT_GATE << 32 | (stub >> 16 & 0xffff) << 48;
+        let at = IDT + u64::from(vector) * 16;
+        mem::write_bytes(ram, at, &gate.to_le_bytes())?;
+        mem::write_bytes(ram, at + 8, &(stub >> 32).to_le_bytes())?;
+    }
+    Ok(())
+}
+
+/// The state in which a kernel begins, with the interrupt table.
+fn prepare(kvm: &Kvm, vcpu: &VcpuFd, ram: &Ram, count: u64) -> Result<(), String> {
+    cpuid::set_up(kvm, vcpu, Place { id: 0, cpus: 1 }).map_err(|error| error.to_string())?;
+    cpu::set_up(vcpu, ram, Entry::Long64 { rip: layout::HIGH_RAM }).map_err(|error| error.to_string())?;
+    let mut system = vcpu.get_sregs().map_err(refused("its system registers"))?;
+    system.idt.base = IDT;
+    system.idt.limit = u16::from(VECTORS) * 16 - 1;
+    vcpu.set_sregs(&system).map_err(refused("its system registers"))?;
+    let mut registers = vcpu.get_regs().map_err(refused("its registers"))?;
+    registers.rcx = count;
+    vcpu.set_regs(&registers).map_err(refused("its registers"))
+}
+
+const _: () = assert!(IDT + 16 * VECTORS as u64 <= STUBS && layout::GDT + 0x100 <= IDT);
+const _: () = assert!(STUBS + STUB_BYTES * VECTORS as u64 <= CELL as u64 && CELL < AREA);
+const _: () = assert!((AREA as u64) + 0x1000 < layout::PVH_START_INFO && layout::PORT_EXIT == PORT as u64);

@@ -1,0 +1,59 @@
+//! The prose of `--help`: headings, examples, exit statuses.
+//!
+//! Owns what clap cannot derive from the arguments themselves.
+
+use std::path::Path;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+
+/// What the machine runs.
+pub const GUEST: &str = "Guest";
+/// What the machine is.
+pub const MACHINE: &str = "Machine";
+/// Its disks.
+pub const DISKS: &str = "Disks";
+/// How it is watched, and ended.
+pub const RUNNING: &str = "Running";
+
+const EXAMPLES: &str = "\
+Examples:
+  minivmm check
+      can this machine run Linux guests?
+  minivmm --disk disk.img,cache=none
+      the test guest, with disk.img as /dev/vda past the host's page cache
+  minivmm --explain --disk disk.img,cache=writethrough
+      which system calls that will make, without running anything
+  minivmm --disk a.img --disk b.img,readonly,serial=archive --memory 2G --cpus 2
+      two disks, /dev/vda and /dev/vdb
+  minivmm --kernel bzImage --initrd none --append root=/dev/vda --disk root.img
+      a kernel and a root file system of your own";
+
+const STATUSES: &str = "\
+Exit status:
+  0      the guest has powered off or reset (or Ctrl-A x)
+  2      usage
+  124    the guest has panicked
+  125    minivmm or the host has failed; a failed last fdatasync is one
+  126    --timeout has passed
+  128+n  ended by signal n (SIGHUP 129, SIGINT 130, SIGTERM 143), in order
+  2v+1   a guest has written v to the exit port 0xf4 (modulo 256: v = 0x3e, 0x40,
+         0x47 and v + 0x80 give a number that has another meaning too)
+  check: 0 where Linux guests run, 1 where they do not";
+
+/// What stands at the end of `--help`.
+pub fn after() -> String {
+    format!("{EXAMPLES}\n\n{STATUSES}")
+}
+
+/// A file where clap expects one of our commands is a disk, most likely.
+pub fn improve(mut error: clap::Error) -> clap::Error {
+    if error.kind() != ErrorKind::InvalidSubcommand {
+        return error;
+    }
+    let Some(ContextValue::String(word)) = error.get(ContextKind::InvalidSubcommand) else { return error };
+    if Path::new(word).exists() {
+        let tip = format!("to give the guest a disk: --disk {word}");
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    }
+    error
+}

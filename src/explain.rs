@@ -1,0 +1,205 @@
+//! `--explain`: what minivmm would do with a disk, told without doing it.
+//!
+//! Owns the account of one disk and its two forms, JSON and text. Nothing here is a second table of
+//! modes: what the host will be asked for comes out of the device's own parser, the disk's own state
+//! machine and the blocking engine's own names ([`dry_run`]). Where the image lies is [`place`]'s
+//! business, and which disk of the host is below it [`layers`]'s.
+
+mod dry_run;
+mod layers;
+mod place;
+mod print;
+
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::blk::config;
+use crate::disk::cache::WriteCache;
+use crate::disk::geometry::SECTOR;
+use crate::disk::{DiskOptions, Image, ImageError};
+
+pub use dry_run::{Answer, Driver};
+pub use layers::Layer;
+pub use place::Place;
+pub use print::to_text;
+
+/// All that is known beforehand about one disk. `docs/explain.md` tells the keys.
+#[derive(Debug, Serialize)]
+pub struct Explanation {
+    /// The image, as given.
+    pub image: String,
+    /// `file` or `block device`.
+    pub kind: &'static str,
+    /// Its size.
+    pub bytes: u64,
+    /// The cache mode.
+    pub cache: &'static str,
+    /// Whether nothing is ever written.
+    pub readonly: bool,
+    /// The flags that it is opened with.
+    pub open_flags: String,
+    /// The features that the guest is offered.
+    pub features: Vec<&'static str>,
+    /// config.writeback after each reset.
+    pub writeback: u8,
+    /// Block sizes and alignment.
+    pub blocks: Blocks,
+    /// The host's system calls.
+    pub calls: Calls,
+    /// Where the image lies.
+    pub place: Place,
+    /// The host's disks below it, from above.
+    pub host_disks: Vec<Layer>,
+    /// Whether a FLUSH reaches the disk.
+    pub flush_reaches_disk: FlushReach,
+    /// What the user should know before.
+    pub warnings: Vec<String>,
+}
+
+/// Block sizes and alignment in bytes.
+#[derive(Debug, Serialize)]
+pub struct Blocks {
+    /// blk_size.
+    pub logical: u32,
+    /// What the host rewrites as one.
+    pub physical: u32,
+    /// Alignment that transfers need of memory.
+    pub memory_alignment: u32,
+    /// Alignment that they need of offsets and lengths.
+    pub offset_alignment: u32,
+    /// How the alignment was found.
+    pub found_by: &'static str,
+}
+
+/// The host's system calls on the image, as strace names them.
+#[derive(Debug, Serialize)]
+pub struct Calls {
+    /// Before the guest runs.
+    pub start: Vec<&'static str>,
+    /// While it runs, by what its driver has negotiated and done.
+    pub drivers: Vec<Driver>,
+    /// After it has ended.
+    pub end: Vec<&'static str>,
+}
+
+/// Whether a FLUSH of the guest is expected to reach the host's disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct FlushReach {
+    /// `yes`, `no`, `not needed` (the disk has no volatile cache, says the host) or `unknown`.
+    pub answer: &'static str,
+    /// Why.
+    pub because: String,
+}
+
+/// Looks at the disk that `options` describe. What would keep minivmm from starting is the error.
+pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
+    let image = Arc::new(Image::look(options)?);
+    let place = Place::of(&image);
+    let host_disks = layers::below(&image, &place);
+    let policy = image.policy();
+    let mut warnings = image.warnings().to_vec();
+    if image.is_locked_by_another() {
+        warnings.push("another VM has locked the image now: minivmm would refuse to start".into());
+    }
+    if image.is_device() && !image.readonly() && layers::is_in_use(&image) {
+        warnings.push("the device is mounted, or part of another one: minivmm would refuse to start".into());
+    }
+    if std::env::var("LD_PRELOAD").is_ok_and(|libraries| libraries.contains("eatmydata")) {
+        warnings.push("LD_PRELOAD names libeatmydata: fdatasync will do nothing".into());
+    }
+    let writeback = config::space(&image, WriteCache::new(policy).writeback())[config::WRITEBACK];
+    let geometry = image.geometry();
+    Ok(Explanation {
+        image: options.path.display().to_string(),
+        kind: if image.is_device() { "block device" } else { "file" },
+        bytes: geometry.capacity_sectors * SECTOR,
+        cache: policy.name,
+        readonly: image.readonly(),
+        open_flags: image.wanted_flags(),
+        features: config::names(config::offered(&image)),
+        writeback,
+        blocks: Blocks {
+            logical: geometry.logical_block,
+            physical: geometry.physical_block,
+            memory_alignment: geometry.alignment.memory,
+            offset_alignment: geometry.alignment.offset,
+            found_by: geometry.alignment.found_by,
+        },
+        calls: Calls {
+            start: dry_run::at_start(&image),
+            drivers: dry_run::drivers(&image),
+            end: dry_run::at_end(&image),
+        },
+        flush_reaches_disk: reach(policy.honour_flush, &place, &host_disks),
+        place,
+        host_disks,
+        warnings,
+    })
+}
+
+/// As JSON: a list, a disk each.
+pub fn to_json(disks: &[Explanation]) -> serde_json::Result<String> {
+    serde_json::to_string_pretty(disks)
+}
+
+/// Follows a FLUSH down: mode, file system, then the disks; the first that stops it decides.
+fn reach(honoured: bool, place: &Place, disks: &[Layer]) -> FlushReach {
+    let say = |answer, because: &str| FlushReach { answer, because: because.into() };
+    if !honoured {
+        return say("no", "this cache mode ignores FLUSH");
+    }
+    if let Some(why) = &place.flush_stops {
+        return say("no", why);
+    }
+    if let Some(why) = &place.flush_unknown {
+        return say("unknown", why);
+    }
+    if let Some(memory) = disks.iter().find(|disk| disk.is_memory()) {
+        return say("no", &format!("{} keeps its data in memory", memory.name));
+    }
+    if disks.is_empty() || disks.iter().any(|disk| disk.write_cache.is_none()) {
+        return say("unknown", "the host does not tell of the disk below (no queue/write_cache in sysfs)");
+    }
+    match disks.iter().find(|disk| disk.write_cache.as_deref() != Some("write back")) {
+        Some(disk) => say(
+            "not needed",
+            &format!(
+                "the host says that {} has no volatile write cache (queue/write_cache is \"{}\") and sends it none; \
+                 whoever sets that by hand must be right",
+                disk.name,
+                disk.write_cache.as_deref().unwrap_or_default()
+            ),
+        ),
+        None => say("yes", "fdatasync, the file system and every disk below pass it on"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(name: &str, write_cache: Option<&str>) -> Layer {
+        Layer { name: name.into(), write_cache: write_cache.map(str::to_owned), ..Layer::default() }
+    }
+
+    #[test]
+    fn the_first_that_stops_a_flush_decides() {
+        let plain = Place::default();
+        let stops = Place { flush_stops: Some("volatile".into()), ..Place::default() };
+        let network = Place { flush_unknown: Some("network".into()), ..Place::default() };
+        let (on, off) = (disk("sda", Some("write back")), disk("sdb", Some("write through")));
+        for (honoured, place, disks, answer) in [
+            (true, &plain, vec![on.clone()], "yes"),
+            (false, &plain, vec![on.clone()], "no"),
+            (true, &stops, vec![on.clone()], "no"),
+            (true, &network, vec![], "unknown"),
+            (true, &plain, vec![], "unknown"),
+            (true, &plain, vec![on.clone(), off.clone()], "not needed"),
+            (true, &plain, vec![on.clone(), disk("x", None)], "unknown"),
+            (true, &plain, vec![disk("ram0", Some("write back"))], "no"),
+        ] {
+            assert_eq!(reach(honoured, place, &disks).answer, answer, "{place:?} {disks:?}");
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! The device's parser and the disk's state machine over an engine that only writes down what it is
+//! asked for.
+//!
+//! Owns the drivers that are tried (what they negotiate, what they write to `writeback`) and the
+//! engine. Every decision is made by the code that makes it when a guest runs.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::Serialize;
+
+use crate::blk::config;
+use crate::blk::request::{self, Frame, Header, Limits, Request, Status, UNMAP, kind};
+use crate::disk::Image;
+use crate::disk::blocking::system_call;
+use crate::disk::cache::{Negotiated, WriteCache};
+use crate::disk::engine::{Ended, Engine, HostOp, Wake};
+use crate::disk::machine::{Disk, Op, StableBy};
+use crate::mem::{AlignedBuffer, Iov, Segment};
+
+/// What one driver's requests become.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Driver {
+    /// It has negotiated FLUSH.
+    pub negotiates_flush: bool,
+    /// It has negotiated CONFIG_WCE.
+    pub negotiates_config_wce: bool,
+    /// What it writes to config.writeback; nothing where it never does, as after a reset.
+    pub sets_writeback: Option<u8>,
+    /// What config.writeback then reads.
+    pub writeback: u8,
+    /// Calls that setting it makes by itself.
+    pub on_setting: Vec<&'static str>,
+    /// IN.
+    pub read: Answer,
+    /// OUT.
+    pub write: Answer,
+    /// FLUSH.
+    pub flush: Answer,
+    /// DISCARD.
+    pub discard: Answer,
+    /// WRITE_ZEROES.
+    pub write_zeroes: Answer,
+    /// WRITE_ZEROES with the unmap flag.
+    pub write_zeroes_unmap: Answer,
+}
+
+/// What one request becomes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Answer {
+    /// The status byte: OK, IOERR or UNSUPP.
+    pub status: &'static str,
+    /// The host's system calls, in order, each once a piece of the request.
+    pub calls: Vec<&'static str>,
+    /// All calls where the host refuses RWF_DSYNC or fallocate for this image with EOPNOTSUPP, if
+    /// that makes a difference.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub where_refused: Option<Vec<&'static str>>,
+}
+
+/// Before the guest runs.
+pub fn at_start(image: &Image) -> Vec<&'static str> {
+    match (image.is_synced_at_both_ends(), image.is_device()) {
+        (false, _) => vec![],
+        (true, true) => vec![system_call(&HostOp::Fdatasync)],
+        (true, false) => vec![system_call(&HostOp::Fdatasync), "fsync(directory)"],
+    }
+}
+
+/// After it has ended.
+pub fn at_end(image: &Image) -> Vec<&'static str> {
+    if image.is_synced_at_both_ends() { vec![system_call(&HostOp::Fdatasync)] } else { vec![] }
+}
+
+/// Every driver there can be: what it negotiates, and what it writes to `writeback`.
+pub fn drivers(image: &Arc<Image>) -> Vec<Driver> {
+    let mut drivers = Vec::new();
+    for (flush, config_wce) in [(true, true), (true, false), (false, true), (false, false)] {
+        let settings: &[Option<u8>] = if config_wce { &[None, Some(0), Some(1)] } else { &[None] };
+        for &sets in settings {
+            drivers.push(driver(image, Negotiated { flush, config_wce }, sets));
+        }
+    }
+    drivers
+}
+
+fn driver(image: &Arc<Image>, negotiated: Negotiated, sets: Option<u8>) -> Driver {
+    let trial = Trial { image, negotiated, sets };
+    let (cache, _, on_setting) = trial.begin(false);
+    Driver {
+        negotiates_flush: negotiated.flush,
+        negotiates_config_wce: negotiated.config_wce,
+        sets_writeback: sets,
+        writeback: config::space(image, cache.writeback())[config::WRITEBACK],
+        on_setting,
+        read: trial.answer(kind::IN, 0),
+        write: trial.answer(kind::OUT, 0),
+        flush: trial.answer(kind::FLUSH, 0),
+        discard: trial.answer(kind::DISCARD, 0),
+        write_zeroes: trial.answer(kind::WRITE_ZEROES, 0),
+        write_zeroes_unmap: trial.answer(kind::WRITE_ZEROES, UNMAP),
+    }
+}
+
+/// One driver on one image.
+struct Trial<'a> {
+    image: &'a Arc<Image>,
+    negotiated: Negotiated,
+    sets: Option<u8>,
+}
+
+impl Trial<'_> {
+    /// A disk as this driver has it when its requests begin, with what led there.
+    fn begin(&self, refuse: bool) -> (Arc<WriteCache>, (Disk, Calls), Vec<&'static str>) {
+        let cache = Arc::new(WriteCache::new(self.image.policy()));
+        let calls = Calls::default();
+        let engine = Box::new(Recorder { calls: calls.clone(), ended: Vec::new(), refuse });
+        let mut disk = Disk::new(Arc::clone(self.image), Arc::clone(&cache), engine, StableBy::FIRST);
+        cache.negotiate(self.negotiated);
+        if let Some(value) = self.sets {
+            cache.guest_sets_writeback(value != 0);
+            disk.sync_if_switched_off();
+            finish(&mut disk);
+        }
+        let on_setting = calls.take();
+        (cache, (disk, calls), on_setting)
+    }
+
+    /// A request of one block at the image's beginning.
+    fn answer(&self, kind: u32, flags: u32) -> Answer {
+        let (status, calls) = self.run(kind, flags, false);
+        let (_, refused) = self.run(kind, flags, true);
+        Answer { status, where_refused: (refused != calls).then_some(refused), calls }
+    }
+
+    fn run(&self, kind: u32, flags: u32, refuse: bool) -> (&'static str, Vec<&'static str>) {
+        let (_, (mut disk, calls), _) = self.begin(refuse);
+        let op = match self.parse(kind, flags) {
+            Ok(op) => op,
+            Err(status) => return (name(status), vec![]),
+        };
+        disk.submit(0, op);
+        let ok = finish(&mut disk);
+        (name(if ok { Status::Ok } else { Status::IoErr }), calls.take())
+    }
+
+    fn parse(&self, kind: u32, flags: u32) -> Result<Op, Status> {
+        let geometry = self.image.geometry();
+        let block = geometry.logical_block;
+        let data = |wanted: u32| if kind == wanted { vec![Segment { addr: 0, len: block }] } else { vec![] };
+        let frame =
+            Frame { header: None, data_out: data(kind::OUT), data_in: data(kind::IN), status_addr: 0 };
+        let mut payload = vec![0; 8];
+        payload.extend((block / 512).to_le_bytes());
+        payload.extend(flags.to_le_bytes());
+        let mut features = config::offered(self.image) & !(config::FLUSH | config::CONFIG_WCE);
+        features |= if self.negotiated.flush { config::FLUSH } else { 0 };
+        features |= if self.negotiated.config_wce { config::CONFIG_WCE } else { 0 };
+        let limits = Limits { geometry, features, readonly: self.image.readonly() };
+        Ok(match request::parse(Header { kind, sector: 0 }, &frame, &payload, &limits)? {
+            Request::In(range) => Op::Read(range, memory(block)?),
+            Request::Out(range) => Op::Write(range, memory(block)?),
+            Request::Flush => Op::Flush,
+            Request::Discard(ranges) => Op::Discard(ranges),
+            Request::WriteZeroes(ranges) => Op::WriteZeroes(ranges),
+            Request::GetId => return Err(Status::Ok),
+        })
+    }
+}
+
+/// As well aligned as a guest's own pages are.
+fn memory(bytes: u32) -> Result<Iov, Status> {
+    let buffer = AlignedBuffer::new(bytes as usize, 4096).map_err(|_| Status::IoErr)?;
+    Ok(Iov::from_buffer(&Arc::new(buffer), bytes as usize))
+}
+
+fn name(status: Status) -> &'static str {
+    match status {
+        Status::Ok => "OK",
+        Status::IoErr => "IOERR",
+        Status::Unsupp => "UNSUPP",
+    }
+}
+
+/// Takes the disk through everything in flight; whether all of it went well.
+fn finish(disk: &mut Disk) -> bool {
+    let mut ok = true;
+    // Far more turns than a request of one block has operations.
+    for _ in 0..64 {
+        if disk.wait(Wake::Now).is_err() {
+            return false;
+        }
+        ok &= disk.take_completions().all(|completion| completion.result.is_ok());
+        if disk.is_idle() {
+            break;
+        }
+    }
+    ok
+}
+
+/// The calls so far; clones share them.
+#[derive(Debug, Clone, Default)]
+struct Calls(Arc<Mutex<Vec<&'static str>>>);
+
+impl Calls {
+    fn push(&self, call: &'static str) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(call);
+    }
+
+    fn take(&self) -> Vec<&'static str> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// An engine without a file: everything succeeds, or what a host may lack is refused.
+struct Recorder {
+    calls: Calls,
+    ended: Vec<Ended>,
+    refuse: bool,
+}
+
+impl Engine for Recorder {
+    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+        self.calls.push(system_call(&op));
+        let result = match &op {
+            HostOp::Writev { dsync: true, .. } | HostOp::PunchHole { .. } | HostOp::ZeroRange { .. }
+                if self.refuse =>
+            {
+                Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+            }
+            HostOp::Readv { iov, .. } | HostOp::Writev { iov, .. } => {
+                usize::try_from(iov.bytes()).map_err(io::Error::other)
+            }
+            HostOp::Fdatasync | HostOp::PunchHole { .. } | HostOp::ZeroRange { .. } => Ok(0),
+        };
+        self.ended.push(Ended { token, result });
+        Ok(())
+    }
+
+    fn wait(&mut self, _: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
+        ended.append(&mut self.ended);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::DiskOptions;
+    use crate::disk::cache::POLICIES;
+
+    fn image(directory: &tempfile::TempDir, keys: &str) -> Arc<Image> {
+        let path = directory.path().join("a.img");
+        std::fs::write(&path, [7; 8192]).unwrap();
+        let options: DiskOptions = format!("{},{keys}", path.display()).parse().unwrap();
+        Arc::new(Image::look(&options).unwrap())
+    }
+
+    #[test]
+    fn every_driver_there_can_be_is_tried_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let drivers = drivers(&image(&directory, "cache=writeback"));
+        assert_eq!(drivers.len(), 8);
+        for (at, driver) in drivers.iter().enumerate() {
+            let key = |d: &Driver| (d.negotiates_flush, d.negotiates_config_wce, d.sets_writeback);
+            assert!(drivers[..at].iter().all(|other| key(other) != key(driver)));
+        }
+    }
+
+    #[test]
+    fn writes_are_told_as_the_stability_rule_has_them() {
+        let directory = tempfile::tempdir().unwrap();
+        for policy in POLICIES.iter().filter(|policy| !policy.direct) {
+            for driver in drivers(&image(&directory, &format!("cache={}", policy.name))) {
+                let negotiated =
+                    Negotiated { flush: driver.negotiates_flush, config_wce: driver.negotiates_config_wce };
+                let on = driver.writeback != 0;
+                let stable = policy.write_must_be_stable(negotiated, on, on);
+                let expected = if stable { "pwritev2(RWF_DSYNC)" } else { "pwritev" };
+                assert_eq!(driver.write.calls, [expected], "{} {driver:?}", policy.name);
+                let refused = stable.then(|| vec!["pwritev2(RWF_DSYNC)", "pwritev", "fdatasync"]);
+                assert_eq!(driver.write.where_refused, refused, "{} {driver:?}", policy.name);
+                let flush: &[&str] = if policy.honour_flush { &["fdatasync"] } else { &[] };
+                assert_eq!(driver.flush.calls, flush, "{} {driver:?}", policy.name);
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_written_and_nobody_kept_out() {
+        let directory = tempfile::tempdir().unwrap();
+        let looked = image(&directory, "cache=writeback");
+        drivers(&looked);
+        assert_eq!(std::fs::read(looked.path()).unwrap(), [7; 8192]);
+        let running =
+            Image::open(&DiskOptions { cache: &POLICIES[1], ..DiskOptions::new(looked.path()) }).unwrap();
+        assert!(looked.is_locked_by_another());
+        drop(running);
+        assert!(!looked.is_locked_by_another());
+    }
+
+    #[test]
+    fn a_readonly_disk_answers_writes_with_errors_and_never_syncs() {
+        let directory = tempfile::tempdir().unwrap();
+        let looked = image(&directory, "cache=writethrough,readonly");
+        for driver in drivers(&looked) {
+            for answer in [&driver.write, &driver.discard, &driver.write_zeroes] {
+                assert_eq!((answer.status, answer.calls.len()), ("IOERR", 0), "{driver:?}");
+            }
+            assert_eq!(driver.read.calls, ["preadv"]);
+            assert!(driver.on_setting.is_empty());
+        }
+        assert!(at_start(&looked).is_empty() && at_end(&looked).is_empty());
+    }
+}

@@ -1,0 +1,317 @@
+//! Where an image lies: its file system, and what of its mount options bears on durability.
+//!
+//! Owns the reading of /proc/self/mountinfo and the table of file systems and options that break or
+//! bend a promise. Knows nothing of the disks below.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use serde::Serialize;
+
+use crate::disk::Image;
+
+/// A device's number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Device {
+    /// Major.
+    pub major: u32,
+    /// Minor.
+    pub minor: u32,
+}
+
+impl Device {
+    /// From `st_dev` or `st_rdev`.
+    pub fn from_number(number: u64) -> Self {
+        Self { major: libc::major(number), minor: libc::minor(number) }
+    }
+
+    /// From MAJOR:MINOR.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (major, minor) = text.split_once(':')?;
+        Some(Self { major: major.parse().ok()?, minor: minor.parse().ok()? })
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
+}
+
+/// A file system as it is mounted.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Place {
+    /// Its type.
+    pub file_system: String,
+    /// What is mounted.
+    pub source: String,
+    /// Where.
+    pub mount_point: String,
+    /// How: the options of mount and file system.
+    pub options: Vec<String>,
+    /// What of this bears on durability.
+    pub notes: Vec<String>,
+    /// Why no FLUSH goes on from here, if none does.
+    #[serde(skip)]
+    pub flush_stops: Option<String>,
+    /// Why nobody here knows whether it does.
+    #[serde(skip)]
+    pub flush_unknown: Option<String>,
+    /// The disk of the host on which it lies.
+    #[serde(skip)]
+    pub device: Option<Device>,
+}
+
+/// What becomes of a FLUSH.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flush {
+    Passes,
+    Stops,
+    Unknown,
+}
+
+/// When a note is to be made.
+struct Rule {
+    file_systems: &'static [&'static str],
+    /// Any of these options; empty: always.
+    options: &'static [&'static str],
+    /// Only where the image is opened with O_DIRECT.
+    direct: bool,
+    flush: Flush,
+    note: &'static str,
+}
+
+const ANY: &[&str] = &[];
+
+static RULES: [Rule; 8] = [
+    Rule {
+        file_systems: &["tmpfs", "ramfs"],
+        options: ANY,
+        direct: true,
+        flush: Flush::Stops,
+        note: "O_DIRECT is fiction here: everything is in memory, in the page cache",
+    },
+    Rule {
+        file_systems: &["tmpfs", "ramfs"],
+        options: ANY,
+        direct: false,
+        flush: Flush::Stops,
+        note: "everything is in memory: fdatasync does nothing, and nothing survives a crash of the host",
+    },
+    Rule {
+        file_systems: &["overlay"],
+        options: &["volatile"],
+        direct: false,
+        flush: Flush::Stops,
+        note: "mounted volatile: fdatasync and RWF_DSYNC do nothing",
+    },
+    Rule {
+        file_systems: &["overlay"],
+        options: ANY,
+        direct: false,
+        flush: Flush::Passes,
+        note: "the image is a file of the layer below; opened for writing for the first time it is copied to the upper one",
+    },
+    Rule {
+        file_systems: ANY,
+        options: &["nobarrier", "barrier=0", "fsync_mode=nobarrier"],
+        direct: false,
+        flush: Flush::Stops,
+        note: "mounted without barriers: fdatasync writes, but sends the disk no flush",
+    },
+    Rule {
+        file_systems: &["btrfs"],
+        options: ANY,
+        direct: false,
+        flush: Flush::Passes,
+        note: "copy on write: each fdatasync costs the disk two flushes",
+    },
+    Rule {
+        file_systems: &["nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "afs", "virtiofs", "lustre"],
+        options: ANY,
+        direct: false,
+        flush: Flush::Unknown,
+        note: "a file system of another machine: what its server does with a sync cannot be seen from here",
+    },
+    Rule {
+        file_systems: &["zfs"],
+        options: ANY,
+        direct: false,
+        flush: Flush::Unknown,
+        note: "the data set's property sync decides what fdatasync does (sync=disabled: nothing); it cannot be seen here",
+    },
+];
+
+const CHECKSUMS: &str = "btrfs with checksums: since Linux 6.14 an O_DIRECT write goes through the page cache (chattr +C on \
+                         the empty file, or the mount option nodatasum, avoids it)";
+
+impl Place {
+    /// Where `image` lies.
+    pub fn of(image: &Image) -> Self {
+        let mut place = Self::of_file(image.file());
+        if image.is_device() {
+            // Its file system is the one that holds the node, and says nothing of the data.
+            return Self { mount_point: place.mount_point, ..Self::default() };
+        }
+        place.judge(image.policy().direct);
+        if place.file_system == "btrfs" && image.policy().direct && !place.is_unchecked(image.file()) {
+            place.notes.push(CHECKSUMS.into());
+        }
+        place
+    }
+
+    /// Where `file` lies, without judgement.
+    pub fn of_file(file: &File) -> Self {
+        let fdinfo =
+            fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).unwrap_or_default();
+        let id =
+            fdinfo.lines().find_map(|line| line.strip_prefix("mnt_id:")).map(str::trim).unwrap_or_default();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let mut place = mounts
+            .lines()
+            .find(|line| line.split(' ').next() == Some(id))
+            .and_then(parse_mount)
+            .unwrap_or_default();
+        place.find_device(file);
+        place
+    }
+
+    /// btrfs and overlay have numbers of their own that no disk has.
+    fn find_device(&mut self, file: &File) {
+        let own = file.metadata().ok().map(|found| Device::from_number(found.dev()));
+        self.device = match own {
+            Some(device) if device.major != 0 => Some(device),
+            _ => self.device.filter(|device| device.major != 0).or_else(|| self.device_of_source()),
+        };
+    }
+
+    fn device_of_source(&self) -> Option<Device> {
+        if self.file_system == "overlay" {
+            let upper = self.options.iter().find_map(|option| option.strip_prefix("upperdir="))?;
+            let device = Device::from_number(fs::metadata(upper).ok()?.dev());
+            return Some(device).filter(|device| device.major != 0);
+        }
+        let found = fs::metadata(&self.source).ok()?;
+        found.file_type().is_block_device().then(|| Device::from_number(found.rdev()))
+    }
+
+    fn judge(&mut self, direct: bool) {
+        for rule in &RULES {
+            let here = rule.file_systems.is_empty() || rule.file_systems.contains(&self.file_system.as_str());
+            let so =
+                rule.options.is_empty() || self.options.iter().any(|o| rule.options.contains(&o.as_str()));
+            if !here || !so || (rule.direct && !direct) {
+                continue;
+            }
+            self.notes.push(rule.note.into());
+            let reason = Some(format!("{}: {}", self.file_system, rule.note));
+            match rule.flush {
+                Flush::Passes => {}
+                Flush::Stops => self.flush_stops = reason,
+                Flush::Unknown => self.flush_unknown = reason,
+            }
+        }
+        if self.file_system.starts_with("fuse") {
+            let note = "a file system of a program (FUSE): what it does with a sync is its own affair";
+            self.notes.push(note.into());
+            self.flush_unknown = Some(note.into());
+        }
+    }
+
+    /// Whether btrfs keeps no checksums of `file`.
+    fn is_unchecked(&self, file: &File) -> bool {
+        const FS_NOCOW_FL: libc::c_long = 0x0080_0000;
+        let mounted = self.options.iter().any(|option| option == "nodatasum" || option == "nodatacow");
+        let mut flags: libc::c_long = 0;
+        // SAFETY: the request writes one long to the pointer, which is valid for it.
+        let asked = unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_GETFLAGS, &raw mut flags) };
+        mounted || (asked == 0 && flags & FS_NOCOW_FL != 0)
+    }
+}
+
+/// A line of mountinfo (proc(5)): id, parent, device, root, mount point, options, optional fields, a
+/// hyphen, type, source, the file system's own options.
+fn parse_mount(line: &str) -> Option<Place> {
+    let (mount, file_system) = line.split_once(" - ")?;
+    let mount: Vec<&str> = mount.split(' ').collect();
+    let mut file_system = file_system.split(' ');
+    let mut options: Vec<String> = mount.get(5)?.split(',').map(str::to_owned).collect();
+    let (kind, source) = (file_system.next()?, file_system.next()?);
+    for option in file_system.next().unwrap_or_default().split(',') {
+        if !option.is_empty() && !options.iter().any(|known| known == option) {
+            options.push(unescape(option));
+        }
+    }
+    Some(Place {
+        file_system: kind.to_owned(),
+        source: unescape(source),
+        mount_point: unescape(mount.get(4)?),
+        options,
+        device: Device::parse(mount.get(2)?),
+        ..Place::default()
+    })
+}
+
+/// Blanks and backslashes are written in octal there.
+fn unescape(text: &str) -> String {
+    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
+        .iter()
+        .fold(text.to_owned(), |text, (code, real)| text.replace(code, real))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(line: &str, direct: bool) -> Place {
+        let mut place = parse_mount(line).unwrap();
+        place.judge(direct);
+        place
+    }
+
+    #[test]
+    fn a_line_of_mountinfo_is_taken_apart() {
+        let line = "36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 - ext4 /dev/root rw,errors=continue";
+        let found = place(line, true);
+        assert_eq!((found.file_system.as_str(), found.source.as_str()), ("ext4", "/dev/root"));
+        assert_eq!(found.mount_point, "/mnt 2");
+        assert_eq!(found.options, ["rw", "noatime", "errors=continue"]);
+        assert_eq!(found.device, Some(Device { major: 98, minor: 0 }));
+        assert!(found.notes.is_empty() && found.flush_stops.is_none());
+        assert_eq!(parse_mount("nonsense"), None);
+    }
+
+    #[test]
+    fn what_breaks_a_promise_is_noted() {
+        for (line, direct, word, stops, unknown) in [
+            ("1 1 0:5 / /tmp rw - tmpfs tmpfs rw", true, "fiction", true, false),
+            ("1 1 0:5 / /tmp rw - tmpfs tmpfs rw", false, "in memory", true, false),
+            ("1 1 0:5 / / rw - overlay overlay rw,upperdir=/u,volatile", true, "volatile", true, false),
+            ("1 1 0:5 / / rw - overlay overlay rw,upperdir=/u", true, "layer below", false, false),
+            ("1 1 8:1 / / rw - ext4 /dev/sda1 rw,nobarrier", true, "barriers", true, false),
+            ("1 1 8:1 / / rw - ext4 /dev/sda1 rw,barrier=0", true, "barriers", true, false),
+            ("1 1 8:1 / / rw - f2fs /dev/sda1 rw,fsync_mode=nobarrier", true, "barriers", true, false),
+            ("1 1 0:9 / / rw - btrfs /dev/sda1 rw", false, "two flushes", false, false),
+            ("1 1 0:9 / / rw - nfs4 host:/x rw", false, "server", false, true),
+            ("1 1 0:9 / / rw - fuse.sshfs x rw", false, "FUSE", false, true),
+            ("1 1 0:9 / / rw - zfs pool rw", false, "sync=disabled", false, true),
+        ] {
+            let found = place(line, direct);
+            assert!(found.notes.iter().any(|note| note.contains(word)), "{line}: {found:?}");
+            assert_eq!(
+                (found.flush_stops.is_some(), found.flush_unknown.is_some()),
+                (stops, unknown),
+                "{line}"
+            );
+        }
+    }
+
+    #[test]
+    fn this_very_file_system_is_found() {
+        let file = tempfile::tempfile().unwrap();
+        let found = Place::of_file(&file);
+        assert!(!found.file_system.is_empty() && found.mount_point.starts_with('/'), "{found:?}");
+    }
+}
