@@ -26,6 +26,7 @@ use super::engine::{Ended, Engine, HostOp, Wake};
 use super::erase::{Erase, ZeroedRange};
 use super::geometry::SectorRange;
 use super::image::Image;
+use super::monitor::{SyncEnd, SyncStart};
 use crate::mem::{AlignedBuffer, Iov};
 
 /// Most bytes that one transfer moves through a private buffer; longer requests take turns.
@@ -119,8 +120,12 @@ struct Flight {
     id: Option<u64>,
     wb_at_submit: bool,
     stage: Stage,
+    /// Bytes that the guest sees changed, for the monitor.
+    writes: u64,
     /// The operation that the engine has, to repeat it after EINTR.
     current: Option<HostOp>,
+    /// The fdatasync that the engine has, for the monitor.
+    sync: Option<SyncStart>,
 }
 
 enum Stage {
@@ -181,8 +186,9 @@ impl Disk {
     pub fn submit(&mut self, id: u64, op: Op) {
         self.count(&op);
         let wb_at_submit = self.cache.writeback();
+        let writes = op.written_bytes();
         match self.begin(op, wb_at_submit) {
-            Ok((stage, Next::Op(first))) => self.take_off(Some(id), wb_at_submit, stage, first),
+            Ok((stage, Next::Op(first))) => self.take_off(Some(id), wb_at_submit, stage, first, writes),
             Ok((_, Next::Done(result))) => self.complete(Some(id), result),
             Err(error) => self.complete(Some(id), Err(error)),
         }
@@ -191,7 +197,7 @@ impl Disk {
     /// The guest has turned its write cache off: makes stable what is complete by now.
     pub fn sync_if_switched_off(&mut self) {
         if self.cache.take_switched_off() && self.cache.policy().honour_flush && !self.image.readonly() {
-            self.take_off(None, false, Stage::Sync, HostOp::Fdatasync);
+            self.take_off(None, false, Stage::Sync, HostOp::Fdatasync, 0);
         }
     }
 
@@ -308,10 +314,11 @@ impl Disk {
         }
     }
 
-    fn take_off(&mut self, id: Option<u64>, wb_at_submit: bool, stage: Stage, first: HostOp) {
+    fn take_off(&mut self, id: Option<u64>, wb_at_submit: bool, stage: Stage, first: HostOp, writes: u64) {
         let token = self.next_token;
         self.next_token += 1;
-        self.in_flight.insert(token, Flight { id, wb_at_submit, stage, current: None });
+        let flight = Flight { id, wb_at_submit, stage, writes, current: None, sync: None };
+        self.in_flight.insert(token, flight);
         self.issue(token, first);
     }
 
@@ -327,8 +334,14 @@ impl Disk {
     fn feed_engine(&mut self) {
         while let Some((token, op)) = self.waiting.pop_front() {
             let counter = counter_of(&self.image.counters, &op);
+            let sync = matches!(op, HostOp::Fdatasync).then(|| self.image.monitor.sync_starts());
             match self.engine.submit(token, op) {
-                Ok(()) => Counters::count(counter),
+                Ok(()) => {
+                    Counters::count(counter);
+                    if let Some(flight) = self.in_flight.get_mut(&token) {
+                        flight.sync = sync;
+                    }
+                }
                 Err(op) => {
                     self.waiting.push_front((token, op));
                     return;
@@ -352,12 +365,27 @@ impl Disk {
             },
             result => self.judge(&mut flight, result),
         };
+        self.tell_monitor(&mut flight, &next);
         match next {
             Next::Op(op) => {
                 self.in_flight.insert(end.token, flight);
                 self.issue(end.token, op);
             }
             Next::Done(result) => self.complete(flight.id, result),
+        }
+    }
+
+    /// Before the guest is told anything: what it now takes for written, or for stable.
+    fn tell_monitor(&self, flight: &mut Flight, next: &Next) {
+        if let Some(start) = flight.sync.take() {
+            let end = match next {
+                Next::Done(Ok(())) => SyncEnd::Stable,
+                Next::Done(Err(DiskError::Host { .. })) => SyncEnd::Failed,
+                _ => SyncEnd::Void,
+            };
+            self.image.monitor.sync_ends(start, end);
+        } else if matches!(next, Next::Done(Ok(()))) && !flight.stage.is_stable() {
+            self.image.monitor.acknowledges(flight.writes);
         }
     }
 
@@ -494,6 +522,27 @@ impl Disk {
         if let Some(id) = id {
             self.done.push(Completion { id, result });
         }
+    }
+}
+
+impl Op {
+    /// Bytes that the guest will see changed.
+    fn written_bytes(&self) -> u64 {
+        match self {
+            Op::Read(..) | Op::Flush => 0,
+            Op::Write(range, _) => range.bytes(),
+            Op::Discard(ranges) => ranges.iter().fold(0, |sum, range| sum.saturating_add(range.bytes())),
+            Op::WriteZeroes(ranges) => {
+                ranges.iter().fold(0, |sum, zeroed| sum.saturating_add(zeroed.range.bytes()))
+            }
+        }
+    }
+}
+
+impl Stage {
+    /// Whether all that was written is stable when this ends well.
+    fn is_stable(&self) -> bool {
+        matches!(self, Stage::Sync | Stage::Transfer(Transfer { dsync: true, .. }))
     }
 }
 

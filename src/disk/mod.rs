@@ -14,6 +14,7 @@ pub mod geometry;
 pub mod image;
 pub mod latch;
 pub mod machine;
+pub mod monitor;
 pub mod options;
 
 pub use image::{Image, ImageError};
