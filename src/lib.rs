@@ -8,6 +8,7 @@
 //! | [`cli`] | arguments, `--help`, exit statuses | |
 //! | [`vmm`] | builds the machine in order, runs it, stops it in order | |
 //! | [`terminal`] | the terminal's raw mode, and its restoration | |
+//! | [`stats`] | figures of a run as JSON and text | how they are counted |
 //! | [`vcpu`], [`kvm`] | the KVM_RUN loop, irqfd, ioeventfd, CPUID, MSRs | virtio, disks |
 //! | [`boot`] | kernel, initrd, command line, zero page, CPU state, ACPI | devices' insides |
 //! | [`bus`], [`devices`] | port and MMIO dispatch; serial, power, RTC | KVM |
@@ -28,6 +29,7 @@ pub mod kvm;
 pub mod layout;
 pub mod mem;
 pub mod ratelimit;
+pub mod stats;
 pub mod terminal;
 pub mod vcpu;
 pub mod virtio;
