@@ -59,6 +59,7 @@ fn help_names_every_option_key_and_status() {
         "--disk",
         "--console",
         "--timeout",
+        "--stats",
         "cache=",
         "readonly",
         "serial=",

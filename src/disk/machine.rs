@@ -109,6 +109,8 @@ pub struct Disk {
     stable_by: StableBy,
     in_flight: HashMap<u64, Flight>,
     next_token: u64,
+    /// The fdatasyncs that the engine has, for the monitor.
+    syncs: HashMap<u64, SyncStart>,
     waiting: VecDeque<(u64, HostOp)>,
     ended: Vec<Ended>,
     done: Vec<Completion>,
@@ -124,8 +126,6 @@ struct Flight {
     writes: u64,
     /// The operation that the engine has, to repeat it after EINTR.
     current: Option<HostOp>,
-    /// The fdatasync that the engine has, for the monitor.
-    sync: Option<SyncStart>,
 }
 
 enum Stage {
@@ -166,6 +166,7 @@ impl Disk {
             stable_by,
             in_flight: HashMap::new(),
             next_token: 0,
+            syncs: HashMap::new(),
             waiting: VecDeque::new(),
             ended: Vec::new(),
             done: Vec::new(),
@@ -317,7 +318,7 @@ impl Disk {
     fn take_off(&mut self, id: Option<u64>, wb_at_submit: bool, stage: Stage, first: HostOp, writes: u64) {
         let token = self.next_token;
         self.next_token += 1;
-        let flight = Flight { id, wb_at_submit, stage, writes, current: None, sync: None };
+        let flight = Flight { id, wb_at_submit, stage, writes, current: None };
         self.in_flight.insert(token, flight);
         self.issue(token, first);
     }
@@ -338,8 +339,8 @@ impl Disk {
             match self.engine.submit(token, op) {
                 Ok(()) => {
                     Counters::count(counter);
-                    if let Some(flight) = self.in_flight.get_mut(&token) {
-                        flight.sync = sync;
+                    if let Some(start) = sync {
+                        self.syncs.insert(token, start);
                     }
                 }
                 Err(op) => {
@@ -365,7 +366,7 @@ impl Disk {
             },
             result => self.judge(&mut flight, result),
         };
-        self.tell_monitor(&mut flight, &next);
+        self.tell_monitor(end.token, &flight, &next);
         match next {
             Next::Op(op) => {
                 self.in_flight.insert(end.token, flight);
@@ -376,8 +377,9 @@ impl Disk {
     }
 
     /// Before the guest is told anything: what it now takes for written, or for stable.
-    fn tell_monitor(&self, flight: &mut Flight, next: &Next) {
-        if let Some(start) = flight.sync.take() {
+    fn tell_monitor(&mut self, token: u64, flight: &Flight, next: &Next) {
+        let sync = if self.syncs.is_empty() { None } else { self.syncs.remove(&token) };
+        if let Some(start) = sync {
             let end = match next {
                 Next::Done(Ok(())) => SyncEnd::Stable,
                 Next::Done(Err(DiskError::Host { .. })) => SyncEnd::Failed,
