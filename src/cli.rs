@@ -15,7 +15,7 @@ use clap::{ArgAction, Parser, Subcommand};
 
 use crate::boot::cmdline;
 use crate::disk::DiskOptions;
-use crate::vmm::{Config, ConsoleTarget, Ending};
+use crate::vmm::{Config, ConsoleTarget, Ending, StatsTarget};
 
 pub use find_guest::GuestNotFound;
 
@@ -86,6 +86,13 @@ pub struct Args {
     /// End the VM after so many seconds
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = help::RUNNING)]
     timeout: Option<Duration>,
+
+    /// At the end, tell of each disk what was asked, done and at risk: on stderr, or as JSON to FILE
+    ///
+    /// Bytes at risk are those that the guest was told are written and that a crash of the host may
+    /// still lose.
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    stats: Option<Option<PathBuf>>,
 
     /// Say more (twice: much more)
     #[arg(short, long, action = ArgAction::Count, help_heading = help::RUNNING)]
@@ -212,6 +219,7 @@ impl Args {
             disks: self.disks,
             console: self.console,
             timeout: self.timeout,
+            stats: self.stats.map(|file| file.map_or(StatsTarget::Stderr, StatsTarget::Json)),
         })
     }
 }

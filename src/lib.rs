@@ -9,6 +9,7 @@
 //! | [`check`] | can this machine run Linux guests? | |
 //! | [`vmm`] | builds the machine in order, runs it, stops it in order | |
 //! | [`terminal`] | the terminal's raw mode, and its restoration | |
+//! | [`stats`] | figures of a run as JSON and text | how they are counted |
 //! | [`vcpu`], [`kvm`] | the KVM_RUN loop, irqfd, ioeventfd, CPUID, MSRs | virtio, disks |
 //! | [`boot`] | kernel, initrd, command line, zero page, CPU state, ACPI | devices' insides |
 //! | [`bus`], [`devices`] | port and MMIO dispatch; serial, power, RTC | KVM |
@@ -34,6 +35,7 @@ pub mod layout;
 pub mod mem;
 pub mod mutants;
 pub mod ratelimit;
+pub mod stats;
 pub mod terminal;
 pub mod text;
 pub mod vcpu;

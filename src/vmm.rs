@@ -51,6 +51,17 @@ pub struct Config {
     pub console: ConsoleTarget,
     /// How long the guest may run.
     pub timeout: Option<Duration>,
+    /// Where the statistics go.
+    pub stats: Option<StatsTarget>,
+}
+
+/// Where the statistics go at the end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StatsTarget {
+    /// To standard error, as text.
+    Stderr,
+    /// To a file, which begins empty, as JSON.
+    Json(PathBuf),
 }
 
 /// Where the serial port leads.
@@ -105,6 +116,8 @@ pub enum VmmError {
     TooManyDisks { asked: usize, max: usize },
     #[error("cannot write the console to {path}")]
     Console { path: PathBuf, source: io::Error },
+    #[error("cannot write the statistics to {path}")]
+    Stats { path: PathBuf, source: io::Error },
     #[error("cannot {what}")]
     Host { what: &'static str, source: io::Error },
     #[error("{0}")]
@@ -124,22 +137,29 @@ pub fn run(config: &Config) -> Result<Ending, VmmError> {
     let signals = Signals::block().map_err(host("block signals"))?;
     register_signal_handler(SIGRTMIN(), on_kick).map_err(host("handle the signal that stops a CPU"))?;
     let mut machine = build::build(config)?;
+    let open = |target| stop::StatsReport::open(target, &machine.disks);
+    let report = config.stats.as_ref().map(open).transpose()?;
     let mut run = Run::new(&machine, &signals, config)?;
     let ended = run.start(&mut machine).and_then(|()| run.supervise());
     let stopped = run.stop(&machine);
+    let reported = report.map_or(Ok(()), |report| report.write(&machine.disks));
     if let Err(StopError::Stuck { .. }) = stopped {
         // Dropping devices waits for their I/O, which is what hangs.
         std::mem::forget(machine);
     }
     match (ended, stopped) {
-        (Ok(ending), Ok(())) => Ok(ending),
-        (Ok(_), Err(error)) => Err(error.into()),
-        (Err(error), Ok(())) => Err(error),
-        (Err(error), Err(second)) => {
-            log::error!("moreover: {second}");
-            Err(error)
-        }
+        (Ok(ending), Ok(())) => reported.map(|()| ending),
+        (Ok(_), Err(error)) => Err(moreover(error.into(), reported.err())),
+        (Err(error), stopped) => Err(moreover(moreover(error, stopped.err()), reported.err())),
     }
+}
+
+/// The first error is the one that counts; those that follow it are only told.
+fn moreover(error: VmmError, next: Option<impl std::fmt::Display>) -> VmmError {
+    if let Some(next) = next {
+        log::error!("moreover: {next}");
+    }
+    error
 }
 
 /// Its arrival is all that matters: it interrupts KVM_RUN, or a write of the console.

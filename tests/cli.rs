@@ -75,6 +75,7 @@ fn help_names_every_option_key_and_status() {
         "Disks:",
         "Running:",
         "Examples:",
+        "--stats",
         "cache=",
         "readonly",
         "serial=",

@@ -16,6 +16,7 @@ use super::cache::CachePolicy;
 use super::counters::Counters;
 use super::geometry::{self, BUFFERED, Geometry, SECTOR};
 use super::latch::SyncLatch;
+use super::monitor::{Monitor, SyncEnd};
 use super::options::{DiskOptions, SERIAL_MAX};
 
 /// Why an image cannot be used: what failed, why, and what to do.
@@ -132,6 +133,8 @@ pub struct Image {
     pub counters: Counters,
     /// The first sync error.
     pub latch: SyncLatch,
+    /// What is written and not yet stable.
+    pub monitor: Monitor,
     warnings: Vec<String>,
 }
 
@@ -203,6 +206,7 @@ impl Image {
             bounce_always: options.bounce_always,
             counters: Counters::default(),
             latch: SyncLatch::default(),
+            monitor: Monitor::default(),
             warnings,
         })
     }
@@ -211,6 +215,8 @@ impl Image {
     pub fn simulated(options: &DiskOptions, geometry: Geometry) -> io::Result<Self> {
         Ok(Self {
             file: Arc::new(File::open("/dev/null")?),
+            kind: Kind::File,
+            wanted_flags: 0,
             path: options.path.clone(),
             policy: options.cache,
             geometry,
@@ -221,6 +227,7 @@ impl Image {
             bounce_always: options.bounce_always,
             counters: Counters::default(),
             latch: SyncLatch::default(),
+            monitor: Monitor::default(),
             warnings: Vec::new(),
         })
     }
@@ -328,12 +335,16 @@ impl Image {
     /// The end: a last fdatasync where the mode honours flushes, and the first sync error of the
     /// run, if there was one (E4). Call it when no I/O is in flight any more.
     pub fn close(&self) -> io::Result<()> {
+        self.monitor.guest_has_ended();
         self.latch.check()?;
         if !self.is_synced_at_both_ends() {
             return Ok(());
         }
         Counters::count(&self.counters.fdatasyncs);
-        self.file.sync_data().inspect_err(|error| self.latch.set(error))
+        let start = self.monitor.sync_starts();
+        let result = self.file.sync_data().inspect_err(|error| self.latch.set(error));
+        self.monitor.sync_ends(start, if result.is_ok() { SyncEnd::Stable } else { SyncEnd::Failed });
+        result
     }
 }
 

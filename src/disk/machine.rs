@@ -27,6 +27,7 @@ use super::erase::{Erase, ZeroedRange};
 use super::geometry::SectorRange;
 use super::image::Image;
 use super::latch::Ticket;
+use super::monitor::{SyncEnd, SyncStart};
 use super::transfer::Transfer;
 use crate::mem::Iov;
 use crate::mutants::{self, Mutant, is_on};
@@ -112,7 +113,7 @@ pub struct Disk {
     waiting: VecDeque<(u64, HostOp)>,
     ended: Vec<Ended>,
     /// Successes that count only when other syncs have been judged.
-    held: Vec<(Ticket, Option<u64>)>,
+    held: Vec<(Ticket, Success)>,
     done: Vec<Completion>,
 }
 
@@ -122,10 +123,25 @@ struct Flight {
     id: Option<u64>,
     wb_at_submit: bool,
     stage: Stage,
+    /// Bytes that the guest sees changed, for the monitor.
+    writes: u64,
     /// The operation that the engine has, to repeat it after EINTR.
     current: Option<HostOp>,
     /// Open while the engine has that operation and it is a sync.
-    ticket: Option<Ticket>,
+    sync: Option<OpenSync>,
+}
+
+/// A sync that the engine has.
+struct OpenSync {
+    ticket: Ticket,
+    /// What an fdatasync will have made stable, for the monitor.
+    covers: Option<SyncStart>,
+}
+
+/// A request, or a sync of our own, that is done and stable if no other sync says otherwise.
+struct Success {
+    id: Option<u64>,
+    covers: Option<SyncStart>,
 }
 
 enum Stage {
@@ -179,14 +195,16 @@ impl Disk {
     pub fn submit(&mut self, id: u64, op: Op) {
         self.count(&op);
         let wb_at_submit = self.cache.writeback();
-        let writes = matches!(op, Op::Write(..));
+        let is_write = matches!(op, Op::Write(..));
+        let writes = op.written_bytes();
         match self.begin(op, wb_at_submit) {
             Ok((stage, Next::Op(first))) => {
-                if is_on(Mutant::SyncBeforeWrite) && writes && self.cache.write_must_be_stable(wb_at_submit) {
-                    self.take_off(None, false, Stage::Sync, HostOp::Fdatasync);
+                if is_on(Mutant::SyncBeforeWrite) && is_write && self.cache.write_must_be_stable(wb_at_submit)
+                {
+                    self.take_off(None, false, Stage::Sync, HostOp::Fdatasync, 0);
                 }
                 let early = is_on(Mutant::StatusBeforeData) && matches!(stage, Stage::Transfer(_));
-                self.take_off((!early).then_some(id), wb_at_submit, stage, first);
+                self.take_off((!early).then_some(id), wb_at_submit, stage, first, writes);
                 if early {
                     self.complete(Some(id), Ok(()));
                 }
@@ -200,7 +218,7 @@ impl Disk {
     /// The guest has turned its write cache off: makes stable what is complete by now.
     pub fn sync_if_switched_off(&mut self) {
         if self.cache.take_switched_off() && self.cache.policy().honour_flush && !self.image.readonly() {
-            self.take_off(None, false, Stage::Sync, HostOp::Fdatasync);
+            self.take_off(None, false, Stage::Sync, HostOp::Fdatasync, 0);
         }
     }
 
@@ -223,16 +241,13 @@ impl Disk {
 
     /// Completes what was held, once all the syncs that it waited for are judged.
     fn release_settled(&mut self) {
-        let mut held = std::mem::take(&mut self.held);
-        held.retain(|&(horizon, id)| {
-            let settled = self.image.latch.is_settled(horizon);
-            if settled {
-                let result = self.check_latch();
-                self.complete(id, result);
+        for (horizon, success) in std::mem::take(&mut self.held) {
+            if self.image.latch.is_settled(horizon) {
+                self.succeed(success);
+            } else {
+                self.held.push((horizon, success));
             }
-            !settled
-        });
-        self.held = held;
+        }
     }
 
     /// The requests that are done, in the order of their ends.
@@ -339,10 +354,11 @@ impl Disk {
         }
     }
 
-    fn take_off(&mut self, id: Option<u64>, wb_at_submit: bool, stage: Stage, first: HostOp) {
+    fn take_off(&mut self, id: Option<u64>, wb_at_submit: bool, stage: Stage, first: HostOp, writes: u64) {
         let token = self.next_token;
         self.next_token += 1;
-        self.in_flight.insert(token, Flight { id, wb_at_submit, stage, current: None, ticket: None });
+        let flight = Flight { id, wb_at_submit, stage, writes, current: None, sync: None };
+        self.in_flight.insert(token, flight);
         self.issue(token, first);
     }
 
@@ -358,25 +374,31 @@ impl Disk {
     fn feed_engine(&mut self) {
         while let Some((token, op)) = self.waiting.pop_front() {
             let counter = counter_of(&self.image.counters, &op);
-            let latch = &self.image.latch;
             // Open before the engine may begin it.
-            let ticket = op.is_sync().then(|| latch.open());
+            let sync = self.open_sync(&op);
             match self.engine.submit(token, op) {
                 Ok(()) => {
                     Counters::count(counter);
                     if let Some(flight) = self.in_flight.get_mut(&token) {
-                        flight.ticket = ticket;
+                        flight.sync = sync;
                     }
                 }
                 Err(op) => {
-                    if let Some(ticket) = ticket {
-                        latch.judged(ticket);
+                    if let Some(sync) = sync {
+                        self.image.latch.judged(sync.ticket);
                     }
                     self.waiting.push_front((token, op));
                     return;
                 }
             }
         }
+    }
+
+    fn open_sync(&self, op: &HostOp) -> Option<OpenSync> {
+        op.is_sync().then(|| OpenSync {
+            ticket: self.image.latch.open(),
+            covers: matches!(op, HostOp::Fdatasync).then(|| self.image.monitor.sync_starts()),
+        })
     }
 
     /// An operation has ended: the next one of its request, or the request's completion.
@@ -387,7 +409,7 @@ impl Disk {
             self.image.latch.set(&io::Error::from_raw_os_error(libc::EIO));
             return;
         };
-        let ticket = flight.ticket.take();
+        let sync = flight.sync.take();
         let next = match end.result {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => match flight.current.take() {
                 Some(op) => Next::Op(op),
@@ -396,22 +418,47 @@ impl Disk {
             result => self.judge(&mut flight, result),
         };
         // Judged only now that an error of it is latched.
-        if let Some(ticket) = ticket {
-            self.image.latch.judged(ticket);
+        if let Some(sync) = &sync {
+            self.image.latch.judged(sync.ticket);
         }
+        let covers = sync.and_then(|sync| sync.covers);
         match next {
             Next::Op(op) => {
+                self.end_sync(covers, SyncEnd::Void);
                 self.in_flight.insert(end.token, flight);
                 self.issue(end.token, op);
             }
-            Next::Done(result) => self.complete(flight.id, result),
-            Next::Stable => match self.image.latch.open_now() {
-                Some(horizon) if !is_on(Mutant::SuccessCountsAtOnce) => self.held.push((horizon, flight.id)),
-                _ => {
-                    let result = self.check_latch();
-                    self.complete(flight.id, result);
+            Next::Done(result) => {
+                let failed = matches!(result, Err(DiskError::Host { .. }));
+                self.end_sync(covers, if failed { SyncEnd::Failed } else { SyncEnd::Void });
+                // Before the guest is told: what it now takes for written.
+                if result.is_ok() && !flight.stage.is_stable() {
+                    self.image.monitor.acknowledges(flight.writes);
                 }
-            },
+                self.complete(flight.id, result);
+            }
+            Next::Stable => {
+                let success = Success { id: flight.id, covers };
+                match self.image.latch.open_now() {
+                    Some(horizon) if !is_on(Mutant::SuccessCountsAtOnce) => {
+                        self.held.push((horizon, success))
+                    }
+                    _ => self.succeed(success),
+                }
+            }
+        }
+    }
+
+    /// A success that counts, unless an earlier sync has failed.
+    fn succeed(&mut self, success: Success) {
+        let result = self.check_latch();
+        self.end_sync(success.covers, if result.is_ok() { SyncEnd::Stable } else { SyncEnd::Void });
+        self.complete(success.id, result);
+    }
+
+    fn end_sync(&self, covers: Option<SyncStart>, end: SyncEnd) {
+        if let Some(start) = covers {
+            self.image.monitor.sync_ends(start, end);
         }
     }
 
@@ -498,6 +545,27 @@ impl Disk {
         if let Some(id) = id {
             self.done.push(Completion { id, result });
         }
+    }
+}
+
+impl Op {
+    /// Bytes that the guest will see changed.
+    fn written_bytes(&self) -> u64 {
+        match self {
+            Op::Read(..) | Op::Flush => 0,
+            Op::Write(range, _) => range.bytes(),
+            Op::Discard(ranges) => ranges.iter().fold(0, |sum, range| sum.saturating_add(range.bytes())),
+            Op::WriteZeroes(ranges) => {
+                ranges.iter().fold(0, |sum, zeroed| sum.saturating_add(zeroed.range.bytes()))
+            }
+        }
+    }
+}
+
+impl Stage {
+    /// Whether all that was written is stable when this ends well.
+    fn is_stable(&self) -> bool {
+        matches!(self, Stage::Sync) || matches!(self, Stage::Transfer(transfer) if transfer.dsync)
     }
 }
 

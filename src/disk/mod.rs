@@ -1,5 +1,5 @@
 //! One host image: open flags, locking, geometry, alignment, cache policy, engines, the first sync
-//! error, counters.
+//! error, counters, bytes at risk.
 //!
 //! Knows nothing of virtio or KVM. [`machine::Disk`] is the one state machine between requests and
 //! host operations, the same above every [`engine::Engine`]; [`cache`] says what a mode means;
@@ -14,6 +14,7 @@ pub mod geometry;
 pub mod image;
 pub mod latch;
 pub mod machine;
+pub mod monitor;
 pub mod options;
 mod transfer;
 

@@ -1,9 +1,11 @@
-//! The end in order: vCPUs, then the devices' I/O, then the images.
+//! The end in order: vCPUs, then the devices' I/O, then the images; then the statistics.
 //!
 //! Owns the waiting for each, and its limits. A host whose disk hangs must not hang us without a
 //! word: past the limit we say who still holds the I/O, and fail.
 
-use std::io;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -12,8 +14,10 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use super::events::Signals;
+use super::{StatsTarget, VmmError};
 use crate::disk::Image;
 use crate::kvm::run_page::RunPage;
+use crate::stats::Stats;
 use crate::virtio::mmio::MmioTransport;
 
 /// Draining I/O, or a vCPU that waits for it, may take so long.
@@ -110,6 +114,55 @@ pub fn close(disks: &[OpenDisk], signals: &Signals) -> Result<(), StopError> {
         }
     }
     failed
+}
+
+/// Where the statistics go, opened before the guest runs: a path that cannot be is no surprise at
+/// the end.
+pub enum StatsReport {
+    /// As text.
+    Stderr,
+    /// As JSON.
+    Json(PathBuf, File),
+}
+
+impl StatsReport {
+    /// Empties the file, if it is one and no disk.
+    pub fn open(target: &StatsTarget, disks: &[OpenDisk]) -> Result<Self, VmmError> {
+        let StatsTarget::Json(path) = target else { return Ok(Self::Stderr) };
+        let open = || {
+            let file = OpenOptions::new().create(true).write(true).truncate(false).open(path)?;
+            let found = file.metadata()?;
+            for disk in disks {
+                let image = disk.image.file().metadata()?;
+                if (image.dev(), image.ino()) == (found.dev(), found.ino()) {
+                    return Err(io::Error::other("it is a disk image of this VM"));
+                }
+            }
+            // A pipe or a device has no length to be cut.
+            if found.is_file() {
+                file.set_len(0)?;
+            }
+            Ok(file)
+        };
+        let refused = |source| VmmError::Stats { path: path.clone(), source };
+        open().map(|file| Self::Json(path.clone(), file)).map_err(refused)
+    }
+
+    /// Tells how it stands with the disks.
+    pub fn write(self, disks: &[OpenDisk]) -> Result<(), VmmError> {
+        let stats = Stats::of(disks.iter().map(|disk| &*disk.image));
+        match self {
+            Self::Stderr => {
+                // Whoever reads it may be gone, which is no failure of the VM.
+                let _ = write!(io::stderr(), "{stats}");
+                Ok(())
+            }
+            Self::Json(path, file) => {
+                let write = stats.write_json(io::BufWriter::new(file));
+                write.map_err(|source| VmmError::Stats { path, source })
+            }
+        }
+    }
 }
 
 /// Waits until `done`; one more signal from the user means that they do not want to wait.

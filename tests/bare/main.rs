@@ -11,5 +11,6 @@ mod console;
 mod disk;
 mod endings;
 mod machine;
+mod stats;
 mod syncs;
 mod terminal;

@@ -1,0 +1,503 @@
+//! The durability monitor: bytes that the guest was told are written and the host may still lose.
+//!
+//! Owns that count for one image, all its queues together, and the times of its fdatasyncs. Decides
+//! nothing: no request ever waits for, or depends on, what is counted here.
+//!
+//! Acknowledged writes stand in one line, in the order of their acknowledgement. An fdatasync makes
+//! stable what had ended before it was handed to the engine, which is always a beginning of that
+//! line. So the whole truth is one number, how far the line is stable, whatever order syncs end in,
+//! and neither requests nor memory are searched. The price: a byte written twice counts twice until
+//! a sync, so the count may be too high, and is never too low (`docs/statistics.md`).
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+
+/// Most spans whose age is told apart; with more syncs in flight an age may come out too high.
+const SPANS_MAX: usize = 64;
+/// The longest time that the histogram tells apart.
+const SYNC_MAX: Duration = Duration::from_secs(3600);
+/// The shortest.
+const SYNC_MIN: Duration = Duration::from_nanos(1);
+/// Significant decimal digits of its figures.
+const SYNC_DIGITS: u8 = 2;
+
+/// The monitor of one image; all its queues report to it.
+#[derive(Debug, Default)]
+pub struct Monitor(Mutex<Line>);
+
+/// An fdatasync that was handed to the engine, and what it will have made stable.
+#[derive(Debug, Clone, Copy)]
+pub struct SyncStart {
+    at: Instant,
+    /// It covers the line up to here.
+    position: u128,
+    /// How far the line was stable then, and since when the rest had waited.
+    stable: u128,
+    oldest: Option<Instant>,
+}
+
+/// How an fdatasync ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SyncEnd {
+    /// What it covers is stable.
+    Stable,
+    /// The host could not make it stable.
+    Failed,
+    /// It says nothing: interrupted, or an earlier error was kept that makes it worthless.
+    Void,
+}
+
+/// What the monitor knows at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Bytes ever acknowledged without being stable then.
+    pub acknowledged_bytes: u64,
+    /// Those that are not stable yet.
+    pub at_risk_bytes: u64,
+    /// The most that there ever were.
+    pub at_risk_bytes_max: u64,
+    /// Since when the oldest of them waits.
+    pub oldest: Option<Duration>,
+    /// The longest that any has ever waited.
+    pub oldest_max: Duration,
+    /// Bytes at risk when the last sync of the run was about to begin.
+    pub at_risk_bytes_at_end: Option<u64>,
+    /// Whether a sync has failed: what is at risk stays at risk, and may be lost already.
+    pub sync_failed: bool,
+    /// Times of the fdatasyncs that ended, well or not, if there was any.
+    pub syncs: Option<SyncTimes>,
+}
+
+/// Times of fdatasyncs, each from being handed to the engine to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SyncTimes {
+    /// How many.
+    pub count: u64,
+    /// The shortest.
+    pub min: Duration,
+    /// Their sum by their number.
+    pub mean: Duration,
+    /// Half took no longer.
+    pub p50: Duration,
+    /// 99 of 100 took no longer.
+    pub p99: Duration,
+    /// The longest.
+    pub max: Duration,
+}
+
+impl Monitor {
+    /// The host has ended a write of so many bytes that is not stable, and the guest is about to be
+    /// told. Never late: whoever starts a sync after this covers it.
+    pub fn acknowledges(&self, bytes: u64) {
+        if bytes > 0 {
+            self.lock().acknowledges(bytes, Instant::now);
+        }
+    }
+
+    /// An fdatasync is about to be handed to the engine.
+    pub fn sync_starts(&self) -> SyncStart {
+        self.lock().sync_starts(Instant::now())
+    }
+
+    /// That fdatasync has ended. A start that never gets here does no harm.
+    pub fn sync_ends(&self, start: SyncStart, end: SyncEnd) {
+        self.lock().sync_ends(start, end, Instant::now());
+    }
+
+    /// Nothing is in flight any more, and the last sync of the run comes next, if the mode has one.
+    pub fn guest_has_ended(&self) {
+        let mut line = self.lock();
+        line.at_risk_at_end = Some(line.at_risk());
+    }
+
+    /// What is known now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.lock().snapshot(Instant::now())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Line> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The line of acknowledged bytes. 128 bits, because a guest that discards a huge disk again and
+/// again gets beyond 64.
+#[derive(Debug)]
+struct Line {
+    acknowledged: u128,
+    stable: u128,
+    at_risk_max: u128,
+    at_risk_at_end: Option<u128>,
+    /// What is not stable, cut where syncs started: as many pieces as syncs may still cover.
+    spans: VecDeque<Span>,
+    /// No sync has started since the last span began.
+    last_is_open: bool,
+    oldest_max: Duration,
+    sync_failed: bool,
+    times: Option<Times>,
+}
+
+/// A piece of the line.
+#[derive(Debug, Clone, Copy)]
+struct Span {
+    end: u128,
+    /// When its first byte was acknowledged.
+    first: Instant,
+}
+
+impl Default for Line {
+    fn default() -> Self {
+        Self {
+            acknowledged: 0,
+            stable: 0,
+            at_risk_max: 0,
+            at_risk_at_end: None,
+            spans: VecDeque::with_capacity(SPANS_MAX),
+            last_is_open: false,
+            oldest_max: Duration::ZERO,
+            sync_failed: false,
+            times: None,
+        }
+    }
+}
+
+impl Line {
+    fn at_risk(&self) -> u128 {
+        self.acknowledged.saturating_sub(self.stable)
+    }
+
+    fn oldest(&self) -> Option<Instant> {
+        self.spans.front().map(|span| span.first)
+    }
+
+    /// The clock is read for the first write after a sync only.
+    fn acknowledges(&mut self, bytes: u64, now: impl FnOnce() -> Instant) {
+        self.acknowledged = self.acknowledged.saturating_add(u128::from(bytes));
+        let end = self.acknowledged;
+        let is_full = self.spans.len() == SPANS_MAX;
+        match self.spans.back_mut() {
+            // Bytes that join an older span than their own look older than they are.
+            Some(last) if self.last_is_open || is_full => last.end = end,
+            _ => {
+                self.spans.push_back(Span { end, first: now() });
+                self.last_is_open = true;
+            }
+        }
+        self.at_risk_max = self.at_risk_max.max(self.at_risk());
+    }
+
+    fn sync_starts(&mut self, now: Instant) -> SyncStart {
+        self.last_is_open = false;
+        SyncStart { at: now, position: self.acknowledged, stable: self.stable, oldest: self.oldest() }
+    }
+
+    fn sync_ends(&mut self, start: SyncStart, end: SyncEnd, now: Instant) {
+        if end != SyncEnd::Void {
+            let times = self.times.get_or_insert_with(Times::new);
+            times.record(now.saturating_duration_since(start.at));
+        }
+        match end {
+            SyncEnd::Stable if !self.sync_failed => self.is_stable_to(start.position, now),
+            SyncEnd::Failed => self.distrusts(start),
+            SyncEnd::Stable | SyncEnd::Void => {}
+        }
+    }
+
+    fn is_stable_to(&mut self, position: u128, now: Instant) {
+        if position <= self.stable {
+            return;
+        }
+        self.note_age(now);
+        self.stable = position;
+        while self.spans.front().is_some_and(|span| span.end <= position) {
+            self.spans.pop_front();
+        }
+    }
+
+    /// After a failed sync nothing becomes stable any more. A sync that ended well while this one
+    /// was in flight may have done so only because this one had taken the error that was meant for
+    /// both (the host's kernel reports it once), so what it covered is at risk again.
+    fn distrusts(&mut self, failed: SyncStart) {
+        self.sync_failed = true;
+        if failed.stable < self.stable {
+            self.stable = failed.stable;
+            let first = failed.oldest.unwrap_or(failed.at);
+            match self.spans.front_mut() {
+                Some(span) => span.first = first,
+                None => self.spans.push_back(Span { end: self.acknowledged, first }),
+            }
+        }
+        self.at_risk_max = self.at_risk_max.max(self.at_risk());
+    }
+
+    fn note_age(&mut self, now: Instant) {
+        if let Some(oldest) = self.oldest() {
+            self.oldest_max = self.oldest_max.max(now.saturating_duration_since(oldest));
+        }
+    }
+
+    fn snapshot(&mut self, now: Instant) -> Snapshot {
+        self.note_age(now);
+        let bytes = |count: u128| u64::try_from(count).unwrap_or(u64::MAX);
+        Snapshot {
+            acknowledged_bytes: bytes(self.acknowledged),
+            at_risk_bytes: bytes(self.at_risk()),
+            at_risk_bytes_max: bytes(self.at_risk_max),
+            oldest: self.oldest().map(|oldest| now.saturating_duration_since(oldest)),
+            oldest_max: self.oldest_max,
+            at_risk_bytes_at_end: self.at_risk_at_end.map(bytes),
+            sync_failed: self.sync_failed,
+            syncs: self.times.as_ref().map(Times::summary),
+        }
+    }
+}
+
+/// Times of fdatasyncs. Allocated at the first one, some 18 KiB, and never grown.
+#[derive(Debug)]
+struct Times {
+    count: u64,
+    sum: Duration,
+    min: Duration,
+    max: Duration,
+    /// In nanoseconds. `None` only if its bounds were wrong, which a test excludes.
+    histogram: Option<Histogram<u32>>,
+}
+
+impl Times {
+    fn new() -> Self {
+        let histogram = Histogram::new_with_bounds(nanos(SYNC_MIN), nanos(SYNC_MAX), SYNC_DIGITS).ok();
+        Self { count: 0, sum: Duration::ZERO, min: Duration::MAX, max: Duration::ZERO, histogram }
+    }
+
+    fn record(&mut self, took: Duration) {
+        self.count += 1;
+        self.sum = self.sum.saturating_add(took);
+        self.min = self.min.min(took);
+        self.max = self.max.max(took);
+        if let Some(histogram) = &mut self.histogram {
+            histogram.saturating_record(nanos(took));
+        }
+    }
+
+    fn summary(&self) -> SyncTimes {
+        // The histogram rounds up; nothing took longer than the longest.
+        let quantile = |part| {
+            let found = self.histogram.as_ref().map(|found| found.value_at_quantile(part));
+            found.map_or(self.max, |found| Duration::from_nanos(found).clamp(self.min, self.max))
+        };
+        let mean = self.sum.as_nanos().checked_div(u128::from(self.count)).unwrap_or(0);
+        SyncTimes {
+            count: self.count,
+            min: self.min,
+            mean: Duration::from_nanos(u64::try_from(mean).unwrap_or(u64::MAX)),
+            p50: quantile(0.5),
+            p99: quantile(0.99),
+            max: self.max,
+        }
+    }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What happens to a line, in order.
+    enum Event {
+        /// So many bytes.
+        Ack(u64),
+        /// The sync of this number starts.
+        Start(usize),
+        /// It ends.
+        End(usize, SyncEnd),
+        /// Bytes at risk, and the age of the oldest in events.
+        Is(u64, Option<u64>),
+    }
+
+    use Event::{Ack, End, Is, Start};
+    use SyncEnd::{Failed, Stable, Void};
+
+    /// Plays events, one a second.
+    fn play(what: &str, events: &[Event]) -> Snapshot {
+        let begin = Instant::now();
+        let (mut line, mut starts, mut at) = (Line::default(), Vec::new(), begin);
+        for (number, event) in (0u64..).zip(events) {
+            at = begin + Duration::from_secs(number);
+            match *event {
+                Ack(bytes) => line.acknowledges(bytes, || at),
+                Start(sync) => {
+                    starts.resize(starts.len().max(sync + 1), None);
+                    starts[sync] = Some(line.sync_starts(at));
+                }
+                End(sync, end) => line.sync_ends(starts[sync].unwrap(), end, at),
+                Is(bytes, age) => {
+                    let found = line.snapshot(at);
+                    let age = age.map(Duration::from_secs);
+                    assert_eq!((found.at_risk_bytes, found.oldest), (bytes, age), "{what}, event {number}");
+                }
+            }
+        }
+        line.snapshot(at)
+    }
+
+    #[test]
+    fn a_sync_covers_what_was_acknowledged_before_it_started_whatever_others_do() {
+        let cases: [(&str, &[Event]); 12] = [
+            ("nothing yet", &[Is(0, None), Start(0), End(0, Stable), Is(0, None)]),
+            ("a write and its sync", &[Ack(5), Is(5, Some(1)), Start(0), End(0, Stable), Is(0, None)]),
+            (
+                "the age is the oldest one's",
+                &[
+                    Ack(5),
+                    Ack(6),
+                    Is(11, Some(2)),
+                    Start(0),
+                    Ack(7),
+                    Is(18, Some(5)),
+                    End(0, Stable),
+                    Is(7, Some(3)),
+                ],
+            ),
+            ("a write during the sync", &[Start(0), Ack(5), End(0, Stable), Is(5, Some(2))]),
+            (
+                "the later sync ends first",
+                &[
+                    Ack(1),
+                    Start(0),
+                    Ack(2),
+                    Start(1),
+                    Ack(4),
+                    End(1, Stable),
+                    Is(4, Some(2)),
+                    End(0, Stable),
+                    Is(4, Some(4)),
+                ],
+            ),
+            (
+                "in order",
+                &[
+                    Ack(1),
+                    Start(0),
+                    Ack(2),
+                    Start(1),
+                    End(0, Stable),
+                    Is(2, Some(3)),
+                    End(1, Stable),
+                    Is(0, None),
+                ],
+            ),
+            (
+                "an interrupted sync removes nothing, its repetition does",
+                &[
+                    Ack(1),
+                    Start(0),
+                    End(0, Void),
+                    Is(1, Some(3)),
+                    Ack(2),
+                    Start(0),
+                    End(0, Stable),
+                    Is(0, None),
+                ],
+            ),
+            ("a failed sync removes nothing", &[Ack(1), Start(0), End(0, Failed), Is(1, Some(3))]),
+            (
+                "and no sync after it does",
+                &[Ack(1), Start(0), End(0, Failed), Ack(2), Start(1), End(1, Stable), Is(3, Some(6))],
+            ),
+            (
+                "a sync that ended well during a failed one may have been robbed of its error",
+                &[
+                    Ack(1),
+                    Start(0),
+                    Ack(2),
+                    Start(1),
+                    End(1, Stable),
+                    Is(0, None),
+                    End(0, Failed),
+                    Is(3, Some(7)),
+                ],
+            ),
+            (
+                "one that ended well before the failed one began was not",
+                &[Ack(1), Start(0), End(0, Stable), Ack(2), Start(1), End(1, Failed), Is(2, Some(3))],
+            ),
+            (
+                "two syncs of the same, one fails after the other ended well",
+                &[Start(0), Ack(4), Start(1), End(1, Stable), Is(0, None), End(0, Failed), Is(4, Some(6))],
+            ),
+        ];
+        for (what, events) in cases {
+            play(what, events);
+        }
+    }
+
+    #[test]
+    fn maxima_stay() {
+        let found = play("", &[Ack(5), Ack(6), Start(0), End(0, Stable), Ack(1), Start(1), End(1, Stable)]);
+        assert_eq!((found.acknowledged_bytes, found.at_risk_bytes, found.at_risk_bytes_max), (12, 0, 11));
+        assert_eq!((found.oldest, found.oldest_max), (None, Duration::from_secs(3)));
+    }
+
+    #[test]
+    fn more_syncs_in_flight_than_spans_cost_nothing_but_the_exact_age() {
+        let begin = Instant::now();
+        let mut line = Line::default();
+        let mut starts = Vec::new();
+        for second in 0..1000 {
+            let at = begin + Duration::from_secs(second);
+            line.acknowledges(1, || at);
+            starts.push(line.sync_starts(at));
+        }
+        let end = begin + Duration::from_secs(1000);
+        assert_eq!(line.spans.len(), SPANS_MAX);
+        assert_eq!(line.spans.capacity(), SPANS_MAX, "nothing was allocated");
+        for (sync, left) in [(2, 997), (500, 499), (3, 499), (999, 0)] {
+            line.sync_ends(starts[sync], Stable, end);
+            let found = line.snapshot(end);
+            assert_eq!(found.at_risk_bytes, left);
+            // The byte acknowledged in second n is n seconds younger than the first one.
+            assert!(found.oldest.is_none_or(|age| age >= Duration::from_secs(left)), "{sync}: {found:?}");
+            assert_eq!(found.oldest.is_some(), left > 0);
+        }
+    }
+
+    #[test]
+    fn no_guest_gets_to_the_end_of_the_numbers() {
+        let mut line = Line::default();
+        for _ in 0..5 {
+            line.acknowledges(u64::MAX, Instant::now);
+        }
+        assert_eq!(line.snapshot(Instant::now()).at_risk_bytes, u64::MAX);
+        let start = line.sync_starts(Instant::now());
+        line.acknowledges(7, Instant::now);
+        line.sync_ends(start, Stable, Instant::now());
+        let found = line.snapshot(Instant::now());
+        assert_eq!((found.at_risk_bytes, found.at_risk_bytes_max), (7, u64::MAX));
+    }
+
+    #[test]
+    fn times_are_right_to_two_digits() {
+        let mut times = Times::new();
+        assert!(times.histogram.is_some(), "its bounds are right");
+        for millis in 1..=1000 {
+            times.record(Duration::from_millis(millis));
+        }
+        times.record(SYNC_MAX * 2);
+        let found = times.summary();
+        assert_eq!((found.count, found.min, found.max), (1001, Duration::from_millis(1), SYNC_MAX * 2));
+        for (found, exact) in [(found.p50, 501.0), (found.p99, 991.0)] {
+            let millis = found.as_secs_f64() * 1000.0;
+            assert!((millis / exact - 1.0).abs() < 0.01, "{millis} for {exact}");
+        }
+        let mut one = Times::new();
+        one.record(Duration::from_nanos(3));
+        let found = one.summary();
+        assert_eq!([found.min, found.mean, found.p50, found.p99, found.max], [Duration::from_nanos(3); 5]);
+    }
+}
