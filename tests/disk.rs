@@ -333,7 +333,7 @@ fn images_that_cannot_be_are_refused_with_the_reason_and_the_remedy() {
     let mut vhd_footer = vec![0; 8192];
     vhd_footer[8192 - 512..8192 - 504].copy_from_slice(b"conectix");
     for (path, needles) in [
-        (dir.path().join("missing.img"), &["missing.img", "cannot be opened", "No such file"][..]),
+        (dir.path().join("missing.img"), &["missing.img", "does not exist", "truncate -s 1G"][..]),
         (dir.path().to_path_buf(), &["a directory"][..]),
         ("/dev/null".into(), &["character device"][..]),
         (make("empty.img", b""), &["is empty", "truncate -s 1G"][..]),
