@@ -195,3 +195,43 @@ fn tmpfs_is_seen_through() {
     assert_eq!(told["place"]["file_system"], "tmpfs");
     assert_eq!(told["flush_reaches_disk"]["answer"], "no");
 }
+
+/// What a script in a mount namespace of its own prints; `None` where that needs rights we have not.
+fn in_namespace(script: &str, directory: &std::path::Path) -> Option<Vec<Value>> {
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-ec", script, "sh"]).arg(binary()).current_dir(directory);
+    let output = command.output().ok()?;
+    if !output.status.success() {
+        skip(&format!("no right to mount here: {}", String::from_utf8_lossy(&output.stderr)));
+        return None;
+    }
+    let answers = serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>();
+    Some(answers.map(|answer| answer.unwrap()[0].clone()).collect())
+}
+
+#[test]
+fn mounts_that_break_a_promise_are_seen_and_a_loop_device_is_taken_apart() {
+    let directory = scratch();
+    let overlay = "mkdir l u w m; truncate -s 1M l/a.img
+        mount -t overlay -o lowerdir=l,upperdir=u,workdir=w,volatile overlay m
+        $1 --explain --json --disk m/a.img; test -z \"$(ls u)\"";
+    if let Some(told) = in_namespace(overlay, directory.path()) {
+        assert_eq!(told[0]["flush_reaches_disk"]["answer"], "no", "{}", told[0]);
+        assert!(told[0]["place"]["notes"].to_string().contains("volatile"), "{}", told[0]);
+    }
+    let ext4 = "truncate -s 16M fs.img; mkfs.ext4 -q fs.img; mkdir -p e
+        loop=$(losetup -f --show fs.img); trap 'umount e; losetup -d $loop' EXIT
+        mount -o nobarrier $loop e; truncate -s 1M e/a.img
+        $1 --explain --json --disk e/a.img; $1 --explain --json --disk $loop,cache=none";
+    if let Some(told) = in_namespace(ext4, directory.path()) {
+        let [file, device] = told.as_slice() else { panic!("{told:?}") };
+        assert_eq!(file["flush_reaches_disk"]["answer"], "no", "{file}");
+        assert!(file["host_disks"][0]["name"].as_str().unwrap().starts_with("loop"), "{file}");
+        assert_eq!(
+            (&device["kind"], &device["open_flags"]),
+            (&"block device".into(), &"O_RDWR|O_EXCL|O_DIRECT".into())
+        );
+        assert!(device["warnings"].to_string().contains("mounted"), "{device}");
+        assert!(!device["warnings"].to_string().contains("tmpfs"), "the node's own place says nothing");
+    }
+}

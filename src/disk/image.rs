@@ -177,7 +177,8 @@ impl Image {
         }
         let mut warnings = Vec::new();
         let geometry = find_geometry(&file, options, kind)?;
-        if options.cache.direct && is_tmpfs(&file) {
+        // A device's node lies in a tmpfs too.
+        if options.cache.direct && kind == Kind::File && is_tmpfs(&file) {
             warnings.push(format!(
                 "{}: tmpfs takes O_DIRECT but keeps everything in memory, so cache={} means nothing here",
                 options.path.display(),

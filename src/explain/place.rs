@@ -102,7 +102,8 @@ static RULES: [Rule; 8] = [
     },
     Rule {
         file_systems: &["overlay"],
-        options: &["volatile"],
+        // Linux 6.18 shows the second for the first.
+        options: &["volatile", "fsync=volatile"],
         direct: false,
         flush: Flush::Stops,
         note: "mounted volatile: fdatasync and RWF_DSYNC do nothing",
@@ -289,6 +290,7 @@ mod tests {
             ("1 1 0:5 / /tmp rw - tmpfs tmpfs rw", true, "fiction", true, false),
             ("1 1 0:5 / /tmp rw - tmpfs tmpfs rw", false, "in memory", true, false),
             ("1 1 0:5 / / rw - overlay overlay rw,upperdir=/u,volatile", true, "volatile", true, false),
+            ("1 1 0:5 / / rw - overlay overlay rw,upperdir=/u,fsync=volatile", true, "volatile", true, false),
             ("1 1 0:5 / / rw - overlay overlay rw,upperdir=/u", true, "layer below", false, false),
             ("1 1 8:1 / / rw - ext4 /dev/sda1 rw,nobarrier", true, "barriers", true, false),
             ("1 1 8:1 / / rw - ext4 /dev/sda1 rw,barrier=0", true, "barriers", true, false),
