@@ -39,6 +39,7 @@ pub fn strace(log: &std::path::Path) -> Command {
     strace
 }
 
+/// Says that tests are skipped where it is not.
 pub fn strace_is_here() -> bool {
     let here = Command::new("strace").arg("-V").output().is_ok();
     if !here {

@@ -8,7 +8,7 @@ use std::fmt;
 use std::ops::Range;
 
 use crate::guest::{Ended, Kind, Request, requests};
-use crate::host::{File, Host, Write};
+use crate::host::{File, Host, Sync, Write};
 use crate::parse::{Position, calls};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -146,8 +146,7 @@ fn judge(request: &Request, all: &[Request], host: &Host) -> Vec<Finding> {
         Kind::Write { bytes, stable } => judge_write(request, bytes, *stable, end, host),
     };
     let promises = !matches!(request.kind, Kind::Write { stable: false, .. });
-    let failed = host.syncs.iter().find(|sync| sync.error.is_some() && sync.exit < request.submitted);
-    if let (true, Some(failed)) = (promises, failed) {
+    if let (true, Some(failed)) = (promises, failure_before(request, end, host)) {
         found.push(Finding::AfterFailedSync {
             request: request.number,
             error: failed.error.clone().unwrap_or_default(),
@@ -199,6 +198,18 @@ fn judge_flush(request: &Request, end: &Ended, all: &[Request], host: &Host) -> 
         }
     }
     found
+}
+
+/// A sync that had failed before the acknowledgement, and before anything of this request's own that
+/// could make it stable had begun. A later sync that succeeds means nothing: the kernel has dropped the
+/// data and called the pages clean.
+fn failure_before<'a>(request: &Request, end: &Ended, host: &'a Host) -> Option<&'a Sync> {
+    let syncs = host.syncs.iter().filter(|sync| sync.error.is_none()).map(|sync| (sync.entry, sync.exit));
+    let writes = host.writes.iter().filter(|call| call.dsync).map(|call| (call.entry, call.exit));
+    let own = syncs.chain(writes).filter(|&(entry, exit)| entry > request.submitted && exit < end.position);
+    let first_own = own.map(|(entry, _)| entry).min().unwrap_or(Position::MAX);
+    let failed = |sync: &&Sync| sync.error.is_some() && sync.exit < end.position.min(first_own);
+    host.syncs.iter().find(failed)
 }
 
 /// Did calls write all of it between its submission and its end?
