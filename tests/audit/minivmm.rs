@@ -17,16 +17,22 @@ const MODES: [(&str, bool, bool); 5] = [
 ];
 
 fn audit(mode: &str, words: &str) -> Audit {
+    audit_with(mode, words, &[], exit(0x28))
+}
+
+/// `faults` are strace's: calls that are not made and seem to fail. `status`: how minivmm then ends.
+fn audit_with(mode: &str, words: &str, faults: &[&str], status: i32) -> Audit {
     let image = Image::new();
     let (log, console) = (image.path.with_extension("strace"), image.path.with_extension("console"));
     let mut strace = strace(&log);
-    strace.arg(binary());
+    strace.args(faults.iter().flat_map(|fault| ["-e", fault])).arg(binary());
     start(&mut strace, Entry::Pvh, &format!("scenario=audit {words}"));
     strace.arg("--console").arg(format!("file={}", console.display())).args(["--timeout", "60", "--disk"]);
     strace.arg(image.disk(&format!("cache={mode}")));
     let what = format!("cache={mode} {words}");
-    run(&mut strace, b"").expect(exit(0x28), &what);
+    run(&mut strace, b"").expect(status, &what);
     let trace = String::from_utf8_lossy(&fs::read(log).unwrap()).into_owned();
+    assert_eq!(trace.contains("(INJECTED)"), !faults.is_empty(), "{what}: did the fault strike?");
     let console = File::Path(console.to_str().unwrap().into());
     Audit::of(&trace, image.path.to_str().unwrap(), &console).unwrap_or_else(|e| panic!("{what}: {e}"))
 }
@@ -53,6 +59,37 @@ fn every_mode_keeps_what_it_acknowledges_and_unsafe_does_not() {
                 must_find_everything(&audit, flushes, stable, &what);
             }
         }
+    }
+}
+
+#[test]
+fn a_sync_that_fails_is_told_and_no_later_one_is_trusted() {
+    if !kvm() || !strace_is_here() {
+        return;
+    }
+    for mode in ["none", "writeback"] {
+        // strace counts in each thread: the worker's second fdatasync is the second FLUSH's.
+        let fault = "inject=fdatasync:error=EIO:when=2";
+        let audit = audit_with(mode, "", &[fault], FAILURE);
+        assert_eq!((audit.writes, audit.flushes), (8, 1), "cache={mode}: {audit}");
+        assert_eq!(audit.findings, [], "cache={mode}: {audit}");
+        // Its first is for the cache that was turned off. Writes that must be stable fail from there on.
+        let audit = audit_with(mode, "wb=0", &[fault], FAILURE);
+        assert_eq!((audit.writes, audit.flushes), (2, 0), "cache={mode} wb=0: {audit}");
+        assert_eq!(audit.findings, [], "cache={mode} wb=0: {audit}");
+    }
+}
+
+#[test]
+fn calls_that_are_interrupted_are_made_again() {
+    if !kvm() || !strace_is_here() {
+        return;
+    }
+    for (mode, call) in [("writeback", "pwritev2"), ("writethrough", "pwritev2"), ("none", "fdatasync")] {
+        let fault = format!("inject={call}:error=EINTR:when=2+2");
+        let audit = audit_with(mode, "", &[&fault], exit(0x28));
+        assert_eq!((audit.writes, audit.flushes), (8, 6), "cache={mode}: {audit}");
+        assert_eq!(audit.findings, [], "cache={mode}: {audit}");
     }
 }
 
