@@ -136,7 +136,9 @@ pub fn requests(console: &[Output]) -> Result<Vec<Request>, String> {
         }
     }
     if found.is_empty() {
-        return Err("the guest's log is not in the trace: is this the console's file?".into());
+        return Err("the guest's log is not in what was written to the console that was named: look in the trace for \
+            a write of \"@\", which tells the descriptor and its name"
+            .into());
     }
     Ok(found)
 }

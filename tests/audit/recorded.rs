@@ -257,7 +257,7 @@ fn the_negotiation_in_force_decides_what_a_write_promises() {
 #[test]
 fn an_audit_that_cannot_be_made_says_why() {
     for (lines, reason) in [
-        (vec![WRITE], "is not in the trace"),
+        (vec![WRITE], "is not in what was written"),
         (vec!["@S 01 W 0008 08"], "no @N"),
         (vec!["@A 01 00"], "never submitted"),
         (vec![BACK, "@S 01 F", "@S 01 F"], "was there before"),
