@@ -77,7 +77,7 @@ scenario_audit:
 3:      call    audit_wait
 5:      addq    $4, %rbp
         jmp     1b
-4:      movl    $0x28, %edi
+4:      movl    $0x2a, %edi
         jmp     exit
 
 /* Tells of the request of the step at rbp, then makes it available and rings the doorbell. */

@@ -19,7 +19,7 @@
  *                 wb=0 wb=1 sets `writeback` before the first write, in the first round only
  *                 second    uses the second device
  *                 twice     does all of it again after the reset
- *   audit       writes and FLUSHes, told one by one, for the auditor; exit code 0x28. Variants as above
+ *   audit       writes and FLUSHes, told one by one, for the auditor; exit code 0x2a. Variants as above
  *   inflight    resets the device with a write in flight; exit code 0x23
  *   echo        echoes COM1 until it reads a `q`; exit code 0x21
  *   badinsn     lock cmpxchg16b, which an emulating KVM lacks; exit code 0x22

@@ -17,7 +17,7 @@ const MODES: [(&str, bool, bool); 5] = [
 ];
 
 fn audit(mode: &str, words: &str) -> Audit {
-    audit_with(mode, words, &[], exit(0x28))
+    audit_with(mode, words, &[], exit(0x2a))
 }
 
 /// `faults` are strace's: calls that are not made and seem to fail. `status`: how minivmm then ends.
@@ -87,7 +87,7 @@ fn calls_that_are_interrupted_are_made_again() {
     }
     for (mode, call) in [("writeback", "pwritev2"), ("writethrough", "pwritev2"), ("none", "fdatasync")] {
         let fault = format!("inject={call}:error=EINTR:when=2+2");
-        let audit = audit_with(mode, "", &[&fault], exit(0x28));
+        let audit = audit_with(mode, "", &[&fault], exit(0x2a));
         assert_eq!((audit.writes, audit.flushes), (8, 6), "cache={mode}: {audit}");
         assert_eq!(audit.findings, [], "cache={mode}: {audit}");
     }

@@ -94,7 +94,7 @@ fn audit_with(graph: Graph, write_cache: bool, words: &str, faults: &[&str]) -> 
         &format!("virtio-blk-device,drive=disk,bus=virtio-mmio-bus.0,write-cache={cache}"),
     ]);
     let what = format!("{graph:?}, write-cache={cache}, {words}");
-    run(&mut strace, b"").expect(exit(0x28), &what);
+    run(&mut strace, b"").expect(exit(0x2a), &what);
     let trace = String::from_utf8_lossy(&fs::read(log).unwrap()).into_owned();
     assert_eq!(trace.contains("(INJECTED)"), !faults.is_empty(), "{what}: did the fault strike?");
     let console = File::Path(console.to_str().unwrap().into());
