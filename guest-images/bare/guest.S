@@ -21,6 +21,7 @@
  *                 zeroes    negotiates WRITE_ZEROES too, and zeroes sectors 72 to 79
  *                 second    uses the second device
  *                 twice     does all of it again after the reset
+ *   audit       writes and FLUSHes, told one by one, for the auditor; exit code 0x2a. Variants as above
  *   inflight    resets the device with a write in flight; exit code 0x23
  *   echo        echoes COM1 until it reads a `q`; exit code 0x21
  *   badinsn     lock cmpxchg16b, which an emulating KVM lacks; exit code 0x22
@@ -192,6 +193,7 @@ scenarios:
         .quad   11f, scenario_spin
         .quad   12f, scenario_inflight
         .quad   13f, scenario_chatter
+        .quad   14f, scenario_audit
         .quad   0
 1:      .asciz  "io"
 2:      .asciz  "echo"
@@ -206,6 +208,7 @@ scenarios:
 11:     .asciz  "spin"
 12:     .asciz  "inflight"
 13:     .asciz  "chatter"
+14:     .asciz  "audit"
 word_scenario:  .asciz "scenario="
 word_noflush:   .asciz "noflush"
 word_nowce:     .asciz "nowce"
@@ -316,6 +319,7 @@ halt:
         jmp     halt
 
 #include "disk.S"
+#include "audit.S"
 #include "text.S"
 
 /* ------------------------------------------------------------------ data */
