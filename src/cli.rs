@@ -3,17 +3,21 @@
 //! Owns arguments, their help, exit statuses, and the search for the bundled test guest. The disk's
 //! keys are `disk`'s, in the table from which the help is made.
 
+pub mod command;
 mod find_guest;
 mod size;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, Parser};
+use clap::error::ErrorKind;
+use clap::{ArgAction, CommandFactory, Parser};
 
 use crate::boot::cmdline;
 use crate::disk::DiskOptions;
+use crate::job::{self, JobError};
 use crate::vmm::{Config, ConsoleTarget, Ending};
+use command::{CommandArgs, ConsoleTaken};
 
 pub use find_guest::GuestNotFound;
 
@@ -58,12 +62,12 @@ pub struct Args {
     #[arg(long = "disk", value_name = "PATH[,KEY=VALUE]...", long_help = disk_help())]
     disks: Vec<DiskOptions>,
 
-    /// Kernel console, a 16550 (ttyS0): stdio, off, or file=PATH
+    /// Kernel console, a 16550 (ttyS0): stdio, stderr, off, or file=PATH [default: stdio]
     ///
     /// On a terminal Ctrl-A x ends the VM, and Ctrl-A h lists the keys. What is no terminal is passed
     /// as it is.
-    #[arg(long, value_name = "stdio|off|file=PATH", default_value = "stdio", value_parser = console)]
-    console: ConsoleTarget,
+    #[arg(long, value_name = "stdio|stderr|off|file=PATH", value_parser = console)]
+    console: Option<ConsoleTarget>,
 
     /// End the VM after so many seconds
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
@@ -76,6 +80,9 @@ pub struct Args {
     /// Say nothing but errors
     #[arg(short, long, conflicts_with = "verbose")]
     quiet: bool,
+
+    #[command(flatten)]
+    command: CommandArgs,
 }
 
 fn disk_help() -> String {
@@ -85,9 +92,10 @@ fn disk_help() -> String {
 fn console(text: &str) -> Result<ConsoleTarget, String> {
     match text.split_once('=') {
         None if text == "stdio" => Ok(ConsoleTarget::Stdio),
+        None if text == "stderr" => Ok(ConsoleTarget::Stderr),
         None if text == "off" => Ok(ConsoleTarget::Off),
         Some(("file", path)) if !path.is_empty() => Ok(ConsoleTarget::File(path.into())),
-        _ => Err("it is stdio, off, or file=PATH".into()),
+        _ => Err("it is stdio, stderr, off, or file=PATH".into()),
     }
 }
 
@@ -100,7 +108,37 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// Why the machine that the arguments describe cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each is its source's")]
+pub enum ConfigError {
+    #[error(transparent)]
+    Guest(#[from] GuestNotFound),
+    #[error(transparent)]
+    Console(#[from] ConsoleTaken),
+    #[error(transparent)]
+    Job(#[from] JobError),
+}
+
 impl Args {
+    /// The arguments; wrong ones end the program with their error.
+    pub fn of_process() -> Self {
+        let args = Self::parse();
+        if let Err(conflict) = args.command.console(args.console.clone(), false) {
+            Self::command().error(ErrorKind::ArgumentConflict, conflict).exit();
+        }
+        if args.command.is_given() && args.initrd.as_deref().is_some_and(|path| path.as_os_str() == "none") {
+            let why = "a COMMAND is run by the init of the --initrd, which cannot be none";
+            Self::command().error(ErrorKind::ArgumentConflict, why).exit();
+        }
+        args
+    }
+
+    /// What they say of a command, and whether only errors are to be told.
+    pub fn command_args(&self) -> (&CommandArgs, bool) {
+        (&self.command, self.quiet)
+    }
+
     /// How much is to be logged.
     pub fn log_level(&self) -> log::LevelFilter {
         match (self.quiet, self.verbose) {
@@ -113,7 +151,7 @@ impl Args {
     }
 
     /// The machine that they describe, with the test guest in the place of what was not given.
-    pub fn into_config(self) -> Result<Config, GuestNotFound> {
+    pub fn into_config(self) -> Result<Config, ConfigError> {
         let initrd_given = self.initrd.is_some();
         let (kernel, initrd) = match (self.kernel, self.initrd) {
             (Some(kernel), Some(initrd)) => (kernel, initrd),
@@ -123,20 +161,27 @@ impl Args {
             }
         };
         let no_initrd = initrd_given && initrd.as_os_str() == "none";
+        let console = self.command.console(self.console, self.verbose > 0)?;
+        // A command line of the user's stays as it is.
+        let base = match self.command.is_given() && self.cmdline == cmdline::DEFAULT {
+            true => cmdline::for_command(self.verbose > 0),
+            false => self.cmdline,
+        };
         Ok(Config {
             kernel,
             initrd: (!no_initrd).then_some(initrd),
-            cmdline: self.append.iter().fold(self.cmdline, |line, more| cmdline::append(&line, more)),
+            cmdline: self.append.iter().fold(base, |line, more| cmdline::append(&line, more)),
             memory_bytes: self.memory,
             cpus: self.cpus,
             disks: self.disks,
-            console: self.console,
+            console,
             timeout: self.timeout,
+            job: self.command.into_job().map(|job| job::archive(&job)).transpose()?,
         })
     }
 }
 
-/// With which number minivmm ends. 3 to 123 are kept for commands run in the guest.
+/// With which number minivmm ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExitStatus {
     /// The guest has powered off or reset, or the user has ended the VM with Ctrl-A x.
@@ -153,6 +198,8 @@ pub enum ExitStatus {
     Signal(i32),
     /// A guest has written this to the exit port.
     ExitPort(u8),
+    /// The guest's command has ended, which gives this.
+    Command(i32),
 }
 
 impl ExitStatus {
@@ -165,6 +212,13 @@ Exit status:
   125    minivmm or the host has failed; a failed last fdatasync is one
   126    --timeout has passed
   128+n  ended by signal n (SIGHUP 129, SIGINT 130, SIGTERM 143), in order
+With a COMMAND its own status is minivmm's, and besides:
+  123    also for its own 124, 125 and 126, with a word on standard error
+  125    also where the guest has ended without telling how the command ended
+  127    the command was not found in the guest, or could not be started
+  128+n  also where signal n has killed the command, with a word on standard error
+
+Without one:
   2v+1   a guest has written v to the exit port 0xf4 (modulo 256: v = 0x3e, 0x40,
          0x47 and v + 0x80 give a number that has another meaning too)";
 
@@ -177,6 +231,7 @@ Exit status:
             Self::Failure => 125,
             Self::Timeout => 126,
             Self::Signal(signal) => 128 + signal,
+            Self::Command(status) => status,
             Self::ExitPort(value) => (i32::from(value) << 1 | 1) & 0xff,
         }
     }
@@ -190,6 +245,8 @@ impl From<Ending> for ExitStatus {
             Ending::ExitPort(value) => Self::ExitPort(value),
             Ending::Signal(signal) => Self::Signal(signal),
             Ending::Timeout => Self::Timeout,
+            Ending::Command(end, _) => Self::Command(end.exit_status()),
+            Ending::NoReport => Self::Failure,
         }
     }
 }

@@ -7,12 +7,14 @@
 //! |---|---|---|
 //! | [`cli`] | arguments, `--help`, exit statuses | |
 //! | [`vmm`] | builds the machine in order, runs it, stops it in order | |
+//! | [`job`] | a command for the guest: its archive, libraries, messages, status file | KVM, devices |
 //! | [`terminal`] | the terminal's raw mode, and its restoration | |
 //! | [`vcpu`], [`kvm`] | the KVM_RUN loop, irqfd, ioeventfd, CPUID, MSRs | virtio, disks |
 //! | [`boot`] | kernel, initrd, command line, zero page, CPU state, ACPI | devices' insides |
 //! | [`bus`], [`devices`] | port and MMIO dispatch; serial, power, RTC | KVM |
 //! | [`virtio`] | device trait, register core, mmio transport, virtqueues | blocks, files |
 //! | [`blk`] | virtio-blk: features, config space, requests, the worker | KVM, transports |
+//! | [`console`] | virtio-console: ports, their control messages, the host's streams | KVM, transports |
 //! | [`disk`] | one host image: flags, locking, policy, engines, sticky error | virtio, KVM |
 //! | [`layout`], [`mem`], [`ratelimit`] | the address map; guest memory and pieces of it; quiet logs | everything |
 //!
@@ -22,8 +24,10 @@ pub mod blk;
 pub mod boot;
 pub mod bus;
 pub mod cli;
+pub mod console;
 pub mod devices;
 pub mod disk;
+pub mod job;
 pub mod kvm;
 pub mod layout;
 pub mod mem;
