@@ -42,7 +42,9 @@ impl Add {
         let name = || self.host.file_name().map(PathBuf::from);
         let place = match &self.guest {
             // As cp has it: a slash at the end is a directory to put it into.
-            Some(guest) if guest.as_os_str().as_bytes().ends_with(b"/") => name().map(|name| guest.join(name)),
+            Some(guest) if guest.as_os_str().as_bytes().ends_with(b"/") => {
+                name().map(|name| guest.join(name))
+            }
             Some(guest) => Some(guest.clone()),
             None if self.host.is_absolute() => Some(self.host.clone()),
             None => fs::canonicalize(&self.host)

@@ -175,7 +175,8 @@ mod tests {
 
     #[test]
     fn messages_are_read_whatever_way_they_are_cut() {
-        let text = b"started\nnonsense\nexited 7\nkilled 9\nkilled 0\nexited 256\nfailed find 2\nfailed exec 8\n";
+        let text =
+            b"started\nnonsense\nexited 7\nkilled 9\nkilled 0\nexited 256\nfailed find 2\nfailed exec 8\n";
         let expected = vec![
             Message::Started,
             Message::Ended(CommandEnd::Exited(7)),
