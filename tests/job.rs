@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
 #[path = "common/host.rs"]
+#[allow(dead_code, reason = "each test file uses its part")]
 mod host;
 
 use host::{Host, Outcome, Place};
