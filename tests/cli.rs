@@ -92,7 +92,10 @@ fn an_error_is_printed_once_with_what_it_is_about() {
     for (args, words) in [
         (&["--disk", "missing.img", "--kernel", "k", "--initrd", "none"][..], &["missing.img"][..]),
         (&["--console", "file=no/such/file", "--kernel", "k", "--initrd", "none"], &["no/such/file"]),
-        (&["--kernel", "k", "--initrd", "i", "--add", "gone", "--", "x"], &["cannot add gone", "No such file"]),
+        (
+            &["--kernel", "k", "--initrd", "i", "--add", "gone", "--", "x"],
+            &["cannot add gone", "No such file"],
+        ),
         (
             &["--kernel", "k", "--initrd", "i", "--add", "/etc/passwd:/proc/p", "--", "x"],
             &["/proc/p", "of its own"],
@@ -102,7 +105,10 @@ fn an_error_is_printed_once_with_what_it_is_about() {
             &["/a/../b", "without `..`"],
         ),
         (&["--kernel", "k", "--initrd", "i", "--add", "/dev/null:/n", "--", "x"], &["/dev/null", "no file"]),
-        (&["--kernel", "k", "--initrd", "none", "--status-file", "no/dir/file"], &["status file", "No such file"]),
+        (
+            &["--kernel", "k", "--initrd", "none", "--status-file", "no/dir/file"],
+            &["status file", "No such file"],
+        ),
     ] {
         let output = minivmm(directory.path(), args);
         assert_eq!(output.status.code(), Some(FAILURE), "{args:?}");
