@@ -32,7 +32,7 @@ run: deps build guest
 	@guest-images/demo
 
 # Single-threaded where a test's guests share two CPUs anyway.
-test: deps lint guest-all
+test: deps lint guest-all guest-small
 	@cargo test --release --locked
 	@guest-images/which-host >/dev/null
 

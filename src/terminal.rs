@@ -147,20 +147,22 @@ fn install_restorers() {
     });
 }
 
-/// Restores the terminal and leaves the rest to whoever handled the signal before us.
+/// Restores the terminal. A fault then comes again, for whoever handled it before us, because its
+/// instruction is tried again; a signal that was sent does not, and kills here.
 extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     restore();
     let before = FATAL.iter().zip(&BEFORE).find(|(number, _)| **number == signal);
-    // SAFETY: all calls are async-signal-safe; the kernel hands a siginfo_t; the action is the one
-    // that sigaction gave, or the default.
+    // SAFETY: all calls are async-signal-safe; the kernel hands a siginfo_t; the action is one that
+    // sigaction gave.
     unsafe {
         match before.and_then(|(_, before)| before.get()) {
-            Some(action) => _ = libc::sigaction(signal, action, std::ptr::null_mut()),
-            None => _ = libc::signal(signal, libc::SIG_DFL),
-        }
-        // A fault comes again when the instruction is tried again; a signal that was sent does not.
-        if (*info).si_code <= 0 {
-            libc::raise(signal);
+            Some(action) if (*info).si_code > 0 => {
+                libc::sigaction(signal, action, std::ptr::null_mut());
+            }
+            _ => {
+                libc::signal(signal, libc::SIG_DFL);
+                libc::raise(signal);
+            }
         }
     }
 }

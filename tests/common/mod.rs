@@ -6,3 +6,4 @@
 pub mod driver;
 pub mod engines;
 pub mod images;
+pub mod loops;
