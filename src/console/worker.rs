@@ -17,6 +17,9 @@ use crate::ratelimit::RateLimit;
 use crate::virtio::Activation;
 use crate::warn_limited;
 
+/// A guest that goes on writing while its device is reset is not listened to for ever.
+const LAST_TURNS_MAX: u32 = 64;
+
 /// What the device wants of its worker. The end of the channel means: end.
 enum Order {
     Start(Box<Activation>),
@@ -142,7 +145,7 @@ impl Worker {
                 }
                 Ok(Order::Stop(done)) => {
                     // What a guest had written before it died goes out, as far as nobody waits.
-                    self.turn();
+                    let _ = (0..LAST_TURNS_MAX).any(|_| !self.turn());
                     self.live = None;
                     let _ = done.send(());
                 }
