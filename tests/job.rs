@@ -12,7 +12,7 @@ use host::{Host, Outcome, Place};
 /// Sets `vm`: minivmm with a guest of this kernel.
 fn vm(kernel: &str) -> String {
     format!(
-        "vm() {{ minivmm --timeout 100 --kernel $GUESTS/{kernel}/vmlinuz --initrd $GUESTS/{kernel}/initrd.cpio \
+        "vm() {{ minivmm --timeout 200 --kernel $GUESTS/{kernel}/vmlinuz --initrd $GUESTS/{kernel}/initrd.cpio \
          --status-file status.json \"$@\"; }}\n"
     )
 }
