@@ -4,6 +4,7 @@
 //! keys are `disk`'s, in the table from which the help is made. Manual page and completions are made
 //! from the same definitions (`examples/manual.rs`).
 
+pub mod command;
 mod find_guest;
 mod help;
 mod size;
@@ -11,11 +12,14 @@ mod size;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 
 use crate::boot::cmdline;
 use crate::disk::DiskOptions;
+use crate::job::{self, JobError};
 use crate::vmm::{Config, ConsoleTarget, Ending, StatsTarget};
+use command::{CommandArgs, ConsoleTaken};
 
 pub use find_guest::GuestNotFound;
 
@@ -76,12 +80,12 @@ pub struct Args {
     #[arg(long, requires = "explain", help_heading = help::DISKS)]
     json: bool,
 
-    /// Kernel console, a 16550 (ttyS0): stdio, off, or file=PATH
+    /// Kernel console, a 16550 (ttyS0): stdio, stderr, off, or file=PATH [default: stdio]
     ///
     /// On a terminal Ctrl-A x ends the VM, and Ctrl-A h lists the keys. What is no terminal is passed
     /// as it is.
-    #[arg(long, value_name = "stdio|off|file=PATH", default_value = "stdio", value_parser = console, help_heading = help::RUNNING)]
-    console: ConsoleTarget,
+    #[arg(long, value_name = "stdio|stderr|off|file=PATH", value_parser = console, help_heading = help::RUNNING)]
+    console: Option<ConsoleTarget>,
 
     /// End the VM after so many seconds
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = help::RUNNING)]
@@ -101,6 +105,9 @@ pub struct Args {
     /// Say nothing but errors
     #[arg(short, long, conflicts_with = "verbose", help_heading = help::RUNNING)]
     quiet: bool,
+
+    #[command(flatten)]
+    job: CommandArgs,
 }
 
 /// What minivmm does besides running a guest.
@@ -125,7 +132,7 @@ enum Command {
 #[derive(Debug)]
 pub enum Task {
     /// A guest run.
-    Run(Config),
+    Run,
     /// This machine looked at.
     Check {
         /// As JSON.
@@ -154,9 +161,10 @@ fn cpus(text: &str) -> Result<u8, String> {
 fn console(text: &str) -> Result<ConsoleTarget, String> {
     match text.split_once('=') {
         None if text == "stdio" => Ok(ConsoleTarget::Stdio),
+        None if text == "stderr" => Ok(ConsoleTarget::Stderr),
         None if text == "off" => Ok(ConsoleTarget::Off),
         Some(("file", path)) if !path.is_empty() => Ok(ConsoleTarget::File(path.into())),
-        _ => Err("it is stdio, off, or file=PATH".into()),
+        _ => Err("it is stdio, stderr, off, or file=PATH".into()),
     }
 }
 
@@ -169,19 +177,44 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// Why the machine that the arguments describe cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each is its source's")]
+pub enum ConfigError {
+    #[error(transparent)]
+    Guest(#[from] GuestNotFound),
+    #[error(transparent)]
+    Console(#[from] ConsoleTaken),
+    #[error(transparent)]
+    Job(#[from] JobError),
+}
+
 impl Args {
     /// The arguments of this process; ends it where they are wrong, or ask for help.
     pub fn of_process() -> Self {
-        Self::try_parse().unwrap_or_else(|error| help::improve(error).exit())
+        let args = Self::try_parse().unwrap_or_else(|error| help::improve(error).exit());
+        if let Err(conflict) = args.job.console(args.console.clone(), false) {
+            Self::command().error(ErrorKind::ArgumentConflict, conflict).exit();
+        }
+        if args.job.is_given() && args.initrd.as_deref().is_some_and(|path| path.as_os_str() == "none") {
+            let why = "a COMMAND is run by the init of the --initrd, which cannot be none";
+            Self::command().error(ErrorKind::ArgumentConflict, why).exit();
+        }
+        args
     }
 
-    /// What is to be done.
-    pub fn into_task(self) -> Result<Task, GuestNotFound> {
+    /// What is to be done, where that is not to run a guest.
+    pub fn task(&self) -> Task {
         match self.command {
-            Some(Command::Check { json, quiet }) => Ok(Task::Check { json, quiet }),
-            None if self.explain => Ok(Task::Explain { disks: self.disks, json: self.json }),
-            None => self.into_config().map(Task::Run),
+            Some(Command::Check { json, quiet }) => Task::Check { json, quiet },
+            None if self.explain => Task::Explain { disks: self.disks.clone(), json: self.json },
+            None => Task::Run,
         }
+    }
+
+    /// What they say of a command, and whether only errors are to be told.
+    pub fn command_args(&self) -> (&CommandArgs, bool) {
+        (&self.job, self.quiet)
     }
 
     /// How much is to be logged.
@@ -200,7 +233,7 @@ impl Args {
     }
 
     /// The machine that they describe, with the test guest in the place of what was not given.
-    pub fn into_config(self) -> Result<Config, GuestNotFound> {
+    pub fn into_config(self) -> Result<Config, ConfigError> {
         let initrd_given = self.initrd.is_some();
         let (kernel, initrd) = match (self.kernel, self.initrd) {
             (Some(kernel), Some(initrd)) => (kernel, initrd),
@@ -210,21 +243,28 @@ impl Args {
             }
         };
         let no_initrd = initrd_given && initrd.as_os_str() == "none";
+        let console = self.job.console(self.console, self.verbose > 0)?;
+        // A command line of the user's stays as it is.
+        let base = match self.job.is_given() && self.cmdline == cmdline::DEFAULT {
+            true => cmdline::for_command(self.verbose > 0),
+            false => self.cmdline,
+        };
         Ok(Config {
             kernel,
             initrd: (!no_initrd).then_some(initrd),
-            cmdline: self.append.iter().fold(self.cmdline, |line, more| cmdline::append(&line, more)),
+            cmdline: self.append.iter().fold(base, |line, more| cmdline::append(&line, more)),
             memory_bytes: self.memory,
             cpus: self.cpus,
             disks: self.disks,
-            console: self.console,
+            console,
             timeout: self.timeout,
             stats: self.stats.map(|file| file.map_or(StatsTarget::Stderr, StatsTarget::Json)),
+            job: self.job.into_job().map(|job| job::archive(&job)).transpose()?,
         })
     }
 }
 
-/// With which number minivmm ends. 3 to 123 are kept for commands run in the guest.
+/// With which number minivmm ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExitStatus {
     /// The guest has powered off or reset, or the user has ended the VM with Ctrl-A x.
@@ -243,6 +283,8 @@ pub enum ExitStatus {
     ExitPort(u8),
     /// `check`: Linux guests do not run here.
     NoLinux,
+    /// The guest's command has ended, which gives this.
+    Command(i32),
 }
 
 impl ExitStatus {
@@ -256,6 +298,7 @@ impl ExitStatus {
             Self::Failure => 125,
             Self::Timeout => 126,
             Self::Signal(signal) => 128 + signal,
+            Self::Command(status) => status,
             Self::ExitPort(value) => (i32::from(value) << 1 | 1) & 0xff,
         }
     }
@@ -269,6 +312,8 @@ impl From<Ending> for ExitStatus {
             Ending::ExitPort(value) => Self::ExitPort(value),
             Ending::Signal(signal) => Self::Signal(signal),
             Ending::Timeout => Self::Timeout,
+            Ending::Command(end, _) => Self::Command(end.exit_status()),
+            Ending::NoReport => Self::Failure,
         }
     }
 }

@@ -8,6 +8,7 @@
 //! | [`cli`] | arguments, `--help`, exit statuses | |
 //! | [`check`] | can this machine run Linux guests? | |
 //! | [`vmm`] | builds the machine in order, runs it, stops it in order | |
+//! | [`job`] | a command for the guest: its archive, libraries, messages, status file | KVM, devices |
 //! | [`terminal`] | the terminal's raw mode, and its restoration | |
 //! | [`stats`] | figures of a run as JSON and text | how they are counted |
 //! | [`vcpu`], [`kvm`] | the KVM_RUN loop, irqfd, ioeventfd, CPUID, MSRs | virtio, disks |
@@ -16,6 +17,7 @@
 //! | [`virtio`] | device trait, register core, mmio transport, virtqueues | blocks, files |
 //! | [`explain`] | what a disk will do, told without doing it | KVM |
 //! | [`blk`] | virtio-blk: features, config space, requests, the worker | KVM, transports |
+//! | [`console`] | virtio-console: ports, their control messages, the host's streams | KVM, transports |
 //! | [`disk`] | one host image: flags, locking, policy, engines, sticky error | virtio, KVM |
 //! | [`layout`], [`mem`] | the address map; guest memory and pieces of it | everything |
 //! | [`ratelimit`], [`text`], [`mutants`] | quiet logs; wrapped lines; deliberate mistakes | everything |
@@ -27,9 +29,11 @@ pub mod boot;
 pub mod bus;
 pub mod check;
 pub mod cli;
+pub mod console;
 pub mod devices;
 pub mod disk;
 pub mod explain;
+pub mod job;
 pub mod kvm;
 pub mod layout;
 pub mod mem;

@@ -1,43 +1,61 @@
 //! minivmm's binary: arguments in, a machine run, its exit status out.
 //!
-//! Owns the one place where an error is printed, once, with its chain of causes.
+//! Owns the order: what went wrong is told in one place, once, with its chain of causes
+//! (`cli::command`).
 
 use std::io::Write;
 
 use anyhow::{Context, Result};
-use minivmm::cli::{Args, ExitStatus, Task};
+use minivmm::cli::{Args, ExitStatus, Task, command};
 use minivmm::disk::DiskOptions;
-use minivmm::{check, explain, vmm};
+use minivmm::job::status::StatusFile;
+use minivmm::vmm::{self, Ending};
+use minivmm::{check, explain};
 
 fn main() {
     let args = Args::of_process();
     start_logging(args.log_level());
-    let status = run(args).unwrap_or_else(|error| {
+    std::process::exit(run(args).code());
+}
+
+fn run(args: Args) -> ExitStatus {
+    let told = match args.task() {
+        Task::Run => return run_guest(args),
+        Task::Check { json, quiet } => run_check(json, quiet),
+        Task::Explain { disks, json } => explain_disks(&disks, json),
+    };
+    told.unwrap_or_else(|error| {
         // Whoever reads it may be gone; the status still says it.
         let _ = writeln!(std::io::stderr(), "error: {error:#}");
         ExitStatus::Failure
-    });
-    std::process::exit(status.code());
+    })
 }
 
-fn run(args: Args) -> Result<ExitStatus> {
-    match args.into_task()? {
-        Task::Run(config) => {
-            let ending = vmm::run(&config)?;
-            log::info!("the VM has ended: {ending:?}");
-            Ok(ending.into())
-        }
-        Task::Check { json, quiet } => {
-            let report = check::check();
-            print(&match (json, quiet) {
-                (true, _) => report.to_json()?,
-                (_, true) => report.verdict.clone(),
-                (_, false) => report.to_text(),
-            })?;
-            Ok(if report.linux_runs { ExitStatus::Success } else { ExitStatus::NoLinux })
-        }
-        Task::Explain { disks, json } => explain_disks(&disks, json),
-    }
+fn run_guest(args: Args) -> ExitStatus {
+    let (command, quiet) = args.command_args();
+    let telling = command::Run::begin(command.name(), quiet);
+    let file = match command.status_file().map(StatusFile::create).transpose() {
+        Ok(file) => file,
+        Err(error) => return telling.tell(&Err(format!("cannot make the status file: {error}")), None),
+    };
+    let outcome = run_vm(args).map_err(|error| format!("{error:#}"));
+    telling.tell(&outcome, file)
+}
+
+fn run_vm(args: Args) -> Result<Ending> {
+    let ending = vmm::run(&args.into_config()?)?;
+    log::info!("the VM has ended: {ending:?}");
+    Ok(ending)
+}
+
+fn run_check(json: bool, quiet: bool) -> Result<ExitStatus> {
+    let report = check::check();
+    print(&match (json, quiet) {
+        (true, _) => report.to_json()?,
+        (_, true) => report.verdict.clone(),
+        (_, false) => report.to_text(),
+    })?;
+    Ok(if report.linux_runs { ExitStatus::Success } else { ExitStatus::NoLinux })
 }
 
 fn explain_disks(disks: &[DiskOptions], json: bool) -> Result<ExitStatus> {

@@ -6,6 +6,7 @@
 mod build;
 mod events;
 mod input;
+mod job;
 mod stop;
 
 use std::fs::File;
@@ -22,6 +23,7 @@ use crate::boot::BootError;
 use crate::boot::cpu::CpuError;
 use crate::bus::{BusError, Outcome};
 use crate::disk::{DiskOptions, ImageError};
+use crate::job::report::CommandEnd;
 use crate::kvm::KvmError;
 use crate::kvm::failure::Failure;
 use crate::mem::RamError;
@@ -30,6 +32,8 @@ use crate::vcpu::{End, Vcpu};
 use build::Machine;
 use events::{Report, Reporter, Reports, Signals};
 use input::{Console, READ_BYTES_MAX, Wish};
+use job::JobEnd;
+pub use job::Times;
 use stop::{StopError, VcpuThread};
 
 /// What machine, with what guest.
@@ -53,6 +57,8 @@ pub struct Config {
     pub timeout: Option<Duration>,
     /// Where the statistics go.
     pub stats: Option<StatsTarget>,
+    /// The archive of a command that is the guest's only job.
+    pub job: Option<Vec<u8>>,
 }
 
 /// Where the statistics go at the end.
@@ -69,6 +75,8 @@ pub enum StatsTarget {
 pub enum ConsoleTarget {
     /// To standard output, and standard input to it.
     Stdio,
+    /// To standard error, without input.
+    Stderr,
     /// Nowhere.
     Off,
     /// To a file, which begins empty.
@@ -92,6 +100,10 @@ pub enum Ending {
     Signal(i32),
     /// The time is over.
     Timeout,
+    /// The guest has powered off or reset after its command has ended.
+    Command(CommandEnd, Times),
+    /// The guest has powered off or reset, and never told how its command ended.
+    NoReport,
 }
 
 /// Why a VM could not be built, run or stopped.
@@ -118,6 +130,8 @@ pub enum VmmError {
     Console { path: PathBuf, source: io::Error },
     #[error("cannot write the statistics to {path}")]
     Stats { path: PathBuf, source: io::Error },
+    #[error("cannot write the command's {stream}, and some of it is lost")]
+    Output { stream: &'static str, source: io::Error },
     #[error("cannot {what}")]
     Host { what: &'static str, source: io::Error },
     #[error("{0}")]
@@ -139,9 +153,11 @@ pub fn run(config: &Config) -> Result<Ending, VmmError> {
     let mut machine = build::build(config)?;
     let open = |target| stop::StatsReport::open(target, &machine.disks);
     let report = config.stats.as_ref().map(open).transpose()?;
-    let mut run = Run::new(&machine, &signals, config)?;
+    let mut run = Run::new(&mut machine, &signals, config)?;
     let ended = run.start(&mut machine).and_then(|()| run.supervise());
     let stopped = run.stop(&machine);
+    // What the guest said last may have come to us only when its device was stopped.
+    let ended = ended.and_then(|ending| run.with_command(ending));
     let reported = report.map_or(Ok(()), |report| report.write(&machine.disks));
     if let Err(StopError::Stuck { .. }) = stopped {
         // Dropping devices waits for their I/O, which is what hangs.
@@ -179,10 +195,12 @@ struct Run<'a> {
     raw_mode: Option<RawMode>,
     timeout: Option<Duration>,
     deadline: Option<Instant>,
+    job: Option<JobEnd>,
+    begin: Instant,
 }
 
 impl<'a> Run<'a> {
-    fn new(machine: &Machine, signals: &'a Signals, config: &Config) -> Result<Self, VmmError> {
+    fn new(machine: &mut Machine, signals: &'a Signals, config: &Config) -> Result<Self, VmmError> {
         let kind = (config.console == ConsoleTarget::Stdio).then(terminal::input);
         if kind == Some(Input::Background) {
             log::warn!("minivmm is in the background of its terminal: the guest gets no input");
@@ -203,12 +221,15 @@ impl<'a> Run<'a> {
             },
             timeout: config.timeout,
             deadline: None,
+            job: machine.job.take(),
+            begin: Instant::now(),
         })
     }
 
     fn start(&mut self, machine: &mut Machine) -> Result<(), VmmError> {
         // Farther away than the clock counts is never.
-        self.deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        self.begin = Instant::now();
+        self.deadline = self.timeout.and_then(|timeout| self.begin.checked_add(timeout));
         for vcpu in machine.vcpus.drain(..) {
             let reporter = self.reports.reporter().map_err(host("make an eventfd"))?;
             let page = Arc::clone(&vcpu.page);
@@ -228,16 +249,20 @@ impl<'a> Run<'a> {
         loop {
             let left = self.deadline.map(|at| at.saturating_duration_since(Instant::now()));
             let timeout = if retry { Some(left.map_or(RETRY, |left| left.min(RETRY))) } else { left };
-            let [signal, report, asked, typed] = events::wait(
+            let [signal, report, asked, typed, told] = events::wait(
                 [
                     Some(self.signals.as_raw_fd()),
                     Some(self.reports.as_raw_fd()),
                     Some(self.serial.wants_input.as_raw_fd()),
                     self.console.wants_to_read().then(|| self.stdin.as_raw_fd()),
+                    self.job.as_ref().map(JobEnd::as_raw_fd),
                 ],
                 timeout,
             )
             .map_err(host("wait for events"))?;
+            if told && let Some(job) = &mut self.job {
+                job.listen();
+            }
             if let Some(ending) = signal.then(|| self.take_signals()).flatten() {
                 return Ok(ending);
             }
@@ -284,6 +309,24 @@ impl<'a> Run<'a> {
             // Nobody stops a CPU before the machine is stopped.
             Report::Vcpu(id, End::Stopped) => Err(VmmError::Panicked(id)),
         }
+    }
+
+    /// What an ordinary end means where the guest had a command to run.
+    fn with_command(&mut self, ending: Ending) -> Result<Ending, VmmError> {
+        let Some(job) = &mut self.job else { return Ok(ending) };
+        if !matches!(ending, Ending::PowerOff | Ending::Reset) {
+            return Ok(ending);
+        }
+        if let Ok([true]) = events::wait([Some(job.as_raw_fd())], Some(Duration::ZERO)) {
+            job.listen();
+        }
+        if let Some((stream, source)) = job.lost_output() {
+            return Err(VmmError::Output { stream, source });
+        }
+        Ok(match job.ended(self.begin) {
+            Some((end, times)) => Ending::Command(end, times),
+            None => Ending::NoReport,
+        })
     }
 
     fn timed_out(&self) -> Ending {

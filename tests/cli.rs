@@ -31,7 +31,11 @@ fn wrong_usage_ends_with_2_and_says_what_is_right() {
         (&["--cpus", "0"], "from 1 to 254"),
         (&["--cpus", "255"], "from 1 to 254"),
         (&["--cpus", "two"], "from 1 to 254"),
-        (&["--console", "pty"], "stdio, off, or file=PATH"),
+        (&["--console", "pty"], "stdio, stderr, off, or file=PATH"),
+        (&["--console", "stdio", "--", "true"], "stderr, off or file=PATH"),
+        (&["--initrd", "none", "--", "true"], "cannot be none"),
+        (&["--add", "a"], "COMMAND"),
+        (&["--env", "=x", "--", "true"], "NAME=VALUE"),
         (&["--timeout", "0"], "above 0"),
         (&["--timeout", "soon"], "above 0"),
         (&["--disk", "a.img,cache=never"], "cache"),
@@ -67,6 +71,10 @@ fn help_names_every_option_key_and_status() {
         "--cpus",
         "--disk",
         "--console",
+        "--add",
+        "--env",
+        "--workdir",
+        "--status-file",
         "--timeout",
         "--explain",
         "check",
@@ -105,6 +113,23 @@ fn an_error_is_printed_once_with_what_it_is_about() {
         ),
         (&["--explain", "--disk", "missing.img"], &["missing.img", "truncate"]),
         (&["--console", "file=no/such/file", "--kernel", "k", "--initrd", "none"], &["no/such/file"]),
+        (
+            &["--kernel", "k", "--initrd", "i", "--add", "gone", "--", "x"],
+            &["cannot add gone", "No such file"],
+        ),
+        (
+            &["--kernel", "k", "--initrd", "i", "--add", "/etc/passwd:/proc/p", "--", "x"],
+            &["/proc/p", "of its own"],
+        ),
+        (
+            &["--kernel", "k", "--initrd", "i", "--add", "/etc/passwd:/a/../b", "--", "x"],
+            &["/a/../b", "without `..`"],
+        ),
+        (&["--kernel", "k", "--initrd", "i", "--add", "/dev/null:/n", "--", "x"], &["/dev/null", "no file"]),
+        (
+            &["--kernel", "k", "--initrd", "none", "--status-file", "no/dir/file"],
+            &["status file", "No such file"],
+        ),
     ] {
         let output = minivmm(directory.path(), args);
         assert_eq!(output.status.code(), Some(FAILURE), "{args:?}");
@@ -112,6 +137,20 @@ fn an_error_is_printed_once_with_what_it_is_about() {
         assert!(text.starts_with("error: ") && text.matches("error: ").count() == 1, "{text}");
         assert!(words.iter().all(|word| text.contains(word)), "{text}");
     }
+}
+
+#[test]
+fn the_status_file_tells_of_a_failure_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let args = ["--status-file", "status.json", "--kernel", "k", "--initrd", "none", "--disk", "gone.img"];
+    assert_eq!(minivmm(directory.path(), &args).status.code(), Some(FAILURE));
+    let text = std::fs::read_to_string(directory.path().join("status.json")).unwrap();
+    let status: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((&status["version"], &status["exit_status"]), (&1.into(), &FAILURE.into()));
+    assert_eq!(status["cause"], "failure");
+    assert!(status["message"].as_str().unwrap().contains("gone.img"), "{text}");
+    assert!(status["command"].is_null() && status["seconds"]["boot"].is_null(), "{text}");
+    assert!(status["seconds"]["total"].is_number());
 }
 
 #[test]

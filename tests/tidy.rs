@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Which modules of the crate each module may name. Dependencies point down; a module may always
 /// name itself. `None`: everything.
-const LAYERS: [(&str, Option<&[&str]>); 19] = [
+const LAYERS: [(&str, Option<&[&str]>); 21] = [
     ("main", None),
     ("cli", None),
     ("vmm", None),
@@ -19,6 +19,8 @@ const LAYERS: [(&str, Option<&[&str]>); 19] = [
     ("study", Some(&["disk", "blk", "crash", "mem", "ratelimit"])),
     ("explain", Some(&["blk", "virtio", "disk", "mem", "text"])),
     ("blk", Some(&["virtio", "disk", "mem", "ratelimit"])),
+    ("console", Some(&["virtio", "mem", "ratelimit"])),
+    ("job", Some(&[])),
     ("disk", Some(&["mem", "ratelimit", "mutants"])),
     ("virtio", Some(&["bus", "pci", "mem", "ratelimit"])),
     ("pci", Some(&["bus", "mem", "layout", "ratelimit"])),
@@ -32,9 +34,10 @@ const LAYERS: [(&str, Option<&[&str]>); 19] = [
 const ALONE: [&str; 4] = ["layout", "ratelimit", "text", "mutants"];
 
 /// Inside a layer: (who, must not name).
-const FORBIDDEN: [(&str, &[&str]); 3] = [
+const FORBIDDEN: [(&str, &[&str]); 4] = [
     // A device does not know its transport.
     ("blk", &["virtio::mmio", "virtio::pci", "virtio::core"]),
+    ("console", &["virtio::mmio", "virtio::pci", "virtio::core"]),
     // Transports share the register machine, and know nothing of each other.
     ("virtio/mmio", &["virtio::pci", "super::pci"]),
     ("virtio/pci", &["virtio::mmio", "super::mmio"]),

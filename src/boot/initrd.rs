@@ -47,18 +47,24 @@ pub enum InitrdError {
     },
 }
 
-/// Reads the file at `path` into `ram`.
-pub fn load(ram: &Ram, path: &Path, kernel: &Kernel) -> Result<Initrd, InitrdError> {
+/// Archives begin at multiples of it: the kernel finds them at 4, tools write them at 512.
+const TAIL_ALIGN: u64 = 512;
+
+/// Reads the file at `path` into `ram`, and puts `tail` behind it.
+pub fn load(ram: &Ram, path: &Path, tail: &[u8], kernel: &Kernel) -> Result<Initrd, InitrdError> {
     let mut file = File::open(path)?;
     let metadata = file.metadata()?;
     if !metadata.is_file() || metadata.len() == 0 {
         return Err(InitrdError::Empty);
     }
     let limit = kernel::low_ram_end(ram).min(kernel.initrd_limit);
-    let initrd = place(metadata.len(), kernel.end, limit)?;
-    let len = usize::try_from(initrd.len).map_err(|_| InitrdError::Empty)?;
-    ram.read_exact_volatile_from(GuestAddress(initrd.base), &mut file, len)
-        .map_err(|error| InitrdError::Load(error.to_string()))?;
+    let tail_at = if tail.is_empty() { metadata.len() } else { metadata.len().next_multiple_of(TAIL_ALIGN) };
+    let initrd = place(tail_at.saturating_add(tail.len() as u64), kernel.end, limit)?;
+    let len = usize::try_from(metadata.len()).map_err(|_| InitrdError::Empty)?;
+    let failed = |error: vm_memory::GuestMemoryError| InitrdError::Load(error.to_string());
+    ram.read_exact_volatile_from(GuestAddress(initrd.base), &mut file, len).map_err(failed)?;
+    // RAM is zero between the two, which the kernel passes over.
+    ram.write_slice(tail, GuestAddress(initrd.base + tail_at)).map_err(failed)?;
     Ok(initrd)
 }
 

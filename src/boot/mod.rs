@@ -39,6 +39,8 @@ pub struct Guest<'a> {
     pub kernel: &'a Path,
     /// The initial RAM disk.
     pub initrd: Option<&'a Path>,
+    /// What is put behind it: one more archive, which begins at a multiple of 4.
+    pub initrd_tail: &'a [u8],
     /// The kernel's parameters, without the announcement of devices.
     pub cmdline: &'a str,
     /// How many CPUs.
@@ -99,7 +101,7 @@ pub fn load(ram: &Ram, guest: &Guest<'_>) -> Result<Entry, BootError> {
     let initrd = match guest.initrd {
         None => None,
         Some(path) => Some(
-            initrd::load(ram, path, &kernel)
+            initrd::load(ram, path, guest.initrd_tail, &kernel)
                 .map_err(|source| BootError::Initrd { path: path.into(), source })?,
         ),
     };

@@ -25,6 +25,8 @@ Examples:
       which system calls that will make, without running anything
   minivmm --disk a.img --disk b.img,readonly,serial=archive --memory 2G --cpus 2
       two disks, /dev/vda and /dev/vdb
+  minivmm --disk disk.img,cache=none -- fio --name=t --filename=/dev/vda --rw=randread --direct=1
+      a command as the guest's only job: its output and its exit status are minivmm's
   minivmm --kernel bzImage --initrd none --append root=/dev/vda --disk root.img
       a kernel and a root file system of your own";
 
@@ -36,6 +38,12 @@ Exit status:
   125    minivmm or the host has failed; a failed last fdatasync is one
   126    --timeout has passed
   128+n  ended by signal n (SIGHUP 129, SIGINT 130, SIGTERM 143), in order
+With a COMMAND its own status is minivmm's, and besides:
+  123    also for its own 124, 125 and 126, with a word on standard error
+  125    also where the guest has ended without telling how the command ended
+  127    the command was not found in the guest, or could not be started
+  128+n  also where signal n has killed the command, with a word on standard error
+Without one:
   2v+1   a guest has written v to the exit port 0xf4 (modulo 256: v = 0x3e, 0x40,
          0x47 and v + 0x80 give a number that has another meaning too)
   check: 0 where Linux guests run, 1 where they do not";

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::job::{self, JobEnd};
 use super::stop::OpenDisk;
 use super::{Config, ConsoleTarget, VmmError, host};
 use crate::blk::BlockDevice;
@@ -27,6 +28,7 @@ use crate::kvm::{self, msrs};
 use crate::layout;
 use crate::mem::{self, Ram};
 use crate::vcpu::Vcpu;
+use crate::virtio::VirtioDevice;
 use crate::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 
 /// Everything that lives as long as the VM.
@@ -39,6 +41,8 @@ pub struct Machine {
     pub disks: Vec<OpenDisk>,
     /// The serial port.
     pub serial: SerialEnd,
+    /// What is heard of the guest's command, until it runs.
+    pub job: Option<JobEnd>,
     /// To be set when the end begins.
     pub stopping: Stopping,
     /// Lives longer than the CPUs, and shorter than the memory that it uses.
@@ -67,10 +71,20 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
     let vm = kvm::create_vm(&kvm, &ram)?;
     let serial = serial_port(&vm, ConsoleOutput::new(console, stopping.clone()))?;
     let ports = ports(&serial)?;
-    let (mmio, transports, announced) = virtio_devices(&vm, &ram, &disks)?;
+    let mut devices = block_devices(&disks)?;
+    let job = match &config.job {
+        None => None,
+        Some(_) => {
+            let (console, job) = job::console().map_err(host("use the standard streams for the command"))?;
+            devices.push(Box::new(console));
+            Some(job)
+        }
+    };
+    let (mmio, transports, announced) = virtio_devices(&vm, &ram, devices)?;
     let guest = Guest {
         kernel: &config.kernel,
         initrd: config.initrd.as_deref(),
+        initrd_tail: config.job.as_deref().unwrap_or_default(),
         cmdline: &config.cmdline,
         cpus: config.cpus,
         devices: &announced,
@@ -81,11 +95,13 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
     if let Some(first) = vcpus.first() {
         boot::cpu::set_up(&first.fd, &ram, entry)?;
     }
-    Ok(Machine { vcpus, transports, disks, serial, stopping, _vm: vm, _ram: ram })
+    Ok(Machine { vcpus, transports, disks, serial, job, stopping, _vm: vm, _ram: ram })
 }
 
 fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
-    let (asked, max) = (config.disks.len(), layout::VIRTIO_IRQS.len());
+    // A command's streams take the place of one.
+    let max = layout::VIRTIO_IRQS.len() - usize::from(config.job.is_some());
+    let asked = config.disks.len();
     if asked > max {
         return Err(VmmError::TooManyDisks { asked, max });
     }
@@ -105,6 +121,10 @@ fn open_console(target: &ConsoleTarget) -> Result<Option<File>, VmmError> {
         ConsoleTarget::Off => Ok(None),
         ConsoleTarget::File(path) => {
             File::create(path).map(Some).map_err(|source| VmmError::Console { path: path.clone(), source })
+        }
+        ConsoleTarget::Stderr => {
+            let stderr = io::stderr().as_fd().try_clone_to_owned().map_err(host("use standard error"))?;
+            Ok(Some(stderr.into()))
         }
         ConsoleTarget::Stdio => {
             let stdout = io::stdout().as_fd().try_clone_to_owned().map_err(host("use standard output"))?;
@@ -137,16 +157,27 @@ fn ports(serial: &SerialEnd) -> Result<Bus, VmmError> {
 
 type VirtioDevices = (Bus, Vec<Arc<Mutex<MmioTransport>>>, Vec<MmioDevice>);
 
-fn virtio_devices(vm: &VmFd, ram: &Ram, disks: &[OpenDisk]) -> Result<VirtioDevices, VmmError> {
+fn block_devices(disks: &[OpenDisk]) -> Result<Vec<Box<dyn VirtioDevice>>, VmmError> {
+    let device = |(disk, letter): (&OpenDisk, char)| {
+        let device = BlockDevice::new(&format!("vd{letter}"), Arc::clone(&disk.image))
+            .map_err(host("start a disk's worker"))?;
+        Ok(Box::new(device) as Box<dyn VirtioDevice>)
+    };
+    disks.iter().zip('a'..='z').map(device).collect()
+}
+
+fn virtio_devices(
+    vm: &VmFd,
+    ram: &Ram,
+    devices: Vec<Box<dyn VirtioDevice>>,
+) -> Result<VirtioDevices, VmmError> {
     let mut mmio = Bus::new();
     let (mut transports, mut announced) = (Vec::new(), Vec::new());
     let places = (0..).map(|index| layout::VIRTIO_MMIO + index * layout::VIRTIO_MMIO_STRIDE);
-    for (((disk, letter), base), irq) in disks.iter().zip('a'..='z').zip(places).zip(layout::VIRTIO_IRQS) {
-        let device = BlockDevice::new(&format!("vd{letter}"), Arc::clone(&disk.image))
-            .map_err(host("start a disk's worker"))?;
+    for ((device, base), irq) in devices.into_iter().zip(places).zip(layout::VIRTIO_IRQS) {
         let line = kvm::interrupt(vm, irq)?;
-        let transport = MmioTransport::new(Box::new(device), ram.clone(), line)
-            .map_err(host("make the doorbells of a disk"))?;
+        let transport =
+            MmioTransport::new(device, ram.clone(), line).map_err(host("make the doorbells of a device"))?;
         let transport = Arc::new(Mutex::new(transport));
         bind_doorbells(vm, &transport, base)?;
         mmio.place("virtio-mmio", base, layout::VIRTIO_MMIO_STRIDE, transport.clone())?;

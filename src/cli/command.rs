@@ -1,0 +1,218 @@
+//! The options of `minivmm ... -- COMMAND`, and how every run's end is told.
+//!
+//! Owns what they mean for the machine (its console, its kernel parameters) and the words and causes
+//! of each end. What travels to the guest is `job`'s.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::Args;
+
+use super::ExitStatus;
+use crate::job::report::CommandEnd;
+use crate::job::status::{Seconds, Status, StatusFile};
+use crate::job::{Add, Job};
+use crate::vmm::{ConsoleTarget, Ending};
+
+/// A command for the guest.
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Running a command")]
+pub struct CommandArgs {
+    /// Run COMMAND in the guest as its only job: `minivmm -- sh -c 'uname -r'`
+    ///
+    /// Its standard streams are minivmm's, its exit status too (see below). Kernel messages go
+    /// nowhere; with -v to standard error, or where --console says. The guest ends when it has
+    /// ended; what it has left in the background ends with the guest.
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+
+    /// Put a file or folder into the guest (repeatable), a program with its shared libraries
+    ///
+    /// Without GUEST, an absolute HOST is at the same place in the guest, a relative one is in `/`.
+    /// A GUEST that ends with `/` is the directory to put it into.
+    #[arg(long = "add", value_name = "HOST[:GUEST]", value_parser = Add::parse, requires = "command")]
+    adds: Vec<Add>,
+
+    /// Set an environment variable of the command (repeatable); without =VALUE, to the one here
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = variable, requires = "command")]
+    env: Vec<OsString>,
+
+    /// Start the command in this directory of the guest [default: /]
+    #[arg(long, value_name = "DIR", requires = "command")]
+    workdir: Option<PathBuf>,
+
+    /// Write how the run ended to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    status_file: Option<PathBuf>,
+}
+
+fn variable(text: &str) -> Result<OsString, String> {
+    let name = text.split_once('=').map_or(text, |(name, _)| name);
+    if name.is_empty() {
+        return Err("it is NAME=VALUE, or NAME for the value that it has here".into());
+    }
+    if text.contains('=') {
+        return Ok(text.into());
+    }
+    let value = std::env::var_os(name).ok_or_else(|| format!("{name} is not set here: give {name}=VALUE"))?;
+    let mut both = OsString::from(format!("{name}="));
+    both.push(value);
+    Ok(both)
+}
+
+/// A console that would mix with the command's output.
+#[derive(Debug, thiserror::Error)]
+#[error("with a COMMAND standard output is the command's: --console takes stderr, off or file=PATH")]
+pub struct ConsoleTaken;
+
+impl CommandArgs {
+    /// Whether there is a command.
+    pub fn is_given(&self) -> bool {
+        !self.command.is_empty()
+    }
+
+    /// The command, for messages.
+    pub fn name(&self) -> String {
+        self.command.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+    }
+
+    /// Where it is kept how the run ended.
+    pub fn status_file(&self) -> Option<&Path> {
+        self.status_file.as_deref()
+    }
+
+    /// Where kernel messages go.
+    pub fn console(
+        &self,
+        asked: Option<ConsoleTarget>,
+        verbose: bool,
+    ) -> Result<ConsoleTarget, ConsoleTaken> {
+        match (self.is_given(), asked) {
+            (false, asked) => Ok(asked.unwrap_or(ConsoleTarget::Stdio)),
+            (true, Some(ConsoleTarget::Stdio)) => Err(ConsoleTaken),
+            (true, Some(asked)) => Ok(asked),
+            (true, None) if verbose => Ok(ConsoleTarget::Stderr),
+            (true, None) => Ok(ConsoleTarget::Off),
+        }
+    }
+
+    /// What travels to the guest.
+    pub fn into_job(self) -> Option<Job> {
+        let job = Job { argv: self.command, env: self.env, workdir: self.workdir, adds: self.adds };
+        (!job.argv.is_empty()).then_some(job)
+    }
+}
+
+/// A run, for the telling of its end.
+pub struct Run {
+    began: Instant,
+    command: String,
+    quiet: bool,
+}
+
+impl Run {
+    /// It begins now.
+    pub fn begin(command: String, quiet: bool) -> Self {
+        Self { began: Instant::now(), command, quiet }
+    }
+
+    /// Tells how it ended: on standard error what the exit status does not say by itself, and all of
+    /// it in the status file.
+    pub fn tell(&self, outcome: &Result<Ending, String>, file: Option<StatusFile>) -> ExitStatus {
+        let exit_status = match outcome {
+            Ok(ending) => ExitStatus::from(*ending),
+            Err(_) => ExitStatus::Failure,
+        };
+        let (cause, message) = self.cause(outcome);
+        match outcome {
+            Err(_) => say(format_args!("error: {message}")),
+            Ok(Ending::NoReport) => say(format_args!("error: {message}")),
+            Ok(ending) if !self.quiet && self.is_worth_a_word(*ending) => {
+                say(format_args!("minivmm: {message}"));
+            }
+            Ok(_) => log::info!("{message}"),
+        }
+        let Some(file) = file else { return exit_status };
+        let mut status = Status::new(exit_status.code(), cause, message);
+        if let Ok(Ending::Command(end, times)) = outcome {
+            status.command = Some((*end).into());
+            status.seconds.boot = Some(Seconds::of(times.boot));
+            status.seconds.command = Some(Seconds::of(times.command));
+        }
+        status.seconds.total = Seconds::of(self.began.elapsed());
+        match file.write(&status) {
+            Ok(()) => exit_status,
+            Err(error) => {
+                say(format_args!("error: cannot write the status file: {error}"));
+                ExitStatus::Failure
+            }
+        }
+    }
+
+    /// Where the exit status alone could be taken for the command's.
+    fn is_worth_a_word(&self, ending: Ending) -> bool {
+        match ending {
+            Ending::Command(end, _) => end.in_words(&self.command).is_some(),
+            _ => !self.command.is_empty(),
+        }
+    }
+
+    fn cause(&self, outcome: &Result<Ending, String>) -> (&'static str, String) {
+        let command = &self.command;
+        let ending = match outcome {
+            Ok(ending) => *ending,
+            Err(message) => return ("failure", message.clone()),
+        };
+        match ending {
+            Ending::PowerOff => ("power-off", "the guest has powered off".into()),
+            Ending::Reset => ("reset", "the guest has reset".into()),
+            Ending::Quit => ("quit", "the user has ended the VM".into()),
+            Ending::GuestPanic => ("guest-panic", "the guest's kernel has panicked".into()),
+            Ending::Timeout => ("timeout", "--timeout has passed, and the VM was ended".into()),
+            Ending::Signal(signal) => ("signal", format!("signal {signal} has ended the VM")),
+            Ending::ExitPort(value) => {
+                ("exit-port", format!("the guest has written {value:#x} to the exit port"))
+            }
+            Ending::NoReport => (
+                "no-report",
+                format!(
+                    "the guest has ended without telling how {command} ended (-v shows its kernel's messages; \
+                     an --initrd of one's own needs the test guest's init and its minivmm-job)"
+                ),
+            ),
+            Ending::Command(end, _) => {
+                let words = end.in_words(command);
+                match end {
+                    CommandEnd::Exited(status) => {
+                        let plain = || format!("{command} exited with status {status}");
+                        ("command-exited", words.unwrap_or_else(plain))
+                    }
+                    CommandEnd::Killed(_) => ("command-killed", words.unwrap_or_default()),
+                    CommandEnd::NotFound => {
+                        let hint = self.hint().unwrap_or_default();
+                        ("command-not-found", words.unwrap_or_default() + &hint)
+                    }
+                    CommandEnd::NotStarted(..) => ("command-not-started", words.unwrap_or_default()),
+                }
+            }
+        }
+    }
+
+    /// The same command on this host.
+    fn hint(&self) -> Option<String> {
+        let here = if self.command.contains('/') {
+            Some(PathBuf::from(&self.command))
+        } else {
+            let path = std::env::var_os("PATH")?;
+            std::env::split_paths(&path).map(|directory| directory.join(&self.command)).find(|p| p.is_file())
+        };
+        let here = here.filter(|path| path.is_file())?;
+        Some(format!("; this host's can be brought along: --add {}", here.display()))
+    }
+}
+
+/// Whoever reads it may be gone; the status still says it.
+fn say(text: std::fmt::Arguments<'_>) {
+    let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{text}\n"));
+}

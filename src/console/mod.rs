@@ -1,0 +1,119 @@
+//! virtio-console with several ports (virtio 5.3): streams of bytes between host and guest.
+//!
+//! Owns the device that a transport sees: features, configuration space, activation, reset. Bytes
+//! are moved by [`worker`], by one thread for all ports; what a control message means is
+//! [`control`]'s; the host's ends are [`stream`]'s. Knows nothing of what the bytes say.
+//!
+//! Port 0 is never announced: it is the one that a driver without MULTIPORT takes for its console,
+//! and what such a driver writes is thrown away.
+
+pub mod control;
+pub mod live;
+pub mod stream;
+pub mod worker;
+
+use std::io;
+
+use crate::virtio::{ActivateError, Activation, VirtioDevice, feature};
+use stream::{Sink, Source};
+use worker::WorkerThread;
+
+/// Device ID of a console (virtio 5.3.1).
+const DEVICE_ID: u32 = 3;
+/// VIRTIO_CONSOLE_F_MULTIPORT.
+pub const MULTIPORT: u64 = 1 << 1;
+
+/// Descriptors of a port's queues. Linux queues 32 KiB a chain for output and a page a chain for
+/// input, so this is what a stalled reader costs a guest: 2 MiB.
+const PORT_QUEUE_SIZE: u16 = 64;
+/// Descriptors of the control queues.
+const CONTROL_QUEUE_SIZE: u16 = 32;
+
+/// Queues of the control messages (virtio 5.3.2): to the driver, and from it.
+pub const CONTROL_RX: u16 = 2;
+/// From the driver.
+pub const CONTROL_TX: u16 = 3;
+
+/// The queue that carries bytes to the driver for port `id`.
+pub fn rx_queue(id: u16) -> u16 {
+    match id {
+        0 => 0,
+        id => 2 * id + 2,
+    }
+}
+
+/// The queue that carries bytes from the driver for port `id`.
+pub fn tx_queue(id: u16) -> u16 {
+    rx_queue(id) + 1
+}
+
+/// One port, as whoever builds the device wants it.
+pub struct PortConfig {
+    /// The name that the guest sees in /sys/class/virtio-ports/vportNpM/name.
+    pub name: &'static str,
+    /// Where the guest's input comes from; none: its input is at its end at once.
+    pub source: Option<Source>,
+    /// Where the guest's output goes; none: it is thrown away.
+    pub sink: Option<Sink>,
+    /// What the guest writes here goes out only when all that it had written to other ports before
+    /// has gone out: a message here tells that the rest is complete.
+    pub after_others: bool,
+}
+
+/// A virtio-console device.
+pub struct ConsoleDevice {
+    queue_sizes: Vec<u16>,
+    ports_max: u32,
+    worker: WorkerThread,
+}
+
+impl ConsoleDevice {
+    /// The device and its parked worker. The ports get the ids 1, 2, ... in their order.
+    pub fn new(ports: Vec<PortConfig>) -> io::Result<Self> {
+        let mut queue_sizes = vec![PORT_QUEUE_SIZE, PORT_QUEUE_SIZE, CONTROL_QUEUE_SIZE, CONTROL_QUEUE_SIZE];
+        queue_sizes.resize(queue_sizes.len() + 2 * ports.len(), PORT_QUEUE_SIZE);
+        let ports_max = u32::try_from(ports.len() + 1).map_err(io::Error::other)?;
+        Ok(Self { queue_sizes, ports_max, worker: WorkerThread::park(ports)? })
+    }
+}
+
+impl VirtioDevice for ConsoleDevice {
+    fn device_id(&self) -> u32 {
+        DEVICE_ID
+    }
+
+    fn features(&self) -> u64 {
+        feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC | MULTIPORT
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    /// struct virtio_console_config (virtio 5.3.4): cols, rows and emerg_wr belong to features that
+    /// are not offered, and read 0.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut space = [0; 12];
+        space[4..8].copy_from_slice(&self.ports_max.to_le_bytes());
+        let from = usize::try_from(offset).unwrap_or(usize::MAX).min(space.len());
+        for (to, from) in data.iter_mut().zip(&space[from..]) {
+            *to = *from;
+        }
+    }
+
+    fn write_config(&mut self, _: u64, _: &[u8]) {}
+
+    fn negotiated(&mut self, _: u64) {}
+
+    fn activate(&mut self, parts: Activation) -> Result<(), ActivateError> {
+        self.worker.start(parts).map_err(|_| ActivateError::Worker(0))
+    }
+
+    fn stop_queue(&mut self, index: u16) {
+        self.worker.stop_queue(index);
+    }
+
+    fn reset(&mut self) {
+        self.worker.stop();
+    }
+}

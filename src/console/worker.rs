@@ -1,0 +1,194 @@
+//! The one thread of a console device: waits for doorbells, for the host's ends and for orders.
+//!
+//! Owns the thread and the waiting; [`super::live`] does the work. Nothing that it does ever waits
+//! for the host's ends alone, so an order is obeyed at once, whoever does not read.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::PortConfig;
+use super::live::Live;
+use crate::ratelimit::RateLimit;
+use crate::virtio::Activation;
+use crate::warn_limited;
+
+/// A guest that goes on writing while its device is reset is not listened to for ever.
+const LAST_TURNS_MAX: u32 = 64;
+
+/// What the device wants of its worker. The end of the channel means: end.
+enum Order {
+    Start(Box<Activation>),
+    /// What is said through the channel: done.
+    StopQueue(u16, Sender<()>),
+    Stop(Sender<()>),
+}
+
+/// The worker's thread is not there any more.
+#[derive(Debug, thiserror::Error)]
+#[error("the console's worker has ended")]
+pub struct WorkerGone;
+
+/// The device's end.
+pub struct WorkerThread {
+    orders: Option<Sender<Order>>,
+    wake: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl WorkerThread {
+    /// Starts the thread, which waits for a driver.
+    pub fn park(ports: Vec<PortConfig>) -> io::Result<Self> {
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let (orders, received) = mpsc::channel();
+        let mut worker = Worker {
+            ports,
+            orders: received,
+            wake: Arc::clone(&wake),
+            errors: RateLimit::for_guest_errors(),
+            live: None,
+        };
+        let thread = std::thread::Builder::new().name("console".into()).spawn(move || worker.work())?;
+        Ok(Self { orders: Some(orders), wake, thread: Some(thread) })
+    }
+
+    /// Hands over the queues.
+    pub fn start(&self, parts: Activation) -> Result<(), WorkerGone> {
+        self.order(Order::Start(Box::new(parts)))
+    }
+
+    /// When this returns the queue is not touched any more.
+    pub fn stop_queue(&self, index: u16) {
+        self.order_and_wait(|done| Order::StopQueue(index, done));
+    }
+
+    /// When this returns no queue is touched any more, and no notification follows.
+    pub fn stop(&self) {
+        self.order_and_wait(Order::Stop);
+    }
+
+    fn order(&self, order: Order) -> Result<(), WorkerGone> {
+        self.orders.as_ref().ok_or(WorkerGone)?.send(order).map_err(|_| WorkerGone)?;
+        wake(&self.wake);
+        Ok(())
+    }
+
+    /// A worker that has ended drops the channel unanswered, which is an answer too.
+    fn order_and_wait(&self, order: impl FnOnce(Sender<()>) -> Order) {
+        let (done, is_done) = mpsc::channel();
+        if self.order(order(done)).is_ok() {
+            let _ = is_done.recv();
+        }
+    }
+}
+
+impl Drop for WorkerThread {
+    fn drop(&mut self) {
+        self.orders = None;
+        wake(&self.wake);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("console: the worker has panicked");
+        }
+    }
+}
+
+/// A full eventfd counter wakes as well.
+fn wake(event: &EventFd) {
+    if let Err(error) = event.write(1)
+        && error.kind() != io::ErrorKind::WouldBlock
+    {
+        log::error!("console: the worker cannot be woken: {error}");
+    }
+}
+
+struct Worker {
+    ports: Vec<PortConfig>,
+    orders: Receiver<Order>,
+    wake: Arc<EventFd>,
+    /// It outlives drivers, or one that resets the device again and again could log without end (R18).
+    errors: RateLimit,
+    live: Option<Live>,
+}
+
+impl Worker {
+    fn work(&mut self) {
+        loop {
+            let _ = self.wake.read();
+            if !self.obey() {
+                return;
+            }
+            let more = self.turn();
+            if let Err(error) = self.wait(more) {
+                log::error!("console: the worker cannot wait, and ends: {error}");
+                self.live.iter().for_each(|live| live.interrupt().needs_reset());
+                return;
+            }
+        }
+    }
+
+    /// Does what was ordered; whether to go on.
+    fn obey(&mut self) -> bool {
+        loop {
+            match self.orders.try_recv() {
+                Ok(Order::Start(parts)) => self.live = Some(Live::new(*parts, &self.ports)),
+                Ok(Order::StopQueue(index, done)) => {
+                    if let Some(live) = &mut self.live {
+                        live.stop_queue(index);
+                    }
+                    let _ = done.send(());
+                }
+                Ok(Order::Stop(done)) => {
+                    // What a guest had written before it died goes out, as far as nobody waits.
+                    let _ = (0..LAST_TURNS_MAX).any(|_| !self.turn());
+                    self.live = None;
+                    let _ = done.send(());
+                }
+                Err(mpsc::TryRecvError::Empty) => return true,
+                Err(mpsc::TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    /// One round; whether there may be more to do at once.
+    fn turn(&mut self) -> bool {
+        let Some(live) = &mut self.live else { return false };
+        live.quieten();
+        match live.turn(&mut self.ports, &mut self.errors) {
+            Ok(more) => more,
+            Err(error) => {
+                warn_limited!(
+                    self.errors,
+                    "console: the driver has broken a queue: {error}; the device needs a reset"
+                );
+                live.interrupt().needs_reset();
+                self.live = None;
+                false
+            }
+        }
+    }
+
+    fn wait(&self, more: bool) -> io::Result<()> {
+        let mut fds = vec![asked(self.wake.as_raw_fd(), false)];
+        if let Some(live) = &self.live {
+            fds.extend(live.doorbells().map(|fd| asked(fd, false)));
+            fds.extend(live.waits_for(&self.ports).into_iter().map(|(fd, write)| asked(fd, write)));
+        }
+        let count = libc::nfds_t::try_from(fds.len()).map_err(io::Error::other)?;
+        // SAFETY: the pointer and the count are those of one array.
+        if unsafe { libc::poll(fds.as_mut_ptr(), count, if more { 0 } else { -1 }) } < 0 {
+            let error = io::Error::last_os_error();
+            return if error.kind() == io::ErrorKind::Interrupted { Ok(()) } else { Err(error) };
+        }
+        Ok(())
+    }
+}
+
+fn asked(fd: RawFd, write: bool) -> libc::pollfd {
+    libc::pollfd { fd, events: if write { libc::POLLOUT } else { libc::POLLIN }, revents: 0 }
+}

@@ -1,0 +1,305 @@
+//! The shared libraries of a program, found as the dynamic loader finds them (ld.so(8)).
+//!
+//! Owns the search: DT_RPATH, LD_LIBRARY_PATH, DT_RUNPATH, /etc/ld.so.cache, the default
+//! directories. Each library keeps its host's path in the guest, or its place relative to the
+//! program ($ORIGIN). The guest has no cache, so directories that only the cache knows go into
+//! LD_LIBRARY_PATH there. What is opened by dlopen(3) cannot be seen here.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use goblin::elf::Elf;
+use goblin::elf::header::EM_X86_64;
+
+use super::JobError;
+use super::archive::Archive;
+
+/// Where loaders look by themselves: Debian's, and everybody else's.
+const DEFAULT_DIRECTORIES: [&str; 6] =
+    ["/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib"];
+/// A chain of libraries is never so deep.
+const PROGRAMS_MAX: usize = 10_000;
+
+/// Whether a file is an ELF image.
+pub fn is_elf(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"\x7fELF")
+}
+
+/// The libraries of this host, and which of them have been asked for.
+pub struct Libraries {
+    /// LD_LIBRARY_PATH.
+    given: Vec<PathBuf>,
+    /// Name and path, in the cache's order.
+    cache: Vec<(String, PathBuf)>,
+    /// Directories in the guest where its loader does not look by itself.
+    unusual: BTreeSet<PathBuf>,
+}
+
+/// A program or library of which the libraries are to be found.
+struct Object {
+    host: PathBuf,
+    guest: PathBuf,
+    bytes: Vec<u8>,
+    /// DT_RPATH of those that need it.
+    inherited: Vec<(PathBuf, PathBuf)>,
+}
+
+impl Libraries {
+    /// As this host's loader would find them.
+    pub fn of_this_host() -> Self {
+        let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+        let given = std::env::split_paths(&given).filter(|path| path.is_absolute()).collect();
+        let cache = fs::read("/etc/ld.so.cache").map(|bytes| parse_cache(&bytes)).unwrap_or_default();
+        Self { given, cache, unusual: BTreeSet::new() }
+    }
+
+    /// LD_LIBRARY_PATH for the guest, if it needs one.
+    pub fn path_for_the_loader(&self) -> Option<OsString> {
+        let joined = std::env::join_paths(&self.unusual).ok().filter(|joined| !joined.is_empty())?;
+        let mut variable = OsString::from("LD_LIBRARY_PATH=");
+        variable.push(joined);
+        Some(variable)
+    }
+
+    /// Puts the loader and the libraries of the image `bytes` into the archive, and theirs. What is
+    /// missing is an error if the user has `asked_for` this very file, else a warning.
+    pub fn put_those_of(
+        &mut self,
+        archive: &mut Archive,
+        host: &Path,
+        guest: &Path,
+        bytes: &[u8],
+        asked_for: bool,
+    ) -> Result<(), JobError> {
+        let first = Object {
+            // $ORIGIN is the directory of the file itself, not of a link to it.
+            host: fs::canonicalize(host).unwrap_or_else(|_| host.into()),
+            guest: guest.into(),
+            bytes: bytes.to_vec(),
+            inherited: Vec::new(),
+        };
+        let mut waiting = vec![first];
+        let mut seen = 0;
+        while let Some(object) = waiting.pop() {
+            seen += 1;
+            let needed = self.put_one(archive, &object).and_then(|found| match found {
+                Found::All(found) => Ok(found),
+                Found::Missing(name, found) => {
+                    let error = JobError::NoLibrary { program: object.host.clone(), name };
+                    if asked_for {
+                        return Err(error);
+                    }
+                    log::warn!("{error}");
+                    Ok(found)
+                }
+            });
+            match needed {
+                Ok(found) if seen < PROGRAMS_MAX => waiting.extend(found),
+                Ok(_) => {}
+                Err(JobError::Damaged { path, why }) if !asked_for => log::info!("{}: {why}", path.display()),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts what one image names itself.
+    fn put_one(&mut self, archive: &mut Archive, object: &Object) -> Result<Found, JobError> {
+        let damaged =
+            |why: goblin::error::Error| JobError::Damaged { path: object.host.clone(), why: why.to_string() };
+        let elf = Elf::parse(&object.bytes).map_err(damaged)?;
+        if !elf.is_64 || elf.header.e_machine != EM_X86_64 {
+            return Ok(Found::All(Vec::new()));
+        }
+        if let Some(interpreter) = elf.interpreter.map(Path::new)
+            && interpreter.is_absolute()
+        {
+            put_file(archive, interpreter, interpreter)?;
+        }
+        let rpath = directories(&elf.rpaths, object);
+        let runpath = directories(&elf.runpaths, object);
+        let mut inherited = object.inherited.clone();
+        inherited.extend(rpath);
+        let mut found = Vec::new();
+        let mut missing = None;
+        for &name in &elf.libraries {
+            let before = if runpath.is_empty() { inherited.as_slice() } else { &[] };
+            match self.find(name, before, &runpath) {
+                Some((host, guest)) if archive.has(&guest) => drop(host),
+                Some((host, guest)) => {
+                    let bytes = put_file(archive, &host, &guest)?;
+                    let host = fs::canonicalize(&host).unwrap_or(host);
+                    found.push(Object { host, guest, bytes, inherited: inherited.clone() });
+                }
+                None => missing = Some(name.to_owned()),
+            }
+        }
+        Ok(match missing {
+            None => Found::All(found),
+            Some(name) => Found::Missing(name, found),
+        })
+    }
+
+    /// Where a library is on the host, and where it goes in the guest.
+    fn find(
+        &mut self,
+        name: &str,
+        before: &[(PathBuf, PathBuf)],
+        runpath: &[(PathBuf, PathBuf)],
+    ) -> Option<(PathBuf, PathBuf)> {
+        if name.contains('/') {
+            return is_library(Path::new(name)).then(|| (name.into(), name.into()));
+        }
+        let join = |(host, guest): &(PathBuf, PathBuf)| (host.join(name), guest.join(name));
+        let same = |path: PathBuf| (path.clone(), path);
+        if let Some(found) = before.iter().map(join).find(|(host, _)| is_library(host)) {
+            return Some(found);
+        }
+        let given = self.given.iter().map(|directory| directory.join(name)).find(|path| is_library(path));
+        if let Some(path) = given {
+            return Some(self.unusual_place(same(path)));
+        }
+        if let Some(found) = runpath.iter().map(join).find(|(host, _)| is_library(host)) {
+            return Some(found);
+        }
+        let cached = self.cache.iter().filter(|(cached, _)| cached == name).map(|(_, path)| path.clone());
+        let default = DEFAULT_DIRECTORIES.iter().map(|directory| Path::new(directory).join(name));
+        let path = cached.chain(default).find(|path| is_library(path))?;
+        Some(self.unusual_place(same(path)))
+    }
+
+    fn unusual_place(&mut self, found: (PathBuf, PathBuf)) -> (PathBuf, PathBuf) {
+        if let Some(directory) = found.1.parent()
+            && !DEFAULT_DIRECTORIES.iter().any(|usual| directory == Path::new(usual))
+        {
+            self.unusual.insert(directory.into());
+        }
+        found
+    }
+}
+
+enum Found {
+    All(Vec<Object>),
+    Missing(String, Vec<Object>),
+}
+
+/// The directories of a search path, on the host and in the guest.
+fn directories(paths: &[&str], object: &Object) -> Vec<(PathBuf, PathBuf)> {
+    let origin = |place: &Path| place.parent().unwrap_or(Path::new("/")).to_string_lossy().into_owned();
+    let (host, guest) = (origin(&object.host), origin(&object.guest));
+    let with = |path: &str, origin: &str| {
+        PathBuf::from(path.replace("${ORIGIN}", origin).replace("$ORIGIN", origin))
+    };
+    let parts = paths.iter().flat_map(|path| path.split(':')).filter(|path| !path.is_empty());
+    parts.map(|path| (with(path, &host), tidy(&with(path, &guest)))).collect()
+}
+
+/// Without `..`: the archive's paths have none.
+fn tidy(path: &Path) -> PathBuf {
+    let mut tidy = PathBuf::new();
+    for part in path.components() {
+        match part {
+            std::path::Component::ParentDir => _ = tidy.pop(),
+            std::path::Component::CurDir => {}
+            other => tidy.push(other),
+        }
+    }
+    tidy
+}
+
+/// Copies one file, whatever links lead to it.
+fn put_file(archive: &mut Archive, host: &Path, guest: &Path) -> Result<Vec<u8>, JobError> {
+    let failed = |source| JobError::Read { path: host.into(), source };
+    let bytes = fs::read(host).map_err(failed)?;
+    let metadata = fs::metadata(host).map_err(failed)?;
+    let mtime = u32::try_from(metadata.mtime()).unwrap_or(0);
+    archive.file(guest, metadata.permissions().mode() | 0o555, mtime, &bytes)?;
+    Ok(bytes)
+}
+
+/// Whether there is an x86-64 image at `path`: loaders pass over others.
+fn is_library(path: &Path) -> bool {
+    let mut head = [0; 20];
+    let read = fs::File::open(path).and_then(|mut file| std::io::Read::read_exact(&mut file, &mut head));
+    read.is_ok() && is_elf(&head) && head[4] == 2 && u16::from_le_bytes([head[18], head[19]]) == EM_X86_64
+}
+
+/// Reads ld.so's cache (glibc, sysdeps/generic/dl-cache.h, `struct cache_file_new`): names and paths
+/// of libraries for this architecture, but not those for special processors.
+fn parse_cache(bytes: &[u8]) -> Vec<(String, PathBuf)> {
+    const MAGIC: &[u8] = b"glibc-ld.so.cache1.1";
+    const HEADER_BYTES: usize = 48;
+    const ENTRY_BYTES: usize = 24;
+    /// FLAG_ELF_LIBC6 | FLAG_X8664_LIB64
+    const X86_64: u32 = 0x0303;
+    // An older format may stand before it.
+    let Some(from) = bytes.windows(MAGIC.len()).position(|window| window == MAGIC) else { return Vec::new() };
+    let cache = bytes.get(from..).unwrap_or_default();
+    let number = |at: usize| {
+        let bytes = cache.get(at..)?.first_chunk::<4>()?;
+        Some(u32::from_le_bytes(*bytes))
+    };
+    let string = |at: u32| {
+        let rest = cache.get(usize::try_from(at).ok()?..)?;
+        let end = rest.iter().position(|&byte| byte == 0)?;
+        String::from_utf8(rest.get(..end)?.to_vec()).ok()
+    };
+    let count = number(MAGIC.len()).and_then(|count| usize::try_from(count).ok()).unwrap_or(0);
+    let entry = |index: usize| {
+        let at = HEADER_BYTES + index * ENTRY_BYTES;
+        let usable = number(at)? == X86_64 && number(at + 16)? == 0 && number(at + 20)? == 0;
+        let (name, path) = (string(number(at + 4)?)?, string(number(at + 8)?)?);
+        usable.then(|| (name, PathBuf::from(path)))
+    };
+    // No more entries than there can be.
+    (0..count.min(cache.len() / ENTRY_BYTES)).filter_map(entry).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_test_brings_its_loader_and_its_c_library() {
+        let program = std::env::current_exe().unwrap();
+        let mut archive = Archive::default();
+        let mut libraries = Libraries::of_this_host();
+        let bytes = fs::read(&program).unwrap();
+        libraries.put_those_of(&mut archive, &program, Path::new("/test"), &bytes, true).unwrap();
+        let archive = archive.finish();
+        for name in [&b"libc.so.6\0"[..], b"ld-linux-x86-64.so.2\0"] {
+            assert!(archive.windows(name.len()).any(|window| window == name));
+        }
+        assert_eq!(libraries.path_for_the_loader(), None);
+    }
+
+    #[test]
+    fn a_cache_that_is_cut_or_wild_is_read_as_far_as_it_goes() {
+        let whole = fs::read("/etc/ld.so.cache").unwrap_or_default();
+        let all = parse_cache(&whole).len();
+        for end in (0..whole.len()).step_by(997) {
+            assert!(parse_cache(&whole[..end]).len() <= all);
+        }
+        let mut wild = b"glibc-ld.so.cache1.1".to_vec();
+        wild.extend([0xff; 200]);
+        assert!(parse_cache(&wild).is_empty());
+    }
+
+    #[test]
+    fn origin_is_the_hosts_on_the_host_and_the_guests_in_the_guest() {
+        let object = Object {
+            host: "/home/me/build/bin/tool".into(),
+            guest: "/opt/bin/tool".into(),
+            bytes: Vec::new(),
+            inherited: Vec::new(),
+        };
+        let expected = vec![
+            (PathBuf::from("/home/me/build/bin/../lib"), PathBuf::from("/opt/lib")),
+            (PathBuf::from("/srv"), PathBuf::from("/srv")),
+        ];
+        assert_eq!(directories(&["$ORIGIN/../lib:/srv"], &object), expected);
+    }
+}

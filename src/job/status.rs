@@ -1,0 +1,104 @@
+//! The status file (`--status-file`): how a run ended, for programs.
+//!
+//! Owns its schema, which docs/running-commands.md describes; `version` changes when a field changes
+//! its meaning or goes.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::report::{CommandEnd, signal_name};
+
+/// The schema's version.
+const VERSION: u32 = 1;
+
+/// The file, opened before anything is started: a place that cannot be written is known at once.
+#[derive(Debug)]
+pub struct StatusFile(File);
+
+/// How a run ended.
+#[derive(Debug, Serialize)]
+pub struct Status {
+    version: u32,
+    /// minivmm's exit status.
+    pub exit_status: i32,
+    /// What kind of end it was.
+    pub cause: &'static str,
+    /// The same in words.
+    pub message: String,
+    /// How the command ended; null if it did not.
+    pub command: Option<CommandStatus>,
+    /// How long what took.
+    pub seconds: Seconds,
+}
+
+/// How the command ended.
+#[derive(Debug, Serialize)]
+pub struct CommandStatus {
+    /// Its own exit status.
+    pub exit_status: Option<u8>,
+    /// The signal that killed it.
+    pub signal: Option<u8>,
+    /// The signal's name.
+    pub signal_name: Option<&'static str>,
+    /// Why it did not start.
+    pub errno: Option<i32>,
+}
+
+/// Times.
+#[derive(Debug, Default, Clone, Copy, Serialize)]
+pub struct Seconds {
+    /// From the first CPU's start to the command's.
+    pub boot: Option<f64>,
+    /// From the command's start to its end, with all that it has written gone out.
+    pub command: Option<f64>,
+    /// From minivmm's start to its end.
+    pub total: f64,
+}
+
+impl Seconds {
+    /// In seconds, to the microsecond.
+    pub fn of(duration: Duration) -> f64 {
+        (duration.as_secs_f64() * 1e6).round() / 1e6
+    }
+}
+
+impl From<CommandEnd> for CommandStatus {
+    fn from(end: CommandEnd) -> Self {
+        let mut status = Self { exit_status: None, signal: None, signal_name: None, errno: None };
+        match end {
+            CommandEnd::Exited(code) => status.exit_status = Some(code),
+            CommandEnd::Killed(signal) => {
+                status.signal = Some(signal);
+                status.signal_name = signal_name(signal);
+            }
+            CommandEnd::NotFound => status.errno = Some(libc::ENOENT),
+            CommandEnd::NotStarted(_, errno) => status.errno = Some(errno),
+        }
+        status
+    }
+}
+
+impl Status {
+    /// An end without a command's.
+    pub fn new(exit_status: i32, cause: &'static str, message: String) -> Self {
+        Self { version: VERSION, exit_status, cause, message, command: None, seconds: Seconds::default() }
+    }
+}
+
+impl StatusFile {
+    /// Makes it, empty.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        File::create(path).map(Self)
+    }
+
+    /// Writes it.
+    pub fn write(mut self, status: &Status) -> io::Result<()> {
+        let mut text = serde_json::to_vec_pretty(status).map_err(io::Error::other)?;
+        text.push(b'\n');
+        self.0.write_all(&text)
+    }
+}

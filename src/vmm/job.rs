@@ -1,0 +1,123 @@
+//! The command's side of the machine: the console device with its ports, and the launcher's
+//! messages.
+//!
+//! Owns which port leads where, and what has been heard of the command so far. The launcher's port
+//! leads to pipes whose other ends are here, so the device knows nothing of messages.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use crate::console::stream::{Sink, SinkError, Source};
+use crate::console::{ConsoleDevice, PortConfig};
+use crate::job::report::{CommandEnd, Message, Reader, TAKEN};
+use crate::terminal::{self, Input};
+
+/// What has been heard of a command.
+pub struct JobEnd {
+    messages: File,
+    answers: File,
+    reader: Reader,
+    started: Option<Instant>,
+    ended: Option<(CommandEnd, Instant)>,
+    outputs: [(&'static str, SinkError); 2],
+}
+
+/// How long the parts of a run took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Times {
+    /// From the first CPU's start to the command's.
+    pub boot: Duration,
+    /// From the command's start to its end.
+    pub command: Duration,
+}
+
+/// The device for a command's streams, and the end that hears of it.
+pub fn console() -> io::Result<(ConsoleDevice, JobEnd)> {
+    let (messages, to_us) = io::pipe()?;
+    let (from_us, answers) = io::pipe()?;
+    let output = |fd: OwnedFd| {
+        let sink = Sink::new(fd)?;
+        let error = sink.error();
+        Ok::<_, io::Error>((sink, error))
+    };
+    let (stdout, stdout_error) = output(dup(&io::stdout())?)?;
+    let (stderr, stderr_error) = output(dup(&io::stderr())?)?;
+    let port = |name, source, sink, after_others| PortConfig { name, source, sink, after_others };
+    let device = ConsoleDevice::new(vec![
+        port("org.minivmm.stdin", Some(stdin()?), None, false),
+        port("org.minivmm.stdout", None, Some(stdout), false),
+        port("org.minivmm.stderr", None, Some(stderr), false),
+        port("org.minivmm.control", Some(Source::new(from_us)?), Some(Sink::new(to_us)?), true),
+    ])?;
+    let outputs = [("standard output", stdout_error), ("standard error", stderr_error)];
+    let end = JobEnd {
+        messages: OwnedFd::from(messages).into(),
+        answers: OwnedFd::from(answers).into(),
+        reader: Reader::default(),
+        started: None,
+        ended: None,
+        outputs,
+    };
+    Ok((device, end))
+}
+
+fn dup(stream: &impl std::os::fd::AsFd) -> io::Result<OwnedFd> {
+    stream.as_fd().try_clone_to_owned()
+}
+
+/// Standard input, unless it is a terminal that another job has: reading it would stop us.
+fn stdin() -> io::Result<Source> {
+    if terminal::input() == Input::Background {
+        log::warn!("minivmm is in the background of its terminal: the command's input is empty");
+        return Source::new(File::open("/dev/null")?);
+    }
+    Source::new(io::stdin())
+}
+
+impl JobEnd {
+    /// Readable when the launcher has said something.
+    pub fn as_raw_fd(&self) -> RawFd {
+        self.messages.as_raw_fd()
+    }
+
+    /// Hears what it has said, and answers. Called when there is something to read.
+    pub fn listen(&mut self) {
+        let mut bytes = [0; 512];
+        // An end would mean that the device is gone; then the machine is going too.
+        let count = self.messages.read(&mut bytes).unwrap_or(0);
+        for message in self.reader.take(bytes.get(..count).unwrap_or_default()) {
+            match message {
+                Message::Started => _ = self.started.get_or_insert_with(Instant::now),
+                Message::Ended(end) if self.ended.is_none() => {
+                    self.ended = Some((end, Instant::now()));
+                    // The pipe has room: this is written once.
+                    if let Err(error) = self.answers.write_all(TAKEN) {
+                        log::error!("cannot answer the guest's launcher: {error}");
+                    }
+                }
+                // The first word counts.
+                Message::Ended(_) => {}
+            }
+        }
+    }
+
+    /// How the command ended, if the guest has told; `begin` is when the CPUs were started.
+    pub fn ended(&self, begin: Instant) -> Option<(CommandEnd, Times)> {
+        let (end, at) = self.ended?;
+        let started = self.started.unwrap_or(at);
+        let times =
+            Times { boot: started.saturating_duration_since(begin), command: at.duration_since(started) };
+        Some((end, times))
+    }
+
+    /// What was lost on the way out: which stream, and why.
+    pub fn lost_output(&self) -> Option<(&'static str, io::Error)> {
+        self.outputs.iter().find_map(|(what, error)| {
+            let error = error.get()?;
+            let copy = error.raw_os_error().map(io::Error::from_raw_os_error);
+            Some((*what, copy.unwrap_or_else(|| io::Error::from(error.kind()))))
+        })
+    }
+}
