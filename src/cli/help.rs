@@ -53,15 +53,23 @@ pub fn after() -> String {
     format!("{EXAMPLES}\n\n{STATUSES}")
 }
 
-/// A file where clap expects one of our commands is a disk, most likely.
+/// A word where clap expects none: a disk, most likely, if there is such a file, else a command for
+/// the guest.
 pub fn improve(mut error: clap::Error) -> clap::Error {
-    if error.kind() != ErrorKind::InvalidSubcommand {
+    let place = match error.kind() {
+        ErrorKind::InvalidSubcommand => ContextKind::InvalidSubcommand,
+        ErrorKind::UnknownArgument => ContextKind::InvalidArg,
+        _ => return error,
+    };
+    let Some(ContextValue::String(word)) = error.get(place) else { return error };
+    if word.starts_with('-') {
         return error;
     }
-    let Some(ContextValue::String(word)) = error.get(ContextKind::InvalidSubcommand) else { return error };
-    if Path::new(word).exists() {
-        let tip = format!("to give the guest a disk: --disk {word}");
-        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
-    }
+    let tip = if Path::new(word).exists() {
+        format!("to give the guest a disk: --disk {word}")
+    } else {
+        format!("to run a command in the guest: minivmm [OPTIONS] -- {word}")
+    };
+    error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
     error
 }
