@@ -68,7 +68,9 @@ pub fn improve(mut error: clap::Error) -> clap::Error {
     let tip = if Path::new(word).exists() {
         format!("to give the guest a disk: --disk {word}")
     } else {
-        format!("to run a command in the guest: minivmm [OPTIONS] -- {word}")
+        format!(
+            "a command for the guest stands behind --: minivmm [OPTIONS] -- {word}; minivmm's own is 'check'"
+        )
     };
     error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
     error
