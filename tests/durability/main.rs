@@ -25,10 +25,18 @@ const DURABLE: &[usize] = &[0, 1, 2, 3];
 const UNSAFE: &[usize] = &[4];
 
 /// Seeds in which something was once wrong.
-const KEPT: &[u64] = &[];
+///
+/// 1768: a FLUSH of one queue was acknowledged while another queue had not yet looked at the failure
+/// of its own fdatasync, to which the kernel had told the error.
+const KEPT: &[u64] = &[1768];
 
-/// Seeds of the run that must find nothing.
+/// Seeds of the run that must find nothing, unless MINIVMM_SEEDS says otherwise (`make torture`).
 const SEEDS: u64 = 100_000;
+
+fn seeds() -> u64 {
+    std::env::var("MINIVMM_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(SEEDS)
+}
+
 /// Seeds within which each mutant must be found.
 const MUTANT_SEEDS: u64 = 3_000;
 
@@ -83,7 +91,7 @@ fn first_violation(seeds: std::ops::Range<u64>, modes: &'static [usize], ram: &R
 
 #[test]
 fn no_seed_violates_an_invariant_in_a_durable_mode() {
-    let begin = Instant::now();
+    let (begin, seeds) = (Instant::now(), seeds());
     let half = |seeds: std::ops::Range<u64>| {
         std::thread::spawn(move || {
             let ram = world::ram();
@@ -94,10 +102,10 @@ fn no_seed_violates_an_invariant_in_a_durable_mode() {
             completed
         })
     };
-    let halves = [half(0..SEEDS / 2), half(SEEDS / 2..SEEDS)];
+    let halves = [half(0..seeds / 2), half(seeds / 2..seeds)];
     let completed: u64 = halves.into_iter().map(|half| half.join().unwrap()).sum();
-    println!("{SEEDS} seeds, {completed} requests OK, {:.1} s", begin.elapsed().as_secs_f64());
-    assert!(completed > SEEDS * 4, "the plans must do something: {completed}");
+    println!("{seeds} seeds, {completed} requests OK, {:.1} s", begin.elapsed().as_secs_f64());
+    assert!(completed > seeds * 4, "the plans must do something: {completed}");
 }
 
 #[test]

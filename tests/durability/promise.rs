@@ -63,9 +63,18 @@ impl Promises {
 
     /// What may be found in a sector after a power failure now.
     pub fn legal_after_crash(&self, sector: usize) -> Vec<Tag> {
+        self.not_older_than(sector, |w| w.stable)
+    }
+
+    /// The same, were everything stable that the driver was told is written.
+    pub fn legal_were_all_stable(&self, sector: usize) -> Vec<Tag> {
+        self.not_older_than(sector, |w| w.ok)
+    }
+
+    fn not_older_than(&self, sector: usize, counts: impl Fn(&Change) -> bool) -> Vec<Tag> {
         let is_dead = |v: &Change| {
             self.of(sector)
-                .any(|w| w.stable && !w.is_advice && v.completed.is_some_and(|at| at < w.submitted))
+                .any(|w| counts(w) && !w.is_advice && v.completed.is_some_and(|at| at < w.submitted))
         };
         self.of(sector).filter(|v| !is_dead(v)).map(|v| v.tag).collect()
     }

@@ -510,8 +510,11 @@ impl<'a> World<'a> {
         if let Some(violation) = storage.violations.first() {
             return Err(violation.clone());
         }
+        let mut at_risk = 0;
         for sector in 0..SECTORS {
             let host = storage.legal_after_crash(sector);
+            let acknowledged = self.promises.legal_were_all_stable(sector);
+            at_risk += if host.iter().all(|tag| acknowledged.contains(tag)) { 0 } else { 512 };
             if let Some(tag) =
                 storage.possible_after_crash(sector).into_iter().find(|tag| !host.contains(tag))
             {
@@ -529,6 +532,11 @@ impl<'a> World<'a> {
                     promised.join(" or ")
                 ));
             }
+        }
+        // The monitor may overstate what a crash would lose, never understate it.
+        let told = self.image.monitor.snapshot().at_risk_bytes;
+        if told < at_risk {
+            return Err(format!("the monitor: it tells of {told} bytes at risk, and {at_risk} are"));
         }
         Ok(())
     }
