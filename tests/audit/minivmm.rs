@@ -85,7 +85,7 @@ fn calls_that_are_interrupted_are_made_again() {
     if !kvm() || !strace_is_here() {
         return;
     }
-    for (mode, call) in [("writeback", "pwritev2"), ("writethrough", "pwritev2"), ("none", "fdatasync")] {
+    for (mode, call) in [("writeback", "pwritev"), ("writethrough", "pwritev2"), ("none", "fdatasync")] {
         let fault = format!("inject={call}:error=EINTR:when=2+2");
         let audit = audit_with(mode, "", &[&fault], exit(0x2a));
         assert_eq!((audit.writes, audit.flushes), (8, 6), "cache={mode}: {audit}");
