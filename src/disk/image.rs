@@ -193,7 +193,23 @@ impl Image {
                 options.cache.name
             ));
         }
-        Ok(Self {
+        Ok(Self::assemble(options, kind, file, geometry, warnings))
+    }
+
+    /// An image without storage of its own, for engines that do not use the descriptor.
+    pub fn simulated(options: &DiskOptions, geometry: Geometry) -> io::Result<Self> {
+        let file = Arc::new(File::open("/dev/null")?);
+        Ok(Self::assemble(options, Kind::File, file, geometry, Vec::new()))
+    }
+
+    fn assemble(
+        options: &DiskOptions,
+        kind: Kind,
+        file: Arc<File>,
+        geometry: Geometry,
+        warnings: Vec<String>,
+    ) -> Self {
+        Self {
             file,
             kind,
             wanted_flags: wanted_flags(options, kind),
@@ -209,28 +225,7 @@ impl Image {
             latch: SyncLatch::default(),
             monitor: Monitor::default(),
             warnings,
-        })
-    }
-
-    /// An image without storage of its own, for engines that do not use the descriptor.
-    pub fn simulated(options: &DiskOptions, geometry: Geometry) -> io::Result<Self> {
-        Ok(Self {
-            file: Arc::new(File::open("/dev/null")?),
-            kind: Kind::File,
-            wanted_flags: 0,
-            path: options.path.clone(),
-            policy: options.cache,
-            geometry,
-            readonly: options.readonly,
-            serial: serial_bytes(options),
-            queue_size: options.queue_size,
-            discard: options.discard && !options.readonly,
-            bounce_always: options.bounce_always,
-            counters: Counters::default(),
-            latch: SyncLatch::default(),
-            monitor: Monitor::default(),
-            warnings: Vec::new(),
-        })
+        }
     }
 
     /// The descriptor, for engines.
