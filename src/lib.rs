@@ -20,7 +20,7 @@
 //! | [`console`] | virtio-console: ports, their control messages, the host's streams | KVM, transports |
 //! | [`disk`] | one host image: flags, locking, policy, engines, sticky error | virtio, KVM |
 //! | [`layout`], [`mem`] | the address map; guest memory and pieces of it | everything |
-//! | [`ratelimit`], [`text`], [`mutants`] | quiet logs; wrapped lines; deliberate mistakes | everything |
+//! | [`ratelimit`], [`slab`], [`text`], [`mutants`] | quiet logs; private numbers; wrapped lines; deliberate mistakes | everything |
 //!
 //! One write, there and back, is told in `docs/architecture.md`.
 
@@ -39,6 +39,7 @@ pub mod layout;
 pub mod mem;
 pub mod mutants;
 pub mod ratelimit;
+pub mod slab;
 pub mod stats;
 pub mod terminal;
 pub mod text;

@@ -48,11 +48,15 @@ pub enum Mutant {
     /// A sync's success counts at once, though another one that was in flight with it, and to which
     /// the kernel told the error, has not been looked at yet.
     SuccessCountsAtOnce,
+    /// A request joins a shared fdatasync that is running already.
+    GroupTakesLatecomers,
+    /// Those who share an fdatasync are completed when it starts.
+    GroupDoneAtStart,
 }
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Mutant; 20] = [
+    pub const ALL: [Mutant; 22] = [
         Mutant::FlushDoesNothing,
         Mutant::SyncBeforeWrite,
         Mutant::GenerationSkip,
@@ -73,6 +77,8 @@ impl Mutant {
         Mutant::BlkFlsBuf,
         Mutant::WrongDescriptor,
         Mutant::SuccessCountsAtOnce,
+        Mutant::GroupTakesLatecomers,
+        Mutant::GroupDoneAtStart,
     ];
 }
 

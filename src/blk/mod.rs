@@ -13,7 +13,7 @@ use std::sync::Arc;
 use crate::disk::Image;
 use crate::disk::blocking::BlockingEngine;
 use crate::disk::cache::{Negotiated, WriteCache};
-use crate::disk::machine::{Disk, StableBy};
+use crate::disk::machine::Disk;
 use crate::virtio::{ActivateError, Activation, EnabledQueue, VirtioDevice};
 use worker::{Job, WorkerThread};
 
@@ -33,7 +33,7 @@ impl BlockDevice {
     pub fn new(name: &str, image: Arc<Image>) -> io::Result<Self> {
         let cache = Arc::new(WriteCache::new(image.policy()));
         let engine = Box::new(BlockingEngine::new(Arc::clone(image.file())));
-        let disk = Disk::new(Arc::clone(&image), Arc::clone(&cache), engine, StableBy::FIRST);
+        let disk = Disk::new(Arc::clone(&image), Arc::clone(&cache), engine, image.stable());
         Self::with_disks(name, image, cache, vec![disk])
     }
 

@@ -66,7 +66,8 @@ pub struct Ended {
 /// What may end a wait, besides the end of an operation.
 #[derive(Debug, Clone, Copy)]
 pub enum Wake<'a> {
-    /// This eventfd, which the engine then clears.
+    /// This eventfd, which the engine then clears. It is not O_NONBLOCK, so that a read of it may
+    /// wait in an engine.
     Doorbell(&'a EventFd),
     /// Nothing: wait for an operation to end, if there is one.
     EndOnly,
@@ -82,4 +83,9 @@ pub trait Engine: Send {
 
     /// Submits what was queued and waits for an end or for `wake`; appends what has ended.
     fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()>;
+
+    /// Nothing is in flight, and the doorbell of the last wait goes away: lets go of it.
+    fn rest(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use super::blocking::BlockingEngine;
@@ -137,6 +138,16 @@ pub fn logical_block_of_device(file: &File) -> Option<u32> {
 /// The physical block of a block device, in bytes; `None` for other files.
 pub fn physical_block_of_device(file: &File) -> Option<u32> {
     device_number(file, libc::BLKPBSZGET)
+}
+
+/// Whether a block device makes a single write stable by itself (FUA); `None` where nothing tells.
+pub fn has_fua(file: &File) -> Option<bool> {
+    let rdev = file.metadata().ok()?.rdev();
+    let device = format!("/sys/dev/block/{}:{}", libc::major(rdev), libc::minor(rdev));
+    // A partition's queue is its disk's.
+    let read = |path| std::fs::read_to_string(format!("{device}/{path}")).ok();
+    let text = read("queue/fua").or_else(|| read("../queue/fua"))?;
+    Some(text.trim() == "1")
 }
 
 fn device_number(file: &File, request: libc::Ioctl) -> Option<u32> {

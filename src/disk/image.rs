@@ -17,7 +17,8 @@ use super::counters::Counters;
 use super::geometry::{self, BUFFERED, Geometry, SECTOR};
 use super::latch::SyncLatch;
 use super::monitor::{Monitor, SyncEnd};
-use super::options::{DiskOptions, SERIAL_MAX};
+use super::options::{DiskOptions, EngineChoice, SERIAL_MAX};
+use super::stable::StableBy;
 
 /// Why an image cannot be used: what failed, why, and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -129,6 +130,10 @@ pub struct Image {
     queue_size: u16,
     discard: bool,
     bounce_always: bool,
+    engine: EngineChoice,
+    stable: StableBy,
+    fixed_buffers: bool,
+    dsync_is_one_flush: bool,
     /// What has been done so far.
     pub counters: Counters,
     /// The first sync error.
@@ -209,6 +214,8 @@ impl Image {
         geometry: Geometry,
         warnings: Vec<String>,
     ) -> Self {
+        // A disk without FUA is flushed before and after a DSYNC write of the raw device (part 2.3).
+        let dsync_is_one_flush = kind == Kind::File || geometry::has_fua(&file).unwrap_or(true);
         Self {
             file,
             kind,
@@ -221,6 +228,10 @@ impl Image {
             queue_size: options.queue_size,
             discard: options.discard && !options.readonly,
             bounce_always: options.bounce_always,
+            engine: options.engine,
+            stable: options.stable,
+            fixed_buffers: options.fixed_buffers,
+            dsync_is_one_flush,
             counters: Counters::default(),
             latch: SyncLatch::default(),
             monitor: Monitor::default(),
@@ -271,6 +282,31 @@ impl Image {
     /// Whether every direct transfer is bounced.
     pub fn bounce_always(&self) -> bool {
         self.bounce_always
+    }
+
+    /// Which engine was asked for.
+    pub fn engine(&self) -> EngineChoice {
+        self.engine
+    }
+
+    /// How writes are made stable.
+    pub fn stable(&self) -> StableBy {
+        self.stable
+    }
+
+    /// Whether guest RAM is to be registered with io_uring.
+    pub fn fixed_buffers(&self) -> bool {
+        self.fixed_buffers
+    }
+
+    /// Whether a write with RWF_DSYNC costs the host's disk no more flushes than an fdatasync.
+    pub fn dsync_is_one_flush(&self) -> bool {
+        self.dsync_is_one_flush
+    }
+
+    /// Whether it is on tmpfs: memory, which nothing makes stable.
+    pub fn is_on_tmpfs(&self) -> bool {
+        is_tmpfs(&self.file)
     }
 
     /// What the user should know before the guest runs.

@@ -8,7 +8,6 @@
 //! (part 2.6 of the requirements): so an error is never retried, and from then on no FLUSH and no
 //! stable write of this disk is reported OK (E1, E2), in every mode and on every queue.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -23,7 +22,8 @@ pub struct SyncLatch {
 #[derive(Debug, Default)]
 struct Syncs {
     opened: u64,
-    open: BTreeSet<u64>,
+    /// In the order of their numbers.
+    open: Vec<u64>,
 }
 
 /// A sync that an engine has, or whose result nobody has looked at.
@@ -40,13 +40,13 @@ impl SyncLatch {
         let mut syncs = self.syncs();
         syncs.opened += 1;
         let number = syncs.opened;
-        syncs.open.insert(number);
+        syncs.open.push(number);
         Ticket(number)
     }
 
     /// Its result has been looked at, and latched if it was an error.
     pub fn judged(&self, Ticket(number): Ticket) {
-        self.syncs().open.remove(&number);
+        self.syncs().open.retain(|&other| other != number);
     }
 
     /// The newest sync that is open now: a success that ends now counts once it and all before it

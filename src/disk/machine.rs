@@ -1,22 +1,24 @@
 //! The state machine between requests and host operations.
 //!
 //! Owns, for one queue: continuation of short transfers, bounce buffers, stable writes, the use of
-//! the error latch, draining; [`super::transfer`] and [`super::erase`] take a request through its parts. Its completions are
-//! whole: `Ok` means every byte and, for a stable write or a FLUSH, stable. It sits above the
-//! engines, so whatever an engine does wrong or the kernel answers is judged here, and a simulated
-//! engine can try all of it.
+//! the error latch, draining; [`super::transfer`] and [`super::erase`] take a request through its
+//! parts, [`super::stable`] tells who shares an fdatasync. Its completions are whole: `Ok` means
+//! every byte and, for a stable write or a FLUSH, stable. It sits above the engines, so whatever an
+//! engine does wrong or the kernel answers is judged here, and a simulated engine can try all of it.
 //!
-//! A request has exactly one host operation in flight at any time:
+//! A request has at most one host operation in flight at any time:
 //!
 //! ```text
 //!            ┌─ short, EINTR ─┐
 //!            ▼                │
-//! submit → transfer ──────────┴─ all bytes ─┬─ may be volatile, or was DSYNC ─→ Ok
-//!          erase (each range)               └─ must be stable → fdatasync ─┬──→ Ok
-//! FLUSH ──────────────────────────────────────────────────────→ fdatasync ─┴──→ Err, latched
+//! submit → transfer ──────────┴─ all bytes ─┬─ may be volatile, or was DSYNC ──────→ Ok
+//!          erase (each range)               ├─ stable=fdatasync → its own fdatasync ─┬──→ Ok
+//!                                           └─ joins ─┐                              └──→ Err, latched
+//! FLUSH ───────────────────────────────────── joins ──┴→ the next shared fdatasync ──┬──→ Ok, all
+//!                                                                                    └──→ Err, all
 //! ```
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
@@ -24,83 +26,18 @@ use super::cache::WriteCache;
 use super::counters::Counters;
 use super::engine::{Ended, Engine, HostOp, Wake};
 use super::erase::{Erase, ZeroedRange};
+use super::flight::{Flight, Next, OpenSync, Stage, Success, Who};
 use super::geometry::SectorRange;
 use super::image::Image;
 use super::latch::Ticket;
 use super::monitor::{SyncEnd, SyncStart};
+pub use super::op::{Completion, DiskError, Op};
+pub use super::stable::StableBy;
+use super::stable::{Group, Member};
 use super::transfer::Transfer;
 use crate::mem::Iov;
 use crate::mutants::{self, Mutant, is_on};
-
-/// What a request wants of the disk.
-#[derive(Debug)]
-pub enum Op {
-    /// Fills the memory from the image.
-    Read(SectorRange, Iov),
-    /// Writes the memory to the image.
-    Write(SectorRange, Iov),
-    /// Makes stable whatever was complete before this was submitted.
-    Flush,
-    /// The content of these ranges is not wanted any more.
-    Discard(Vec<SectorRange>),
-    /// These ranges read as zeroes afterwards.
-    WriteZeroes(Vec<ZeroedRange>),
-}
-
-/// Why a request failed. Nothing of it is retried.
-#[derive(Debug, thiserror::Error)]
-pub enum DiskError {
-    /// The host refused the operation.
-    #[error("{what} failed")]
-    Host {
-        /// Which one.
-        what: &'static str,
-        /// The host's answer.
-        source: io::Error,
-    },
-    /// The image ends before the request does: somebody has truncated it.
-    #[error("{what} ended after {done} of {bytes} bytes: has the image been truncated?")]
-    Short {
-        /// Which operation.
-        what: &'static str,
-        /// Bytes moved, all parts together.
-        done: u64,
-        /// Bytes asked for.
-        bytes: u64,
-    },
-    /// An earlier sync has failed, so nothing can be called stable any more.
-    #[error("nothing can be made stable since an earlier sync failed")]
-    Latched(#[source] io::Error),
-    /// The disk is read-only.
-    #[error("the disk is readonly")]
-    Readonly,
-    /// Not on the block boundaries that O_DIRECT needs here.
-    #[error("not aligned to the {0} bytes that O_DIRECT needs on this host")]
-    Misaligned(u32),
-}
-
-/// A request that is done.
-#[derive(Debug)]
-pub struct Completion {
-    /// The identity it was submitted with.
-    pub id: u64,
-    /// Every byte moved and, where that was asked, stable; or why not.
-    pub result: Result<(), DiskError>,
-}
-
-/// How a write is made stable.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum StableBy {
-    /// RWF_DSYNC on each write.
-    Dsync,
-    /// A write, then fdatasync.
-    Fdatasync,
-}
-
-impl StableBy {
-    /// What a disk begins with: where the host has no RWF_DSYNC it goes over to the other.
-    pub const FIRST: StableBy = StableBy::Dsync;
-}
+use crate::slab::Slab;
 
 /// The state machine of one queue of one disk.
 pub struct Disk {
@@ -108,55 +45,20 @@ pub struct Disk {
     cache: Arc<WriteCache>,
     engine: Box<dyn Engine>,
     stable_by: StableBy,
-    in_flight: HashMap<u64, Flight>,
-    next_token: u64,
+    /// Until the host refuses RWF_DSYNC.
+    has_dsync: bool,
+    in_flight: Slab<Flight>,
+    group: Group,
+    /// Stable writes of this batch, of which the way is not decided yet.
+    undecided: Vec<u64>,
+    /// DSYNC writes in flight.
+    dsyncs: usize,
+    /// Operations that the engine has no room for.
     waiting: VecDeque<(u64, HostOp)>,
     ended: Vec<Ended>,
     /// Successes that count only when other syncs have been judged.
     held: Vec<(Ticket, Success)>,
     done: Vec<Completion>,
-}
-
-/// A request in flight.
-struct Flight {
-    /// `None` for a sync of our own.
-    id: Option<u64>,
-    wb_at_submit: bool,
-    stage: Stage,
-    /// Bytes that the guest sees changed, for the monitor.
-    writes: u64,
-    /// The operation that the engine has, to repeat it after EINTR.
-    current: Option<HostOp>,
-    /// Open while the engine has that operation and it is a sync.
-    sync: Option<OpenSync>,
-}
-
-/// A sync that the engine has.
-struct OpenSync {
-    ticket: Ticket,
-    /// What an fdatasync will have made stable, for the monitor.
-    covers: Option<SyncStart>,
-}
-
-/// A request, or a sync of our own, that is done and stable if no other sync says otherwise.
-struct Success {
-    id: Option<u64>,
-    covers: Option<SyncStart>,
-}
-
-enum Stage {
-    Transfer(Transfer),
-    Erase(Erase),
-    /// An fdatasync that started after everything of this request had ended.
-    Sync,
-}
-
-/// What comes after an operation has ended.
-enum Next {
-    Op(HostOp),
-    Done(Result<(), DiskError>),
-    /// Done and stable, if no other sync says otherwise.
-    Stable,
 }
 
 impl Disk {
@@ -172,8 +74,11 @@ impl Disk {
             cache,
             engine,
             stable_by,
-            in_flight: HashMap::new(),
-            next_token: 0,
+            has_dsync: true,
+            in_flight: Slab::default(),
+            group: Group::default(),
+            undecided: Vec::new(),
+            dsyncs: 0,
             waiting: VecDeque::new(),
             ended: Vec::new(),
             held: Vec::new(),
@@ -188,7 +93,7 @@ impl Disk {
 
     /// Whether nothing is in flight and no completion waits to be taken.
     pub fn is_idle(&self) -> bool {
-        self.in_flight.is_empty() && self.held.is_empty() && self.done.is_empty()
+        self.in_flight.is_empty() && self.group.is_idle() && self.held.is_empty() && self.done.is_empty()
     }
 
     /// Takes a request. Its completion comes out of [`Disk::take_completions`], perhaps at once.
@@ -197,34 +102,47 @@ impl Disk {
         let wb_at_submit = self.cache.writeback();
         let is_write = matches!(op, Op::Write(..));
         let writes = op.written_bytes();
-        match self.begin(op, wb_at_submit) {
-            Ok((stage, Next::Op(first))) => {
-                if is_on(Mutant::SyncBeforeWrite) && is_write && self.cache.write_must_be_stable(wb_at_submit)
-                {
-                    self.take_off(None, false, Stage::Sync, HostOp::Fdatasync, 0);
+        let (stage, next) = match self.begin(op, wb_at_submit) {
+            Ok(begun) => begun,
+            Err(error) => return self.complete(Some(id), Err(error)),
+        };
+        let stable = !stage.is_sync() && self.cache.write_must_be_stable(wb_at_submit);
+        let grouped = stable && self.shares_syncs() && !stage.is_dsync() && !is_on(Mutant::SyncBeforeWrite);
+        let flight = Flight { wb_at_submit, writes, grouped, ..Flight::new(Some(id), stage) };
+        match next {
+            Next::Op(first) => {
+                if is_on(Mutant::SyncBeforeWrite) && is_write && stable {
+                    self.take_off(Flight::new(None, Stage::Sync), HostOp::Fdatasync);
                 }
-                let early = is_on(Mutant::StatusBeforeData) && matches!(stage, Stage::Transfer(_));
-                self.take_off((!early).then_some(id), wb_at_submit, stage, first, writes);
+                let early = is_on(Mutant::StatusBeforeData) && matches!(flight.stage, Stage::Transfer(_));
+                self.take_off(Flight { id: (!early).then_some(id), ..flight }, first);
                 if early {
                     self.complete(Some(id), Ok(()));
                 }
             }
-            Ok((_, Next::Done(result))) => self.complete(Some(id), result),
-            Ok((_, Next::Stable)) => self.complete(Some(id), Ok(())),
-            Err(error) => self.complete(Some(id), Err(error)),
+            Next::Later => {
+                self.group.begins_write();
+                let token = self.in_flight.insert(flight);
+                self.undecided.push(token);
+            }
+            Next::Join => self.group.joins(Some(id), true),
+            Next::Done(result) => self.complete(Some(id), result),
+            Next::Stable => self.complete(Some(id), Ok(())),
         }
     }
 
     /// The guest has turned its write cache off: makes stable what is complete by now.
     pub fn sync_if_switched_off(&mut self) {
         if self.cache.take_switched_off() && self.cache.policy().honour_flush && !self.image.readonly() {
-            self.take_off(None, false, Stage::Sync, HostOp::Fdatasync, 0);
+            self.group.joins(None, true);
         }
     }
 
     /// Waits until something has ended or `wake` says so.
     pub fn wait(&mut self, wake: Wake<'_>) -> io::Result<()> {
+        self.decide();
         self.feed_engine();
+        self.start_shared_sync();
         self.release_settled();
         // What is held only by another queue's sync has no end of our own to wake us.
         let held_by_others = !self.held.is_empty() && self.in_flight.is_empty();
@@ -239,20 +157,77 @@ impl Disk {
         waited
     }
 
-    /// Completes what was held, once all the syncs that it waited for are judged.
-    fn release_settled(&mut self) {
-        for (horizon, success) in std::mem::take(&mut self.held) {
-            if self.image.latch.is_settled(horizon) {
-                self.succeed(success);
-            } else {
-                self.held.push((horizon, success));
-            }
-        }
+    /// The queue is at rest and its doorbell goes away: the engine lets go of it.
+    pub fn rest(&mut self) -> io::Result<()> {
+        self.engine.rest()
     }
 
     /// The requests that are done, in the order of their ends.
     pub fn take_completions(&mut self) -> std::vec::Drain<'_, Completion> {
         self.done.drain(..)
+    }
+
+    /// Whether a stable write without RWF_DSYNC joins the others, instead of an fdatasync of its own.
+    fn shares_syncs(&self) -> bool {
+        matches!(self.stable_by, StableBy::Group | StableBy::Auto)
+    }
+
+    /// The batch is known: a stable write that is alone in flight is written with RWF_DSYNC, one
+    /// call and one flush; others share an fdatasync, one flush for all of them.
+    fn decide(&mut self) {
+        if self.undecided.is_empty() {
+            return;
+        }
+        let mut undecided = std::mem::take(&mut self.undecided);
+        let alone = undecided.len() == 1 && self.dsyncs == 0 && self.group.writes_only(1);
+        for token in undecided.drain(..) {
+            let Some(flight) = self.in_flight.get_mut(token) else { continue };
+            let Stage::Transfer(transfer) = &mut flight.stage else { continue };
+            transfer.dsync = alone;
+            flight.grouped = !alone;
+            if alone {
+                self.group.ends_write();
+            }
+            match transfer.next_window(&self.image) {
+                Ok(op) => self.issue(token, op),
+                Err(error) => self.abandon(token, error),
+            }
+        }
+        self.undecided = undecided;
+    }
+
+    /// A flight that never took off.
+    fn abandon(&mut self, token: u64, error: DiskError) {
+        if let Some(flight) = self.in_flight.remove(token) {
+            if flight.grouped {
+                self.group.ends_write();
+            }
+            self.complete(flight.id, Err(error));
+        }
+    }
+
+    fn start_shared_sync(&mut self) {
+        if self.group.is_due() {
+            self.group.starts();
+            self.take_off(Flight::new(None, Stage::GroupSync), HostOp::Fdatasync);
+            if is_on(Mutant::GroupDoneAtStart) {
+                let members = self.group.ends();
+                self.complete_all(members, |_| Ok(()));
+            }
+        }
+    }
+
+    /// Completes what was held, once all the syncs that it waited for are judged.
+    fn release_settled(&mut self) {
+        let mut at = 0;
+        while let Some(&(horizon, _)) = self.held.get(at) {
+            if self.image.latch.is_settled(horizon) {
+                let (_, success) = self.held.remove(at);
+                self.succeed(success);
+            } else {
+                at += 1;
+            }
+        }
     }
 
     fn count(&self, op: &Op) {
@@ -269,15 +244,20 @@ impl Disk {
     /// The first stage of a request and its first host operation.
     fn begin(&self, op: Op, wb_at_submit: bool) -> Result<(Stage, Next), DiskError> {
         match op {
-            Op::Read(range, iov) => self.begin_transfer(range, iov, false, false),
+            Op::Read(range, iov) => self.begin_transfer(range, iov, Way::default()),
             Op::Write(range, iov) => {
                 self.check_writable()?;
                 let stable = self.cache.write_must_be_stable(wb_at_submit);
                 if stable {
                     self.check_latch()?;
                 }
-                let dsync = stable && self.stable_by == StableBy::Dsync && !is_on(Mutant::SyncBeforeWrite);
-                self.begin_transfer(range, iov, true, dsync)
+                let (dsync, later) = match self.stable_by {
+                    _ if !stable || !self.has_dsync || is_on(Mutant::SyncBeforeWrite) => (false, false),
+                    StableBy::Dsync => (true, false),
+                    StableBy::Auto => (false, self.image.dsync_is_one_flush()),
+                    StableBy::Fdatasync | StableBy::Group => (false, false),
+                };
+                self.begin_transfer(range, iov, Way { write: true, dsync, later })
             }
             Op::Flush if is_on(Mutant::FlushDoesNothing) || mutants::skips_sync() => {
                 Ok((Stage::Sync, Next::Done(Ok(()))))
@@ -288,7 +268,7 @@ impl Disk {
             }
             Op::Flush => {
                 self.check_latch()?;
-                Ok((Stage::Sync, Next::Op(HostOp::Fdatasync)))
+                Ok((Stage::GroupSync, Next::Join))
             }
             Op::Discard(ranges) => {
                 let unmapped = |range| ZeroedRange { range, unmap: true };
@@ -299,17 +279,13 @@ impl Disk {
         }
     }
 
-    fn begin_transfer(
-        &self,
-        range: SectorRange,
-        iov: Iov,
-        write: bool,
-        dsync: bool,
-    ) -> Result<(Stage, Next), DiskError> {
+    fn begin_transfer(&self, range: SectorRange, iov: Iov, way: Way) -> Result<(Stage, Next), DiskError> {
         self.check_aligned(range)?;
-        let mut transfer = Transfer::new(range.offset(), iov, write, dsync);
+        let mut transfer = Transfer::new(range.offset(), iov, way.write, way.dsync);
         let next = if transfer.is_empty() {
             Next::Done(Ok(()))
+        } else if way.later {
+            Next::Later
         } else {
             Next::Op(transfer.next_window(&self.image)?)
         };
@@ -354,18 +330,19 @@ impl Disk {
         }
     }
 
-    fn take_off(&mut self, id: Option<u64>, wb_at_submit: bool, stage: Stage, first: HostOp, writes: u64) {
-        let token = self.next_token;
-        self.next_token += 1;
-        let flight = Flight { id, wb_at_submit, stage, writes, current: None, sync: None };
-        self.in_flight.insert(token, flight);
+    fn take_off(&mut self, flight: Flight, first: HostOp) {
+        if flight.grouped {
+            self.group.begins_write();
+        }
+        let token = self.in_flight.insert(flight);
         self.issue(token, first);
     }
 
     /// Hands an operation to the engine, behind those that already wait for room in it.
     fn issue(&mut self, token: u64, op: HostOp) {
-        if let Some(flight) = self.in_flight.get_mut(&token) {
+        if let Some(flight) = self.in_flight.get_mut(token) {
             flight.current = Some(op.clone());
+            self.dsyncs += usize::from(flight.stage.is_dsync());
         }
         self.waiting.push_back((token, op));
         self.feed_engine();
@@ -379,7 +356,7 @@ impl Disk {
             match self.engine.submit(token, op) {
                 Ok(()) => {
                     Counters::count(counter);
-                    if let Some(flight) = self.in_flight.get_mut(&token) {
+                    if let Some(flight) = self.in_flight.get_mut(token) {
                         flight.sync = sync;
                     }
                 }
@@ -403,12 +380,14 @@ impl Disk {
 
     /// An operation has ended: the next one of its request, or the request's completion.
     fn advance(&mut self, end: Ended) {
-        let Some(mut flight) = self.in_flight.remove(&end.token) else {
+        // A number a operation: what ends twice, or late, finds nothing.
+        let Some(mut flight) = self.in_flight.remove(end.token) else {
             // An engine that ends what it was never given could just as well have lost something.
             log::error!("disk: the engine ended operation {}, which is not in flight", end.token);
             self.image.latch.set(&io::Error::from_raw_os_error(libc::EIO));
             return;
         };
+        self.dsyncs = self.dsyncs.saturating_sub(usize::from(flight.stage.is_dsync()));
         let sync = flight.sync.take();
         let next = match end.result {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => match flight.current.take() {
@@ -421,12 +400,19 @@ impl Disk {
         if let Some(sync) = &sync {
             self.image.latch.judged(sync.ticket);
         }
-        let covers = sync.and_then(|sync| sync.covers);
+        if flight.grouped && !flight.goes_on_writing(&next) {
+            flight.grouped = false;
+            self.group.ends_write();
+        }
+        self.go_on(flight, next, sync.and_then(|sync| sync.covers));
+    }
+
+    fn go_on(&mut self, flight: Flight, next: Next, covers: Option<SyncStart>) {
         match next {
             Next::Op(op) => {
                 self.end_sync(covers, SyncEnd::Void);
-                self.in_flight.insert(end.token, flight);
-                self.issue(end.token, op);
+                let token = self.in_flight.insert(flight);
+                self.issue(token, op);
             }
             Next::Done(result) => {
                 let failed = matches!(result, Err(DiskError::Host { .. }));
@@ -435,25 +421,65 @@ impl Disk {
                 if result.is_ok() && !flight.stage.is_stable() {
                     self.image.monitor.acknowledges(flight.writes);
                 }
-                self.complete(flight.id, result);
+                self.finish(&flight, result);
             }
             Next::Stable => {
-                let success = Success { id: flight.id, covers };
+                let who = match flight.stage {
+                    Stage::GroupSync => Who::Group(self.group.ends()),
+                    _ => Who::One(flight.id),
+                };
+                let success = Success { who, covers };
                 match self.image.latch.open_now() {
                     Some(horizon) if !is_on(Mutant::SuccessCountsAtOnce) => {
-                        self.held.push((horizon, success))
+                        self.held.push((horizon, success));
                     }
                     _ => self.succeed(success),
                 }
             }
+            Next::Join | Next::Later => {
+                self.end_sync(covers, SyncEnd::Void);
+                self.group.joins(flight.id, false);
+            }
         }
+    }
+
+    /// Reports the end of a flight, to all for whom it speaks.
+    fn finish(&mut self, flight: &Flight, result: Result<(), DiskError>) {
+        match (&flight.stage, result) {
+            (Stage::GroupSync, result) => {
+                let members = self.group.ends();
+                self.complete_all(members, |_| match &result {
+                    Ok(()) => Ok(()),
+                    Err(error) => Err(error.again()),
+                });
+            }
+            (_, result) => self.complete(flight.id, result),
+        }
+    }
+
+    fn complete_all(
+        &mut self,
+        mut members: Vec<Member>,
+        result: impl Fn(&Self) -> Result<(), DiskError>,
+    ) {
+        for member in members.drain(..) {
+            let result = result(self);
+            self.complete(member, result);
+        }
+        self.group.recycle(members);
     }
 
     /// A success that counts, unless an earlier sync has failed.
     fn succeed(&mut self, success: Success) {
-        let result = self.check_latch();
-        self.end_sync(success.covers, if result.is_ok() { SyncEnd::Stable } else { SyncEnd::Void });
-        self.complete(success.id, result);
+        let is_ok = self.check_latch().is_ok();
+        self.end_sync(success.covers, if is_ok { SyncEnd::Stable } else { SyncEnd::Void });
+        match success.who {
+            Who::One(id) => {
+                let result = self.check_latch();
+                self.complete(id, result);
+            }
+            Who::Group(members) => self.complete_all(members, Self::check_latch),
+        }
     }
 
     fn end_sync(&self, covers: Option<SyncStart>, end: SyncEnd) {
@@ -464,7 +490,7 @@ impl Disk {
 
     fn judge(&mut self, flight: &mut Flight, result: io::Result<usize>) -> Next {
         match &mut flight.stage {
-            Stage::Sync => self.judge_sync(result),
+            Stage::Sync | Stage::GroupSync => self.judge_sync(result),
             Stage::Transfer(transfer) => match self.judge_transfer(transfer, result) {
                 Err(error) => Next::Done(Err(error)),
                 Ok(Some(op)) => Next::Op(op),
@@ -492,6 +518,7 @@ impl Disk {
             Err(error) => Next::Done(Err(error)),
             Ok(()) if is_stable || is_on(Mutant::SyncBeforeWrite) => Next::Stable,
             Ok(()) if mutants::skips_sync() => Next::Done(Ok(())),
+            Ok(()) if self.shares_syncs() => Next::Join,
             Ok(()) => {
                 flight.stage = Stage::Sync;
                 Next::Op(HostOp::Fdatasync)
@@ -523,7 +550,7 @@ impl Disk {
             Err(source) if transfer.dsync && source.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                 // Refused before a byte was written: this host has no RWF_DSYNC here.
                 log::info!("disk: no RWF_DSYNC on this file; stable writes use fdatasync");
-                self.stable_by = StableBy::Fdatasync;
+                self.has_dsync = false;
                 transfer.dsync = false;
                 transfer.next_window(&self.image).map(Some)
             }
@@ -548,25 +575,13 @@ impl Disk {
     }
 }
 
-impl Op {
-    /// Bytes that the guest will see changed.
-    fn written_bytes(&self) -> u64 {
-        match self {
-            Op::Read(..) | Op::Flush => 0,
-            Op::Write(range, _) => range.bytes(),
-            Op::Discard(ranges) => ranges.iter().fold(0, |sum, range| sum.saturating_add(range.bytes())),
-            Op::WriteZeroes(ranges) => {
-                ranges.iter().fold(0, |sum, zeroed| sum.saturating_add(zeroed.range.bytes()))
-            }
-        }
-    }
-}
-
-impl Stage {
-    /// Whether all that was written is stable when this ends well.
-    fn is_stable(&self) -> bool {
-        matches!(self, Stage::Sync) || matches!(self, Stage::Transfer(transfer) if transfer.dsync)
-    }
+/// How a transfer is begun.
+#[derive(Debug, Clone, Copy, Default)]
+struct Way {
+    write: bool,
+    dsync: bool,
+    /// Whether it is stable by itself is decided when the batch is known.
+    later: bool,
 }
 
 fn counter_of<'a>(counters: &'a Counters, op: &HostOp) -> &'a std::sync::atomic::AtomicU64 {

@@ -10,12 +10,15 @@ pub mod cache;
 pub mod counters;
 pub mod engine;
 pub mod erase;
+mod flight;
 pub mod geometry;
 pub mod image;
 pub mod latch;
 pub mod machine;
 pub mod monitor;
+pub mod op;
 pub mod options;
+pub mod stable;
 mod transfer;
 
 pub use image::{Image, ImageError};

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::cache::{CachePolicy, POLICIES};
+use super::stable::StableBy;
 
 /// Largest virtqueue: as many pieces as one preadv takes (IOV_MAX).
 pub const QUEUE_SIZE_MAX: u16 = 1024;
@@ -33,9 +34,26 @@ pub struct DiskOptions {
     pub discard: bool,
     /// `format=raw` was said: no look at the image's first bytes.
     pub force_raw: bool,
+    /// What executes host operations.
+    pub engine: EngineChoice,
+    /// How a write is made stable where it must be.
+    pub stable: StableBy,
+    /// Guest RAM is registered with io_uring, which pins all of it.
+    pub fixed_buffers: bool,
     /// Every transfer of a direct mode goes through a private buffer, so that a guest that changes
     /// memory in flight cannot upset checksums or mirrors below.
     pub bounce_always: bool,
+}
+
+/// Which engine executes a disk's host operations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineChoice {
+    /// io_uring, or the blocking engine where there is no io_uring or it measures better.
+    Auto,
+    /// io_uring, or an error.
+    Uring,
+    /// The blocking engine.
+    Blocking,
 }
 
 /// Why `--disk` cannot be understood.
@@ -76,7 +94,7 @@ struct Key {
     set: fn(&mut DiskOptions, &str) -> Option<()>,
 }
 
-static KEYS: [Key; 8] = [
+static KEYS: [Key; 11] = [
     Key {
         name: "cache",
         takes: "none|writethrough|writeback|directsync|unsafe",
@@ -134,6 +152,46 @@ static KEYS: [Key; 8] = [
         set: |options, value| on_off(value).map(|on| options.discard = on),
     },
     Key {
+        name: "engine",
+        takes: "io_uring|sync|auto",
+        help: "what does the host's I/O; auto is io_uring where the host has it and it is the faster [auto]",
+        alone: None,
+        set: |options, value| {
+            options.engine = match value {
+                "auto" => EngineChoice::Auto,
+                "io_uring" => EngineChoice::Uring,
+                "sync" => EngineChoice::Blocking,
+                _ => return None,
+            };
+            Some(())
+        },
+    },
+    Key {
+        name: "stable",
+        takes: "dsync|fdatasync|group|auto",
+        help: "how a write is made stable where it must be: by RWF_DSYNC, by an fdatasync of its own, by one \
+               fdatasync for all that are in flight, or what is best for the image [auto]",
+        alone: None,
+        set: |options, value| {
+            options.stable = StableBy::by_name(value)?;
+            Some(())
+        },
+    },
+    Key {
+        name: "buffers",
+        takes: "plain|fixed",
+        help: "fixed registers guest memory with io_uring, which pins all of it at the start [plain]",
+        alone: None,
+        set: |options, value| {
+            options.fixed_buffers = match value {
+                "plain" => false,
+                "fixed" => true,
+                _ => return None,
+            };
+            Some(())
+        },
+    },
+    Key {
         name: "bounce",
         takes: "auto|always",
         help: "copy every O_DIRECT transfer, not only what is misaligned, for hosts with checksums [auto]",
@@ -176,6 +234,9 @@ impl DiskOptions {
             block_size: None,
             discard: true,
             force_raw: false,
+            engine: EngineChoice::Auto,
+            stable: StableBy::Auto,
+            fixed_buffers: false,
             bounce_always: false,
         }
     }
@@ -243,7 +304,7 @@ mod tests {
     #[test]
     fn every_key_is_understood() {
         let text = "a.img,cache=unsafe,readonly,serial=x y,queue-size=64,block-size=4096,discard=off,\
-                    bounce=always,format=raw";
+                    bounce=always,format=raw,engine=io_uring,stable=group,buffers=fixed";
         let expected = DiskOptions {
             path: "a.img".into(),
             cache: CachePolicy::by_name("unsafe").unwrap(),
@@ -253,6 +314,9 @@ mod tests {
             block_size: Some(4096),
             discard: false,
             force_raw: true,
+            engine: EngineChoice::Uring,
+            stable: StableBy::Group,
+            fixed_buffers: true,
             bounce_always: true,
         };
         assert_eq!(text.parse(), Ok(expected));

@@ -15,7 +15,7 @@ use crate::disk::Image;
 use crate::disk::blocking::system_call;
 use crate::disk::cache::{Negotiated, WriteCache};
 use crate::disk::engine::{Ended, Engine, HostOp, Wake};
-use crate::disk::machine::{Disk, Op, StableBy};
+use crate::disk::machine::{Disk, Op};
 use crate::mem::{AlignedBuffer, Iov, Segment};
 
 /// What one driver's requests become.
@@ -115,7 +115,7 @@ impl Trial<'_> {
         let cache = Arc::new(WriteCache::new(self.image.policy()));
         let calls = Calls::default();
         let engine = Box::new(Recorder { calls: calls.clone(), ended: Vec::new(), refuse });
-        let mut disk = Disk::new(Arc::clone(self.image), Arc::clone(&cache), engine, StableBy::FIRST);
+        let mut disk = Disk::new(Arc::clone(self.image), Arc::clone(&cache), engine, self.image.stable());
         cache.negotiate(self.negotiated);
         if let Some(value) = self.sets {
             cache.guest_sets_writeback(value != 0);

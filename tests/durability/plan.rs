@@ -4,6 +4,8 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use minivmm::disk::machine::StableBy;
+
 use super::storage::{Fault, SECTORS};
 
 /// A request as the driver makes it.
@@ -55,7 +57,7 @@ pub enum Step {
 pub struct Plan {
     pub queues: usize,
     pub mode: usize,
-    pub by_fdatasync: bool,
+    pub stable: StableBy,
     pub blocks_of_4096: bool,
     pub bounce_always: bool,
     pub flush: bool,
@@ -110,13 +112,18 @@ fn fault() -> impl Strategy<Value = Fault> {
 
 /// Plans in the modes with these indices.
 pub fn plans(modes: &'static [usize]) -> impl Strategy<Value = Plan> {
-    let shape = (1..4usize, proptest::sample::select(modes), any::<bool>(), prop::bool::weighted(0.2));
+    let shape = (
+        1..4usize,
+        proptest::sample::select(modes),
+        proptest::sample::select(&StableBy::ALL[..]),
+        prop::bool::weighted(0.2),
+    );
     let driver = (prop::bool::weighted(0.1), prop::bool::weighted(0.8), prop::bool::weighted(0.7));
     // Half of the runs without a fault: a latched error hides much of what comes after.
     let faults = prop_oneof![1 => Just(Vec::new()), 1 => vec((1..40u32, fault()), 1..3)];
     (shape, driver, faults, vec(step(), 1..80), any::<u64>()).prop_map(
         |(
-            (queues, mode, by_fdatasync, blocks_of_4096),
+            (queues, mode, stable, blocks_of_4096),
             (bounce_always, flush, config_wce),
             faults,
             steps,
@@ -127,7 +134,7 @@ pub fn plans(modes: &'static [usize]) -> impl Strategy<Value = Plan> {
             Plan {
                 queues,
                 mode,
-                by_fdatasync,
+                stable,
                 blocks_of_4096,
                 bounce_always,
                 flush,

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use minivmm::blk::worker::{Job, QueueWorker};
 use minivmm::disk::cache::{Negotiated, POLICIES, WriteCache};
 use minivmm::disk::geometry::{Alignment, Geometry};
-use minivmm::disk::machine::{Disk, StableBy};
+use minivmm::disk::machine::Disk;
 use minivmm::disk::{DiskOptions, Image};
 use minivmm::mem::{self, Ram};
 use minivmm::ratelimit::RateLimit;
@@ -103,7 +103,7 @@ pub fn run(plan: &Plan, ram: &Ram, with_trace: bool) -> Result<u64, (Violation, 
             plan.queues,
             plan.flush,
             plan.config_wce,
-            if plan.by_fdatasync { "fdatasync" } else { "RWF_DSYNC" },
+            plan.stable.name(),
             if plan.blocks_of_4096 { 4096 } else { 512 },
             plan.faults
         )
@@ -160,7 +160,7 @@ impl<'a> World<'a> {
 
     /// All steps, from activation to activation.
     fn run(&mut self) -> Result<(), Violation> {
-        let stable_by = if self.plan.by_fdatasync { StableBy::Fdatasync } else { StableBy::Dsync };
+        let stable_by = self.plan.stable;
         let engine = |queue| Box::new(SimEngine { storage: Arc::clone(&self.storage), queue });
         let disk =
             |queue| Disk::new(Arc::clone(&self.image), Arc::clone(&self.cache), engine(queue), stable_by);

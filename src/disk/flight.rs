@@ -1,0 +1,92 @@
+//! A request in flight, and what may come after an operation of it.
+
+use super::engine::HostOp;
+use super::erase::Erase;
+use super::latch::Ticket;
+use super::monitor::SyncStart;
+use super::op::DiskError;
+use super::stable::Member;
+use super::transfer::Transfer;
+
+/// A request in flight: exactly one host operation of it is under way, or waits for room.
+pub(super) struct Flight {
+    /// `None` for a sync of our own.
+    pub(super) id: Member,
+    pub(super) wb_at_submit: bool,
+    pub(super) stage: Stage,
+    /// Bytes that the guest sees changed, for the monitor.
+    pub(super) writes: u64,
+    /// The next shared sync waits for it.
+    pub(super) grouped: bool,
+    /// The operation that the engine has, to repeat it after EINTR.
+    pub(super) current: Option<HostOp>,
+    /// Open while the engine has that operation and it is a sync.
+    pub(super) sync: Option<OpenSync>,
+}
+
+impl Flight {
+    pub(super) fn new(id: Member, stage: Stage) -> Self {
+        Self { id, wb_at_submit: false, stage, writes: 0, grouped: false, current: None, sync: None }
+    }
+
+    /// Whether it is still moving bytes after `next`.
+    pub(super) fn goes_on_writing(&self, next: &Next) -> bool {
+        matches!(next, Next::Op(_)) && !self.stage.is_sync()
+    }
+}
+
+/// A sync that the engine has.
+pub(super) struct OpenSync {
+    pub(super) ticket: Ticket,
+    /// What an fdatasync will have made stable, for the monitor.
+    pub(super) covers: Option<SyncStart>,
+}
+
+/// A sync that went well: requests that are done and stable if no other sync says otherwise.
+pub(super) struct Success {
+    pub(super) who: Who,
+    pub(super) covers: Option<SyncStart>,
+}
+
+/// For whom a sync speaks.
+pub(super) enum Who {
+    One(Member),
+    Group(Vec<Member>),
+}
+
+pub(super) enum Stage {
+    Transfer(Transfer),
+    Erase(Erase),
+    /// An fdatasync of its own, that started after everything of this request had ended.
+    Sync,
+    /// The shared fdatasync, for all who had joined before it started.
+    GroupSync,
+}
+
+impl Stage {
+    pub(super) fn is_sync(&self) -> bool {
+        matches!(self, Stage::Sync | Stage::GroupSync)
+    }
+
+    /// Whether all that was written is stable when this ends well.
+    pub(super) fn is_stable(&self) -> bool {
+        self.is_sync() || self.is_dsync()
+    }
+
+    /// Whether this is a write whose parts are stable when they end.
+    pub(super) fn is_dsync(&self) -> bool {
+        matches!(self, Stage::Transfer(transfer) if transfer.dsync)
+    }
+}
+
+/// What comes after an operation has ended, or at the beginning.
+pub(super) enum Next {
+    Op(HostOp),
+    Done(Result<(), DiskError>),
+    /// Done and stable, if no other sync says otherwise.
+    Stable,
+    /// All is written; the next shared fdatasync makes it stable.
+    Join,
+    /// How it becomes stable is decided when the batch is known.
+    Later,
+}

@@ -1,0 +1,185 @@
+//! How writes become stable, and the group commit.
+//!
+//! Owns the choice between RWF_DSYNC, an fdatasync of a write's own and one for many, and who waits
+//! for which fdatasync. Whether a write must be stable at all is the business of [`super::cache`];
+//! what the kernel answers is judged by [`super::machine`].
+//!
+//! One rule keeps it right: an fdatasync speaks only for those that had joined before it started
+//! (virtio 5.2.6.2). A write joins when its last byte has ended; a FLUSH when it is taken from the
+//! queue.
+//!
+//! ```text
+//! stable write ─ transfer ─ ended ──┐
+//! FLUSH ────────────────────────────┴─ joins ─→ waiting ─ fdatasync starts ─→ running ─→ complete
+//! ```
+
+use crate::mutants::{Mutant, is_on};
+
+/// How a write is made stable where it must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StableBy {
+    /// RWF_DSYNC on each write.
+    Dsync,
+    /// A write, then an fdatasync of its own.
+    Fdatasync,
+    /// The writes in flight, then one fdatasync for all of them.
+    Group,
+    /// A write that is alone as `Dsync`, several as `Group`; on a block device whose disk has no
+    /// FUA, where a DSYNC write costs two flushes, always as `Group`.
+    Auto,
+}
+
+impl StableBy {
+    /// All ways, in the order of the help.
+    pub const ALL: [StableBy; 4] = [StableBy::Dsync, StableBy::Fdatasync, StableBy::Group, StableBy::Auto];
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            StableBy::Dsync => "dsync",
+            StableBy::Fdatasync => "fdatasync",
+            StableBy::Group => "group",
+            StableBy::Auto => "auto",
+        }
+    }
+
+    /// The way of that name.
+    pub fn by_name(name: &str) -> Option<StableBy> {
+        Self::ALL.into_iter().find(|by| by.name() == name)
+    }
+}
+
+/// A request that waits for an fdatasync; `None` for a sync of our own.
+pub(super) type Member = Option<u64>;
+
+/// The shared fdatasyncs of one queue: at most one is running.
+#[derive(Default)]
+pub(super) struct Group {
+    /// Stable writes whose bytes are still being moved; the next sync waits for them.
+    writing: usize,
+    /// Joined since the running sync started.
+    waiting: Vec<Member>,
+    /// Somebody who waits is a FLUSH: it waits for no write.
+    urgent: bool,
+    /// A sync is running for these.
+    running: Option<Vec<Member>>,
+    /// Emptied lists, so that a sync allocates nothing.
+    spare: Vec<Vec<Member>>,
+}
+
+impl Group {
+    /// Nobody writes, waits or is being synced.
+    pub(super) fn is_idle(&self) -> bool {
+        self.writing == 0 && self.waiting.is_empty() && self.running.is_none()
+    }
+
+    /// Whether nobody but so many who write are there.
+    pub(super) fn writes_only(&self, writing: usize) -> bool {
+        self.writing == writing && self.waiting.is_empty() && self.running.is_none()
+    }
+
+    /// A write that will join has begun.
+    pub(super) fn begins_write(&mut self) {
+        self.writing += 1;
+    }
+
+    /// It has ended, well or not; the next sync does not wait for it any more.
+    pub(super) fn ends_write(&mut self) {
+        self.writing = self.writing.saturating_sub(1);
+    }
+
+    /// Waits for the next sync to start; an urgent member makes it start at once.
+    pub(super) fn joins(&mut self, member: Member, urgent: bool) {
+        if is_on(Mutant::GroupTakesLatecomers)
+            && let Some(running) = &mut self.running
+        {
+            running.push(member);
+            return;
+        }
+        self.waiting.push(member);
+        self.urgent |= urgent;
+    }
+
+    /// Whether a sync has to start now. One at a time: those who come meanwhile share the next.
+    /// A write that is being moved is waited for, which ends: no more can come than the queue has
+    /// entries, since none of them completes before.
+    pub(super) fn is_due(&self) -> bool {
+        self.running.is_none() && !self.waiting.is_empty() && (self.urgent || self.writing == 0)
+    }
+
+    /// A sync starts: it speaks for all who wait now.
+    pub(super) fn starts(&mut self) {
+        let next = self.spare.pop().unwrap_or_default();
+        self.running = Some(std::mem::replace(&mut self.waiting, next));
+        self.urgent = false;
+    }
+
+    /// The sync has ended; whom it was for. Give the list back with [`Group::recycle`].
+    pub(super) fn ends(&mut self) -> Vec<Member> {
+        self.running.take().unwrap_or_default()
+    }
+
+    /// Takes an emptied list back.
+    pub(super) fn recycle(&mut self, mut members: Vec<Member>) {
+        members.clear();
+        if self.spare.len() < 4 {
+            self.spare.push(members);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_told_apart_and_found_again() {
+        for by in StableBy::ALL {
+            assert_eq!(StableBy::by_name(by.name()), Some(by));
+        }
+        assert_eq!(StableBy::by_name("fsync"), None);
+    }
+
+    #[test]
+    fn writes_wait_for_each_other_and_share_one_sync() {
+        let mut group = Group::default();
+        group.begins_write();
+        group.begins_write();
+        group.ends_write();
+        group.joins(Some(1), false);
+        assert!(!group.is_due(), "the other is still being written");
+        group.ends_write();
+        group.joins(Some(2), false);
+        assert!(group.is_due());
+        group.starts();
+        assert!(!group.is_due());
+        assert_eq!(group.ends(), [Some(1), Some(2)]);
+        assert!(group.is_idle());
+    }
+
+    #[test]
+    fn a_flush_waits_for_no_write_but_for_the_running_sync() {
+        let mut group = Group::default();
+        group.begins_write();
+        group.joins(Some(1), true);
+        assert!(group.is_due());
+        group.starts();
+        group.joins(Some(2), true);
+        assert!(!group.is_due(), "one at a time");
+        assert_eq!(group.ends(), [Some(1)], "who came later is not spoken for");
+        assert!(group.is_due());
+    }
+
+    #[test]
+    fn lists_are_used_again() {
+        let mut group = Group::default();
+        for round in 0..3 {
+            group.joins(Some(round), true);
+            group.starts();
+            let members = group.ends();
+            assert_eq!(members, [Some(round)]);
+            group.recycle(members);
+        }
+        assert_eq!(group.spare.len(), 1);
+    }
+}
