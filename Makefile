@@ -43,7 +43,17 @@ run: deps build guest
 test: test-deps lint build guest-all guest-small
 	@echo "Guests with a kernel run $$(guest-images/which-host)."
 	@cargo test --release --locked
+	@for keys in $(ENGINES); do \
+		echo "The device's suites with $$keys."; \
+		MINIVMM_KEYS=$$keys cargo test --release --locked --quiet $(DEVICE_SUITES) || exit 1; \
+	done
 	@cargo test --release --locked --features mutants --test durability
+
+# The suites without a kernel run once with the defaults, and once with each engine and each way in
+# which writes are made stable.
+ENGINES := $(foreach engine,io_uring sync,$(foreach stable,dsync fdatasync group auto,engine=$(engine),stable=$(stable))) \
+	engine=io_uring,buffers=fixed
+DEVICE_SUITES := --test blk --test disk --test device --test drivers --test reset --test rings --test transport
 
 # The long suites: hundreds of times as many seeds of the durability proof.
 torture: deps

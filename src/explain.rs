@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use crate::blk::config;
 use crate::disk::cache::WriteCache;
+use crate::disk::choice::{EngineKind, choose};
 use crate::disk::geometry::SECTOR;
 use crate::disk::{DiskOptions, Image, ImageError};
 
@@ -45,7 +46,11 @@ pub struct Explanation {
     pub writeback: u8,
     /// Block sizes and alignment.
     pub blocks: Blocks,
-    /// The host's system calls.
+    /// What does the I/O: `io_uring` or `sync`.
+    pub engine: &'static str,
+    /// How writes become stable where they must.
+    pub stable: &'static str,
+    /// The host's system calls, and entries of the ring.
     pub calls: Calls,
     /// Where the image lies.
     pub place: Place,
@@ -108,6 +113,17 @@ pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
     if std::env::var("LD_PRELOAD").is_ok_and(|libraries| libraries.contains("eatmydata")) {
         warnings.push("LD_PRELOAD names libeatmydata: fdatasync will do nothing".into());
     }
+    let engine = match choose(&image, None) {
+        Ok(chosen) => {
+            warnings.extend(chosen.why.map(|why| format!("engine=sync is used: {why}")));
+            chosen.kind
+        }
+        Err(error) => {
+            let why = error.source;
+            warnings.push(format!("minivmm would refuse to start: there is no io_uring here: {why}"));
+            EngineKind::Uring
+        }
+    };
     let writeback = config::space(&image, WriteCache::new(policy).writeback())[config::WRITEBACK];
     let geometry = image.geometry();
     Ok(Explanation {
@@ -126,9 +142,11 @@ pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
             offset_alignment: geometry.alignment.offset,
             found_by: geometry.alignment.found_by,
         },
+        engine: engine.name(),
+        stable: image.stable().name(),
         calls: Calls {
             start: dry_run::at_start(&image),
-            drivers: dry_run::drivers(&image),
+            drivers: dry_run::drivers(&image, engine),
             end: dry_run::at_end(&image),
         },
         flush_reaches_disk: reach(policy.honour_flush, &place, &host_disks),

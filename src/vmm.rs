@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use crate::blk::DeviceError;
 use crate::boot::BootError;
 use crate::boot::cpu::CpuError;
 use crate::bus::{BusError, Outcome};
@@ -122,6 +123,8 @@ pub enum VmmError {
     Boot(#[from] BootError),
     #[error(transparent)]
     Cpu(#[from] CpuError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     #[error(transparent)]
     Stop(#[from] StopError),
     #[error("too many disks: {asked}, and there is room for {max}")]

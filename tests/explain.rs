@@ -91,7 +91,7 @@ fn the_host_is_asked_for_exactly_what_was_told_beforehand() {
     }
     for mode in MODES {
         let image = Image::new();
-        let disk = image.disk(&format!("cache={mode}"));
+        let disk = image.disk(&format!("cache={mode},engine=sync"));
         let told = explain(&disk);
         let drivers = told["calls"]["drivers"].as_array().unwrap();
         assert_eq!(drivers.len(), 8);
@@ -126,7 +126,7 @@ fn a_readonly_disk_is_told_and_served_without_a_sync() {
     }
     for mode in MODES {
         let image = Image::new();
-        let disk = image.disk(&format!("cache={mode},readonly"));
+        let disk = image.disk(&format!("cache={mode},readonly,engine=sync"));
         let told = explain(&disk);
         for driver in told["calls"]["drivers"].as_array().unwrap() {
             assert_eq!(driver["write"]["status"], "IOERR");
@@ -150,7 +150,9 @@ fn explaining_opens_for_reading_only_and_neither_writes_syncs_nor_locks() {
         let path = image.path.with_extension("strace");
         let mut command = Command::new("strace");
         command.args(["-f", "-y", "-o"]).arg(&path).arg(binary()).args(["--explain", "--disk"]);
-        assert!(command.arg(image.disk(&format!("cache={mode}"))).output().unwrap().status.success());
+        assert!(
+            command.arg(image.disk(&format!("cache={mode},engine=sync"))).output().unwrap().status.success()
+        );
         let text = std::fs::read_to_string(&path).unwrap();
         let image_name = image.path.to_str().unwrap();
         let touching: Vec<_> = text.lines().filter(|line| line.contains(image_name)).collect();

@@ -77,7 +77,8 @@ tell() { echo "T $*"; }
 "#;
 
 /// In each mode: what the guest sees, verified random writes, a file system's life, counters.
-fn a_mode_from_mkfs_to_fsck(mode: &str, kernel: &str, cpus: u32, memory: &str) {
+/// The first disk has the engine whose system calls strace sees, the second io_uring and `stable`.
+fn a_mode_from_mkfs_to_fsck(mode: &str, stable: &str, kernel: &str, cpus: u32, memory: &str) {
     let through = matches!(mode, "writethrough" | "directsync");
     let place = Host::get().place();
     place.sh("truncate -s 64M a.img b.img");
@@ -102,7 +103,8 @@ dmesg -r | sed -n 's/^<[0-4]>//p' | sed 's/^/K /'
 "#
     );
     let args = format!(
-        "--cpus {cpus} --memory {memory} --disk a.img,cache={mode} --disk b.img,cache={mode},serial=two"
+        "--cpus {cpus} --memory {memory} --disk a.img,cache={mode},engine=sync,stable=dsync \
+         --disk b.img,cache={mode},serial=two,engine=io_uring,stable={stable}"
     );
     let boot = Boot { kernel, args: &args, job: &job };
     // Only the calls on a.img count: strace shows the path behind each descriptor.
@@ -159,27 +161,27 @@ dmesg -r | sed -n 's/^<[0-4]>//p' | sed 's/^/K /'
 
 #[test]
 fn mode_none_on_6_12() {
-    a_mode_from_mkfs_to_fsck("none", "6.12", 1, "128M");
+    a_mode_from_mkfs_to_fsck("none", "auto", "6.12", 1, "128M");
 }
 
 #[test]
 fn mode_writeback_on_6_1_with_two_cpus() {
-    a_mode_from_mkfs_to_fsck("writeback", "6.1", 2, "512M");
+    a_mode_from_mkfs_to_fsck("writeback", "fdatasync", "6.1", 2, "512M");
 }
 
 #[test]
 fn mode_writethrough_on_6_12_with_two_cpus_and_memory_beyond_the_hole() {
-    a_mode_from_mkfs_to_fsck("writethrough", "6.12", 2, "4G");
+    a_mode_from_mkfs_to_fsck("writethrough", "group", "6.12", 2, "4G");
 }
 
 #[test]
 fn mode_directsync_on_6_1() {
-    a_mode_from_mkfs_to_fsck("directsync", "6.1", 1, "128M");
+    a_mode_from_mkfs_to_fsck("directsync", "dsync", "6.1", 1, "128M");
 }
 
 #[test]
 fn mode_unsafe_on_6_12() {
-    a_mode_from_mkfs_to_fsck("unsafe", "6.12", 1, "512M");
+    a_mode_from_mkfs_to_fsck("unsafe", "auto", "6.12", 1, "512M");
 }
 
 /// A small kernel of our own reads both ACPI and `virtio_mmio.device=`, and has virtio built in.

@@ -11,14 +11,26 @@ use std::io;
 use std::sync::Arc;
 
 use crate::disk::Image;
-use crate::disk::blocking::BlockingEngine;
 use crate::disk::cache::{Negotiated, WriteCache};
+use crate::disk::choice::{Chosen, EngineError, EngineKind, choose};
 use crate::disk::machine::Disk;
+use crate::mem::Ram;
 use crate::virtio::{ActivateError, Activation, EnabledQueue, VirtioDevice};
 use worker::{Job, WorkerThread};
 
 /// Device ID of a block device (virtio 5.2.1).
 const DEVICE_ID: u32 = 2;
+
+/// Why there is no device for an image.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// Its engine is not to be had.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// Its worker cannot be started.
+    #[error("a disk's worker cannot be started")]
+    Thread(#[source] io::Error),
+}
 
 /// A virtio-blk device: one image, a worker thread a queue.
 pub struct BlockDevice {
@@ -26,15 +38,26 @@ pub struct BlockDevice {
     cache: Arc<WriteCache>,
     queue_sizes: Vec<u16>,
     workers: Vec<WorkerThread>,
+    engine: EngineKind,
 }
 
 impl BlockDevice {
     /// Makes the device and its parked workers; `name` is vda, vdb, ... and names the threads.
-    pub fn new(name: &str, image: Arc<Image>) -> io::Result<Self> {
+    pub fn new(name: &str, image: Arc<Image>) -> Result<Self, DeviceError> {
+        Self::with_ram(name, image, None)
+    }
+
+    /// The same; where guest memory is to be registered with the engine (buffers=fixed), it is `ram`.
+    pub fn with_ram(name: &str, image: Arc<Image>, ram: Option<&Ram>) -> Result<Self, DeviceError> {
         let cache = Arc::new(WriteCache::new(image.policy()));
-        let engine = Box::new(BlockingEngine::new(Arc::clone(image.file())));
+        let Chosen { engine, kind, why } = choose(&image, ram)?;
+        if let Some(why) = why {
+            log::info!("disk {}: engine=sync: {why}", image.path().display());
+        }
         let disk = Disk::new(Arc::clone(&image), Arc::clone(&cache), engine, image.stable());
-        Self::with_disks(name, image, cache, vec![disk])
+        let mut device = Self::with_disks(name, image, cache, vec![disk]).map_err(DeviceError::Thread)?;
+        device.engine = kind;
+        Ok(device)
     }
 
     /// A device over these machines, one a queue, all of `image` and `cache`.
@@ -47,7 +70,12 @@ impl BlockDevice {
         let queue_sizes = vec![image.queue_size(); disks.len()];
         let thread = |(index, disk)| WorkerThread::park(format!("{name}-q{index}"), disk);
         let workers = disks.into_iter().enumerate().map(thread).collect::<io::Result<_>>()?;
-        Ok(Self { image, cache, queue_sizes, workers })
+        Ok(Self { image, cache, queue_sizes, workers, engine: EngineKind::Blocking })
+    }
+
+    /// The engine that does the I/O.
+    pub fn engine(&self) -> EngineKind {
+        self.engine
     }
 }
 

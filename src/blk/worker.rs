@@ -423,6 +423,7 @@ fn work(mailbox: &Mailbox, mut disk: Disk) {
         }
         let outcome = outcome.and(worker.drain());
         drop(worker);
+        let outcome = outcome.and(disk.rest().map_err(TurnError::from));
         if let Err(error) = &outcome {
             warn_limited!(broken, "blk: {}; the device needs a reset", Chained(error));
             interrupt.needs_reset();

@@ -35,16 +35,18 @@ counters! {
     errors,
     /// FLUSHes that were answered without a sync (unsafe).
     flushes_ignored,
-    /// Calls of preadv.
+    /// Reads: calls of preadv, or entries of the ring.
     preadvs,
-    /// Calls of pwritev, without RWF_DSYNC.
+    /// Writes without RWF_DSYNC: calls of pwritev, or entries of the ring.
     pwritevs,
-    /// Calls of pwritev2 with RWF_DSYNC.
+    /// Writes with RWF_DSYNC: calls of pwritev2, or entries of the ring.
     pwritevs_dsync,
-    /// Calls of fdatasync, without those of the start.
+    /// fdatasyncs, without those of the start: calls, or entries of the ring.
     fdatasyncs,
-    /// Calls of fallocate.
+    /// Calls of fallocate, or entries of the ring.
     fallocates,
+    /// Calls of io_uring_enter: each hands a batch of operations to the kernel and waits.
+    io_uring_enters,
     /// Transfers through a private buffer.
     bounces,
     /// Transfers that were continued after a short count.

@@ -5,15 +5,17 @@
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::cache::CachePolicy;
 use super::counters::Counters;
+use super::format;
 use super::geometry::{self, BUFFERED, Geometry, SECTOR};
 use super::latch::SyncLatch;
 use super::monitor::{Monitor, SyncEnd};
@@ -178,7 +180,7 @@ impl Image {
     /// Everything that is found without changing anything.
     fn describe(options: &DiskOptions, kind: Kind, file: Arc<File>) -> Result<Self, ImageProblem> {
         if !options.force_raw {
-            refuse_formats(&file, &options.path)?;
+            format::refuse(&file, &options.path)?;
         }
         let mut warnings = Vec::new();
         let geometry = find_geometry(&file, options, kind)?;
@@ -386,7 +388,7 @@ enum Kind {
     Device,
 }
 
-fn host(what: &'static str) -> impl FnOnce(io::Error) -> ImageProblem {
+pub(super) fn host(what: &'static str) -> impl FnOnce(io::Error) -> ImageProblem {
     move |source| ImageProblem::Host { what, source }
 }
 
@@ -464,8 +466,23 @@ fn check_access(options: &DiskOptions) -> Result<(), ImageProblem> {
     if result == 0 { Ok(()) } else { Err(failed(io::Error::last_os_error())) }
 }
 
+/// How long a lock is waited for: a VMM that was killed a moment ago still has its io_uring taken
+/// apart by the kernel, and with it the image.
+const LOCK_WAIT: Duration = Duration::from_millis(500);
+const LOCK_STEP: Duration = Duration::from_millis(10);
+
 /// An OFD lock on the whole image: exclusive for a writer, shared for readers.
 fn lock(file: &File, readonly: bool) -> Result<(), ImageProblem> {
+    let since = Instant::now();
+    loop {
+        match try_lock(file, readonly) {
+            Err(ImageProblem::Locked(_)) if since.elapsed() < LOCK_WAIT => std::thread::sleep(LOCK_STEP),
+            other => return other,
+        }
+    }
+}
+
+fn try_lock(file: &File, readonly: bool) -> Result<(), ImageProblem> {
     let wanted = whole_file_lock(readonly);
     // SAFETY: `wanted` is a valid flock for the length of the call.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const wanted) } == 0 {
@@ -489,53 +506,6 @@ fn whole_file_lock(readonly: bool) -> libc::flock {
         wanted.l_whence = libc::SEEK_SET as libc::c_short;
     }
     wanted
-}
-
-/// First bytes of other formats. A guest could write them to a raw disk of its own, so nothing
-/// but this refusal ever depends on them (R21).
-static FORMATS: [(&[u8], &str); 6] = [
-    (b"QFI\xfb", "qcow2"),
-    (b"KDMV", "vmdk"),
-    (b"# Disk DescriptorFile", "vmdk"),
-    (b"conectix", "vhd"),
-    (b"vhdxfile", "vhdx"),
-    (b"<<< ", "vdi"),
-];
-
-fn refuse_formats(file: &File, path: &Path) -> Result<(), ImageProblem> {
-    // Through the open descriptor, so that it is the same file; without O_DIRECT's alignment.
-    let again = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let mut plain = File::open(again).map_err(host("its first bytes cannot be read"))?;
-    let mut first = [0; 32];
-    let filled = read_some(&mut plain, &mut first).map_err(host("its first bytes cannot be read"))?;
-    let found =
-        FORMATS.iter().find(|(magic, _)| first[..filled].starts_with(magic)).map(|&(_, format)| format);
-    match found.or_else(|| has_vhd_footer(&mut plain).then_some("vhd")) {
-        None => Ok(()),
-        Some(format) => Err(ImageProblem::NotRaw { format, path: path.display().to_string() }),
-    }
-}
-
-/// A fixed-size vhd is raw but for its last sector.
-fn has_vhd_footer(file: &mut File) -> bool {
-    let mut footer = [0; 8];
-    file.seek(SeekFrom::End(-512)).is_ok()
-        && read_some(file, &mut footer).is_ok_and(|filled| filled == footer.len())
-        && footer == *b"conectix"
-}
-
-/// Fills `buffer` as far as the file reaches.
-fn read_some(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match file.read(&mut buffer[filled..]) {
-            Ok(0) => break,
-            Ok(count) => filled += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(filled)
 }
 
 fn find_geometry(file: &Arc<File>, options: &DiskOptions, kind: Kind) -> Result<Geometry, ImageProblem> {

@@ -457,11 +457,7 @@ impl Disk {
         }
     }
 
-    fn complete_all(
-        &mut self,
-        mut members: Vec<Member>,
-        result: impl Fn(&Self) -> Result<(), DiskError>,
-    ) {
+    fn complete_all(&mut self, mut members: Vec<Member>, result: impl Fn(&Self) -> Result<(), DiskError>) {
         for member in members.drain(..) {
             let result = result(self);
             self.complete(member, result);

@@ -7,10 +7,12 @@
 
 pub mod blocking;
 pub mod cache;
+pub mod choice;
 pub mod counters;
 pub mod engine;
 pub mod erase;
 mod flight;
+mod format;
 pub mod geometry;
 pub mod image;
 pub mod latch;
@@ -20,6 +22,7 @@ pub mod op;
 pub mod options;
 pub mod stable;
 mod transfer;
+pub mod uring;
 
 pub use image::{Image, ImageError};
 pub use options::{DiskOptions, OptionsError};

@@ -14,6 +14,7 @@ use crate::blk::request::{self, Frame, Header, Limits, Request, Status, UNMAP, k
 use crate::disk::Image;
 use crate::disk::blocking::system_call;
 use crate::disk::cache::{Negotiated, WriteCache};
+use crate::disk::choice::EngineKind;
 use crate::disk::engine::{Ended, Engine, HostOp, Wake};
 use crate::disk::machine::{Disk, Op};
 use crate::mem::{AlignedBuffer, Iov, Segment};
@@ -73,19 +74,19 @@ pub fn at_end(image: &Image) -> Vec<&'static str> {
 }
 
 /// Every driver there can be: what it negotiates, and what it writes to `writeback`.
-pub fn drivers(image: &Arc<Image>) -> Vec<Driver> {
+pub fn drivers(image: &Arc<Image>, engine: EngineKind) -> Vec<Driver> {
     let mut drivers = Vec::new();
     for (flush, config_wce) in [(true, true), (true, false), (false, true), (false, false)] {
         let settings: &[Option<u8>] = if config_wce { &[None, Some(0), Some(1)] } else { &[None] };
         for &sets in settings {
-            drivers.push(driver(image, Negotiated { flush, config_wce }, sets));
+            drivers.push(driver(image, engine, Negotiated { flush, config_wce }, sets));
         }
     }
     drivers
 }
 
-fn driver(image: &Arc<Image>, negotiated: Negotiated, sets: Option<u8>) -> Driver {
-    let trial = Trial { image, negotiated, sets };
+fn driver(image: &Arc<Image>, engine: EngineKind, negotiated: Negotiated, sets: Option<u8>) -> Driver {
+    let trial = Trial { image, engine, negotiated, sets };
     let (cache, _, on_setting) = trial.begin(false);
     Driver {
         negotiates_flush: negotiated.flush,
@@ -105,6 +106,7 @@ fn driver(image: &Arc<Image>, negotiated: Negotiated, sets: Option<u8>) -> Drive
 /// One driver on one image.
 struct Trial<'a> {
     image: &'a Arc<Image>,
+    engine: EngineKind,
     negotiated: Negotiated,
     sets: Option<u8>,
 }
@@ -114,7 +116,8 @@ impl Trial<'_> {
     fn begin(&self, refuse: bool) -> (Arc<WriteCache>, (Disk, Calls), Vec<&'static str>) {
         let cache = Arc::new(WriteCache::new(self.image.policy()));
         let calls = Calls::default();
-        let engine = Box::new(Recorder { calls: calls.clone(), ended: Vec::new(), refuse });
+        let kind = self.engine;
+        let engine = Box::new(Recorder { calls: calls.clone(), kind, ended: Vec::new(), refuse });
         let mut disk = Disk::new(Arc::clone(self.image), Arc::clone(&cache), engine, self.image.stable());
         cache.negotiate(self.negotiated);
         if let Some(value) = self.sets {
@@ -215,13 +218,15 @@ impl Calls {
 /// An engine without a file: everything succeeds, or what a host may lack is refused.
 struct Recorder {
     calls: Calls,
+    /// Whose words are used.
+    kind: EngineKind,
     ended: Vec<Ended>,
     refuse: bool,
 }
 
 impl Engine for Recorder {
     fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
-        self.calls.push(system_call(&op));
+        self.calls.push(self.kind.call(&op));
         let result = match &op {
             HostOp::Writev { dsync: true, .. } | HostOp::PunchHole { .. } | HostOp::ZeroRange { .. }
                 if self.refuse =>
@@ -259,7 +264,7 @@ mod tests {
     #[test]
     fn every_driver_there_can_be_is_tried_once() {
         let directory = tempfile::tempdir().unwrap();
-        let drivers = drivers(&image(&directory, "cache=writeback"));
+        let drivers = drivers(&image(&directory, "cache=writeback"), EngineKind::Blocking);
         assert_eq!(drivers.len(), 8);
         for (at, driver) in drivers.iter().enumerate() {
             let key = |d: &Driver| (d.negotiates_flush, d.negotiates_config_wce, d.sets_writeback);
@@ -271,7 +276,8 @@ mod tests {
     fn writes_are_told_as_the_stability_rule_has_them() {
         let directory = tempfile::tempdir().unwrap();
         for policy in POLICIES.iter().filter(|policy| !policy.direct) {
-            for driver in drivers(&image(&directory, &format!("cache={}", policy.name))) {
+            for driver in drivers(&image(&directory, &format!("cache={}", policy.name)), EngineKind::Blocking)
+            {
                 let negotiated =
                     Negotiated { flush: driver.negotiates_flush, config_wce: driver.negotiates_config_wce };
                 let on = driver.writeback != 0;
@@ -290,7 +296,7 @@ mod tests {
     fn nothing_is_written_and_nobody_kept_out() {
         let directory = tempfile::tempdir().unwrap();
         let looked = image(&directory, "cache=writeback");
-        drivers(&looked);
+        drivers(&looked, EngineKind::Blocking);
         assert_eq!(std::fs::read(looked.path()).unwrap(), [7; 8192]);
         let running =
             Image::open(&DiskOptions { cache: &POLICIES[1], ..DiskOptions::new(looked.path()) }).unwrap();
@@ -303,7 +309,7 @@ mod tests {
     fn a_readonly_disk_answers_writes_with_errors_and_never_syncs() {
         let directory = tempfile::tempdir().unwrap();
         let looked = image(&directory, "cache=writethrough,readonly");
-        for driver in drivers(&looked) {
+        for driver in drivers(&looked, EngineKind::Blocking) {
             for answer in [&driver.write, &driver.discard, &driver.write_zeroes] {
                 assert_eq!((answer.status, answer.calls.len()), ("IOERR", 0), "{driver:?}");
             }

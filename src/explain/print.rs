@@ -22,6 +22,7 @@ fn disk_text(disk: &Explanation) -> String {
     let words =
         format!("{cache}: config.writeback is {}, Linux says \"{seen}\" (cache_type)", disk.writeback);
     page += &line("write cache", &words);
+    page += &line("engine", &format!("{}, writes that must be stable: {}", disk.engine, disk.stable));
     page += &line("at start", &calls(&disk.calls.start));
     page += &line("at the end", &calls(&disk.calls.end));
     for (labels, driver) in groups(&disk.calls.drivers) {

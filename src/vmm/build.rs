@@ -71,7 +71,7 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
     let vm = kvm::create_vm(&kvm, &ram)?;
     let serial = serial_port(&vm, ConsoleOutput::new(console, stopping.clone()))?;
     let ports = ports(&serial)?;
-    let mut devices = block_devices(&disks)?;
+    let mut devices = block_devices(&disks, &ram)?;
     let job = match &config.job {
         None => None,
         Some(_) => {
@@ -157,10 +157,10 @@ fn ports(serial: &SerialEnd) -> Result<Bus, VmmError> {
 
 type VirtioDevices = (Bus, Vec<Arc<Mutex<MmioTransport>>>, Vec<MmioDevice>);
 
-fn block_devices(disks: &[OpenDisk]) -> Result<Vec<Box<dyn VirtioDevice>>, VmmError> {
+fn block_devices(disks: &[OpenDisk], ram: &Ram) -> Result<Vec<Box<dyn VirtioDevice>>, VmmError> {
     let device = |(disk, letter): (&OpenDisk, char)| {
-        let device = BlockDevice::new(&format!("vd{letter}"), Arc::clone(&disk.image))
-            .map_err(host("start a disk's worker"))?;
+        let device = BlockDevice::with_ram(&format!("vd{letter}"), Arc::clone(&disk.image), Some(ram))?;
+        log::info!("vd{letter}: engine={}, stable={}", device.engine().name(), disk.image.stable().name());
         Ok(Box::new(device) as Box<dyn VirtioDevice>)
     };
     disks.iter().zip('a'..='z').map(device).collect()

@@ -28,7 +28,7 @@ fn audit_with(mode: &str, words: &str, faults: &[&str], status: i32) -> Audit {
     strace.args(faults.iter().flat_map(|fault| ["-e", fault])).arg(binary());
     start(&mut strace, Entry::Pvh, &format!("scenario=audit {words}"));
     strace.arg("--console").arg(format!("file={}", console.display())).args(["--timeout", "60", "--disk"]);
-    strace.arg(image.disk(&format!("cache={mode}")));
+    strace.arg(image.disk(&format!("cache={mode},engine=sync")));
     let what = format!("cache={mode} {words}");
     run(&mut strace, b"").expect(status, &what);
     let trace = String::from_utf8_lossy(&fs::read(log).unwrap()).into_owned();

@@ -43,7 +43,7 @@ fn the_json_counts_what_strace_counts_in_every_mode() {
             start(&mut strace, Entry::Elf, &format!("scenario=io {words}"));
             strace.args(["--console", "stdio", "--timeout", "60"]);
             strace.arg(format!("--stats={}", json.display()));
-            strace.arg("--disk").arg(image.disk(&format!("cache={}", mode.name)));
+            strace.arg("--disk").arg(image.disk(&format!("cache={},engine=sync", mode.name)));
             run(&mut strace, b"").expect(exit(0x20), &what);
 
             let found: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();

@@ -45,7 +45,7 @@ fn trace_io(mode: Mode, words: &str, image: &Image) -> Vec<Call> {
     strace.arg("-o").arg(&log).arg(binary());
     start(&mut strace, Entry::Elf, &format!("scenario=io {words}"));
     strace.args(["--console", "stdio", "--timeout", "60", "--disk"]);
-    strace.arg(image.disk(&format!("cache={}", mode.name)));
+    strace.arg(image.disk(&format!("cache={},engine=sync", mode.name)));
     run(&mut strace, b"").expect(exit(0x20), &format!("cache={} {words} under strace", mode.name));
     let path = image.path.to_str().unwrap();
     fs::read_to_string(log).unwrap().lines().filter_map(|line| parse_call(line, path)).collect()

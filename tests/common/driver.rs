@@ -98,14 +98,20 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// The device over the blocking engine.
+    /// The device over the engine, and the way to stable writes, that the image was opened with.
     pub fn new(image: Arc<Image>) -> Self {
-        let engine = Box::new(minivmm::disk::blocking::BlockingEngine::new(Arc::clone(image.file())));
-        Self::with_engine(image, engine, StableBy::Dsync)
+        let ram = mem::map_ram(&[(0, RAM_BYTES)]).unwrap();
+        let chosen = minivmm::disk::choice::choose(&image, Some(&ram)).unwrap();
+        let stable_by = image.stable();
+        Self::with_parts(image, ram, chosen.engine, stable_by)
     }
 
     pub fn with_engine(image: Arc<Image>, engine: Box<dyn Engine>, stable_by: StableBy) -> Self {
         let ram = mem::map_ram(&[(0, RAM_BYTES)]).unwrap();
+        Self::with_parts(image, ram, engine, stable_by)
+    }
+
+    fn with_parts(image: Arc<Image>, ram: Ram, engine: Box<dyn Engine>, stable_by: StableBy) -> Self {
         let cache = Arc::new(WriteCache::new(image.policy()));
         let disk = Disk::new(Arc::clone(&image), Arc::clone(&cache), engine, stable_by);
         let device =

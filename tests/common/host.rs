@@ -1,16 +1,26 @@
 //! Where test guests with a kernel run: on this machine where its KVM can run Linux, in the emulated
-//! host elsewhere. Chosen once a process, said in one line.
+//! host elsewhere. Chosen once a process, said in one line. An emulated host has one CPU, so tests
+//! that run side by side get one each, at most [`EMULATED_MAX`].
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+
+/// Emulated hosts at the same time.
+const EMULATED_MAX: usize = 2;
 
 /// A machine that runs minivmm with Linux guests.
 pub enum Host {
     Direct,
-    /// The directory of a running emulated host.
-    Emulated(PathBuf),
+    Emulated(Emulated),
+}
+
+/// A running emulated host.
+pub struct Emulated {
+    dir: PathBuf,
+    /// Places in use.
+    places: AtomicUsize,
 }
 
 /// A directory of its own on that machine, on a file system with O_DIRECT.
@@ -30,7 +40,8 @@ pub struct Outcome {
 /// emuhost's own exit status for an emulator that hung or died.
 const EMULATOR_FAILED: i32 = 120;
 
-static HOST: OnceLock<Host> = OnceLock::new();
+static DIRECT: OnceLock<Option<Host>> = OnceLock::new();
+static EMULATED: [OnceLock<Host>; EMULATED_MAX] = [const { OnceLock::new() }; EMULATED_MAX];
 static PLACES: AtomicU32 = AtomicU32::new(0);
 
 fn tree(path: &str) -> PathBuf {
@@ -46,33 +57,53 @@ fn run(command: &mut Command) -> Outcome {
     }
 }
 
-/// Ends the emulated host with the test process.
-extern "C" fn end_emulated_host() {
-    if let Some(Host::Emulated(dir)) = HOST.get() {
-        let _ = Command::new(tree("guest-images/emuhost")).arg("kill").arg(dir).status();
-        let _ = std::fs::remove_dir_all(dir);
+/// Ends the emulated hosts with the test process.
+extern "C" fn end_emulated_hosts() {
+    for host in EMULATED.iter().filter_map(OnceLock::get) {
+        if let Host::Emulated(Emulated { dir, .. }) = host {
+            let _ = Command::new(tree("guest-images/emuhost")).arg("kill").arg(dir).status();
+            let _ = std::fs::remove_dir_all(dir);
+        }
     }
 }
 
+/// This machine, if its KVM runs Linux.
+fn choose() -> Option<Host> {
+    let chosen = run(Command::new(tree("guest-images/which-host")).stderr(Stdio::inherit()));
+    assert_eq!(chosen.status, 0, "guest-images/which-host failed");
+    println!("guests run {}", chosen.stdout.trim());
+    if chosen.stdout.starts_with("directly") {
+        return Some(Host::Direct);
+    }
+    // SAFETY: the function is `extern "C"` and takes nothing.
+    unsafe { libc::atexit(end_emulated_hosts) };
+    None
+}
+
+fn start_emulated(number: usize) -> Host {
+    let dir =
+        PathBuf::from(format!("{}/emuhost-{}-{number}", env!("CARGO_TARGET_TMPDIR"), std::process::id()));
+    let started = run(Command::new(tree("guest-images/emuhost"))
+        .args(["start", "--binary", env!("CARGO_BIN_EXE_minivmm"), "--memory", "4096"])
+        .arg(&dir));
+    assert_eq!(started.status, 0, "the emulated host did not start: {}", started.stderr);
+    Host::Emulated(Emulated { dir, places: AtomicUsize::new(0) })
+}
+
 impl Host {
+    /// This machine, or the emulated host with the fewest tests; one is started where all have some.
     pub fn get() -> &'static Host {
-        HOST.get_or_init(|| {
-            let chosen = run(Command::new(tree("guest-images/which-host")).stderr(Stdio::inherit()));
-            assert_eq!(chosen.status, 0, "guest-images/which-host failed");
-            println!("guests run {}", chosen.stdout.trim());
-            if chosen.stdout.starts_with("directly") {
-                return Host::Direct;
-            }
-            let dir =
-                PathBuf::from(format!("{}/emuhost-{}", env!("CARGO_TARGET_TMPDIR"), std::process::id()));
-            let started = run(Command::new(tree("guest-images/emuhost"))
-                .args(["start", "--binary", env!("CARGO_BIN_EXE_minivmm"), "--memory", "4096"])
-                .arg(&dir));
-            assert_eq!(started.status, 0, "the emulated host did not start: {}", started.stderr);
-            // SAFETY: the function is `extern "C"` and takes nothing.
-            unsafe { libc::atexit(end_emulated_host) };
-            Host::Emulated(dir)
-        })
+        if let Some(host) = DIRECT.get_or_init(choose) {
+            return host;
+        }
+        let busy = |host: &Host| match host {
+            Host::Direct => 0,
+            Host::Emulated(emulated) => emulated.places.load(Ordering::SeqCst),
+        };
+        let number = (0..EMULATED_MAX)
+            .min_by_key(|&number| EMULATED[number].get().map_or(0, busy))
+            .unwrap_or_default();
+        EMULATED[number].get_or_init(|| start_emulated(number))
     }
 
     /// A fresh directory to work in.
@@ -84,7 +115,10 @@ impl Host {
                 std::fs::create_dir_all(&path).unwrap();
                 path
             }
-            Host::Emulated(_) => format!("/data/test-{number}"),
+            Host::Emulated(emulated) => {
+                emulated.places.fetch_add(1, Ordering::SeqCst);
+                format!("/data/test-{number}")
+            }
         };
         let place = Place { host: self, path };
         if matches!(self, Host::Emulated(_)) {
@@ -113,7 +147,7 @@ impl Place {
                     .env("PATH", path)
                     .env("GUESTS", tree("guest-images/build")))
             }
-            Host::Emulated(host) => {
+            Host::Emulated(Emulated { dir: host, .. }) => {
                 let script = format!("export GUESTS=/data/guest\n{script}");
                 let mut outcome = run(Command::new(tree("guest-images/emuhost"))
                     .args(["exec", "--no-tty", "--timeout", "240", "--cwd", dir])
@@ -135,7 +169,7 @@ impl Place {
         let target = format!("{}/{name}", self.path);
         match self.host {
             Host::Direct => std::fs::write(target, bytes).unwrap(),
-            Host::Emulated(host) => {
+            Host::Emulated(Emulated { dir: host, .. }) => {
                 let local = tempfile::NamedTempFile::new().unwrap();
                 std::fs::write(local.path(), bytes).unwrap();
                 let pushed = run(Command::new(tree("guest-images/emuhost"))
@@ -153,6 +187,9 @@ impl Drop for Place {
     fn drop(&mut self) {
         if !std::thread::panicking() {
             self.run_in("/", &format!("rm -rf {}", self.path));
+        }
+        if let Host::Emulated(emulated) = self.host {
+            emulated.places.fetch_sub(1, Ordering::SeqCst);
         }
     }
 }

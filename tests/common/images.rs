@@ -39,8 +39,13 @@ impl TestImage {
         std::fs::read(&self.path).unwrap()
     }
 
+    /// `make test` runs the suites once for each engine and each way to stable writes: MINIVMM_KEYS
+    /// says which, in the words of `--disk`.
     pub fn options(&self, mode: &str) -> DiskOptions {
-        DiskOptions { cache: CachePolicy::by_name(mode).unwrap(), ..DiskOptions::new(&self.path) }
+        let keys = std::env::var("MINIVMM_KEYS").unwrap_or_else(|_| "engine=auto".to_owned());
+        let keyed: DiskOptions = format!("x,{keys}").parse().unwrap();
+        let cache = CachePolicy::by_name(mode).unwrap();
+        DiskOptions { cache, path: self.path.clone(), ..keyed }
     }
 
     pub fn open(&self, mode: &str) -> Arc<Image> {

@@ -1,0 +1,99 @@
+//! Which engine a disk gets.
+//!
+//! Owns the meaning of `engine=auto`: io_uring where the host has it and lets us; the blocking
+//! engine elsewhere, and on tmpfs, where data is in memory already and every ring is a detour
+//! (`docs/performance.md`).
+
+use std::sync::Arc;
+
+use super::blocking::{self, BlockingEngine};
+use super::engine::{Engine, HostOp};
+use super::image::Image;
+use super::options::EngineChoice;
+use super::uring::{self, UringEngine, UringError};
+use crate::mem::Ram;
+
+/// An engine by its kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineKind {
+    /// [`UringEngine`].
+    Uring,
+    /// [`BlockingEngine`].
+    Blocking,
+}
+
+impl EngineKind {
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            EngineKind::Uring => "io_uring",
+            EngineKind::Blocking => "sync",
+        }
+    }
+
+    /// What an operation is for the host's kernel: a system call, or an entry of the ring.
+    pub fn call(self, op: &HostOp) -> &'static str {
+        match self {
+            EngineKind::Uring => uring::ring_entry(op),
+            EngineKind::Blocking => blocking::system_call(op),
+        }
+    }
+}
+
+/// An engine, and why it is this one where that was not asked for.
+pub struct Chosen {
+    /// The engine.
+    pub engine: Box<dyn Engine>,
+    /// Its kind.
+    pub kind: EngineKind,
+    /// Why `auto` did not take io_uring.
+    pub why: Option<String>,
+}
+
+/// A disk has no engine.
+#[derive(Debug, thiserror::Error)]
+#[error("disk {path}: there is no io_uring for it: use engine=auto or engine=sync")]
+pub struct EngineError {
+    /// The image.
+    pub path: String,
+    /// What io_uring says.
+    pub source: UringError,
+}
+
+/// The engine for one queue of `image`; `ram` is guest memory, for buffers=fixed.
+pub fn choose(image: &Arc<Image>, ram: Option<&Ram>) -> Result<Chosen, EngineError> {
+    let blocking = |why| Chosen {
+        engine: Box::new(BlockingEngine::new(Arc::clone(image.file()))),
+        kind: EngineKind::Blocking,
+        why,
+    };
+    let ring =
+        || UringEngine::new(Arc::clone(image), image.queue_size(), ram.filter(|_| image.fixed_buffers()));
+    match image.engine() {
+        EngineChoice::Blocking => return Ok(blocking(None)),
+        EngineChoice::Auto if image.is_on_tmpfs() => {
+            return Ok(blocking(Some("the image is on tmpfs, where data is in memory already".to_owned())));
+        }
+        EngineChoice::Auto | EngineChoice::Uring => {}
+    }
+    match ring() {
+        Ok(ring) => Ok(Chosen { engine: Box::new(ring), kind: EngineKind::Uring, why: None }),
+        // Pinned memory was asked for in so many words.
+        Err(error) if image.engine() == EngineChoice::Auto && !matches!(error, UringError::Memory { .. }) => {
+            Ok(blocking(Some(in_words(&error))))
+        }
+        Err(source) => Err(EngineError { path: image.path().display().to_string(), source }),
+    }
+}
+
+fn in_words(error: &UringError) -> String {
+    let forbidden = "this host forbids io_uring (kernel.io_uring_disabled, or a seccomp filter)";
+    match error {
+        UringError::Refused { source, .. } => match source.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES) => forbidden.to_owned(),
+            Some(libc::ENOSYS) => "this host's kernel has no io_uring".to_owned(),
+            _ => format!("{error}: {source}"),
+        },
+        _ => error.to_string(),
+    }
+}
