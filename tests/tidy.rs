@@ -18,10 +18,10 @@ const LAYERS: [(&str, Option<&[&str]>); 21] = [
     ("crash", Some(&["disk", "blk", "mem", "ratelimit"])),
     ("study", Some(&["disk", "blk", "crash", "mem", "ratelimit"])),
     ("explain", Some(&["blk", "virtio", "disk", "mem", "text"])),
-    ("blk", Some(&["virtio", "disk", "mem", "ratelimit"])),
+    ("blk", Some(&["virtio", "disk", "mem", "ratelimit", "slab"])),
     ("console", Some(&["virtio", "mem", "ratelimit"])),
     ("job", Some(&[])),
-    ("disk", Some(&["mem", "ratelimit", "mutants"])),
+    ("disk", Some(&["mem", "ratelimit", "slab", "mutants"])),
     ("virtio", Some(&["bus", "pci", "mem", "ratelimit"])),
     ("pci", Some(&["bus", "mem", "layout", "ratelimit"])),
     ("devices", Some(&["bus", "layout", "ratelimit"])),
@@ -31,7 +31,7 @@ const LAYERS: [(&str, Option<&[&str]>); 21] = [
     ("terminal", Some(&[])),
 ];
 /// Modules that stand alone and that anybody may have named in [`LAYERS`].
-const ALONE: [&str; 4] = ["layout", "ratelimit", "text", "mutants"];
+const ALONE: [&str; 5] = ["layout", "ratelimit", "slab", "text", "mutants"];
 
 /// Inside a layer: (who, must not name).
 const FORBIDDEN: [(&str, &[&str]); 4] = [

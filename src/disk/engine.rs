@@ -66,8 +66,8 @@ pub struct Ended {
 /// What may end a wait, besides the end of an operation.
 #[derive(Debug, Clone, Copy)]
 pub enum Wake<'a> {
-    /// This eventfd, which the engine then clears. It is not O_NONBLOCK, so that a read of it may
-    /// wait in an engine.
+    /// This eventfd, which the engine then clears. Nobody else reads it: an engine may take its
+    /// O_NONBLOCK away.
     Doorbell(&'a EventFd),
     /// Nothing: wait for an operation to end, if there is one.
     EndOnly,

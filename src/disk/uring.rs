@@ -86,6 +86,8 @@ struct Bell {
     /// Where the kernel puts the counter. Its own allocation, so that it stays where it is.
     counter: Box<u64>,
     waits_on: Option<RawFd>,
+    /// The doorbell whose reads wait, because O_NONBLOCK was taken away.
+    blocking: Option<RawFd>,
     /// Rung since it was last asked.
     rung: bool,
 }
@@ -110,7 +112,7 @@ impl UringEngine {
             image,
             ops: Slab::default(),
             room: usize::from(entries),
-            bell: Bell { counter: Box::new(0), waits_on: None, rung: false },
+            bell: Bell { counter: Box::new(0), waits_on: None, blocking: None, rung: false },
             inline: Inline { read: buffered, write: buffered },
             at_once: Vec::new(),
             fixed,
@@ -186,6 +188,10 @@ impl UringEngine {
         }
         if self.bell.waits_on.is_some() {
             self.rest()?;
+        }
+        if self.bell.blocking != Some(fd) {
+            make_blocking(fd)?;
+            self.bell.blocking = Some(fd);
         }
         let entry =
             opcode::Read::new(Fd(fd), (&raw mut *self.bell.counter).cast(), 8).build().user_data(BELL);
@@ -339,7 +345,7 @@ impl Engine for UringEngine {
             self.enter(1)?;
             self.reap(&mut ended)?;
         }
-        self.bell.rung = false;
+        (self.bell.rung, self.bell.blocking) = (false, None);
         self.at_once.append(&mut ended);
         Ok(())
     }
@@ -447,6 +453,17 @@ fn erase(offset: u64, len: u64, mode: libc::c_int) -> squeue::Entry {
 
 fn length(len: usize) -> io::Result<u32> {
     u32::try_from(len).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+/// A read of it in the ring then waits, instead of ending with EAGAIN.
+fn make_blocking(fd: RawFd) -> io::Result<()> {
+    // SAFETY: F_GETFL touches no memory.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    // SAFETY: nor does F_SETFL.
+    if flags < 0 || unsafe { libc::fcntl(fd, libc::F_SETFL, flags & !libc::O_NONBLOCK) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// What preadv2 and pwritev2 take.

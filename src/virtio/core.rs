@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::{QueueConfig, Ring};
 use super::{Activation, EnabledQueue, Interrupt, VirtioDevice, feature};
@@ -155,8 +155,7 @@ impl Core {
         status: Arc<DeviceStatus>,
         interrupt: Arc<dyn Interrupt>,
     ) -> io::Result<Self> {
-        // Not O_NONBLOCK: an engine's read of it waits in its ring.
-        let doorbell = |_: &u16| EventFd::new(EFD_CLOEXEC).map(Arc::new);
+        let doorbell = |_: &u16| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new);
         let doorbells = device.queue_sizes().iter().map(doorbell).collect::<io::Result<_>>()?;
         let mut core = Self {
             device,
