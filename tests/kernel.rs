@@ -240,7 +240,7 @@ tell again $(cat /sys/block/vda/cache_type)
 w 5
 "#
     );
-    let boot = Boot { kernel: "6.12", args: "--disk a.img,cache=none", job: &job };
+    let boot = Boot { kernel: "6.12", args: "--disk a.img,cache=none,engine=sync,stable=dsync", job: &job };
     let command = boot.command(&place);
     let outcome =
         place.sh(&format!("strace -f --seccomp-bpf -o trace -e trace=fdatasync,pwritev,pwritev2 {command}"));
