@@ -234,13 +234,13 @@ fn our_walk_and_virtio_queues_find_the_same_in_every_well_formed_chain() {
         rig.set_avail_idx(1);
         let config = QueueConfig { size: 16, descriptors: DESC, available: AVAIL, used: USED };
         let mut ring = Ring::new(&rig.ram, &config, 16, F_INDIRECT).unwrap();
-        let chain = ring.pop(&rig.ram).unwrap().unwrap();
+        let chain = ring.pop().unwrap().unwrap();
         let (head, readable, writable) = oracle(&rig.ram);
         prop_assert_eq!(chain.head, head);
         prop_assert_eq!(chain.readable, readable);
         prop_assert_eq!(chain.writable, writable);
         prop_assert_eq!(chain.fault, None);
-        prop_assert_eq!(ring.pop(&rig.ram).unwrap(), None);
+        prop_assert_eq!(ring.pop().unwrap(), None);
         Ok(())
     });
     tested.unwrap();
@@ -359,10 +359,12 @@ fn a_ring_pops_each_chain_once_and_in_order_for_any_size() {
             mem::write_bytes(&rig.ram, entry, &head.to_le_bytes()).unwrap();
             idx = idx.wrapping_add(1);
             rig.set_avail_idx(idx);
-            let chain = ring.pop(&rig.ram).unwrap().unwrap();
+            let chain = ring.pop().unwrap().unwrap();
             assert_eq!((chain.head, chain.writable[0].len), (head, 1 + u32::from(head)));
-            assert_eq!(ring.pop(&rig.ram).unwrap(), None);
-            ring.push_used(&rig.ram, head, 1).unwrap();
+            assert_eq!(ring.pop().unwrap(), None);
+            ring.push_used(head, 1).unwrap();
+            assert_eq!(rig.used_idx(), idx.wrapping_sub(1), "pushed, not yet published");
+            assert!(ring.publish());
             assert_eq!(rig.used_idx(), idx);
         }
     }

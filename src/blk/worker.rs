@@ -52,8 +52,6 @@ pub struct QueueWorker<'a> {
     disk: &'a mut Disk,
     pending: HashMap<u64, Pending>,
     next_id: u64,
-    /// Something was pushed to the used ring since the driver was last told.
-    pushed: bool,
     errors: &'a mut RateLimit,
 }
 
@@ -61,7 +59,7 @@ impl<'a> QueueWorker<'a> {
     /// A worker for `job` on `disk`. `errors` outlives the job, or a guest that resets the device
     /// again and again could log without end (R18).
     pub fn new(job: Job, disk: &'a mut Disk, errors: &'a mut RateLimit) -> Self {
-        Self { job, disk, pending: HashMap::new(), next_id: 0, pushed: false, errors }
+        Self { job, disk, pending: HashMap::new(), next_id: 0, errors }
     }
 
     /// One round: takes what is available, answers what is done, and waits for more of either.
@@ -105,15 +103,15 @@ impl<'a> QueueWorker<'a> {
     /// keep the others from being answered (R17); whether there may be more.
     fn take_available(&mut self) -> Result<bool, RingError> {
         let size = usize::from(self.job.ring.size());
-        self.job.ring.disable_doorbell(&self.job.ram)?;
+        self.job.ring.disable_doorbell();
         for _ in 0..size {
             // More in flight than the ring has entries is possible only when a driver submits
             // descriptors that it does not own; it waits until some are done (R23).
             if self.pending.len() == size {
                 return Ok(false);
             }
-            let Some(chain) = self.job.ring.pop(&self.job.ram)? else {
-                if self.job.ring.enable_doorbell(&self.job.ram)? {
+            let Some(chain) = self.job.ring.pop()? else {
+                if self.job.ring.enable_doorbell() {
                     continue;
                 }
                 return Ok(false);
@@ -203,7 +201,7 @@ impl<'a> QueueWorker<'a> {
             };
             self.finish(head, &frame, status, data_bytes)?;
         }
-        if std::mem::take(&mut self.pushed) && self.job.ring.wants_interrupt(&self.job.ram)? {
+        if self.job.ring.publish() {
             self.job.interrupt.queue(self.job.index);
         }
         Ok(())
@@ -213,9 +211,7 @@ impl<'a> QueueWorker<'a> {
     fn finish(&mut self, head: u16, frame: &Frame, status: Status, data_bytes: u32) -> Result<(), RingError> {
         mem::write_bytes(&self.job.ram, frame.status_addr, &[status as u8])
             .map_err(|_| RingError::NoStatus(head))?;
-        self.job.ring.push_used(&self.job.ram, head, frame.written(data_bytes))?;
-        self.pushed = true;
-        Ok(())
+        self.job.ring.push_used(head, frame.written(data_bytes))
     }
 }
 
