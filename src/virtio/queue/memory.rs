@@ -5,7 +5,7 @@
 //! leaves it whatever the caller or the guest says. Every field is read by exactly one load and no
 //! reference to guest memory outlives it: the two-byte fields are atomics, a descriptor is copied.
 
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use crate::mem::{OutsideRam, Ram, Segment};
 
@@ -27,7 +27,7 @@ pub struct Descriptor {
 /// found in, which the [`super::Ring`] holds.
 #[derive(Debug, Clone, Copy)]
 pub struct Table {
-    ptr: *const u8,
+    ptr: *mut u8,
     entries: u16,
 }
 
@@ -56,15 +56,32 @@ impl Table {
         if index >= self.entries {
             return None;
         }
-        // SAFETY: the whole table was checked to be in RAM, which outlives it, and the index is
-        // inside. An array of bytes needs no alignment, which an indirect table does not promise.
-        let bytes = unsafe { self.ptr.cast::<[u8; 16]>().add(usize::from(index)).read_volatile() };
-        let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = bytes;
-        let segment = Segment {
-            addr: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
-            len: u32::from_le_bytes([l0, l1, l2, l3]),
+        // SAFETY: the index is inside the table, so this is one of its descriptors.
+        let at = unsafe { self.ptr.add(usize::from(DESCRIPTOR_BYTES) * usize::from(index)) };
+        let (low, high) = if at.addr().is_multiple_of(align_of::<AtomicU64>()) {
+            let words = at.cast::<u64>();
+            // SAFETY: two aligned words of a descriptor in RAM, which outlives the table. Each
+            // reference lives for one load, and an atomic may be changed by anybody at any time.
+            let word = |which| unsafe { AtomicU64::from_ptr(words.add(which)) }.load(Ordering::Relaxed);
+            (u64::from_le(word(0)), u64::from_le(word(1)))
+        } else {
+            // Only an indirect table may be anywhere.
+            // SAFETY: the sixteen bytes of a descriptor in RAM; bytes need no alignment.
+            let [low, high] = unsafe { at.cast::<[[u8; 8]; 2]>().read_volatile() };
+            (u64::from_le_bytes(low), u64::from_le_bytes(high))
         };
-        Some(Descriptor { segment, flags: u16::from_le_bytes([f0, f1]), next: u16::from_le_bytes([n0, n1]) })
+        Some(Descriptor::new(low, high))
+    }
+}
+
+impl Descriptor {
+    /// From its two words in memory: addr; len, flags and next.
+    fn new(low: u64, high: u64) -> Self {
+        Self {
+            segment: Segment { addr: low, len: (high & 0xffff_ffff) as u32 },
+            flags: (high >> 32 & 0xffff) as u16,
+            next: (high >> 48) as u16,
+        }
     }
 }
 
