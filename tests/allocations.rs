@@ -182,7 +182,7 @@ fn steady(turns: &mut Turns, shape: Shape, below: Below) -> u64 {
 /// The same operations straight into the disk: its own share.
 fn of_the_disk_alone(turns: &mut Turns, shape: Shape, below: Below) -> u64 {
     let (ram, disk) = (turns.ram.clone(), &mut turns.disk);
-    let geometry = disk.image().geometry().clone();
+    let geometry = *disk.image().geometry();
     let mut seen = 0;
     for batch in 0..below.warm_up + below.counted {
         let operations: Vec<Op> =
