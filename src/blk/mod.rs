@@ -4,7 +4,6 @@
 //! [`request`], and carried out by [`crate::disk`]. Knows nothing of KVM or transports.
 
 pub mod config;
-mod pending;
 pub mod request;
 pub mod worker;
 

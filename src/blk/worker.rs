@@ -11,13 +11,13 @@ use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::pending::Pending;
 use super::request::{self, Frame, HEADER_BYTES, Header, ID_BYTES, Limits, Request, Status};
 use crate::disk::Image;
 use crate::disk::engine::Wake;
 use crate::disk::machine::{Completion, Disk, Op};
 use crate::mem::{self, Iov, Ram, Segment};
 use crate::ratelimit::RateLimit;
+use crate::slab::Slab;
 use crate::virtio::Interrupt;
 use crate::virtio::queue::{Chain, Ring, RingError};
 use crate::warn_limited;
@@ -62,7 +62,7 @@ pub struct QueueWorker<'a> {
     job: Job,
     disk: &'a mut Disk,
     image: Arc<Image>,
-    pending: Pending<Owed>,
+    pending: Slab<Owed>,
     taken: Taken,
     errors: &'a mut RateLimit,
 }
@@ -71,8 +71,8 @@ impl<'a> QueueWorker<'a> {
     /// A worker for `job` on `disk`. `errors` outlives the job, or a guest that resets the device
     /// again and again could log without end (R18).
     pub fn new(job: Job, disk: &'a mut Disk, errors: &'a mut RateLimit) -> Self {
-        let (image, pending) = (Arc::clone(disk.image()), Pending::new(job.ring.size()));
-        Self { job, disk, image, pending, taken: Taken::default(), errors }
+        let image = Arc::clone(disk.image());
+        Self { job, disk, image, pending: Slab::default(), taken: Taken::default(), errors }
     }
 
     /// One round: takes what is available, answers what is done, and waits for more of either.
@@ -151,16 +151,9 @@ impl<'a> QueueWorker<'a> {
         };
         let owed = Owed { head, status_addr, room, data_bytes };
         match parsed {
-            Ok((op, _)) => self.submit(owed, op),
-            Err(Answer { status, .. }) => finish(&mut self.job, &owed, status),
+            Ok((op, _)) => self.disk.submit(self.pending.insert(owed), op),
+            Err(Answer { status, .. }) => finish(&mut self.job, &owed, status)?,
         }
-    }
-
-    fn submit(&mut self, owed: Owed, op: Op) -> Result<(), RingError> {
-        let head = owed.head;
-        // `take_into` has seen that there is room.
-        let id = self.pending.insert(owed).ok_or(RingError::TooMany(head))?;
-        self.disk.submit(id, op);
         Ok(())
     }
 

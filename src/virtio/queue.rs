@@ -104,9 +104,6 @@ pub enum RingError {
     /// An indirect table that is not wholly in RAM (R3).
     #[error("the indirect table at {0:#x} is not in RAM")]
     Unreachable(u64),
-    /// A chain that a device has no room for: impossible, since none takes more than it has.
-    #[error("the chain at descriptor {0} is one more than can be in flight")]
-    TooMany(u16),
     /// A chain without a byte for the answer.
     #[error("the chain at descriptor {0} has nowhere to put a status")]
     NoStatus(u16),
