@@ -45,10 +45,10 @@ pub enum Status {
 }
 
 /// A chain taken apart into the parts of a request.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Frame {
-    /// The first 16 readable bytes; `None` if there are fewer.
-    pub header: Option<Vec<Segment>>,
+    /// Whether the first [`HEADER_BYTES`] readable bytes, which are the header, are there.
+    pub has_header: bool,
     /// Readable bytes behind the header.
     pub data_out: Vec<Segment>,
     /// Writable bytes before the status.
@@ -60,22 +60,19 @@ pub struct Frame {
 impl Frame {
     /// Takes a chain apart; `None` if it has no writable byte for a status.
     pub fn new(chain: &Chain) -> Option<Self> {
-        let (data_in, status) = split_last(&chain.writable)?;
-        let (header, data_out) = match split_at(&chain.readable, HEADER_BYTES as u64) {
-            Some((header, data)) => (Some(header), data),
-            None => (None, Vec::new()),
-        };
-        Some(Self { header, data_out, data_in, status_addr: status })
+        let mut frame = Self::default();
+        frame.take_apart(chain).then_some(frame)
     }
 
-    /// What goes into the used ring (virtio 2.7.8.2): bytes from the first writable one that are
-    /// really written, if the status is and `data` bytes before it are.
-    pub fn written(&self, data: u32) -> u32 {
-        match total(&self.data_in) {
-            all if all == u64::from(data) => data.saturating_add(1),
-            // A gap lies between what was written and the status, which then does not count.
-            _ => data,
+    /// Takes a chain apart, in place of another one whose memory is used again; whether it has a
+    /// writable byte for a status.
+    pub fn take_apart(&mut self, chain: &Chain) -> bool {
+        self.has_header = skip(&chain.readable, HEADER_BYTES as u64, &mut self.data_out);
+        match without_last(&chain.writable, &mut self.data_in) {
+            Some(status_addr) => self.status_addr = status_addr,
+            None => return false,
         }
+        true
     }
 
     /// Bytes that the device may fill.
@@ -89,35 +86,45 @@ pub fn total(segments: &[Segment]) -> u64 {
     segments.iter().map(|segment| u64::from(segment.len)).sum()
 }
 
-/// The address of the last byte, and what comes before it.
-fn split_last(segments: &[Segment]) -> Option<(Vec<Segment>, u64)> {
-    let last = segments.iter().rposition(|segment| segment.len > 0)?;
-    let mut before = segments[..=last].to_vec();
-    let ending = before.last_mut()?;
-    ending.len -= 1;
-    // An address beyond 2^64 is nowhere: writing the status there fails, and says so.
-    let status = ending.addr.saturating_add(u64::from(ending.len));
-    before.retain(|segment| segment.len > 0);
-    Some((before, status))
+/// What goes into the used ring (virtio 2.7.8.2): bytes from the first writable one that are really
+/// written, if the status is and `data` bytes of the `room` before it are.
+pub fn written(data: u32, room: u64) -> u32 {
+    match room {
+        all if all == u64::from(data) => data.saturating_add(1),
+        // A gap lies between what was written and the status, which then does not count.
+        _ => data,
+    }
 }
 
-/// The first `count` bytes and the rest; `None` if there are fewer.
-fn split_at(segments: &[Segment], count: u64) -> Option<(Vec<Segment>, Vec<Segment>)> {
-    let (mut first, mut rest) = (Vec::new(), Vec::new());
+/// The address of the last byte; what comes before it goes into `before`.
+fn without_last(segments: &[Segment], before: &mut Vec<Segment>) -> Option<u64> {
+    before.clear();
+    let last = segments.iter().rposition(|segment| segment.len > 0)?;
+    let (first, ending) = (segments.get(..last)?, segments.get(last)?);
+    before.extend(first.iter().filter(|segment| segment.len > 0));
+    let len = ending.len - 1;
+    if len > 0 {
+        before.push(Segment { addr: ending.addr, len });
+    }
+    // An address beyond 2^64 is nowhere: writing the status there fails, and says so.
+    Some(ending.addr.saturating_add(u64::from(len)))
+}
+
+/// What comes behind the first `count` bytes goes into `rest`; whether there are so many.
+fn skip(segments: &[Segment], count: u64, rest: &mut Vec<Segment>) -> bool {
+    rest.clear();
     let mut left = count;
     for &Segment { addr, len } in segments {
-        let take = u64::from(len).min(left);
-        let take_u32 = u32::try_from(take).ok()?;
-        if take > 0 {
-            first.push(Segment { addr, len: take_u32 });
-        }
-        if u64::from(len) > take {
+        let skipped = u64::from(len).min(left);
+        left -= skipped;
+        // At most the segment's own length.
+        let len = len - u32::try_from(skipped).unwrap_or(len);
+        if len > 0 {
             // Beyond 2^64 is outside RAM like any other such address, and found there.
-            rest.push(Segment { addr: addr.saturating_add(take), len: len - take_u32 });
+            rest.push(Segment { addr: addr.saturating_add(skipped), len });
         }
-        left -= take;
     }
-    (left == 0).then_some((first, rest))
+    left == 0
 }
 
 /// The header, private (virtio 5.2.6).
@@ -286,11 +293,25 @@ mod tests {
         for other in &others {
             let frame = Frame::new(other).unwrap();
             assert_eq!(frame.status_addr, expected.status_addr);
-            assert_eq!(total(frame.header.as_ref().unwrap()), 16);
+            assert!(frame.has_header);
             assert_eq!(total(&frame.data_out), 512);
             assert_eq!(total(&frame.data_in), 512);
             assert_eq!(frame.data_in[0].addr, 0x1000);
             assert_eq!(frame.data_out[0].addr, 16);
+        }
+    }
+
+    #[test]
+    fn nothing_of_an_earlier_chain_is_left_in_a_frame() {
+        let mut frame = Frame::new(&chain(&[(0, 528)], &[(0x1000, 513)])).unwrap();
+        for next in [
+            chain(&[(0, 16)], &[(0x2000, 1)]),
+            chain(&[(0, 3)], &[(0x3000, 5)]),
+            chain(&[], &[(0x4000, 1)]),
+            chain(&[(0, 17)], &[(0x1000, 3), (0x5000, 1)]),
+        ] {
+            assert!(frame.take_apart(&next));
+            assert_eq!(Some(frame.clone()), Frame::new(&next), "{next:?}");
         }
     }
 
@@ -302,7 +323,7 @@ mod tests {
 
     #[test]
     fn a_short_header_is_seen() {
-        assert_eq!(Frame::new(&chain(&[(0, 15)], &[(0x1000, 1)])).unwrap().header, None);
+        assert!(!Frame::new(&chain(&[(0, 15)], &[(0x1000, 1)])).unwrap().has_header);
     }
 
     #[test]
@@ -316,8 +337,9 @@ mod tests {
     fn used_length_counts_the_status_only_behind_whole_data() {
         let frame = Frame::new(&chain(&[(0, 16)], &[(0x1000, 513)])).unwrap();
         for (data, written) in [(512, 513), (0, 0), (20, 20)] {
-            assert_eq!(frame.written(data), written);
+            assert_eq!(super::written(data, frame.data_in_bytes()), written);
         }
-        assert_eq!(Frame::new(&chain(&[(0, 16)], &[(0x1000, 1)])).unwrap().written(0), 1);
+        let status_alone = Frame::new(&chain(&[(0, 16)], &[(0x1000, 1)])).unwrap();
+        assert_eq!(written(0, status_alone.data_in_bytes()), 1);
     }
 }

@@ -5,7 +5,6 @@
 //! are kept under a private number, never under the guest's head, which a hostile guest may submit
 //! twice (R8).
 
-use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -13,10 +12,12 @@ use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::request::{self, Frame, HEADER_BYTES, Header, ID_BYTES, Limits, Request, Status};
+use crate::disk::Image;
 use crate::disk::engine::Wake;
 use crate::disk::machine::{Completion, Disk, Op};
 use crate::mem::{self, Iov, Ram, Segment};
 use crate::ratelimit::RateLimit;
+use crate::slab::Slab;
 use crate::virtio::Interrupt;
 use crate::virtio::queue::{Chain, Ring, RingError};
 use crate::warn_limited;
@@ -38,11 +39,21 @@ pub struct Job {
 }
 
 /// The answer that a request in flight still owes.
-struct Pending {
+struct Owed {
     head: u16,
-    frame: Frame,
+    status_addr: u64,
+    /// Writable bytes before the status.
+    room: u64,
     /// Bytes of data that the driver gets if all goes well.
     data_bytes: u32,
+}
+
+/// The request that is being taken, private. Its memory is used for the next one.
+#[derive(Default)]
+struct Taken {
+    chain: Chain,
+    frame: Frame,
+    payload: Vec<u8>,
 }
 
 /// One queue at work, from DRIVER_OK to reset. It needs no thread of its own: tests call
@@ -50,10 +61,9 @@ struct Pending {
 pub struct QueueWorker<'a> {
     job: Job,
     disk: &'a mut Disk,
-    pending: HashMap<u64, Pending>,
-    next_id: u64,
-    /// Something was pushed to the used ring since the driver was last told.
-    pushed: bool,
+    image: Arc<Image>,
+    pending: Slab<Owed>,
+    taken: Taken,
     errors: &'a mut RateLimit,
 }
 
@@ -61,7 +71,8 @@ impl<'a> QueueWorker<'a> {
     /// A worker for `job` on `disk`. `errors` outlives the job, or a guest that resets the device
     /// again and again could log without end (R18).
     pub fn new(job: Job, disk: &'a mut Disk, errors: &'a mut RateLimit) -> Self {
-        Self { job, disk, pending: HashMap::new(), next_id: 0, pushed: false, errors }
+        let image = Arc::clone(disk.image());
+        Self { job, disk, image, pending: Slab::default(), taken: Taken::default(), errors }
     }
 
     /// One round: takes what is available, answers what is done, and waits for more of either.
@@ -69,8 +80,7 @@ impl<'a> QueueWorker<'a> {
         self.disk.sync_if_switched_off();
         let more = self.take_available()?;
         self.answer()?;
-        let doorbell = Arc::clone(&self.job.doorbell);
-        let wake = if more { Wake::Now } else { Wake::Doorbell(&doorbell) };
+        let wake = if more { Wake::Now } else { Wake::Doorbell(&self.job.doorbell) };
         self.disk.wait(wake)?;
         self.answer()
     }
@@ -104,119 +114,126 @@ impl<'a> QueueWorker<'a> {
     /// Pops at most as many chains as the ring has entries, so that a flood of requests cannot
     /// keep the others from being answered (R17); whether there may be more.
     fn take_available(&mut self) -> Result<bool, RingError> {
+        let mut taken = std::mem::take(&mut self.taken);
+        let more = self.take_into(&mut taken);
+        self.taken = taken;
+        more
+    }
+
+    fn take_into(&mut self, taken: &mut Taken) -> Result<bool, RingError> {
         let size = usize::from(self.job.ring.size());
-        self.job.ring.disable_doorbell(&self.job.ram)?;
+        self.job.ring.disable_doorbell();
         for _ in 0..size {
             // More in flight than the ring has entries is possible only when a driver submits
             // descriptors that it does not own; it waits until some are done (R23).
             if self.pending.len() == size {
                 return Ok(false);
             }
-            let Some(chain) = self.job.ring.pop(&self.job.ram)? else {
-                if self.job.ring.enable_doorbell(&self.job.ram)? {
-                    continue;
-                }
+            if self.job.ring.pop_into(&mut taken.chain)? {
+                self.take(taken)?;
+            } else if !self.job.ring.enable_doorbell() {
                 return Ok(false);
-            };
-            self.take(&chain)?;
+            }
         }
         Ok(true)
     }
 
     /// A chain becomes a request of the disk, or is answered at once.
-    fn take(&mut self, chain: &Chain) -> Result<(), RingError> {
-        let frame = Frame::new(chain).ok_or(RingError::NoStatus(chain.head))?;
-        match self.parse(chain, &frame) {
-            Ok((Op::Flush, _)) => self.submit(chain.head, frame, 0, Op::Flush),
-            Ok((op, data_bytes)) => self.submit(chain.head, frame, data_bytes, op),
-            Err(Answer { status, data_bytes }) => self.finish(chain.head, &frame, status, data_bytes)?,
+    fn take(&mut self, taken: &mut Taken) -> Result<(), RingError> {
+        let head = taken.chain.head;
+        if !taken.frame.take_apart(&taken.chain) {
+            return Err(RingError::NoStatus(head));
+        }
+        let (status_addr, room) = (taken.frame.status_addr, taken.frame.data_in_bytes());
+        let parsed = self.parse(taken);
+        let data_bytes = match &parsed {
+            Ok((_, data_bytes)) | Err(Answer { data_bytes, .. }) => *data_bytes,
+        };
+        let owed = Owed { head, status_addr, room, data_bytes };
+        match parsed {
+            Ok((op, _)) => self.disk.submit(self.pending.insert(owed), op),
+            Err(Answer { status, .. }) => finish(&mut self.job, &owed, status)?,
         }
         Ok(())
     }
 
-    fn submit(&mut self, head: u16, frame: Frame, data_bytes: u32, op: Op) {
-        let id = self.next_id;
-        self.next_id += 1;
-        self.pending.insert(id, Pending { head, frame, data_bytes });
-        self.disk.submit(id, op);
-    }
-
     /// Reads header and payload, once, and makes an operation of them.
-    fn parse(&mut self, chain: &Chain, frame: &Frame) -> Result<(Op, u32), Answer> {
-        let bad = |worker: &mut Self, why: &dyn std::fmt::Display| {
-            warn_limited!(worker.errors, "blk: request at descriptor {}: {why}", chain.head);
+    fn parse(&mut self, taken: &mut Taken) -> Result<(Op, u32), Answer> {
+        let Taken { chain, frame, payload } = taken;
+        let mut bad = |why: &dyn std::fmt::Display| {
+            warn_limited!(self.errors, "blk: request at descriptor {}: {why}", chain.head);
             Answer::from(Status::IoErr)
         };
         if let Some(fault) = chain.fault {
-            return Err(bad(self, &fault));
+            return Err(bad(&fault));
         }
-        let Some(header) = &frame.header else {
-            return Err(bad(self, &"its header is shorter than 16 bytes"));
-        };
+        if !frame.has_header {
+            return Err(bad(&"its header is shorter than 16 bytes"));
+        }
+        let ram = &self.job.ram;
         let mut bytes = [0; HEADER_BYTES];
-        gather(&self.job.ram, header, &mut bytes).map_err(|why| bad(self, &why))?;
+        gather(ram, &chain.readable, &mut bytes).map_err(|why| bad(&why))?;
         let header = Header::parse(&bytes);
         // An erase with a wrong amount of data still has to be UNSUPP where it is not offered, so
         // an empty payload goes on to the parser, which refuses it.
         let payload_bytes = header.payload_bytes(request::total(&frame.data_out)).unwrap_or(0);
-        let mut payload = vec![0; payload_bytes];
-        gather(&self.job.ram, &frame.data_out, &mut payload).map_err(|why| bad(self, &why))?;
-        let image = Arc::clone(self.disk.image());
+        payload.clear();
+        payload.resize(payload_bytes, 0);
+        gather(ram, &frame.data_out, payload).map_err(|why| bad(&why))?;
+        let image = &self.image;
         let features = self.job.features;
         let limits = Limits { geometry: image.geometry(), features, readonly: image.readonly() };
-        match request::parse(header, frame, &payload, &limits)? {
+        match request::parse(header, frame, payload, &limits)? {
             Request::In(range) => {
-                let iov = Iov::new(&self.job.ram, &frame.data_in).map_err(|why| bad(self, &why))?;
+                let iov = Iov::new(ram, &frame.data_in).map_err(|why| bad(&why))?;
                 // More than 4 GiB was refused by the walk; the largest used length is 2^32 - 1.
                 let data_bytes = u32::try_from(range.bytes()).unwrap_or(u32::MAX - 1);
                 Ok((Op::Read(range, iov), data_bytes))
             }
             Request::Out(range) => {
-                let iov = Iov::new(&self.job.ram, &frame.data_out).map_err(|why| bad(self, &why))?;
+                let iov = Iov::new(ram, &frame.data_out).map_err(|why| bad(&why))?;
                 Ok((Op::Write(range, iov), 0))
             }
             Request::Flush => Ok((Op::Flush, 0)),
             Request::Discard(ranges) => Ok((Op::Discard(ranges), 0)),
             Request::WriteZeroes(ranges) => Ok((Op::WriteZeroes(ranges), 0)),
             Request::GetId => {
-                scatter(&self.job.ram, &frame.data_in, image.serial()).map_err(|why| bad(self, &why))?;
+                scatter(ram, &frame.data_in, image.serial()).map_err(|why| bad(&why))?;
                 Err(Answer { status: Status::Ok, data_bytes: ID_BYTES })
             }
         }
     }
 
-    /// Answers what the disk has done, then tells the driver, at most once.
+    /// Answers what the disk has done; then shows the driver all of it, by one store, and tells it,
+    /// at most once.
     fn answer(&mut self) -> Result<(), TurnError> {
-        let completions: Vec<Completion> = self.disk.take_completions().collect();
-        for Completion { id, result } in completions {
-            let Some(Pending { head, frame, data_bytes }) = self.pending.remove(&id) else {
-                return Err(TurnError::Lost(id));
-            };
-            let (status, data_bytes) = match result {
-                Ok(()) => (Status::Ok, data_bytes),
+        for Completion { id, result } in self.disk.take_completions() {
+            let mut owed = self.pending.remove(id).ok_or(TurnError::Lost(id))?;
+            let status = match result {
+                Ok(()) => Status::Ok,
                 Err(error) => {
-                    let path = self.disk.image().path().display().to_string();
+                    let path = self.image.path().display();
                     warn_limited!(self.errors, "disk {path}: request fails: {}", Chained(&error));
                     // What was transferred before the error is not counted on: 0 is always true.
-                    (Status::IoErr, 0)
+                    owed.data_bytes = 0;
+                    Status::IoErr
                 }
             };
-            self.finish(head, &frame, status, data_bytes)?;
+            finish(&mut self.job, &owed, status)?;
         }
-        if std::mem::take(&mut self.pushed) && self.job.ring.wants_interrupt(&self.job.ram)? {
+        if self.job.ring.publish() {
             self.job.interrupt.queue(self.job.index);
         }
         Ok(())
     }
+}
 
-    /// Data is there; now the status, then the used entry, then its index (virtio 2.7.8.2).
-    fn finish(&mut self, head: u16, frame: &Frame, status: Status, data_bytes: u32) -> Result<(), RingError> {
-        mem::write_bytes(&self.job.ram, frame.status_addr, &[status as u8])
-            .map_err(|_| RingError::NoStatus(head))?;
-        self.job.ring.push_used(&self.job.ram, head, frame.written(data_bytes))?;
-        self.pushed = true;
-        Ok(())
-    }
+/// Data is there; now the status, then the used entry; its index comes when the batch is published
+/// (virtio 2.7.8.2).
+fn finish(job: &mut Job, owed: &Owed, status: Status) -> Result<(), RingError> {
+    mem::write_bytes(&job.ram, owed.status_addr, &[status as u8])
+        .map_err(|_| RingError::NoStatus(owed.head))?;
+    job.ring.push_used(owed.head, request::written(owed.data_bytes, owed.room))
 }
 
 /// An answer that needs no disk.

@@ -39,35 +39,32 @@ struct Held {
 /// One queue.
 struct Lane {
     queue: EnabledQueue,
-    /// Something was pushed to the used ring since the driver was last told.
-    pushed: bool,
 }
 
 impl Lane {
     /// The next chain. With none, the doorbell is asked for.
-    fn pop(&mut self, ram: &Ram) -> Result<Option<Chain>, RingError> {
+    fn pop(&mut self) -> Result<Option<Chain>, RingError> {
         let ring: &mut Ring = &mut self.queue.ring;
         loop {
-            if let Some(chain) = ring.pop(ram)? {
+            if let Some(chain) = ring.pop()? {
                 return Ok(Some(chain));
             }
-            if !ring.enable_doorbell(ram)? {
+            if !ring.enable_doorbell() {
                 return Ok(None);
             }
         }
     }
 
-    fn push(&mut self, ram: &Ram, head: u16, written: u64) -> Result<(), RingError> {
-        self.pushed = true;
+    /// Returns a chain; the driver sees it at the end of the turn.
+    fn push(&mut self, head: u16, written: u64) -> Result<(), RingError> {
         // A chain has at most 2^32 bytes; saying less is allowed (virtio 2.7.8.2).
-        self.queue.ring.push_used(ram, head, u32::try_from(written).unwrap_or(u32::MAX))
+        self.queue.ring.push_used(head, u32::try_from(written).unwrap_or(u32::MAX))
     }
 
-    fn notify(&mut self, ram: &Ram, interrupt: &dyn Interrupt) -> Result<(), RingError> {
-        if std::mem::take(&mut self.pushed) && self.queue.ring.wants_interrupt(ram)? {
+    fn notify(&mut self, interrupt: &dyn Interrupt) {
+        if self.queue.ring.publish() {
             interrupt.queue(self.queue.index);
         }
-        Ok(())
     }
 }
 
@@ -108,7 +105,7 @@ impl Live {
         let mut lanes: Vec<Option<Lane>> = (0..count).map(|_| None).collect();
         for queue in queues {
             if let Some(lane) = lanes.get_mut(usize::from(queue.index)) {
-                *lane = Some(Lane { queue, pushed: false });
+                *lane = Some(Lane { queue });
             }
         }
         let mut control = Control::new(ports.iter().map(|port| port.name));
@@ -174,7 +171,7 @@ impl Live {
         let result = self.move_all(ports, errors);
         // Of what was returned before a ring broke, the driver is told all the same.
         for lane in self.lanes.iter_mut().flatten() {
-            lane.notify(&self.ram, &*self.interrupt)?;
+            lane.notify(&*self.interrupt);
         }
         result
     }
@@ -206,15 +203,15 @@ impl Live {
     /// The driver's control messages.
     fn take_messages(&mut self, errors: &mut RateLimit) -> Result<bool, RingError> {
         let Some(Some(lane)) = self.lanes.get_mut(usize::from(CONTROL_TX)) else { return Ok(false) };
-        lane.queue.ring.disable_doorbell(&self.ram)?;
+        lane.queue.ring.disable_doorbell();
         for _ in 0..lane.queue.ring.size() {
-            let Some(chain) = lane.pop(&self.ram)? else { return Ok(false) };
+            let Some(chain) = lane.pop()? else { return Ok(false) };
             match read_message(&self.ram, &chain) {
                 Ok(message) if self.multiport => self.control.take(message),
                 Ok(_) => {}
                 Err(why) => warn_limited!(errors, "console: control message: {why}"),
             }
-            lane.push(&self.ram, chain.head, 0)?;
+            lane.push(chain.head, 0)?;
         }
         Ok(true)
     }
@@ -226,7 +223,7 @@ impl Live {
             if !self.control.has_due() {
                 return Ok(());
             }
-            let Some(chain) = lane.pop(&self.ram)? else { return Ok(()) };
+            let Some(chain) = lane.pop()? else { return Ok(()) };
             let room = bytes_of(&self.ram, &chain, true).map(|iov| iov.bytes());
             let Some(message) = self.control.next_due() else { return Ok(()) };
             let written = match room {
@@ -238,7 +235,7 @@ impl Live {
                 warn_limited!(errors, "console: a buffer for a control message: {why}; the message is lost");
                 0
             });
-            lane.push(&self.ram, chain.head, written)?;
+            lane.push(chain.head, written)?;
         }
         Ok(())
     }
@@ -246,10 +243,10 @@ impl Live {
     /// Throws a queue's output away; whether it is empty.
     fn discard(&mut self, queue: u16) -> Result<bool, RingError> {
         let Some(Some(lane)) = self.lanes.get_mut(usize::from(queue)) else { return Ok(true) };
-        lane.queue.ring.disable_doorbell(&self.ram)?;
+        lane.queue.ring.disable_doorbell();
         for _ in 0..lane.queue.ring.size() {
-            let Some(chain) = lane.pop(&self.ram)? else { return Ok(true) };
-            lane.push(&self.ram, chain.head, 0)?;
+            let Some(chain) = lane.pop()? else { return Ok(true) };
+            lane.push(chain.head, 0)?;
         }
         Ok(false)
     }
@@ -263,7 +260,7 @@ impl Live {
         let queue = usize::from(tx_queue(id_of(at)));
         let Some(Some(lane)) = self.lanes.get_mut(queue) else { return Ok(false) };
         for _ in 0..lane.queue.ring.size() {
-            let Some(chain) = lane.pop(&self.ram)? else { return Ok(false) };
+            let Some(chain) = lane.pop()? else { return Ok(false) };
             match bytes_of(&self.ram, &chain, false) {
                 Ok(iov) if iov.bytes() > 0 && has_sink => {
                     place.output = Some(Held { head: chain.head, iov, done: 0 });
@@ -273,7 +270,7 @@ impl Live {
                 Ok(_) => {}
                 Err(why) => warn_limited!(errors, "console: port {}: output: {why}", at + 1),
             }
-            lane.push(&self.ram, chain.head, 0)?;
+            lane.push(chain.head, 0)?;
         }
         Ok(false)
     }
@@ -289,7 +286,7 @@ impl Live {
         let queue = usize::from(tx_queue(id_of(at)));
         let budget = match self.lanes.get_mut(queue) {
             Some(Some(lane)) => {
-                lane.queue.ring.disable_doorbell(&self.ram)?;
+                lane.queue.ring.disable_doorbell();
                 lane.queue.ring.size()
             }
             _ => return Ok((true, false)),
@@ -326,7 +323,7 @@ impl Live {
             let head = held.head;
             place.output = None;
             if let Some(Some(lane)) = self.lanes.get_mut(usize::from(tx_queue(id_of(at)))) {
-                lane.push(&self.ram, head, 0)?;
+                lane.push(head, 0)?;
             }
         }
         Ok(true)
@@ -354,22 +351,22 @@ impl Live {
                 return Ok(false);
             }
             if place.input.is_none() {
-                let Some(chain) = lane.pop(&self.ram)? else { return Ok(false) };
+                let Some(chain) = lane.pop()? else { return Ok(false) };
                 match bytes_of(&self.ram, &chain, true) {
                     Ok(iov) if iov.bytes() > 0 => {
                         place.input = Some(Held { head: chain.head, iov, done: 0 });
                     }
-                    Ok(_) => lane.push(&self.ram, chain.head, 0)?,
+                    Ok(_) => lane.push(chain.head, 0)?,
                     Err(why) => {
                         warn_limited!(errors, "console: port {}: a buffer for input: {why}", at + 1);
-                        lane.push(&self.ram, chain.head, 0)?;
+                        lane.push(chain.head, 0)?;
                     }
                 }
             }
             let Some(held) = &place.input else { continue };
             match source.read(&held.iov) {
                 Moved::Bytes(count) => {
-                    lane.push(&self.ram, held.head, count)?;
+                    lane.push(held.head, count)?;
                     place.input = None;
                 }
                 Moved::Later => {

@@ -151,8 +151,7 @@ impl Trial<'_> {
         let geometry = self.image.geometry();
         let block = geometry.logical_block;
         let data = |wanted: u32| if kind == wanted { vec![Segment { addr: 0, len: block }] } else { vec![] };
-        let frame =
-            Frame { header: None, data_out: data(kind::OUT), data_in: data(kind::IN), status_addr: 0 };
+        let frame = Frame { data_out: data(kind::OUT), data_in: data(kind::IN), ..Frame::default() };
         let mut payload = vec![0; 8];
         payload.extend((block / 512).to_le_bytes());
         payload.extend(flags.to_le_bytes());

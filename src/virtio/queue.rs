@@ -1,26 +1,28 @@
 //! Split virtqueue, device side (virtio 2.7).
 //!
-//! Owns the checks of a queue's configuration and the walk over descriptor chains; virtio-queue
-//! keeps ring indices, the used ring and EVENT_IDX. Everything read here was written by the guest
-//! and is read exactly once (R13). Knows nothing of requests or files.
+//! Owns the checks of a queue's configuration (virtio-queue's own among them), the walk over
+//! descriptor chains, the indices and EVENT_IDX; [`memory`] has the accesses to the rings, which are
+//! translated once. Everything read here was written by the guest and is read exactly once (R13).
+//! Knows nothing of requests or files.
 //!
 //! Two kinds of guest errors: a ring that cannot be followed any further is a [`RingError`] and ends
 //! in DEVICE_NEEDS_RESET; a chain whose structure is sound but whose content is not is handed on
 //! with its [`ChainFault`], so that it is completed like any other.
 
-use std::sync::atomic::Ordering;
+mod memory;
+
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+    VRING_USED_F_NO_NOTIFY,
 };
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::GuestAddress;
 
 use super::feature;
 use crate::mem::{Ram, Segment};
-
-/// Bytes of one descriptor.
-const DESCRIPTOR_BYTES: u32 = 16;
+use memory::{Available, DESCRIPTOR_BYTES, Table, Used};
 
 /// A queue's configuration as the driver wrote it: an allegation until [`Ring::new`] accepts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -59,6 +61,9 @@ pub enum QueueConfigError {
         /// Its guest address.
         addr: u64,
     },
+    /// virtio-queue finds something that our own checks do not.
+    #[error("virtio-queue does not accept it")]
+    Refused,
 }
 
 /// Why the ring cannot be followed any further.
@@ -96,15 +101,12 @@ pub enum RingError {
     /// An indirect table of a length that cannot be (R6).
     #[error("an indirect table of {0} bytes")]
     IndirectLength(u32),
-    /// A part of the queue cannot be reached: impossible after the checks at its start.
-    #[error("guest address {0:#x} cannot be reached")]
+    /// An indirect table that is not wholly in RAM (R3).
+    #[error("the indirect table at {0:#x} is not in RAM")]
     Unreachable(u64),
     /// A chain without a byte for the answer.
     #[error("the chain at descriptor {0} has nowhere to put a status")]
     NoStatus(u16),
-    /// virtio-queue refused.
-    #[error("the used ring cannot be written")]
-    UsedRing,
 }
 
 /// Why a chain that could be followed cannot be a request.
@@ -119,7 +121,7 @@ pub enum ChainFault {
 }
 
 /// A descriptor chain, read once: private from here on.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Chain {
     /// What goes into the used ring.
     pub head: u16,
@@ -131,27 +133,33 @@ pub struct Chain {
     pub fault: Option<ChainFault>,
 }
 
-/// struct virtq_desc (virtio 2.7.5), little endian as in memory.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C)]
-struct RawDescriptor {
-    addr: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
-
-// SAFETY: four integers without padding (8 + 4 + 2 + 2 = 16); any bytes are valid for them.
-unsafe impl ByteValued for RawDescriptor {}
-
 /// The rings of one enabled queue.
 pub struct Ring {
-    queue: Queue,
+    descriptors: Table,
+    available: Available,
+    used: Used,
+    /// The next entry of the available ring to be taken.
+    next_available: u16,
+    /// avail.idx when it was last read, and found to be at most a ring's length ahead.
+    seen_available: u16,
+    /// The next entry of the used ring to be written.
+    next_used: u16,
+    /// used.idx as the driver sees it.
+    published: u16,
+    /// used.idx when it was last decided whether to notify.
+    judged: u16,
+    /// Without EVENT_IDX: used.flags asks for no doorbell.
+    is_quiet: bool,
+    size: u16,
     indirect: bool,
+    event_idx: bool,
+    /// Where indirect tables are found; and it keeps what the three parts point to.
+    ram: Ram,
 }
 
 impl Ring {
-    /// Checks the whole configuration once (R14), for the queue's whole life: RAM does not change.
+    /// Checks the whole configuration once (R14) and translates it, for the queue's whole life: RAM
+    /// does not change.
     pub fn new(
         ram: &Ram,
         config: &QueueConfig,
@@ -163,73 +171,92 @@ impl Ring {
         if !size.is_power_of_two() || size > size_max {
             return Err(size_error);
         }
-        let entries = u64::from(size);
-        for (part, addr, align, bytes) in [
-            ("descriptor table", config.descriptors, 16, u64::from(DESCRIPTOR_BYTES) * entries),
-            ("available ring", config.available, 2, 6 + 2 * entries),
-            ("used ring", config.used, 4, 6 + 8 * entries),
+        for (part, addr, align) in [
+            ("descriptor table", config.descriptors, 16),
+            ("available ring", config.available, 2),
+            ("used ring", config.used, 4),
         ] {
             if !addr.is_multiple_of(align) {
                 return Err(QueueConfigError::Alignment { part, addr, align });
             }
-            let outside = QueueConfigError::OutsideRam { part, addr };
-            let len = usize::try_from(bytes).map_err(|_| outside)?;
-            ram.get_slice(GuestAddress(addr), len).map_err(|_| outside)?;
         }
-        let mut queue = Queue::new(size).map_err(|_| size_error)?;
-        let (low, high) = (|addr: u64| (addr & 0xffff_ffff) as u32, |addr: u64| (addr >> 32) as u32);
-        queue.set_desc_table_address(Some(low(config.descriptors)), Some(high(config.descriptors)));
-        queue.set_avail_ring_address(Some(low(config.available)), Some(high(config.available)));
-        queue.set_used_ring_address(Some(low(config.used)), Some(high(config.used)));
-        queue.set_event_idx(features & feature::EVENT_IDX != 0);
-        queue.set_ready(true);
-        Ok(Self { queue, indirect: features & feature::INDIRECT_DESC != 0 })
+        let outside = |part, addr| move |_| QueueConfigError::OutsideRam { part, addr };
+        let descriptors = Table::new(ram, config.descriptors, size)
+            .map_err(outside("descriptor table", config.descriptors))?;
+        let available = Available::new(ram, config.available, size)
+            .map_err(outside("available ring", config.available))?;
+        let used = Used::new(ram, config.used, size).map_err(outside("used ring", config.used))?;
+        if !is_valid_to_virtio_queue(ram, config, size) {
+            return Err(QueueConfigError::Refused);
+        }
+        Ok(Self {
+            descriptors,
+            available,
+            used,
+            next_available: 0,
+            seen_available: 0,
+            next_used: 0,
+            published: 0,
+            judged: 0,
+            is_quiet: false,
+            size,
+            indirect: features & feature::INDIRECT_DESC != 0,
+            event_idx: features & feature::EVENT_IDX != 0,
+            ram: ram.clone(),
+        })
     }
 
     /// Number of descriptors.
     pub fn size(&self) -> u16 {
-        self.queue.size()
+        self.size
     }
 
-    /// The next available chain, if there is one.
-    pub fn pop(&mut self, ram: &Ram) -> Result<Option<Chain>, RingError> {
-        let unreachable = |_| RingError::Unreachable(self.queue.avail_ring());
-        // Acquire: the ring entry and the descriptors are read after the index (virtio 2.7.13).
-        let idx = self.queue.avail_idx(ram, Ordering::Acquire).map_err(unreachable)?.0;
-        let (next, size) = (self.queue.next_avail(), self.queue.size());
-        match idx.wrapping_sub(next) {
-            0 => return Ok(None),
-            count if count > size => return Err(RingError::AvailJump { next, idx, size }),
-            _ => {}
+    /// The next available chain, if there is one, in memory of its own.
+    pub fn pop(&mut self) -> Result<Option<Chain>, RingError> {
+        let mut chain = Chain::default();
+        Ok(self.pop_into(&mut chain)?.then_some(chain))
+    }
+
+    /// The next available chain, in place of what was in `chain`, whose memory is used again;
+    /// whether there was one.
+    pub fn pop_into(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        if self.next_available == self.seen_available && !self.look_for_more()? {
+            return Ok(false);
         }
-        let entry = self.queue.avail_ring() + 4 + 2 * u64::from(next % size);
-        let head = u16::from_le(read(ram, entry)?);
-        self.queue.set_next_avail(next.wrapping_add(1));
-        self.walk(ram, head).map(Some)
+        let head = self.available.entry(self.next_available);
+        self.next_available = self.next_available.wrapping_add(1);
+        self.walk(head, chain)?;
+        Ok(true)
+    }
+
+    /// Reads avail.idx; whether there are entries that were not taken.
+    fn look_for_more(&mut self) -> Result<bool, RingError> {
+        let (next, idx, size) = (self.next_available, self.available.idx(), self.size);
+        if idx.wrapping_sub(next) > size {
+            return Err(RingError::AvailJump { next, idx, size });
+        }
+        self.seen_available = idx;
+        Ok(idx != next)
     }
 
     /// Follows a chain: direct descriptors, then at most one indirect table (virtio 2.7.5.3.2).
-    fn walk(&self, ram: &Ram, head: u16) -> Result<Chain, RingError> {
-        let size = self.queue.size();
-        let mut chain = Chain { head, readable: Vec::new(), writable: Vec::new(), fault: None };
-        let mut table = (self.queue.desc_table(), u32::from(size));
+    fn walk(&self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+        chain.begin(head);
+        let mut table = self.descriptors;
         let mut in_indirect = false;
         let mut index = head;
         let mut seen: u16 = 0;
         let mut bytes: u64 = 0;
         loop {
-            if u32::from(index) >= table.1 {
-                return Err(RingError::Index { index: u32::from(index), size: table.1 });
+            let Some(descriptor) = table.read(index) else {
+                return Err(RingError::Index { index: u32::from(index), size: u32::from(table.entries()) });
+            };
+            if seen == self.size {
+                return Err(RingError::Loop { head, size: self.size });
             }
-            if seen == size {
-                return Err(RingError::Loop { head, size });
-            }
-            let descriptor: RawDescriptor =
-                read(ram, table.0 + u64::from(DESCRIPTOR_BYTES) * u64::from(index))?;
-            let flags = u32::from(u16::from_le(descriptor.flags));
-            let segment = Segment { addr: u64::from_le(descriptor.addr), len: u32::from_le(descriptor.len) };
+            let (segment, flags) = (descriptor.segment, u32::from(descriptor.flags));
             if flags & VRING_DESC_F_INDIRECT != 0 {
-                table = self.enter_indirect(ram, index, flags, segment, in_indirect)?;
+                table = self.enter_indirect(index, flags, segment, in_indirect)?;
                 (in_indirect, index) = (true, 0);
                 continue;
             }
@@ -239,22 +266,21 @@ impl Ring {
             if flags & VRING_DESC_F_NEXT == 0 {
                 break;
             }
-            index = u16::from_le(descriptor.next);
+            index = descriptor.next;
         }
         if bytes > 1 << 32 {
             chain.fault = Some(ChainFault::TooLong);
         }
-        Ok(chain)
+        Ok(())
     }
 
     fn enter_indirect(
         &self,
-        ram: &Ram,
         index: u16,
         flags: u32,
         table: Segment,
         in_indirect: bool,
-    ) -> Result<(u64, u32), RingError> {
+    ) -> Result<Table, RingError> {
         if !self.indirect {
             return Err(RingError::Indirect(index, "was not negotiated"));
         }
@@ -264,45 +290,104 @@ impl Ring {
         if flags & VRING_DESC_F_NEXT != 0 {
             return Err(RingError::Indirect(index, "may not have a next one"));
         }
-        let longest = DESCRIPTOR_BYTES * u32::from(self.queue.size());
-        if table.len == 0 || !table.len.is_multiple_of(DESCRIPTOR_BYTES) || table.len > longest {
-            return Err(RingError::IndirectLength(table.len));
+        let entry = u32::from(DESCRIPTOR_BYTES);
+        let entries = u16::try_from(table.len / entry).ok();
+        match entries.filter(|&entries| (1..=self.size).contains(&entries)) {
+            Some(entries) if table.len.is_multiple_of(entry) => {
+                Table::new(&self.ram, table.addr, entries).map_err(|_| RingError::Unreachable(table.addr))
+            }
+            _ => Err(RingError::IndirectLength(table.len)),
         }
-        ram.get_slice(GuestAddress(table.addr), table.len as usize)
-            .map_err(|_| RingError::Unreachable(table.addr))?;
-        Ok((table.addr, table.len / DESCRIPTOR_BYTES))
     }
 
-    /// Returns a chain to the driver; `written` bytes from its first writable one are really
-    /// written. Everything written before is visible before (virtio 2.7.8.2).
-    pub fn push_used(&mut self, ram: &Ram, head: u16, written: u32) -> Result<(), RingError> {
-        self.queue.add_used(ram, head, written).map_err(|_| RingError::UsedRing)
-    }
-
-    /// Whether the driver wants to hear of what was pushed since this was last asked (virtio 2.7.7.2).
-    pub fn wants_interrupt(&mut self, ram: &Ram) -> Result<bool, RingError> {
-        // Begins with the full fence between used.idx and what is read now.
-        let wanted = self.queue.needs_notification(ram).map_err(|_| RingError::UsedRing)?;
-        if self.queue.event_idx_enabled() {
-            return Ok(wanted);
+    /// Writes the used entry of a chain; `written` bytes from its first writable one are really
+    /// written. The driver sees it after [`Ring::publish`].
+    pub fn push_used(&mut self, head: u16, written: u32) -> Result<(), RingError> {
+        if head >= self.size {
+            return Err(RingError::Index { index: u32::from(head), size: u32::from(self.size) });
         }
-        let flags = u16::from_le(read(ram, self.queue.avail_ring())?);
-        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        // Only a driver that has more chains outstanding than there are entries gets here: it gets
+        // the older ones before they are overwritten.
+        if self.next_used.wrapping_sub(self.published) == self.size {
+            self.store_used_idx();
+        }
+        self.used.set_entry(self.next_used, head, written);
+        self.next_used = self.next_used.wrapping_add(1);
+        Ok(())
     }
 
-    /// Asks the driver not to ring the doorbell.
-    pub fn disable_doorbell(&mut self, ram: &Ram) -> Result<(), RingError> {
-        self.queue.disable_notification(ram).map_err(|_| RingError::UsedRing)
+    /// Shows the driver everything that was pushed, by one store; whether it is to be notified
+    /// (virtio 2.7.7.2), which is asked once for all of it.
+    #[must_use = "a driver that wants to be notified must be"]
+    pub fn publish(&mut self) -> bool {
+        if self.next_used == self.judged {
+            return false;
+        }
+        self.store_used_idx();
+        // The driver writes used_event or flags, then reads used.idx: one of us sees the other's
+        // (virtio 2.7.13.3.1 mirrored).
+        fence(Ordering::SeqCst);
+        let (new, old) = (self.next_used, std::mem::replace(&mut self.judged, self.next_used));
+        if self.event_idx {
+            let behind = new.wrapping_sub(self.available.used_event()).wrapping_sub(1);
+            behind < new.wrapping_sub(old)
+        } else {
+            u32::from(self.available.flags()) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        }
+    }
+
+    fn store_used_idx(&mut self) {
+        self.used.set_idx(self.next_used);
+        self.published = self.next_used;
+    }
+
+    /// Asks the driver not to ring the doorbell. With EVENT_IDX there is nothing to say: avail_event
+    /// stays behind, so it rings no more (virtio 2.7.10).
+    pub fn disable_doorbell(&mut self) {
+        if !self.event_idx && !std::mem::replace(&mut self.is_quiet, true) {
+            self.used.set_flags(QUIET);
+        }
     }
 
     /// Asks for the doorbell again; `true` if something became available meanwhile, for which it
     /// may never ring.
-    pub fn enable_doorbell(&mut self, ram: &Ram) -> Result<bool, RingError> {
-        self.queue.enable_notification(ram).map_err(|_| RingError::UsedRing)
+    pub fn enable_doorbell(&mut self) -> bool {
+        if self.event_idx {
+            self.used.set_avail_event(self.next_available);
+        } else {
+            self.is_quiet = false;
+            self.used.set_flags(0);
+        }
+        // The driver writes avail.idx, then reads this: one of us sees the other's (virtio 2.7.13.4.1).
+        fence(Ordering::SeqCst);
+        self.available.idx() != self.next_available
     }
 }
 
+/// used.flags that ask for no doorbell.
+#[allow(clippy::cast_possible_truncation, reason = "it is 1")]
+const QUIET: u16 = VRING_USED_F_NO_NOTIFY as u16;
+
+/// What virtio-queue's own checks say.
+fn is_valid_to_virtio_queue(ram: &Ram, config: &QueueConfig, size: u16) -> bool {
+    let Ok(mut queue) = Queue::new(size) else { return false };
+    let set = queue
+        .try_set_desc_table_address(GuestAddress(config.descriptors))
+        .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(config.available)))
+        .and_then(|()| queue.try_set_used_ring_address(GuestAddress(config.used)));
+    queue.set_ready(true);
+    set.is_ok() && queue.is_valid(ram)
+}
+
 impl Chain {
+    /// Empty, with the room that it had.
+    fn begin(&mut self, head: u16) {
+        self.head = head;
+        self.readable.clear();
+        self.writable.clear();
+        self.fault = None;
+    }
+
     fn add(&mut self, segment: Segment, writable: bool) {
         if writable {
             self.writable.push(segment);
@@ -313,8 +398,4 @@ impl Chain {
             self.readable.push(segment);
         }
     }
-}
-
-fn read<T: ByteValued>(ram: &Ram, addr: u64) -> Result<T, RingError> {
-    ram.read_obj(GuestAddress(addr)).map_err(|_| RingError::Unreachable(addr))
 }

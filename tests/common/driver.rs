@@ -165,6 +165,9 @@ impl Rig {
     pub fn negotiate(&mut self, features: u64) -> bool {
         self.write(reg::STATUS, 0);
         assert_eq!(self.read(reg::STATUS), 0);
+        // Who looks at the used ring before the interrupt comes leaves it there. Nothing comes after
+        // a reset (virtio 2.4.1), so what is there now is old.
+        let _ = self.irq.read();
         self.write(reg::STATUS, ACKNOWLEDGE);
         self.write(reg::STATUS, ACKNOWLEDGE | DRIVER);
         for (sel, half) in [(0, features & 0xffff_ffff), (1, features >> 32)] {

@@ -7,3 +7,4 @@ pub mod driver;
 pub mod engines;
 pub mod images;
 pub mod loops;
+pub mod turns;
