@@ -34,8 +34,8 @@ use super::monitor::{SyncEnd, SyncStart};
 pub use super::op::{Completion, DiskError, Op};
 pub use super::stable::StableBy;
 use super::stable::{Group, Member};
-use super::transfer::Transfer;
-use crate::mem::Iov;
+use super::transfer::{Transfer, bounce_buffers};
+use crate::mem::{BufferPool, Iov};
 use crate::mutants::{self, Mutant, is_on};
 use crate::slab::Slab;
 
@@ -49,6 +49,7 @@ pub struct Disk {
     has_dsync: bool,
     in_flight: Slab<Flight>,
     group: Group,
+    pool: BufferPool,
     /// Stable writes of this batch, of which the way is not decided yet.
     undecided: Vec<u64>,
     /// DSYNC writes in flight.
@@ -70,6 +71,7 @@ impl Disk {
         stable_by: StableBy,
     ) -> Self {
         Self {
+            pool: bounce_buffers(&image),
             image,
             cache,
             engine,
@@ -188,7 +190,7 @@ impl Disk {
             if alone {
                 self.group.ends_write();
             }
-            match transfer.next_window(&self.image) {
+            match transfer.next_window(&self.image, &mut self.pool) {
                 Ok(op) => self.issue(token, op),
                 Err(error) => self.abandon(token, error),
             }
@@ -242,7 +244,7 @@ impl Disk {
     }
 
     /// The first stage of a request and its first host operation.
-    fn begin(&self, op: Op, wb_at_submit: bool) -> Result<(Stage, Next), DiskError> {
+    fn begin(&mut self, op: Op, wb_at_submit: bool) -> Result<(Stage, Next), DiskError> {
         match op {
             Op::Read(range, iov) => self.begin_transfer(range, iov, Way::default()),
             Op::Write(range, iov) => {
@@ -279,7 +281,7 @@ impl Disk {
         }
     }
 
-    fn begin_transfer(&self, range: SectorRange, iov: Iov, way: Way) -> Result<(Stage, Next), DiskError> {
+    fn begin_transfer(&mut self, range: SectorRange, iov: Iov, way: Way) -> Result<(Stage, Next), DiskError> {
         self.check_aligned(range)?;
         let mut transfer = Transfer::new(range.offset(), iov, way.write, way.dsync);
         let next = if transfer.is_empty() {
@@ -287,7 +289,7 @@ impl Disk {
         } else if way.later {
             Next::Later
         } else {
-            Next::Op(transfer.next_window(&self.image)?)
+            Next::Op(transfer.next_window(&self.image, &mut self.pool)?)
         };
         Ok((Stage::Transfer(transfer), next))
     }
@@ -542,13 +544,13 @@ impl Disk {
         result: io::Result<usize>,
     ) -> Result<Option<HostOp>, DiskError> {
         match result {
-            Ok(count) => transfer.advance(count as u64, &self.image),
+            Ok(count) => transfer.advance(count as u64, &self.image, &mut self.pool),
             Err(source) if transfer.dsync && source.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                 // Refused before a byte was written: this host has no RWF_DSYNC here.
                 log::info!("disk: no RWF_DSYNC on this file; stable writes use fdatasync");
                 self.has_dsync = false;
                 transfer.dsync = false;
-                transfer.next_window(&self.image).map(Some)
+                transfer.next_window(&self.image, &mut self.pool).map(Some)
             }
             Err(source) => {
                 if transfer.dsync && !is_on(Mutant::SyncErrorForgotten) {

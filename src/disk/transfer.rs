@@ -4,13 +4,12 @@
 //! after the last byte, is the business of [`super::machine`].
 
 use std::io;
-use std::sync::Arc;
 
 use super::counters::Counters;
 use super::engine::HostOp;
 use super::image::Image;
 use super::machine::DiskError;
-use crate::mem::{AlignedBuffer, Iov};
+use crate::mem::{BufferPool, Iov};
 use crate::mutants::{Mutant, is_on};
 
 /// Most bytes that one transfer moves through a private buffer; longer requests take turns.
@@ -52,7 +51,12 @@ impl Transfer {
 
     /// `count` bytes of what was asked have been moved: the next operation, or `None` after the
     /// last byte.
-    pub(super) fn advance(&mut self, count: u64, image: &Image) -> Result<Option<HostOp>, DiskError> {
+    pub(super) fn advance(
+        &mut self,
+        count: u64,
+        image: &Image,
+        pool: &mut BufferPool,
+    ) -> Result<Option<HostOp>, DiskError> {
         let bytes = self.iov.bytes();
         let short = DiskError::Short { what: self.what(), done: self.done, bytes };
         if count == 0 || count > self.asked {
@@ -77,17 +81,17 @@ impl Transfer {
         if self.done == bytes {
             return Ok(None);
         }
-        self.next_window(image).map(Some)
+        self.next_window(image, pool).map(Some)
     }
 
     /// The host operation for the next part, through a bounce buffer if it must be.
-    pub(super) fn next_window(&mut self, image: &Image) -> Result<HostOp, DiskError> {
+    pub(super) fn next_window(&mut self, image: &Image, pool: &mut BufferPool) -> Result<HostOp, DiskError> {
         let alignment = image.geometry().alignment;
         let mut window = self.iov.part(self.done, TRANSFER_MAX, PIECES_MAX);
         self.bounce = None;
         let fits = window.is_aligned(alignment.memory, alignment.offset);
         if image.policy().direct && (image.bounce_always() || !fits) {
-            window = self.bounce(image)?;
+            window = self.bounce(image, pool)?;
             self.bounce = Some(window.clone());
         }
         self.asked = window.bytes();
@@ -99,17 +103,24 @@ impl Transfer {
         })
     }
 
-    fn bounce(&self, image: &Image) -> Result<Iov, DiskError> {
+    fn bounce(&self, image: &Image, pool: &mut BufferPool) -> Result<Iov, DiskError> {
         let part = self.iov.part(self.done, BOUNCE_MAX, usize::MAX);
-        let no_memory = |source| DiskError::Host { what: "allocating a bounce buffer", source };
-        let bytes = usize::try_from(part.bytes()).map_err(|error| no_memory(io::Error::other(error)))?;
-        let memory_align = image.geometry().alignment.memory.max(512) as usize;
-        let buffer = AlignedBuffer::new(bytes, memory_align).map_err(no_memory)?;
-        let bounce = Iov::from_buffer(&Arc::new(buffer), bytes);
-        if self.write {
-            part.copy_to(&bounce);
-        }
+        let copy = if self.write {
+            pool.take_copy(&part)
+        } else {
+            usize::try_from(part.bytes()).map_err(io::Error::other).and_then(|bytes| pool.take_zeroed(bytes))
+        };
+        let bounce = copy.map_err(|source| DiskError::Host { what: "allocating a bounce buffer", source })?;
         Counters::count(&image.counters.bounces);
         Ok(bounce)
     }
+}
+
+/// The bounce buffers of one queue: few are kept, more are had while they are needed.
+pub(super) fn bounce_buffers(image: &Image) -> BufferPool {
+    const KEPT: usize = 8;
+    // 256 KiB fit everywhere.
+    #[allow(clippy::cast_possible_truncation)]
+    let bytes = BOUNCE_MAX as usize;
+    BufferPool::new(bytes, image.geometry().alignment.memory.max(512) as usize, KEPT)
 }
