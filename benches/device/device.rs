@@ -61,6 +61,8 @@ pub struct Run {
     pub seen: Seen,
     /// The disk's own counters, from start to end.
     pub counters: Vec<(&'static str, u64)>,
+    /// The engine that did the I/O, as `--disk` calls it.
+    pub engine: &'static str,
     /// Huge pages under guest RAM, and its size, in bytes.
     pub huge_bytes: (u64, u64),
 }
@@ -79,7 +81,8 @@ pub fn run(load: &Load, setup: &Setup<'_>, count: Count) -> Result<Run> {
     let huge_bytes = huge_bytes(&rings);
     let line = Arc::new(Line::new()?);
     let doorbell = Arc::new(EventFd::new(0)?);
-    let mut device = BlockDevice::new(DISK_NAME, Arc::clone(&image))?;
+    let mut device = BlockDevice::with_ram(DISK_NAME, Arc::clone(&image), Some(rings.ram()))?;
+    let engine = device.engine().name();
     start(&mut device, load, &rings, &doorbell, &line)?;
 
     let worker = || counted::thread_named(&format!("{DISK_NAME}-q0"));
@@ -100,7 +103,7 @@ pub fn run(load: &Load, setup: &Setup<'_>, count: Count) -> Result<Run> {
     check_moved(setup.image, &last)?;
     let counters = image.counters.snapshot();
     image.close()?;
-    Ok(Run { seen, counters, huge_bytes })
+    Ok(Run { seen, counters, engine, huge_bytes })
 }
 
 /// What a transport does from FEATURES_OK to DRIVER_OK, and a guest that turns its write cache off.

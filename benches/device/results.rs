@@ -33,6 +33,8 @@ pub struct Figures {
     pub interrupts_per_io: Option<f64>,
     /// Sleeps of the driver a read or write.
     pub sleeps_per_io: Option<f64>,
+    /// The device's engine, as `--disk` calls it.
+    pub engine: Option<&'static str>,
     /// MiB of buffers (fio: of all its memory) that lie on huge pages.
     pub huge_mib: Option<f64>,
     /// Pages of the image that were in the page cache before the run.
@@ -53,6 +55,7 @@ impl Figures {
             doorbells_per_io: None,
             interrupts_per_io: None,
             sleeps_per_io: None,
+            engine: None,
             huge_mib: fio.huge_bytes.map(mib),
             resident_pages,
         }
@@ -74,6 +77,7 @@ impl Figures {
             doorbells_per_io: Some(per_io(seen.doorbells as f64)),
             interrupts_per_io: Some(per_io(seen.interrupts as f64)),
             sleeps_per_io: Some(per_io(seen.sleeps as f64)),
+            engine: Some(run.engine),
             huge_mib: Some(mib(run.huge_bytes.0)),
             resident_pages,
         }
