@@ -8,8 +8,9 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::FromRawFd;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 const TYPE_TRACEPOINT: u32 = 2;
 const TYPE_BREAKPOINT: u32 = 5;
@@ -90,33 +91,32 @@ fn tracepoint_id(system: &str, event: &str) -> Result<u64> {
         Some(text) => text,
         None => {
             let mount = TemporaryTracefs::new()?;
-            read(mount.0.path()).context("tracefs has no events for system calls")?
+            read(&mount.0).context("tracefs has no events for system calls")?
         }
     };
     text.trim().parse().context("the tracepoint's id is no number")
 }
 
-struct TemporaryTracefs(tempfile::TempDir);
+/// A mount of tracefs for as long as this lives.
+struct TemporaryTracefs(PathBuf);
 
 impl TemporaryTracefs {
     fn new() -> Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let status = std::process::Command::new("mount")
-            .args(["-t", "tracefs", "tracefs"])
-            .arg(dir.path())
-            .stderr(std::process::Stdio::null())
-            .status()?;
-        anyhow::ensure!(
-            status.success(),
-            "tracefs cannot be mounted, so system calls are not counted (root only)"
-        );
-        Ok(Self(dir))
+        let dir = tempfile::tempdir()?.keep();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tracefs", "tracefs"]).arg(&dir).stderr(Stdio::null());
+        let mounted = mount.status().is_ok_and(|status| status.success());
+        let this = Self(dir);
+        ensure!(mounted, "tracefs cannot be mounted, so system calls are not counted (root only)");
+        Ok(this)
     }
 }
 
 impl Drop for TemporaryTracefs {
     fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg(self.0.path()).status();
+        let _ = Command::new("umount").arg(&self.0).stderr(Stdio::null()).status();
+        // Never more than an empty directory: were the mount still there, nothing may be removed.
+        let _ = std::fs::remove_dir(&self.0);
     }
 }
 
@@ -128,6 +128,16 @@ pub fn cpu_seconds(clock: libc::clockid_t) -> io::Result<f64> {
         return Err(io::Error::last_os_error());
     }
     Ok(time.tv_sec as f64 + time.tv_nsec as f64 / 1e9)
+}
+
+/// CPU time of a process so far, all its threads together, in seconds.
+pub fn cpu_seconds_of(process: i32) -> io::Result<f64> {
+    let mut clock = 0;
+    // SAFETY: `clock` is one valid clockid_t.
+    match unsafe { libc::clock_getcpuclockid(process, &raw mut clock) } {
+        0 => cpu_seconds(clock),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
 }
 
 /// The thread of this process that has this name. A thread names itself, so it may take a moment.

@@ -6,11 +6,12 @@
 use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use crate::counted;
 use crate::driver::Times;
 use crate::load::{FioEngine, Load};
 
@@ -21,14 +22,13 @@ const HUGE_PAGE_BYTES: u32 = 2 << 20;
 pub struct Fio {
     /// Reads or writes a second.
     pub iops: f64,
-    /// Reads or writes.
-    pub ios: u64,
     /// From before the submission to after the end (fio's `lat`).
     pub times: Times,
     /// The same for its fdatasyncs.
     pub flush_times: Option<Times>,
-    /// User and system time of its job, in seconds.
-    pub cpu_s: f64,
+    /// CPU seconds a second, of its job with all its threads: io_uring's workers are among them. What
+    /// fio itself reports leaves them out.
+    pub cpu_share: f64,
     /// Bytes on huge pages, seen in the middle of the run.
     pub huge_bytes: Option<u64>,
 }
@@ -113,8 +113,7 @@ pub fn run(load: &Load, engine: FioEngine, image: &Path, times: (Duration, Durat
         .stderr(Stdio::piped())
         .spawn()
         .context("fio cannot be started")?;
-    std::thread::sleep(times.0 + times.1 / 2);
-    let huge_bytes = huge_bytes_of_children(child.id());
+    let middle = watch(child.id(), times);
     let (mut json, mut complaint) = (String::new(), String::new());
     if let (Some(stdout), Some(stderr)) = (&mut child.stdout, &mut child.stderr) {
         stdout.read_to_string(&mut json)?;
@@ -126,21 +125,18 @@ pub fn run(load: &Load, engine: FioEngine, image: &Path, times: (Duration, Durat
     let json = json.find('{').map_or("", |at| &json[at..]);
     let report: Value = serde_json::from_str(json).context("fio's answer is no JSON")?;
     let direction = if load.pattern.writes() { "write" } else { "read" };
-    parse(&report["jobs"][0], direction, huge_bytes)
-        .with_context(|| format!("fio's answer is unusual: {json}"))
+    let middle = middle.context("fio's job cannot be watched in /proc")?;
+    parse(&report["jobs"][0], direction, &middle).with_context(|| format!("fio's answer is unusual: {json}"))
 }
 
-fn parse(job: &Value, direction: &str, huge_bytes: Option<u64>) -> Option<Fio> {
+fn parse(job: &Value, direction: &str, middle: &Middle) -> Option<Fio> {
     let side = &job[direction];
-    let runtime_s = job["job_runtime"].as_f64()? / 1e3;
-    let cpu_percent = job["usr_cpu"].as_f64()? + job["sys_cpu"].as_f64()?;
     Some(Fio {
         iops: side["iops"].as_f64()?,
-        ios: side["total_ios"].as_u64()?,
         times: times(&side["lat_ns"])?,
         flush_times: times(&job["sync"]["lat_ns"]),
-        cpu_s: cpu_percent / 100.0 * runtime_s,
-        huge_bytes,
+        cpu_share: middle.cpu_share,
+        huge_bytes: middle.huge_bytes,
     })
 }
 
@@ -154,18 +150,37 @@ fn times(lat: &Value) -> Option<Times> {
     })
 }
 
+/// What is seen of fio's job while it runs.
+struct Middle {
+    cpu_share: f64,
+    huge_bytes: Option<u64>,
+}
+
+/// Looks at fio's job twice, half a window apart, when it has begun for certain.
+fn watch(fio: u32, (warm_up, window): (Duration, Duration)) -> Option<Middle> {
+    let begin = Instant::now();
+    while begin.elapsed() < warm_up + window && job_of(fio).is_none() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let job = job_of(fio)?;
+    std::thread::sleep(warm_up + window / 4);
+    let (from, cpu_from) = (Instant::now(), counted::cpu_seconds_of(job).ok()?);
+    std::thread::sleep(window / 2);
+    let (to, cpu_to) = (Instant::now(), counted::cpu_seconds_of(job).ok()?);
+    let cpu_share = (cpu_to - cpu_from) / (to - from).as_secs_f64();
+    Some(Middle { cpu_share, huge_bytes: huge_bytes_of(job) })
+}
+
 /// fio's job is a child of fio, of whichever of its threads.
-fn huge_bytes_of_children(fio: u32) -> Option<u64> {
+fn job_of(fio: u32) -> Option<i32> {
     let tasks = std::fs::read_dir(format!("/proc/{fio}/task")).ok()?;
-    let children: Vec<String> = tasks
-        .flatten()
-        .filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok())
-        .flat_map(|text| text.split_whitespace().map(String::from).collect::<Vec<_>>())
-        .collect();
-    let huge_kib = |child: &String| {
-        let rollup = std::fs::read_to_string(format!("/proc/{child}/smaps_rollup")).ok()?;
-        let line = rollup.lines().find_map(|line| line.strip_prefix("AnonHugePages:"))?;
-        line.trim().trim_end_matches(" kB").parse::<u64>().ok()
-    };
-    children.iter().map(huge_kib).sum::<Option<u64>>().map(|kib| kib << 10)
+    let children = tasks.flatten().map(|task| std::fs::read_to_string(task.path().join("children")));
+    children.flatten().find_map(|text| text.split_whitespace().next()?.parse().ok())
+}
+
+fn huge_bytes_of(process: i32) -> Option<u64> {
+    let rollup = std::fs::read_to_string(format!("/proc/{process}/smaps_rollup")).ok()?;
+    let line = rollup.lines().find_map(|line| line.strip_prefix("AnonHugePages:"))?;
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse().ok()?;
+    Some(kib << 10)
 }

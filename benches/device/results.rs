@@ -49,7 +49,7 @@ impl Figures {
             mib_s: mib_s(load, fio.iops),
             times: fio.times,
             flush_times: fio.flush_times,
-            cpu_s_per_million: fio.cpu_s / fio.ios.max(1) as f64 * 1e6,
+            cpu_s_per_million: fio.cpu_share / fio.iops.max(1.0) * 1e6,
             driver_cpu_s_per_million: None,
             flushes_per_io: None,
             doorbells_per_io: None,

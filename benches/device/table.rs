@@ -78,10 +78,11 @@ fn competitor(name: String, load: &Load, entry: &Entry, best: Option<&Entry>) ->
     let ratio = best.and_then(|best| Ratio::new(entry, best));
     let of_medians = number(ratio.map(|r| r.of_medians), 2);
     let spread = ratio.map_or(String::new(), |r| format!("{:.2}–{:.2}", r.least, r.most));
+    let engine = entry.rounds.first().and_then(|f| f.engine).filter(|_| !entry.who.contains("engine="));
     let counted = |of: fn(&Counted) -> Option<f64>| number(entry.counted.as_ref().and_then(of), 3);
     vec![
         name,
-        entry.who.clone(),
+        engine.map_or(entry.who.clone(), |engine| format!("{} ({engine})", entry.who)),
         rate(load, entry),
         of_medians,
         spread,
