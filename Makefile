@@ -2,13 +2,14 @@
 # is missing, or print the line that does.
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test lint deps test-deps clean torture install install-files static deb
+.PHONY: help build run test bench lint deps test-deps clean torture install install-files static deb
 
 include guest-images/guest.mk
 
 help: ## lists the commands
 	@echo "make run          boots a test guest with a disk in cache=none, runs fio in it, tells what happened"
 	@echo "make test         every check: lint, device, images, real kernels"
+	@echo "make bench        the device path beside fio on this machine: QUICK=1, ROUNDS=, SECONDS=, ONLY=, FULL=1"
 	@echo "make lint         formatting, clippy, licences and sources of the dependencies, shell scripts"
 	@echo "make build        target/release/minivmm"
 	@echo "make guest        the test guest's kernel and initramfs, in guest-images/build"
@@ -27,8 +28,9 @@ build:
 PACKAGES := gcc make libc6-dev xz-utils zstd bzip2 cpio e2fsprogs strace fio openssh-client python3 \
 	flex bison bc libelf-dev shellcheck tmux acpica-tools procps
 
-# What only the tests need: the peer that the auditor and --explain are compared with.
-TEST_PACKAGES := qemu-system-x86
+# What only the tests need: the peer that the auditor and --explain are compared with, and what counts
+# instructions.
+TEST_PACKAGES := qemu-system-x86 valgrind
 
 deps:
 	@guest-images/install-packages $(PACKAGES)
@@ -54,6 +56,13 @@ test: test-deps lint build guest-all guest-small
 ENGINES := $(foreach engine,io_uring sync,$(foreach stable,dsync fdatasync group auto,engine=$(engine),stable=$(stable))) \
 	engine=io_uring,buffers=fixed
 DEVICE_SUITES := --test blk --test disk --test device --test drivers --test reset --test rings --test transport
+
+# Measures and compares, asserts nothing (docs/performance.md). As root it counts system calls as well.
+bench_arguments = $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
+	$(if $(ONLY),--only $(ONLY)) $(if $(DRIVER),--driver $(DRIVER)) $(if $(FULL),--full) \
+	$(if $(QUICK),--quick) $(ARGS)
+bench: deps
+	@cargo bench --quiet --locked --bench device -- $(bench_arguments)
 
 # The long suites: hundreds of times as many seeds of the durability proof.
 torture: deps
