@@ -33,6 +33,8 @@ struct DiskStats {
     path: String,
     cache: &'static str,
     readonly: bool,
+    engine: &'static str,
+    stable: &'static str,
     requests: Requests,
     host_calls: HostCalls,
     transfers: Transfers,
@@ -58,6 +60,7 @@ struct HostCalls {
     pwritev_dsync: u64,
     fdatasync: u64,
     fallocate: u64,
+    io_uring_enter: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -122,6 +125,8 @@ fn disk(name: String, image: &Image) -> DiskStats {
         path: image.path().display().to_string(),
         cache: image.policy().name,
         readonly: image.readonly(),
+        engine: image.engine_in_use(),
+        stable: image.stable().name(),
         requests: Requests {
             read: at(&counters.reads),
             write: at(&counters.writes),
@@ -137,6 +142,7 @@ fn disk(name: String, image: &Image) -> DiskStats {
             // The one at the start came before there was anything to count with.
             fdatasync: at(&counters.fdatasyncs) + u64::from(image.is_synced_at_both_ends()),
             fallocate: at(&counters.fallocates),
+            io_uring_enter: at(&counters.io_uring_enters),
         },
         transfers: Transfers { bounced: at(&counters.bounces), continued: at(&counters.continued) },
         durability: durability(image),
@@ -182,7 +188,12 @@ impl fmt::Display for Stats {
 impl fmt::Display for DiskStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let readonly = if self.readonly { ", readonly" } else { "" };
-        writeln!(f, "{}: {}, cache={}{readonly}", self.name, self.path, self.cache)?;
+        let (engine, stable) = (self.engine, self.stable);
+        writeln!(
+            f,
+            "{}: {}, cache={}, engine={engine}, stable={stable}{readonly}",
+            self.name, self.path, self.cache
+        )?;
         let asked = &self.requests;
         writeln!(
             f,
@@ -195,6 +206,9 @@ impl fmt::Display for DiskStats {
             "  host calls     {} preadv, {} pwritev, {} with DSYNC, {} fdatasync, {} fallocate",
             calls.preadv, calls.pwritev, calls.pwritev_dsync, calls.fdatasync, calls.fallocate
         )?;
+        if calls.io_uring_enter > 0 {
+            writeln!(f, "  io_uring       {} calls of io_uring_enter for them", calls.io_uring_enter)?;
+        }
         if let Some(times) = &self.durability.fdatasync_ns {
             writeln!(f, "  fdatasync      {times}")?;
         }

@@ -62,6 +62,12 @@ pub struct EngineError {
 
 /// The engine for one queue of `image`; `ram` is guest memory, for buffers=fixed.
 pub fn choose(image: &Arc<Image>, ram: Option<&Ram>) -> Result<Chosen, EngineError> {
+    let chosen = find(image, ram)?;
+    image.engine_is(chosen.kind.name());
+    Ok(chosen)
+}
+
+fn find(image: &Arc<Image>, ram: Option<&Ram>) -> Result<Chosen, EngineError> {
     let blocking = |why| Chosen {
         engine: Box::new(BlockingEngine::new(Arc::clone(image.file()))),
         kind: EngineKind::Blocking,

@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::cache::CachePolicy;
@@ -136,6 +136,8 @@ pub struct Image {
     stable: StableBy,
     fixed_buffers: bool,
     dsync_is_one_flush: bool,
+    /// The engine that does the I/O, once it is chosen.
+    engine_in_use: OnceLock<&'static str>,
     /// What has been done so far.
     pub counters: Counters,
     /// The first sync error.
@@ -234,6 +236,7 @@ impl Image {
             stable: options.stable,
             fixed_buffers: options.fixed_buffers,
             dsync_is_one_flush,
+            engine_in_use: OnceLock::new(),
             counters: Counters::default(),
             latch: SyncLatch::default(),
             monitor: Monitor::default(),
@@ -289,6 +292,20 @@ impl Image {
     /// Which engine was asked for.
     pub fn engine(&self) -> EngineChoice {
         self.engine
+    }
+
+    /// The name of the engine that does the I/O; what was asked for, before it is chosen.
+    pub fn engine_in_use(&self) -> &'static str {
+        self.engine_in_use.get().copied().unwrap_or(match self.engine {
+            EngineChoice::Auto => "auto",
+            EngineChoice::Uring => "io_uring",
+            EngineChoice::Blocking => "sync",
+        })
+    }
+
+    /// It is chosen, for all queues.
+    pub(super) fn engine_is(&self, name: &'static str) {
+        let _ = self.engine_in_use.set(name);
     }
 
     /// How writes are made stable.
