@@ -39,7 +39,8 @@ pub struct Args {
     ///
     /// A bzImage is entered by the 64-bit boot protocol, an ELF image by PVH if it has the note and by
     /// the 64-bit boot protocol if not. The test guest (vmlinuz, initrd.cpio; `make guest` builds it)
-    /// is looked for in $MINIVMM_GUEST, beside the binary, and in guest-images/build.
+    /// is looked for in $MINIVMM_GUEST, beside the binary, and in guest-images/build; where its
+    /// unpacked kernel, vmlinux, lies beside vmlinuz and is not older, that one is booted.
     #[arg(long, value_name = "PATH", help_heading = help::GUEST)]
     kernel: Option<PathBuf>,
 
