@@ -115,8 +115,7 @@ mod tests {
         let second = std::time::Duration::from_secs(1);
         let packed_at = std::fs::metadata(&packed).unwrap().modified().unwrap();
         let elf_file = std::fs::File::options().write(true).open(&elf).unwrap();
-        for (elf_at, taken) in
-            [(packed_at - second, &packed), (packed_at, &elf), (packed_at + second, &elf)]
+        for (elf_at, taken) in [(packed_at - second, &packed), (packed_at, &elf), (packed_at + second, &elf)]
         {
             elf_file.set_modified(elf_at).unwrap();
             assert_eq!(&kernel_in(root.path()), taken);

@@ -91,7 +91,9 @@ impl Images {
         let mut judged = 0;
         for image in self.images(&choices) {
             judged += 1;
-            judge.judge(&image).map_err(|why| format!("I1: a crash now may leave a whole image where {why}"))?;
+            judge
+                .judge(&image)
+                .map_err(|why| format!("I1: a crash now may leave a whole image where {why}"))?;
         }
         JUDGED.fetch_add(judged, Ordering::Relaxed);
         if are_alone() { Ok(()) } else { self.compare_verdicts(&choices, &judge, promises) }
