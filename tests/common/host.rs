@@ -3,7 +3,7 @@
 //! that run side by side get one each, at most [`EMULATED_MAX`].
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
@@ -136,30 +136,47 @@ impl Place {
         self.run_in(&self.path, script)
     }
 
+    /// The same on a terminal of its own: what is written to the child's standard input is typed there.
+    #[allow(dead_code, reason = "each test file uses its part")]
+    pub fn on_terminal(&self, script: &str) -> Child {
+        let mut command = self.command(&self.path, script, true);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+    }
+
     fn run_in(&self, dir: &str, script: &str) -> Outcome {
+        let mut outcome = run(&mut self.command(dir, script, false));
+        if let (Host::Emulated(Emulated { dir: host, .. }), EMULATOR_FAILED) = (self.host, outcome.status) {
+            let log = std::fs::read_to_string(host.join("console.log")).unwrap_or_default();
+            let tail: Vec<_> = log.lines().rev().take(60).collect();
+            outcome.stderr += "the emulated host's last words:\n";
+            outcome.stderr.extend(tail.into_iter().rev().flat_map(|line| [line, "\n"]));
+        }
+        outcome
+    }
+
+    fn command(&self, dir: &str, script: &str, on_terminal: bool) -> Command {
         match self.host {
             Host::Direct => {
                 let binary = Path::new(env!("CARGO_BIN_EXE_minivmm")).parent().unwrap();
                 let path = format!("{}:{}", binary.display(), std::env::var("PATH").unwrap());
-                run(Command::new("sh")
-                    .args(["-c", script])
-                    .current_dir(dir)
-                    .env("PATH", path)
-                    .env("GUESTS", tree("guest-images/build")))
+                let mut command;
+                if on_terminal {
+                    // util-linux's script(1): a pseudo-terminal, and its session.
+                    command = Command::new("script");
+                    command.args(["-qefc", script, "/dev/null"]).env("SHELL", "/bin/sh");
+                } else {
+                    command = Command::new("sh");
+                    command.args(["-c", script]);
+                }
+                command.current_dir(dir).env("PATH", path).env("GUESTS", tree("guest-images/build"));
+                command
             }
             Host::Emulated(Emulated { dir: host, .. }) => {
-                let script = format!("export GUESTS=/data/guest\n{script}");
-                let mut outcome = run(Command::new(tree("guest-images/emuhost"))
-                    .args(["exec", "--no-tty", "--timeout", "240", "--cwd", dir])
-                    .arg(host)
-                    .args(["--", "sh", "-c", &script]));
-                if outcome.status == EMULATOR_FAILED {
-                    let log = std::fs::read_to_string(host.join("console.log")).unwrap_or_default();
-                    let tail: Vec<_> = log.lines().rev().take(60).collect();
-                    outcome.stderr += "the emulated host's last words:\n";
-                    outcome.stderr.extend(tail.into_iter().rev().flat_map(|line| [line, "\n"]));
-                }
-                outcome
+                let terminal = if on_terminal { "--tty" } else { "--no-tty" };
+                let mut command = Command::new(tree("guest-images/emuhost"));
+                command.args(["exec", terminal, "--timeout", "240", "--cwd", dir]).arg(host);
+                command.args(["--", "sh", "-c", &format!("export GUESTS=/data/guest\n{script}")]);
+                command
             }
         }
     }
