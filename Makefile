@@ -72,8 +72,8 @@ lint: deps
 	@cargo fmt --all -- --check
 	@cargo clippy --release --locked --all-targets --features mutants --quiet -- -D warnings
 	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo \
-		guest-images/install-packages guest-images/emuhost guest-images/build-guest guest-images/build-host \
-		guest-images/build-small-kernel .ci/run
+		guest-images/install-packages guest-images/emuhost guest-images/boot-times guest-images/build-guest \
+		guest-images/build-host guest-images/build-small-kernel .ci/run
 	@command -v cargo-deny >/dev/null || cargo install --quiet --debug --locked cargo-deny
 	@cargo deny --log-level error check bans licenses sources
 
