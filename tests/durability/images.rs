@@ -132,8 +132,7 @@ impl Images {
         for _ in 0..DOUBTFUL {
             let sector = self.roll(SECTORS);
             let of_sector = promises.changes().iter().filter(|change| covers(change, sector));
-            let mut tags: Vec<Tag> = of_sector.map(|change| change.tag).collect();
-            tags.push(FOREIGN);
+            let tags: Vec<Tag> = of_sector.map(|change| change.tag).chain([FOREIGN]).collect();
             let tag = tags[self.roll(tags.len())];
             let mut image = self.sample(choices);
             image[sector] = tag;
