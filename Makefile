@@ -26,7 +26,7 @@ build:
 
 # Debian's packages that the rest needs: what is missing is installed, by root or with sudo.
 PACKAGES := gcc make libc6-dev xz-utils zstd bzip2 cpio e2fsprogs strace fio openssh-client python3 \
-	flex bison bc libelf-dev shellcheck tmux acpica-tools procps
+	lz4 flex bison bc libelf-dev shellcheck tmux acpica-tools procps
 
 # What only the tests need: the peer that the auditor and --explain are compared with, and what counts
 # instructions.
@@ -72,8 +72,8 @@ lint: deps
 	@cargo fmt --all -- --check
 	@cargo clippy --release --locked --all-targets --features mutants --quiet -- -D warnings
 	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo \
-		guest-images/install-packages guest-images/emuhost guest-images/build-guest guest-images/build-host \
-		guest-images/build-small-kernel .ci/run
+		guest-images/install-packages guest-images/emuhost guest-images/boot-times guest-images/build-guest \
+		guest-images/build-host guest-images/build-small-kernel .ci/run
 	@command -v cargo-deny >/dev/null || cargo install --quiet --debug --locked cargo-deny
 	@cargo deny --log-level error check bans licenses sources
 
@@ -122,7 +122,8 @@ install-files: $(manual)/minivmm.1
 	@install -D -m 644 $(manual)/minivmm.fish $(installed)/share/fish/vendor_completions.d/minivmm.fish
 	@install -m 644 $(wildcard README.md) CHANGELOG.md docs/*.md $(installed)/share/doc/minivmm
 	@install -m 644 LICENSE-APACHE LICENSE-MIT $(installed)/share/doc/minivmm
-	@for image in vmlinuz initrd.cpio; do \
+	@rm -f $(installed)/share/minivmm/vmlinux
+	@for image in vmlinuz vmlinux initrd.cpio; do \
 		[ ! -e $(guest_build)/$$image ] || \
 			install -D -m 644 $(guest_build)/$$image $(installed)/share/minivmm/$$image; \
 	done

@@ -18,17 +18,20 @@ guest_build := $(guest_dir)/build
 guest_name := $(if $(filter 6.12 6.1,$(KERNEL)),$(KERNEL),own)
 guest_common := $(wildcard $(guest_dir)/lib/common.sh $(guest_dir)/lib/apt.sh $(guest_dir)/lib/kernel.sh \
 	$(guest_dir)/lib/rootfs.sh $(guest_dir)/lib/fio.sh $(guest_dir)/lib/mkcpio)
-guest_inputs := $(guest_common) $(guest_dir)/build-guest $(wildcard $(guest_dir)/guest/*)
+guest_inputs := $(guest_common) $(guest_dir)/lib/vmlinux.sh $(guest_dir)/build-guest $(wildcard $(guest_dir)/guest/*)
 host_inputs := $(guest_common) $(guest_dir)/build-host $(wildcard $(guest_dir)/host/*)
 small_inputs := $(guest_dir)/lib/common.sh $(guest_dir)/lib/apt.sh $(guest_dir)/build-small-kernel \
 	$(guest_dir)/small-kernel.config
 
 .PHONY: guest guest-all guest-small emuhost guest-refresh guest-clean
 
-# vmlinuz and initrd.cpio at a fixed place are the default guest: links to the one asked for last.
+# vmlinuz, initrd.cpio and, where it could be unpacked, vmlinux at a fixed place are the default guest:
+# links to the one asked for last.
 guest: $(guest_build)/$(guest_name)/manifest
 	@ln -sfn $(guest_name)/vmlinuz $(guest_build)/vmlinuz
 	@ln -sfn $(guest_name)/initrd.cpio $(guest_build)/initrd.cpio
+	@rm -f $(guest_build)/vmlinux
+	@[ ! -e $(guest_build)/$(guest_name)/vmlinux ] || ln -s $(guest_name)/vmlinux $(guest_build)/vmlinux
 
 guest-all: guest $(guest_build)/6.12/manifest $(guest_build)/6.1/manifest
 

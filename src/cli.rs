@@ -18,6 +18,7 @@ use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use crate::boot::cmdline;
 use crate::disk::DiskOptions;
 use crate::job::{self, JobError};
+use crate::kvm::failure;
 use crate::vmm::{Config, ConsoleTarget, Ending, StatsTarget};
 use command::{CommandArgs, ConsoleTaken};
 
@@ -39,7 +40,8 @@ pub struct Args {
     ///
     /// A bzImage is entered by the 64-bit boot protocol, an ELF image by PVH if it has the note and by
     /// the 64-bit boot protocol if not. The test guest (vmlinuz, initrd.cpio; `make guest` builds it)
-    /// is looked for in $MINIVMM_GUEST, beside the binary, and in guest-images/build.
+    /// is looked for in $MINIVMM_GUEST, beside the binary, and in guest-images/build; where its
+    /// unpacked kernel, vmlinux, lies beside vmlinuz and is not older, that one is booted.
     #[arg(long, value_name = "PATH", help_heading = help::GUEST)]
     kernel: Option<PathBuf>,
 
@@ -234,6 +236,13 @@ impl Args {
 
     /// The machine that they describe, with the test guest in the place of what was not given.
     pub fn into_config(self) -> Result<Config, ConfigError> {
+        if self.kernel.is_none() && failure::hardware().is_none() {
+            // Otherwise half a minute of silence comes first.
+            log::warn!(
+                "neither vmx nor svm in /proc/cpuinfo: this machine's KVM may not run Linux guests \
+                 (`minivmm check` tells in a second, and what to do)"
+            );
+        }
         let initrd_given = self.initrd.is_some();
         let (kernel, initrd) = match (self.kernel, self.initrd) {
             (Some(kernel), Some(initrd)) => (kernel, initrd),

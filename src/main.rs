@@ -43,9 +43,7 @@ fn run_guest(args: Args) -> ExitStatus {
 }
 
 fn run_vm(args: Args) -> Result<Ending> {
-    let ending = vmm::run(&args.into_config()?)?;
-    log::info!("the VM has ended: {ending:?}");
-    Ok(ending)
+    Ok(vmm::run(&args.into_config()?)?)
 }
 
 fn run_check(json: bool, quiet: bool) -> Result<ExitStatus> {

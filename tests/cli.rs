@@ -45,6 +45,8 @@ fn wrong_usage_ends_with_2_and_says_what_is_right() {
         (&["a.img"], "a.img"),
         (&["there.img"], "--disk there.img"),
         (&["chek"], "'check'"),
+        (&["--disk", "a.img", "--cache", "none"], "--disk IMAGE,cache=VALUE"),
+        (&["--readonly"], "is a key of --disk"),
         (&["--explain"], "--disk"),
         (&["--json", "--disk", "a.img"], "--explain"),
         (&["check", "--json", "--quiet"], "cannot be used with"),

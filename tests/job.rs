@@ -7,13 +7,18 @@
 #[allow(dead_code, reason = "each test file uses its part")]
 mod host;
 
+use std::io::{Read, Write};
+use std::process::Child;
+use std::sync::mpsc::{self, Receiver};
+use std::time::Duration;
+
 use host::{Host, Outcome, Place};
 
-/// Sets `vm`: minivmm with a guest of this kernel.
+/// Sets `vm`: minivmm with a guest of this kernel, found as the bundled guest is.
 fn vm(kernel: &str) -> String {
     format!(
-        "vm() {{ minivmm --timeout 200 --kernel $GUESTS/{kernel}/vmlinuz --initrd $GUESTS/{kernel}/initrd.cpio \
-         --status-file status.json \"$@\"; }}\n"
+        "export MINIVMM_GUEST=$GUESTS/{kernel}
+         vm() {{ minivmm --timeout 200 --status-file status.json \"$@\"; }}\n"
     )
 }
 
@@ -128,15 +133,14 @@ fn a_slow_reader_gets_everything_and_one_that_goes_away_is_a_broken_pipe() {
 
 #[test]
 fn the_timeout_and_a_signal_end_a_command_whose_reader_has_stopped_reading() {
-    let script = "{ minivmm --timeout 20 --status-file status.json --kernel $GUESTS/6.12/vmlinuz --initrd $GUESTS/6.12/initrd.cpio -- cat /dev/zero; echo $? > status; } 2> words | { sleep 25; }
+    let script = "{ minivmm --timeout 20 --status-file status.json -- cat /dev/zero; echo $? > status; } 2> words | { sleep 25; }
          cat status words; grep cause status.json";
     let (_, outcome) = run("6.12", script);
     assert!(outcome.stdout.starts_with("126\n") && outcome.stdout.contains("\"timeout\""), "{outcome:#?}");
     assert!(outcome.stdout.contains("--timeout has passed"), "{outcome:#?}");
 
     let script = "mkfifo pipe; sleep 60 < pipe & reader=$!
-         minivmm --kernel $GUESTS/6.12/vmlinuz --initrd $GUESTS/6.12/initrd.cpio \
-             -- sh -c 'echo ready >&2; cat /dev/zero' > pipe 2> words & vm=$!
+         minivmm -- sh -c 'echo ready >&2; cat /dev/zero' > pipe 2> words & vm=$!
          until grep -q ready words || ! kill -0 $vm; do sleep 0.2; done
          sleep 1; kill -INT $vm; wait $vm; status=$?
          kill $reader; cat words; exit $status";
@@ -150,4 +154,73 @@ fn output_that_the_host_cannot_keep_is_a_failure() {
     let (_, outcome) = run("6.12", "vm -- echo lost > /dev/full");
     assert_eq!(outcome.status, 125, "{outcome:#?}");
     assert!(outcome.stderr.contains("No space left on device"), "{outcome:#?}");
+}
+
+/// A script at a terminal, and what it has shown there.
+struct Session {
+    child: Child,
+    output: Receiver<Vec<u8>>,
+    shown: String,
+}
+
+impl Session {
+    fn start(place: &Place, script: &str) -> Self {
+        // A terminal that nobody sits at begins without echo, lines and signals.
+        let mut child = place.on_terminal(&format!("stty sane erase '^?'\n{script}"));
+        let mut stdout = child.stdout.take().unwrap();
+        let (sender, output) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(count @ 1..) = stdout.read(&mut bytes) {
+                let _ = sender.send(bytes[..count].to_vec());
+            }
+        });
+        Self { child, output, shown: String::new() }
+    }
+
+    #[track_caller]
+    fn wait_for(&mut self, text: &str) {
+        while !self.shown.contains(text) {
+            let Ok(bytes) = self.output.recv_timeout(Duration::from_secs(200)) else {
+                panic!("{text:?} has not come: {:?}", self.shown);
+            };
+            self.shown += &String::from_utf8_lossy(&bytes);
+        }
+    }
+
+    fn type_keys(&mut self, keys: &str) {
+        let keyboard = self.child.stdin.as_mut().unwrap();
+        keyboard.write_all(keys.as_bytes()).and_then(|()| keyboard.flush()).unwrap();
+    }
+}
+
+#[test]
+fn control_c_at_a_terminal_ends_the_vm_and_leaves_the_terminal_as_it_was() {
+    let place = Host::get().place();
+    let script = vm("6.12")
+        + r#"before=$(stty -g); trap : INT
+             vm -- sh -c 'trap "echo the guest was told" INT; echo ready; read -r line; echo "got:$line"; sleep 1000'
+             status=$?; [ "$(stty -g)" = "$before" ] && echo "restored, status:$status""#;
+    let mut session = Session::start(&place, &script);
+    session.wait_for("ready");
+    // The terminal still edits lines: Backspace takes the p away.
+    session.type_keys("help\u{7f}lo\n");
+    session.wait_for("got:hello");
+    session.type_keys("\u{3}");
+    session.wait_for("restored, status:130");
+    assert!(session.shown.contains("signal 2 has ended the VM"), "{}", session.shown);
+    assert!(!session.shown.contains("the guest was told"), "{}", session.shown);
+    assert_eq!(session.child.wait().unwrap().code(), Some(0), "{}", session.shown);
+    assert_eq!((told(&place, "cause"), told(&place, "exit_status")), ("signal".into(), "130".into()));
+}
+
+#[test]
+fn control_d_at_a_terminal_ends_the_input() {
+    let place = Host::get().place();
+    let script = vm("6.12") + "vm -- sh -c 'echo ready; wc -c'; echo status:$?";
+    let mut session = Session::start(&place, &script);
+    session.wait_for("ready");
+    session.type_keys("four\n\u{4}");
+    session.wait_for("status:0");
+    assert!(session.shown.contains("\n5\r\n"), "{:?}", session.shown);
 }

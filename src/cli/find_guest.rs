@@ -1,9 +1,14 @@
 //! The bundled test guest: where its kernel and initrd are looked for.
+//!
+//! Owns the choice between a kernel's two images, too. The ELF image has nothing to unpack and boots
+//! sooner; it counts only where it is no older than the bzImage beside it, of which it is made: one
+//! that was left behind by another kernel would not know the initrd's modules.
 
 use std::env;
 use std::path::{Path, PathBuf};
 
 const KERNEL: &str = "vmlinuz";
+const KERNEL_ELF: &str = "vmlinux";
 const INITRD: &str = "initrd.cpio";
 /// Names a directory, and then that one only.
 const VARIABLE: &str = "MINIVMM_GUEST";
@@ -44,7 +49,21 @@ pub fn find(needs_kernel: bool, needs_initrd: bool) -> Result<TestGuest, GuestNo
 
 fn find_in(places: &[PathBuf], files: &[&str]) -> Option<TestGuest> {
     let place = places.iter().find(|place| files.iter().all(|file| place.join(file).is_file()))?;
-    Some(TestGuest { kernel: place.join(KERNEL), initrd: place.join(INITRD) })
+    Some(TestGuest { kernel: kernel_in(place), initrd: place.join(INITRD) })
+}
+
+/// The ELF image, or the bzImage.
+fn kernel_in(place: &Path) -> PathBuf {
+    let (packed, elf) = (place.join(KERNEL), place.join(KERNEL_ELF));
+    let modified = |path: &Path| path.metadata().and_then(|metadata| metadata.modified());
+    match (modified(&elf), modified(&packed)) {
+        (Ok(elf_at), Ok(packed_at)) if elf_at >= packed_at => elf,
+        (Ok(_), _) => {
+            log::info!("{} is older than {KERNEL} beside it: not used", elf.display());
+            packed
+        }
+        _ => packed,
+    }
 }
 
 /// Beside the binary as installed, in the working directory's tree, and in the tree that the binary
@@ -84,6 +103,26 @@ mod tests {
         assert_eq!(find_in(&places, &[KERNEL]).unwrap().kernel, places[0].join(KERNEL));
         assert_eq!(find_in(&places, &[INITRD]).unwrap().initrd, places[1].join(INITRD));
         assert_eq!(find_in(&places[..1], &[KERNEL, INITRD]), None);
+    }
+
+    #[test]
+    fn the_elf_image_is_taken_unless_it_is_older_than_the_bzimage() {
+        let root = tempfile::tempdir().unwrap();
+        let (packed, elf) = (root.path().join(KERNEL), root.path().join(KERNEL_ELF));
+        std::fs::write(&packed, "").unwrap();
+        assert_eq!(kernel_in(root.path()), packed);
+        std::fs::write(&elf, "").unwrap();
+        let second = std::time::Duration::from_secs(1);
+        let packed_at = std::fs::metadata(&packed).unwrap().modified().unwrap();
+        let elf_file = std::fs::File::options().write(true).open(&elf).unwrap();
+        for (elf_at, taken) in [(packed_at - second, &packed), (packed_at, &elf), (packed_at + second, &elf)]
+        {
+            elf_file.set_modified(elf_at).unwrap();
+            assert_eq!(&kernel_in(root.path()), taken);
+        }
+        // One alone is no test guest: whoever wants it names it.
+        std::fs::remove_file(&packed).unwrap();
+        assert_eq!(find_in(&[root.path().into()], &[KERNEL]), None);
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::path::Path;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
+use crate::disk::DiskOptions;
+
 /// What the machine runs.
 pub const GUEST: &str = "Guest";
 /// What the machine is.
@@ -53,8 +55,8 @@ pub fn after() -> String {
     format!("{EXAMPLES}\n\n{STATUSES}")
 }
 
-/// A word where clap expects none: a disk, most likely, if there is such a file, else a command for
-/// the guest.
+/// A word where clap expects none: a key of a disk, most likely, or a disk if there is such a file, or
+/// else a command for the guest.
 pub fn improve(mut error: clap::Error) -> clap::Error {
     let place = match error.kind() {
         ErrorKind::InvalidSubcommand => ContextKind::InvalidSubcommand,
@@ -62,10 +64,14 @@ pub fn improve(mut error: clap::Error) -> clap::Error {
         _ => return error,
     };
     let Some(ContextValue::String(word)) = error.get(place) else { return error };
-    if word.starts_with('-') {
+    let tip = if let Some(name) = word.strip_prefix("--") {
+        if !is_disk_key(name) {
+            return error;
+        }
+        format!("{name} is a key of --disk: --disk IMAGE,{name}=VALUE")
+    } else if word.starts_with('-') {
         return error;
-    }
-    let tip = if Path::new(word).exists() {
+    } else if Path::new(word).exists() {
         format!("to give the guest a disk: --disk {word}")
     } else {
         format!(
@@ -74,4 +80,9 @@ pub fn improve(mut error: clap::Error) -> clap::Error {
     };
     error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
     error
+}
+
+fn is_disk_key(name: &str) -> bool {
+    let key = format!("  {name}=");
+    !name.is_empty() && DiskOptions::keys_help().lines().any(|line| line.starts_with(&key))
 }

@@ -133,7 +133,7 @@ impl Reason {
             Self::Internal(_) if hardware().is_none() => {
                 "this host's KVM works without hardware virtualization (no vmx or svm in /proc/cpuinfo): it \
                  emulates kernel code, and lacks instructions that Linux uses. Run Linux guests in the emulated \
-                 host, guest-images/emuhost, or on a machine with VMX or SVM"
+                 host (guest-images/emuhost run -- minivmm ...), or on a machine with VMX or SVM"
             }
             Self::Internal(_) => {
                 "the guest ran into something that this host's KVM does not support; a newer kernel on the host \

@@ -74,7 +74,7 @@ impl Host {
             follow_descriptors(call, &image, &mut stable);
             host.take_hidden(call, &image);
             let Answer::Ok(count, _) = call.answer else {
-                host.take_failure(call, &image);
+                host.take_failure(call, &image, &stable);
                 continue;
             };
             let count = u64::try_from(count).unwrap_or(0);
@@ -84,11 +84,7 @@ impl Host {
                 }
                 _ if !image.is(call.argument(0)) => {}
                 "pwrite64" | "pwrite" | "pwritev" | "pwritev2" => {
-                    let descriptor = descriptor(call.argument(0)).map(|(number, _)| number);
-                    let by_flag =
-                        call.argument(4).split('|').any(|flag| flag == "RWF_DSYNC" || flag == "RWF_SYNC");
-                    let dsync = by_flag || descriptor.is_some_and(|number| stable.contains(&number));
-                    host.take_write(call, count, dsync);
+                    host.take_write(call, count, is_dsync(call, &stable));
                 }
                 "fallocate"
                     if ["ZERO_RANGE", "PUNCH_HOLE"].iter().any(|way| call.argument(1).contains(way)) =>
@@ -111,18 +107,24 @@ impl Host {
         }
     }
 
-    /// A failed sync is one whose data may be gone. One that was interrupted has not begun.
-    fn take_failure(&mut self, call: &Call, image: &File) {
+    /// A failed sync is one whose data may be gone. One that was interrupted has not begun. Of a
+    /// stable write nobody can tell which has failed, the write or its sync.
+    fn take_failure(&mut self, call: &Call, image: &File, stable: &HashSet<i32>) {
         let Answer::Err(error) = &call.answer else { return };
         if !image.is(call.argument(0)) {
             return;
         }
-        match call.name.as_str() {
-            "fdatasync" | "fsync" if ["EIO", "ENOSPC", "EDQUOT"].contains(&error.as_str()) => {
-                self.syncs.push(sync(call, Some(error.clone())));
+        let loses_data = ["EIO", "ENOSPC", "EDQUOT"].contains(&error.as_str());
+        let was_sync = match call.name.as_str() {
+            "fdatasync" | "fsync" => true,
+            "pwrite64" | "pwrite" | "pwritev" | "pwritev2" => {
+                self.take_write(call, 0, false);
+                is_dsync(call, stable)
             }
-            "pwrite64" | "pwrite" | "pwritev" | "pwritev2" => self.take_write(call, 0, false),
-            _ => {}
+            _ => false,
+        };
+        if was_sync && loses_data {
+            self.syncs.push(sync(call, Some(error.clone())));
         }
     }
 
@@ -146,6 +148,12 @@ impl Host {
             *self.hidden.entry(call.name.clone()).or_default() += 1;
         }
     }
+}
+
+/// Whether a write that succeeds is stable: by its flags, or by those of its descriptor.
+fn is_dsync(call: &Call, stable: &HashSet<i32>) -> bool {
+    let by_flag = call.argument(4).split('|').any(|flag| flag == "RWF_DSYNC" || flag == "RWF_SYNC");
+    by_flag || descriptor(call.argument(0)).is_some_and(|(number, _)| stable.contains(&number))
 }
 
 fn sync(call: &Call, error: Option<String>) -> Sync {

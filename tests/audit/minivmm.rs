@@ -81,6 +81,21 @@ fn a_sync_that_fails_is_told_and_no_later_one_is_trusted() {
 }
 
 #[test]
+fn a_stable_write_that_fails_is_a_failed_sync() {
+    if !kvm() || !strace_is_here() {
+        return;
+    }
+    // The first FLUSH comes before the third write.
+    for (mode, words, flushes) in
+        [("writethrough", "", 1), ("directsync", "", 1), ("none", "noflush nowce", 0)]
+    {
+        let audit = audit_with(mode, words, &["inject=pwritev2:error=EIO:when=3"], FAILURE);
+        assert_eq!((audit.writes, audit.flushes), (2, flushes), "cache={mode} {words}: {audit}");
+        assert_eq!(audit.findings, [], "cache={mode} {words}: {audit}");
+    }
+}
+
+#[test]
 fn calls_that_are_interrupted_are_made_again() {
     if !kvm() || !strace_is_here() {
         return;

@@ -191,6 +191,29 @@ fn a_failed_sync_is_never_followed_by_an_acknowledgement() {
 }
 
 #[test]
+fn a_failed_stable_write_is_a_failed_sync() {
+    let vector = "[{iov_base=\"x\"..., iov_len=4096}], 1, 4096, RWF_DSYNC)";
+    let by_flag = format!("pwritev2(IMG, {vector} = -1 EIO (Input/output error) <0.1>");
+    let full = format!("pwritev2(IMG, {vector} = -1 ENOSPC (No space left on device) <0.1>");
+    let again = format!("pwritev2(IMG, {vector} = 4096 <0.1>");
+    let opened = "openat(AT_FDCWD</t>, \"disk.img\", O_RDWR|O_DSYNC) = 4</t/disk.img>";
+    let by_descriptor = "pwrite64(IMG, \"x\"..., 4096, 4096) = -1 EIO (Input/output error) <0.1>";
+    let after = |first: &'static str, failed: &str, next: &str| {
+        let lines =
+            [first, THROUGH, "@S 01 W 0008 08", failed, "@A 01 01", "@S 02 W 0008 08", next, "@A 02 00"];
+        found(&[&lines[..], &["@S 03 F", SYNC, "@A 03 00"]].concat())
+    };
+    let both = [("after failed sync", 2, 0), ("after failed sync", 3, 0)];
+    assert_eq!(after("", &by_flag, &again), both);
+    assert_eq!(after("", &full, &again), both);
+    assert_eq!(after(opened, by_descriptor, WRITE), both);
+    // A plain write that fails has lost nothing but itself; one that was interrupted, nothing.
+    assert_eq!(after("", by_descriptor, &again), []);
+    let interrupted = format!("pwritev2(IMG, {vector} = ? ERESTARTSYS (To be restarted)");
+    assert_eq!(after("", &interrupted, &again), []);
+}
+
+#[test]
 fn a_write_in_flight_need_not_be_covered_and_a_completed_one_must() {
     let lines = [
         BACK,

@@ -3,9 +3,9 @@
 //! that run side by side get one each, at most [`EMULATED_MAX`].
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::OnceLock;
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Emulated hosts at the same time.
 const EMULATED_MAX: usize = 2;
@@ -19,8 +19,7 @@ pub enum Host {
 /// A running emulated host.
 pub struct Emulated {
     dir: PathBuf,
-    /// Places in use.
-    places: AtomicUsize,
+    number: usize,
 }
 
 /// A directory of its own on that machine, on a file system with O_DIRECT.
@@ -42,6 +41,8 @@ const EMULATOR_FAILED: i32 = 120;
 
 static DIRECT: OnceLock<Option<Host>> = OnceLock::new();
 static EMULATED: [OnceLock<Host>; EMULATED_MAX] = [const { OnceLock::new() }; EMULATED_MAX];
+/// Tests that have, or wait for, a place in each.
+static BUSY: [AtomicUsize; EMULATED_MAX] = [const { AtomicUsize::new(0) }; EMULATED_MAX];
 static PLACES: AtomicU32 = AtomicU32::new(0);
 
 fn tree(path: &str) -> PathBuf {
@@ -87,22 +88,24 @@ fn start_emulated(number: usize) -> Host {
         .args(["start", "--binary", env!("CARGO_BIN_EXE_minivmm"), "--memory", "4096"])
         .arg(&dir));
     assert_eq!(started.status, 0, "the emulated host did not start: {}", started.stderr);
-    Host::Emulated(Emulated { dir, places: AtomicUsize::new(0) })
+    Host::Emulated(Emulated { dir, number })
 }
 
 impl Host {
-    /// This machine, or the emulated host with the fewest tests; one is started where all have some.
+    /// This machine, or the emulated host with the fewest tests, for one place; one is started where all
+    /// have some.
     pub fn get() -> &'static Host {
         if let Some(host) = DIRECT.get_or_init(choose) {
             return host;
         }
-        let busy = |host: &Host| match host {
-            Host::Direct => 0,
-            Host::Emulated(emulated) => emulated.places.load(Ordering::SeqCst),
-        };
-        let number = (0..EMULATED_MAX)
-            .min_by_key(|&number| EMULATED[number].get().map_or(0, busy))
-            .unwrap_or_default();
+        // Chosen and counted in one step: a host takes seconds to start, and two tests at once would
+        // both find it free.
+        static CHOOSING: Mutex<()> = Mutex::new(());
+        let choosing = CHOOSING.lock().unwrap_or_else(PoisonError::into_inner);
+        let busy = |number: &usize| BUSY[*number].load(Ordering::SeqCst);
+        let number = (0..EMULATED_MAX).min_by_key(busy).unwrap_or_default();
+        BUSY[number].fetch_add(1, Ordering::SeqCst);
+        drop(choosing);
         EMULATED[number].get_or_init(|| start_emulated(number))
     }
 
@@ -115,10 +118,7 @@ impl Host {
                 std::fs::create_dir_all(&path).unwrap();
                 path
             }
-            Host::Emulated(emulated) => {
-                emulated.places.fetch_add(1, Ordering::SeqCst);
-                format!("/data/test-{number}")
-            }
+            Host::Emulated(_) => format!("/data/test-{number}"),
         };
         let place = Place { host: self, path };
         if matches!(self, Host::Emulated(_)) {
@@ -136,30 +136,47 @@ impl Place {
         self.run_in(&self.path, script)
     }
 
+    /// The same on a terminal of its own: what is written to the child's standard input is typed there.
+    #[allow(dead_code, reason = "each test file uses its part")]
+    pub fn on_terminal(&self, script: &str) -> Child {
+        let mut command = self.command(&self.path, script, true);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+    }
+
     fn run_in(&self, dir: &str, script: &str) -> Outcome {
+        let mut outcome = run(&mut self.command(dir, script, false));
+        if let (Host::Emulated(Emulated { dir: host, .. }), EMULATOR_FAILED) = (self.host, outcome.status) {
+            let log = std::fs::read_to_string(host.join("console.log")).unwrap_or_default();
+            let tail: Vec<_> = log.lines().rev().take(60).collect();
+            outcome.stderr += "the emulated host's last words:\n";
+            outcome.stderr.extend(tail.into_iter().rev().flat_map(|line| [line, "\n"]));
+        }
+        outcome
+    }
+
+    fn command(&self, dir: &str, script: &str, on_terminal: bool) -> Command {
         match self.host {
             Host::Direct => {
                 let binary = Path::new(env!("CARGO_BIN_EXE_minivmm")).parent().unwrap();
                 let path = format!("{}:{}", binary.display(), std::env::var("PATH").unwrap());
-                run(Command::new("sh")
-                    .args(["-c", script])
-                    .current_dir(dir)
-                    .env("PATH", path)
-                    .env("GUESTS", tree("guest-images/build")))
+                let mut command;
+                if on_terminal {
+                    // util-linux's script(1): a pseudo-terminal, and its session.
+                    command = Command::new("script");
+                    command.args(["-qefc", script, "/dev/null"]).env("SHELL", "/bin/sh");
+                } else {
+                    command = Command::new("sh");
+                    command.args(["-c", script]);
+                }
+                command.current_dir(dir).env("PATH", path).env("GUESTS", tree("guest-images/build"));
+                command
             }
             Host::Emulated(Emulated { dir: host, .. }) => {
-                let script = format!("export GUESTS=/data/guest\n{script}");
-                let mut outcome = run(Command::new(tree("guest-images/emuhost"))
-                    .args(["exec", "--no-tty", "--timeout", "240", "--cwd", dir])
-                    .arg(host)
-                    .args(["--", "sh", "-c", &script]));
-                if outcome.status == EMULATOR_FAILED {
-                    let log = std::fs::read_to_string(host.join("console.log")).unwrap_or_default();
-                    let tail: Vec<_> = log.lines().rev().take(60).collect();
-                    outcome.stderr += "the emulated host's last words:\n";
-                    outcome.stderr.extend(tail.into_iter().rev().flat_map(|line| [line, "\n"]));
-                }
-                outcome
+                let terminal = if on_terminal { "--tty" } else { "--no-tty" };
+                let mut command = Command::new(tree("guest-images/emuhost"));
+                command.args(["exec", terminal, "--timeout", "240", "--cwd", dir]).arg(host);
+                command.args(["--", "sh", "-c", &format!("export GUESTS=/data/guest\n{script}")]);
+                command
             }
         }
     }
@@ -189,7 +206,7 @@ impl Drop for Place {
             self.run_in("/", &format!("rm -rf {}", self.path));
         }
         if let Host::Emulated(emulated) = self.host {
-            emulated.places.fetch_sub(1, Ordering::SeqCst);
+            BUSY[emulated.number].fetch_sub(1, Ordering::SeqCst);
         }
     }
 }

@@ -5,11 +5,13 @@
 //! still fails, in words, and belongs into `KEPT`.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
+mod images;
 mod plan;
 mod promise;
 mod storage;
 mod world;
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use minivmm::disk::cache::POLICIES;
@@ -105,6 +107,10 @@ fn no_seed_violates_an_invariant_in_a_durable_mode() {
     let halves = [half(0..seeds / 2), half(seeds / 2..seeds)];
     let completed: u64 = halves.into_iter().map(|half| half.join().unwrap()).sum();
     println!("{seeds} seeds, {completed} requests OK, {:.1} s", begin.elapsed().as_secs_f64());
+    let [all, some, judged] =
+        [&images::ENUMERATED, &images::SAMPLED, &images::JUDGED].map(|count| count.load(Ordering::Relaxed));
+    println!("{judged} whole images: every one at {all} moments, samples at {some}");
+    assert!(all > seeds / 2 && some > seeds / 10, "too few moments: {all}, {some}");
     assert!(completed > seeds * 4, "the plans must do something: {completed}");
 }
 
@@ -128,6 +134,35 @@ fn unsafe_is_seen_to_break_its_promise() {
         });
         assert!(found, "{invariant} is never violated in unsafe");
     }
+}
+
+/// The second opinion is none if it cannot say no.
+#[test]
+fn whole_images_alone_show_broken_promises_too() {
+    let ram = world::ram();
+    images::judge_alone(true);
+    let first = |modes| {
+        (0..MUTANT_SEEDS).find_map(|seed| {
+            first_violation(seed..seed + 1, modes, &ram).filter(|(_, story)| story.contains("a whole image"))
+        })
+    };
+    assert!(first(UNSAFE).is_some(), "unsafe is not seen by whole images");
+    for mutant in [
+        Mutant::SyncBeforeWrite,
+        Mutant::GenerationSkip,
+        Mutant::ToggleIgnored,
+        Mutant::NoFlushIsWriteback,
+        Mutant::ZeroesUnsynced,
+        Mutant::DirectsyncWithoutSync,
+        Mutant::ShortWriteOk,
+    ] {
+        mutants::turn_on(Some(mutant));
+        let found = first(DURABLE);
+        mutants::turn_on(None);
+        let (seed, story) = found.unwrap_or_else(|| panic!("{mutant:?} is not seen by whole images"));
+        println!("{mutant:?} at seed {seed}: {story}");
+    }
+    images::judge_alone(false);
 }
 
 #[test]

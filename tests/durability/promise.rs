@@ -57,6 +57,11 @@ impl Promises {
         }
     }
 
+    /// All of them, in the order of their submissions.
+    pub fn changes(&self) -> &[Change] {
+        &self.changes
+    }
+
     fn of(&self, sector: usize) -> impl Iterator<Item = &Change> {
         self.changes.iter().filter(move |change| (change.from..change.to).contains(&sector))
     }

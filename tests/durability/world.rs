@@ -14,6 +14,7 @@ use minivmm::virtio::Interrupt;
 use minivmm::virtio::queue::{QueueConfig, Ring};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::images::{self, Images};
 use super::plan::{Ask, Plan, Step};
 use super::promise::{Change, Promises};
 use super::storage::{Claim, SECTORS, SimEngine, Storage, Tag, ZEROES, name, read_tag, tag_bytes};
@@ -79,6 +80,7 @@ pub struct World<'a> {
     image: Arc<Image>,
     cache: Arc<WriteCache>,
     promises: Promises,
+    images: Images,
     queues: Vec<Queue>,
     next_tag: Tag,
     acked: Negotiated,
@@ -145,6 +147,7 @@ impl<'a> World<'a> {
             image: Arc::new(Image::simulated(&options, geometry).unwrap()),
             cache: Arc::new(WriteCache::new(policy)),
             promises: Promises::new(),
+            images: Images::new(plan.dice),
             queues: (0..plan.queues).map(|_| queue()).collect(),
             next_tag: 2,
             acked: Negotiated { flush: plan.flush, config_wce: plan.config_wce },
@@ -428,6 +431,7 @@ impl<'a> World<'a> {
             Ask::Flush if ok => {
                 self.check_flush(submitted)?;
                 self.promises.flushed(submitted);
+                self.images.flushed(submitted);
             }
             _ => {}
         }
@@ -437,6 +441,9 @@ impl<'a> World<'a> {
         }
         let stable = self.must_be_stable(submitted);
         self.promises.completed(change, now, ok, stable);
+        if ok && stable {
+            self.images.stable(change);
+        }
         self.release_claim(ask, tag);
         Ok(())
     }
@@ -505,7 +512,7 @@ impl<'a> World<'a> {
 
     /// I1, at this moment, for every sector: whatever the host could lose, it may lose. And the
     /// model itself: what the tiers could leave is what the host floor says.
-    fn check_floors(&self) -> Result<(), Violation> {
+    fn check_floors(&mut self) -> Result<(), Violation> {
         let storage = self.storage.lock().unwrap();
         if let Some(violation) = storage.violations.first() {
             return Err(violation.clone());
@@ -524,7 +531,7 @@ impl<'a> World<'a> {
                 ));
             }
             let promised = self.promises.legal_after_crash(sector);
-            if let Some(&tag) = host.iter().find(|tag| !promised.contains(tag)) {
+            if let Some(&tag) = host.iter().find(|tag| !images::are_alone() && !promised.contains(tag)) {
                 let promised: Vec<_> = promised.into_iter().map(name).collect();
                 return Err(format!(
                     "I1: a crash now may leave {} in sector {sector}; promised is {}",
@@ -533,6 +540,7 @@ impl<'a> World<'a> {
                 ));
             }
         }
+        self.images.look(&storage, &self.promises)?;
         // The monitor may overstate what a crash would lose, never understate it.
         let told = self.image.monitor.snapshot().at_risk_bytes;
         if told < at_risk {
