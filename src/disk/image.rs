@@ -323,9 +323,10 @@ impl Image {
         self.dsync_is_one_flush
     }
 
-    /// Whether it is on tmpfs: memory, which nothing makes stable.
+    /// Whether it is a file on tmpfs: memory, which nothing makes stable. (A device's node is on a
+    /// tmpfs too, which says nothing of the device.)
     pub fn is_on_tmpfs(&self) -> bool {
-        is_tmpfs(&self.file)
+        self.kind == Kind::File && is_tmpfs(&self.file)
     }
 
     /// What the user should know before the guest runs.

@@ -119,7 +119,7 @@ fn qemu_with_the_same_driver_differs_only_where_the_docs_say_so() {
     let mut new = Vec::new();
     for mode in MODES {
         let image = Image::new();
-        let told = explain(&image.disk(&format!("cache={mode}")));
+        let told = explain(&image.disk(&format!("cache={mode},engine=sync")));
         for driver in told["calls"]["drivers"].as_array().unwrap() {
             let words = words(driver).replace(" twice", "");
             let what = format!("cache={mode} {words}");
