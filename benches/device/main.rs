@@ -137,7 +137,8 @@ fn measure(arguments: &Arguments, contests: &[Contest]) -> Result<()> {
         outcomes.push(Bench { arguments, image: &image, contest }.run());
     }
     let promises = show::rows(&outcomes);
-    println!("{}\n{}\n{}", table::contests(&outcomes), table::promises(&promises), table::gaps(&outcomes));
+    println!("{}\n{}", table::contests(&outcomes), table::summary(&outcomes));
+    println!("{}\n{}", table::promises(&promises), table::gaps(&outcomes));
     let report = Report {
         machine: &machine,
         load_at_end: machine::load(),

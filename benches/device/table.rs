@@ -1,7 +1,7 @@
 //! What is printed: tables that can be pasted into a document, and their reading.
 
 use crate::load::Load;
-use crate::results::{Counted, Entry, Outcome, Ratio};
+use crate::results::{Counted, Entry, Figures, Outcome, Ratio};
 use crate::show::Row;
 
 /// A table with aligned columns, in Markdown.
@@ -93,6 +93,29 @@ fn competitor(name: String, load: &Load, entry: &Entry, best: Option<&Entry>) ->
         number(entry.median_of(|f| f.doorbells_per_io), 3),
         percentiles(entry),
     ]
+}
+
+/// A line for each contest, the device as a user gets it against the best fio: what documents quote.
+pub fn summary(outcomes: &[Outcome]) -> String {
+    let head = ["load", "fio", "device", "ratio (spread)", "CPU s/M", "calls", "p50 us", "p99 us"];
+    let line = |outcome: &Outcome| {
+        let (fio, device) = (outcome.best_fio()?, outcome.entries.iter().find(|e| !e.fio)?);
+        let ratio = Ratio::new(device, fio)?;
+        let both = |figure: fn(&Figures) -> f64, digits| {
+            format!("{} / {}", number(fio.median(figure), digits), number(device.median(figure), digits))
+        };
+        Some(vec![
+            outcome.name.clone(),
+            rate(&outcome.load, fio),
+            rate(&outcome.load, device),
+            format!("{:.2} ({:.2}–{:.2})", ratio.of_medians, ratio.least, ratio.most),
+            both(|f| f.cpu_s_per_million, 1),
+            number(device.counted.as_ref().and_then(|c| c.system_calls_per_io), 2),
+            both(|f| f.times.p50_us, 0),
+            both(|f| f.times.p99_us, 0),
+        ])
+    };
+    table(&head, &outcomes.iter().filter_map(line).collect::<Vec<_>>())
 }
 
 /// What did not run or was not counted, and why, each reason once.
