@@ -4,6 +4,7 @@
 //! [`request`], and carried out by [`crate::disk`]. Knows nothing of KVM or transports.
 
 pub mod config;
+pub mod poll;
 pub mod request;
 pub mod worker;
 

@@ -8,9 +8,11 @@
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::poll::Poller;
 use super::request::{self, Frame, HEADER_BYTES, Header, ID_BYTES, Limits, Request, Status};
 use crate::disk::Image;
 use crate::disk::engine::Wake;
@@ -65,6 +67,7 @@ pub struct QueueWorker<'a> {
     pending: Slab<Owed>,
     taken: Taken,
     errors: &'a mut RateLimit,
+    poller: Poller,
 }
 
 impl<'a> QueueWorker<'a> {
@@ -72,7 +75,21 @@ impl<'a> QueueWorker<'a> {
     /// again and again could log without end (R18).
     pub fn new(job: Job, disk: &'a mut Disk, errors: &'a mut RateLimit) -> Self {
         let image = Arc::clone(disk.image());
-        Self { job, disk, image, pending: Slab::default(), taken: Taken::default(), errors }
+        Self {
+            job,
+            disk,
+            image,
+            pending: Slab::default(),
+            taken: Taken::default(),
+            errors,
+            poller: Poller::new(Duration::ZERO),
+        }
+    }
+
+    /// The same, looking for more for at most so long before it sleeps.
+    pub fn polling(mut self, max: Duration) -> Self {
+        self.poller = Poller::new(max);
+        self
     }
 
     /// One round: takes what is available, answers what is done, and waits for more of either.
@@ -80,9 +97,38 @@ impl<'a> QueueWorker<'a> {
         self.disk.sync_if_switched_off();
         let more = self.take_available()?;
         self.answer()?;
-        let wake = if more { Wake::Now } else { Wake::Doorbell(&self.job.doorbell) };
+        if more {
+            self.disk.wait(Wake::Now)?;
+            return self.answer();
+        }
+        let since = self.poller.is_on().then(Instant::now);
+        let is_ready = self.look()? || (!self.is_full() && self.job.ring.enable_doorbell());
+        let wake = if is_ready { Wake::Now } else { Wake::Doorbell(&self.job.doorbell) };
         self.disk.wait(wake)?;
+        if let Some(since) = since {
+            self.poller.learn(since.elapsed());
+        }
         self.answer()
+    }
+
+    /// Looks for more of either without sleeping, where that pays; the driver rings no doorbell
+    /// meanwhile. Whether there is something.
+    fn look(&mut self) -> Result<bool, TurnError> {
+        if !self.poller.is_on() {
+            return Ok(false);
+        }
+        // What was taken is handed over before.
+        self.disk.wait(Wake::Now)?;
+        self.answer()?;
+        let is_full = self.is_full();
+        let (ring, disk) = (&self.job.ring, &mut self.disk);
+        Ok(self.poller.look(|| (!is_full && ring.has_available()) || disk.is_ready()))
+    }
+
+    /// More in flight than the ring has entries is possible only when a driver submits descriptors
+    /// that it does not own; the rest waits until some are done (R23).
+    fn is_full(&self) -> bool {
+        self.pending.len() >= usize::from(self.job.ring.size())
     }
 
     /// Waits for everything in flight and answers it (virtio 2.4.1, R15). When the ring takes no
@@ -124,16 +170,10 @@ impl<'a> QueueWorker<'a> {
         let size = usize::from(self.job.ring.size());
         self.job.ring.disable_doorbell();
         for _ in 0..size {
-            // More in flight than the ring has entries is possible only when a driver submits
-            // descriptors that it does not own; it waits until some are done (R23).
-            if self.pending.len() == size {
+            if self.is_full() || !self.job.ring.pop_into(&mut taken.chain)? {
                 return Ok(false);
             }
-            if self.job.ring.pop_into(&mut taken.chain)? {
-                self.take(taken)?;
-            } else if !self.job.ring.enable_doorbell() {
-                return Ok(false);
-            }
+            self.take(taken)?;
         }
         Ok(true)
     }
@@ -433,7 +473,8 @@ fn work(mailbox: &Mailbox, mut disk: Disk) {
     let mut broken = RateLimit::for_guest_errors();
     while let Some(job) = next_job(mailbox) {
         let interrupt = Arc::clone(&job.interrupt);
-        let mut worker = QueueWorker::new(job, &mut disk, &mut errors);
+        let poll = disk.image().poll();
+        let mut worker = QueueWorker::new(job, &mut disk, &mut errors).polling(poll);
         let mut outcome = Ok(());
         while outcome.is_ok() && matches!(*mailbox.lock(), State::Working(_)) {
             outcome = worker.turn();

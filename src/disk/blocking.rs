@@ -89,6 +89,10 @@ impl Engine for BlockingEngine {
         Ok(())
     }
 
+    fn is_ready(&mut self) -> bool {
+        self.next.is_some()
+    }
+
     /// Executes the operation. One a call, so that its completion does not wait for others'.
     fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
         if let Some((token, op)) = self.next.take() {

@@ -84,6 +84,11 @@ pub trait Engine: Send {
     /// Submits what was queued and waits for an end or for `wake`; appends what has ended.
     fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()>;
 
+    /// Whether a wait might end something at once, found without a system call.
+    fn is_ready(&mut self) -> bool {
+        true
+    }
+
     /// Nothing is in flight, and the doorbell of the last wait goes away: lets go of it.
     fn rest(&mut self) -> io::Result<()> {
         Ok(())

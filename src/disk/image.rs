@@ -19,7 +19,7 @@ use super::format;
 use super::geometry::{self, BUFFERED, Geometry, SECTOR};
 use super::latch::SyncLatch;
 use super::monitor::{Monitor, SyncEnd};
-use super::options::{DiskOptions, EngineChoice, SERIAL_MAX};
+use super::options::{DiskOptions, EngineChoice, POLL_US, SERIAL_MAX};
 use super::stable::StableBy;
 
 /// Why an image cannot be used: what failed, why, and what to do.
@@ -135,6 +135,7 @@ pub struct Image {
     engine: EngineChoice,
     stable: StableBy,
     fixed_buffers: bool,
+    poll: Duration,
     dsync_is_one_flush: bool,
     /// The engine that does the I/O, once it is chosen.
     engine_in_use: OnceLock<&'static str>,
@@ -235,6 +236,7 @@ impl Image {
             engine: options.engine,
             stable: options.stable,
             fixed_buffers: options.fixed_buffers,
+            poll: Duration::from_micros(u64::from(options.poll_us.unwrap_or(POLL_US))),
             dsync_is_one_flush,
             engine_in_use: OnceLock::new(),
             counters: Counters::default(),
@@ -311,6 +313,11 @@ impl Image {
     /// How writes are made stable.
     pub fn stable(&self) -> StableBy {
         self.stable
+    }
+
+    /// How long a worker looks for more before it sleeps.
+    pub fn poll(&self) -> Duration {
+        self.poll
     }
 
     /// Whether guest RAM is to be registered with io_uring.

@@ -12,6 +12,10 @@ use super::stable::StableBy;
 pub const QUEUE_SIZE_MAX: u16 = 1024;
 /// Smallest: a header, one piece of data, a status, and what makes a power of two of them.
 pub const QUEUE_SIZE_MIN: u16 = 4;
+/// Longest that a worker looks for more before it sleeps, in microseconds.
+const POLL_US_MAX: u32 = 1000;
+/// What it is where nobody says otherwise.
+pub const POLL_US: u32 = 32;
 /// Longest serial in bytes (virtio 5.2.6: GET_ID).
 pub const SERIAL_MAX: usize = 20;
 
@@ -38,6 +42,8 @@ pub struct DiskOptions {
     pub engine: EngineChoice,
     /// How a write is made stable where it must be.
     pub stable: StableBy,
+    /// Microseconds that a worker looks for more before it sleeps; what suits the host where not given.
+    pub poll_us: Option<u32>,
     /// Guest RAM is registered with io_uring, which pins all of it.
     pub fixed_buffers: bool,
     /// Every transfer of a direct mode goes through a private buffer, so that a guest that changes
@@ -94,7 +100,7 @@ struct Key {
     set: fn(&mut DiskOptions, &str) -> Option<()>,
 }
 
-static KEYS: [Key; 11] = [
+static KEYS: [Key; 12] = [
     Key {
         name: "cache",
         takes: "none|writethrough|writeback|directsync|unsafe",
@@ -178,6 +184,17 @@ static KEYS: [Key; 11] = [
         },
     },
     Key {
+        name: "poll-us",
+        takes: "0 to 1000",
+        help: "how many microseconds a worker looks for more before it sleeps, where that pays; 0 is never [32, \
+               or 0 where workers and guest CPUs outnumber the host's]",
+        alone: None,
+        set: |options, value| {
+            let us: u32 = value.parse().ok()?;
+            (us <= POLL_US_MAX).then(|| options.poll_us = Some(us))
+        },
+    },
+    Key {
         name: "buffers",
         takes: "plain|fixed",
         help: "fixed registers guest memory with io_uring, which pins all of it at the start [plain]",
@@ -236,6 +253,7 @@ impl DiskOptions {
             force_raw: false,
             engine: EngineChoice::Auto,
             stable: StableBy::Auto,
+            poll_us: None,
             fixed_buffers: false,
             bounce_always: false,
         }
@@ -304,7 +322,7 @@ mod tests {
     #[test]
     fn every_key_is_understood() {
         let text = "a.img,cache=unsafe,readonly,serial=x y,queue-size=64,block-size=4096,discard=off,\
-                    bounce=always,format=raw,engine=io_uring,stable=group,buffers=fixed";
+                    bounce=always,format=raw,engine=io_uring,stable=group,buffers=fixed,poll-us=7";
         let expected = DiskOptions {
             path: "a.img".into(),
             cache: CachePolicy::by_name("unsafe").unwrap(),
@@ -317,6 +335,7 @@ mod tests {
             engine: EngineChoice::Uring,
             stable: StableBy::Group,
             fixed_buffers: true,
+            poll_us: Some(7),
             bounce_always: true,
         };
         assert_eq!(text.parse(), Ok(expected));

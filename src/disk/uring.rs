@@ -152,6 +152,12 @@ impl UringEngine {
         }
     }
 
+    /// The kernel has ends that it puts into the ring only when it is entered.
+    fn has_ends_to_fetch(&mut self) -> bool {
+        let queue = self.ring.submission();
+        queue.taskrun() || queue.cq_overflow()
+    }
+
     /// Takes the ends that are there.
     fn reap(&mut self, ended: &mut Vec<Ended>) -> io::Result<()> {
         for end in self.ring.completion() {
@@ -321,10 +327,8 @@ impl Engine for UringEngine {
                 Wake::Doorbell(_) => !std::mem::take(&mut self.bell.rung),
             };
             let must_wait = may_wait && ended.len() == before;
-            if !must_wait
-                && self.ring.submission().is_empty()
-                && (ended.len() > before || self.ops.is_empty())
-            {
+            // Nothing to hand over, and nothing that would come of it.
+            if !must_wait && self.ring.submission().is_empty() && !self.has_ends_to_fetch() {
                 return Ok(());
             }
             self.enter(usize::from(must_wait))?;
@@ -333,6 +337,10 @@ impl Engine for UringEngine {
                 return Ok(());
             }
         }
+    }
+
+    fn is_ready(&mut self) -> bool {
+        !self.at_once.is_empty() || !self.ring.completion().is_empty() || self.has_ends_to_fetch()
     }
 
     /// Takes the doorbell's read out of the ring.

@@ -341,6 +341,11 @@ impl Ring {
         self.published = self.next_used;
     }
 
+    /// Whether the driver has made something available that was not taken.
+    pub fn has_available(&self) -> bool {
+        self.available.idx() != self.next_available
+    }
+
     /// Asks the driver not to ring the doorbell. With EVENT_IDX there is nothing to say: avail_event
     /// stays behind, so it rings no more (virtio 2.7.10).
     pub fn disable_doorbell(&mut self) {

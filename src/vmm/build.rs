@@ -21,7 +21,7 @@ use crate::devices::exit::{ExitPort, Pvpanic};
 use crate::devices::power::{ACPI_LEN, AcpiRegisters, I8042, I8042_LEN};
 use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, SerialPort};
-use crate::disk::Image;
+use crate::disk::{DiskOptions, Image};
 use crate::kvm::cpuid::{self, Place};
 use crate::kvm::run_page::RunPage;
 use crate::kvm::{self, msrs};
@@ -105,15 +105,26 @@ fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
     if asked > max {
         return Err(VmmError::TooManyDisks { asked, max });
     }
-    let open = |options| {
-        let image = Arc::new(Image::open(options)?);
+    let crowded = is_crowded(usize::from(config.cpus) + asked);
+    let open = |options: &DiskOptions| {
+        let mut options = options.clone();
+        if crowded {
+            options.poll_us.get_or_insert(0);
+        }
+        let image = Arc::new(Image::open(&options)?);
         log::info!("{}", image.banner());
         for warning in image.warnings() {
             log::warn!("{warning}");
         }
-        Ok(OpenDisk { path: options.path.clone(), image })
+        Ok(OpenDisk { path: options.path, image })
     };
     config.disks.iter().map(open).collect()
+}
+
+/// Whether so many busy threads are more than the CPUs that we may use: a worker that looks for more
+/// instead of sleeping would then take the time of whoever has it.
+fn is_crowded(threads: usize) -> bool {
+    std::thread::available_parallelism().is_ok_and(|cpus| threads > cpus.get())
 }
 
 fn open_console(target: &ConsoleTarget) -> Result<Option<File>, VmmError> {
