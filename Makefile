@@ -54,7 +54,7 @@ test: test-deps lint build guest-all guest-small
 # The suites without a kernel run once with the defaults, and once with each engine and each way in
 # which writes are made stable.
 ENGINES := $(foreach engine,io_uring sync,$(foreach stable,dsync fdatasync group auto,engine=$(engine),stable=$(stable))) \
-	engine=io_uring,buffers=fixed
+	engine=io_uring,buffers=fixed engine=io_uring,poll-us=0
 DEVICE_SUITES := --test blk --test disk --test device --test drivers --test reset --test rings --test transport
 
 # Measures and compares, asserts nothing (docs/performance.md). As root it counts system calls as well.
