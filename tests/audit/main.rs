@@ -15,7 +15,14 @@ mod minivmm;
 mod parse;
 mod qemu;
 mod recorded;
+mod ring;
 mod rules;
+
+#[path = "../common/eye/mod.rs"]
+mod eye;
+#[path = "../common/loops.rs"]
+#[allow(dead_code, reason = "the auditor's tests use a part")]
+mod loops;
 
 #[path = "../bare/machine.rs"]
 #[allow(dead_code, reason = "the auditor's tests use a part")]

@@ -8,7 +8,7 @@ use crate::rules::{Audit, Finding};
 use crate::{NEGOTIATIONS, strace, strace_is_here};
 
 /// Mode, whether the guest sees a write cache, whether it honours FLUSH.
-const MODES: [(&str, bool, bool); 5] = [
+pub const MODES: [(&str, bool, bool); 5] = [
     ("none", true, true),
     ("writeback", true, true),
     ("writethrough", false, true),
@@ -109,7 +109,7 @@ fn calls_that_are_interrupted_are_made_again() {
 }
 
 /// The control: where nothing is ever synced, each promise is broken and each is found.
-fn must_find_everything(audit: &Audit, flushes: bool, stable: bool, what: &str) {
+pub fn must_find_everything(audit: &Audit, flushes: bool, stable: bool, what: &str) {
     let count = |wanted: fn(&Finding) -> bool| audit.findings.iter().filter(|f| wanted(f)).count();
     let not_stable = count(|f| matches!(f, Finding::WriteNotStable { .. }));
     assert_eq!(not_stable, if stable { 8 } else { 0 }, "{what}");

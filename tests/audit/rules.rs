@@ -86,7 +86,11 @@ pub struct Audit {
 impl Audit {
     /// Audits one image of a trace against the guest's log in it.
     pub fn of(trace: &str, image: &str, console: &File) -> Result<Self, String> {
-        let host = Host::new(&calls(trace)?, image, console)?;
+        Self::of_host(Host::new(&calls(trace)?, image, console)?)
+    }
+
+    /// Audits what was done to an image, however that was seen.
+    pub fn of_host(host: Host) -> Result<Self, String> {
         let requests = requests(&host.console)?;
         let findings = requests.iter().flat_map(|request| judge(request, &requests, &host)).collect();
         let acknowledged = |wanted: fn(&Kind) -> bool| {
