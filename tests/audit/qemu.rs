@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use crate::host::File;
 use crate::machine::{Image, exit, kvm, run, skip};
 use crate::rules::{Audit, Finding};
-use crate::{NEGOTIATIONS, strace, strace_is_here};
+use crate::{NEGOTIATIONS, ring, strace, strace_is_here};
 
 /// Where microvm has its virtio-mmio transports.
 const MICROVM_MMIO: &str = "VIRTIO_MMIO_BASE=0xfeb00000";
@@ -81,19 +81,8 @@ fn audit_with(graph: Graph, write_cache: bool, words: &str, faults: &[&str]) -> 
     let (log, console) = (image.path.with_extension("strace"), image.path.with_extension("console"));
     let mut strace = strace(&log);
     strace.args(faults.iter().flat_map(|fault| ["-e", fault])).arg(program());
-    strace.args(["-M", "microvm,acpi=off,rtc=off,pit=off,pic=off", "-nodefaults", "-no-user-config"]);
-    strace.args(["-accel", if kvm() { "kvm" } else { "tcg" }, "-m", "64", "-display", "none", "-no-reboot"]);
-    strace.arg("-kernel").arg(kernel()).arg("-append").arg(format!("scenario=audit {words}"));
-    strace.args(["-global", "virtio-mmio.force-legacy=false"]);
-    strace.arg("-chardev").arg(format!("file,id=console,path={}", console.display()));
-    strace.args(["-serial", "chardev:console", "-device", "isa-debug-exit,iobase=0xf4,iosize=1"]);
-    strace.arg("-blockdev").arg(graph.blockdev(&image));
-    let cache = if write_cache { "on" } else { "off" };
-    strace.args([
-        "-device",
-        &format!("virtio-blk-device,drive=disk,bus=virtio-mmio-bus.0,write-cache={cache}"),
-    ]);
-    let what = format!("{graph:?}, write-cache={cache}, {words}");
+    configure(&mut strace, graph, write_cache, words, &image, &console);
+    let what = format!("{graph:?}, write-cache={write_cache}, {words}");
     run(&mut strace, b"").expect(exit(0x2a), &what);
     let trace = String::from_utf8_lossy(&fs::read(log).unwrap()).into_owned();
     assert_eq!(trace.contains("(INJECTED)"), !faults.is_empty(), "{what}: did the fault strike?");
@@ -102,6 +91,19 @@ fn audit_with(graph: Graph, write_cache: bool, words: &str, faults: &[&str]) -> 
     let audit = audit.unwrap_or_else(|error| panic!("{what}: {error}"));
     println!("{what}: {audit}");
     audit
+}
+
+/// What QEMU is told of the machine, the guest and the disk.
+fn configure(vmm: &mut Command, graph: Graph, write_cache: bool, words: &str, image: &Image, console: &Path) {
+    vmm.args(["-M", "microvm,acpi=off,rtc=off,pit=off,pic=off", "-nodefaults", "-no-user-config"]);
+    vmm.args(["-accel", if kvm() { "kvm" } else { "tcg" }, "-m", "64", "-display", "none", "-no-reboot"]);
+    vmm.arg("-kernel").arg(kernel()).arg("-append").arg(format!("scenario=audit {words}"));
+    vmm.args(["-global", "virtio-mmio.force-legacy=false"]);
+    vmm.arg("-chardev").arg(format!("file,id=console,path={}", console.display()));
+    vmm.args(["-serial", "chardev:console", "-device", "isa-debug-exit,iobase=0xf4,iosize=1"]);
+    vmm.arg("-blockdev").arg(graph.blockdev(image));
+    let cache = if write_cache { "on" } else { "off" };
+    vmm.args(["-device", &format!("virtio-blk-device,drive=disk,bus=virtio-mmio-bus.0,write-cache={cache}")]);
 }
 
 #[test]
@@ -170,5 +172,31 @@ fn a_failed_sync_is_latched_by_qemu_in_the_page_cache_and_not_with_o_direct() {
         let audit = audit_with(graph, true, "", &["inject=fdatasync:error=EIO:when=1"]);
         let trusted = audit.findings.iter().any(|f| matches!(f, Finding::AfterFailedSync { .. }));
         assert_eq!(trusted, direct, "{graph:?}: {audit}");
+    }
+}
+
+#[test]
+fn qemus_ring_keeps_what_it_acknowledges_and_without_flushes_it_does_not() {
+    if version().is_none() || !kvm() {
+        return;
+    }
+    for (direct, no_flush) in [(false, false), (true, false), (false, true)] {
+        for write_cache in [true, false] {
+            for (words, _) in NEGOTIATIONS {
+                let Some(eye) = ring::eye() else { return };
+                let graph = Graph { aio: "io_uring", direct, no_flush, ..PLAIN };
+                let image = Image::new();
+                let console = image.path.with_extension("console");
+                let mut command = Command::new(program());
+                configure(&mut command, graph, write_cache, words, &image, &console);
+                let (audit, seen) = ring::audit(eye, &image.path, &console, &mut command, exit(0x2a));
+                let what = format!("{graph:?}, write-cache={write_cache}, {words}: {seen:?} {audit}");
+                println!("{what}");
+                assert_eq!(audit.writes, 8, "{what}");
+                let promised = audit.stable_writes > 0 || audit.flushes > 0;
+                let expected = if no_flush && promised { "broken promises" } else { "kept" };
+                assert_eq!(audit.verdict(), expected, "{what}");
+            }
+        }
     }
 }

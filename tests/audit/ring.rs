@@ -4,15 +4,17 @@
 //! Owns the way from what the eye has seen to what was done to the image; docs/auditor.md tells what
 //! is read where.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
+use crate::NEGOTIATIONS;
 use crate::eye::{Eye, Operation};
 use crate::host::{Host, Output, Sync, Write};
+use crate::loops::{LoopDevice, Mounted};
 use crate::machine::*;
 use crate::minivmm::{MODES, must_find_everything};
-use crate::rules::Audit;
-use crate::NEGOTIATIONS;
+use crate::rules::{Audit, Finding};
 
 /// The files that the eye is shown, in this order.
 const IMAGE: usize = 0;
@@ -31,13 +33,13 @@ pub fn host(operations: &[Operation]) -> Result<Host, String> {
         let time = format!("event {entry}");
         let moved = u64::try_from(operation.result).unwrap_or(0);
         match operation.file {
-            Some(CONSOLE) if operation.name == "write" => {
-                if operation.bytes.len() as u64 != operation.length {
-                    return Err(format!("{time}: more on the console at once than the eye reads"));
-                }
-                let moved = usize::try_from(moved).unwrap_or(0);
-                let bytes = operation.bytes[..moved.min(operation.bytes.len())].to_vec();
-                host.console.push(Output { bytes, entry, exit, time });
+            Some(CONSOLE) if ["write", "writev"].contains(&operation.name) => {
+                let moved = usize::try_from(moved).unwrap_or(usize::MAX);
+                let in_pieces = operation.name == "writev" && operation.length != 1;
+                let kept = operation.bytes.get(..moved).filter(|_| !in_pieces);
+                let bytes =
+                    kept.ok_or_else(|| format!("{time}: more on the console at once than is kept"))?;
+                host.console.push(Output { bytes: bytes.to_vec(), entry, exit, time });
             }
             _ if hides(operation) => *host.hidden.entry(operation.name.into()).or_default() += 1,
             Some(IMAGE) if operation.exit.is_some() => match operation.name {
@@ -92,19 +94,47 @@ pub fn eye() -> Option<Eye> {
 }
 
 /// Runs a VMM whose console goes to this file, and audits its image.
-pub fn audit(mut eye: Eye, image: &Path, console: &Path, command: &mut Command, status: i32) -> Audit {
+pub fn audit(
+    mut eye: Eye,
+    image: &Path,
+    console: &Path,
+    command: &mut Command,
+    status: i32,
+) -> (Audit, Seen) {
     let what = format!("{command:?}");
     std::fs::write(console, "").unwrap();
     eye.shows(image);
     eye.shows(console);
     eye.watches(command);
     run(command, b"").expect(status, &what);
-    let audit = eye.operations().and_then(|seen| host(&seen)).and_then(Audit::of_host);
-    audit.unwrap_or_else(|error| panic!("{what}: {error}"))
+    let seen = eye.operations().unwrap_or_else(|error| panic!("{what}: {error}"));
+    let audit = host(&seen).and_then(Audit::of_host);
+    (audit.unwrap_or_else(|error| panic!("{what}: {error}")), counts(&seen))
+}
+
+/// How often the image was written to or synced, in which way.
+pub type Seen = BTreeMap<&'static str, usize>;
+
+fn counts(operations: &[Operation]) -> Seen {
+    let mut counts = Seen::new();
+    for operation in operations.iter().filter(|operation| operation.file == Some(IMAGE)) {
+        let name = match (operation.name, operation.flags) {
+            ("IORING_OP_WRITE", 0) => "ring write",
+            ("IORING_OP_WRITE", 2) => "ring write, DSYNC",
+            ("IORING_OP_FSYNC", 1) => "ring fdatasync",
+            ("pwritev2", 8) if operation.result > 0 => "pwritev2(NOWAIT)",
+            ("pwritev2", 8) => "pwritev2(NOWAIT), refused",
+            ("fdatasync", _) => "fdatasync",
+            (name, _) if name.to_lowercase().contains("read") => continue,
+            _ => "others",
+        };
+        *counts.entry(name).or_default() += 1;
+    }
+    counts
 }
 
 /// minivmm with this disk, which lies at `image`.
-fn audit_minivmm(eye: Eye, image: &Path, keys: &str, words: &str, status: i32) -> Audit {
+fn audit_minivmm(eye: Eye, image: &Path, keys: &str, words: &str, status: i32) -> (Audit, Seen) {
     let scratch = scratch();
     let console = scratch.path().join("console");
     let mut command = minivmm();
@@ -114,26 +144,58 @@ fn audit_minivmm(eye: Eye, image: &Path, keys: &str, words: &str, status: i32) -
     audit(eye, image, &console, &mut command, status)
 }
 
+const WAYS: [&str; 4] = ["dsync", "fdatasync", "group", "auto"];
+
+/// What was judged went through the ring, and in the way that was asked for: otherwise nothing is proven.
+/// `flushes`: how many fdatasyncs are nobody's write's.
+fn must_go_through_the_ring(seen: &Seen, by: &str, stable: bool, flushes: usize, what: &str) {
+    let times = |name: &str| seen.get(name).copied().unwrap_or(0);
+    let (plain, dsync, syncs) = (times("ring write"), times("ring write, DSYNC"), times("ring fdatasync"));
+    assert_eq!(plain + dsync + times("pwritev2(NOWAIT)"), 8, "{what}");
+    assert_eq!(times("others"), 0, "{what}");
+    if times("fdatasync") == 0 {
+        assert_eq!((dsync, syncs), (0, 0), "unsafe: {what}");
+        return;
+    }
+    assert_eq!(times("fdatasync"), 2, "start and end: {what}");
+    match by {
+        _ if !stable => assert_eq!((dsync, syncs), (0, flushes), "{what}"),
+        "dsync" => assert_eq!((dsync, syncs), (8, flushes), "{what}"),
+        "fdatasync" => assert_eq!((dsync, syncs), (0, 8 + flushes), "{what}"),
+        // Two in flight may share one.
+        "group" => assert!(dsync == 0 && syncs <= 8 + flushes && syncs >= 6, "{what}"),
+        _ => assert!(dsync > 0 && syncs <= 8 - dsync + flushes, "{what}"),
+    }
+}
+
 #[test]
 fn through_the_ring_every_mode_keeps_what_it_acknowledges_and_unsafe_does_not() {
     if !kvm() {
         return;
     }
     for (mode, write_cache, honours_flush) in MODES {
-        for stable in ["dsync", "fdatasync", "group", "auto"] {
+        for by in WAYS {
             for (words, stable_with_cache) in NEGOTIATIONS {
                 let Some(eye) = eye() else { return };
-                let keys = format!("cache={mode},engine=io_uring,stable={stable}");
+                let keys = format!("cache={mode},engine=io_uring,stable={by}");
                 let image = Image::new();
-                let audit = audit_minivmm(eye, &image.path, &keys, words, exit(0x2a));
-                println!("{keys} {words:14} {audit}");
-                let what = format!("{keys} {words}: {audit}");
+                let (audit, seen) = audit_minivmm(eye, &image.path, &keys, words, exit(0x2a));
+                println!("{keys} {words:14} {seen:?}");
+                let what = format!("{keys} {words}: {audit}{seen:?}");
                 let flushes = !words.contains("noflush");
                 let stable = stable_with_cache || !write_cache;
                 assert_eq!(audit.writes, 8, "{what}");
                 assert_eq!(audit.flushes, if flushes { 6 } else { 0 }, "{what}");
                 assert_eq!(audit.stable_writes, if stable { 8 } else { 0 }, "{what}");
                 assert_eq!(audit.hidden, Vec::<String>::new(), "{what}");
+                let turned_off = usize::from(words == "wb=0" && write_cache);
+                must_go_through_the_ring(
+                    &seen,
+                    by,
+                    stable && honours_flush,
+                    audit.flushes + turned_off,
+                    &what,
+                );
                 if honours_flush {
                     assert_eq!(audit.findings, [], "{what}");
                 } else {
@@ -141,5 +203,99 @@ fn through_the_ring_every_mode_keeps_what_it_acknowledges_and_unsafe_does_not() 
                 }
             }
         }
+    }
+}
+
+#[test]
+fn a_sync_that_fails_in_the_ring_is_told_and_no_later_one_is_trusted() {
+    if !kvm() {
+        return;
+    }
+    for by in WAYS {
+        for (words, acknowledged) in [("", (8, 1)), ("wb=0", (2, 1))] {
+            let Some(eye) = eye() else { return };
+            // Room for the first two blocks; the third, before the second FLUSH, finds none.
+            let Some(small) = Mounted::tmpfs(2 * 4096) else { return };
+            let file = small.dir.path().join("disk.img");
+            std::fs::File::create(&file).unwrap().set_len(1 << 20).unwrap();
+            let Some(device) = LoopDevice::new(&file, 512) else { return };
+            let keys = format!("cache=writeback,engine=io_uring,stable={by}");
+            let (audit, seen) = audit_minivmm(eye, &device.0, &keys, words, FAILURE);
+            println!("no room; {keys} {words:14} {seen:?}");
+            let what = format!("{keys} {words}: {audit}{seen:?}");
+            assert_eq!((audit.writes, audit.flushes), acknowledged, "{what}");
+            assert_eq!(audit.findings, [], "{what}");
+        }
+    }
+}
+
+/// What a VMM did in the ring, for two requests that the guest has said: a write and then a FLUSH. A name,
+/// its beginning and end, flags, and the result.
+fn judged(negotiated: &str, entries: &[(&'static str, usize, usize, u64, i64)]) -> Vec<Finding> {
+    let operation = |name, file, entry, exit, result| {
+        let length = 4096;
+        Operation { file: Some(file), exit: Some(exit), result, length, ..Operation::new(name, entry) }
+    };
+    let says = |at, text: &str| {
+        let bytes = format!("{text}\n").into_bytes();
+        let length = bytes.len() as u64;
+        Operation { bytes, length, ..operation("write", CONSOLE, at, at + 1, i64::try_from(length).unwrap()) }
+    };
+    let mut all = vec![
+        says(0, negotiated),
+        says(2, "@S 1 W 8 8"),
+        says(20, "@A 1 0"),
+        says(22, "@S 2 F"),
+        says(40, "@A 2 0"),
+    ];
+    for &(name, entry, exit, flags, result) in entries {
+        let is_sync = name == "IORING_OP_FSYNC";
+        let (offset, length) = if is_sync { (0, 0) } else { (4096, 4096) };
+        all.push(Operation { offset, length, flags, ..operation(name, IMAGE, entry, exit, result) });
+    }
+    all.sort_by_key(|operation| operation.entry);
+    Audit::of_host(host(&all).unwrap()).unwrap().findings
+}
+
+#[test]
+fn entries_of_a_ring_are_judged_by_their_beginnings_and_ends() {
+    let (write, sync) = ("IORING_OP_WRITE", "IORING_OP_FSYNC");
+    let (back, through) = ("@N 1 1 1", "@N 1 1 0");
+    let broken = |negotiated, entries: &[_]| {
+        judged(negotiated, entries).into_iter().filter(Finding::is_broken_promise).count()
+    };
+    for (what, negotiated, entries, count) in [
+        ("kept", back, vec![(write, 5, 6, 0, 4096), (sync, 25, 26, 1, 0)], 0),
+        ("DSYNC", through, vec![(write, 5, 6, 2, 4096), (sync, 25, 26, 1, 0)], 0),
+        ("a group", through, vec![(write, 5, 6, 0, 4096), (sync, 7, 8, 1, 0), (sync, 25, 26, 1, 0)], 0),
+        ("no sync", back, vec![(write, 5, 6, 0, 4096)], 1),
+        (
+            "a sync that begins before the write has ended",
+            back,
+            vec![(write, 5, 8, 0, 4096), (sync, 7, 9, 1, 0)],
+            1,
+        ),
+        (
+            "the same, stable",
+            through,
+            vec![(write, 5, 8, 0, 4096), (sync, 7, 9, 1, 0), (sync, 25, 26, 1, 0)],
+            1,
+        ),
+        ("a sync that ends late", back, vec![(write, 5, 6, 0, 4096), (sync, 25, 45, 1, 0)], 1),
+        (
+            "a plain write where it must be stable",
+            through,
+            vec![(write, 5, 6, 0, 4096), (sync, 25, 26, 1, 0)],
+            1,
+        ),
+        ("short", back, vec![(write, 5, 6, 0, 512), (sync, 25, 26, 1, 0)], 1),
+        (
+            "failed, then said OK",
+            back,
+            vec![(write, 5, 6, 0, 4096), (sync, 7, 8, 1, -5), (sync, 25, 26, 1, 0)],
+            1,
+        ),
+    ] {
+        assert_eq!(broken(negotiated, &entries), count, "{what}: {:?}", judged(negotiated, &entries));
     }
 }

@@ -71,10 +71,6 @@ impl Code {
         self.push(0x77, dst, 0, 0, bits)
     }
 
-    pub fn and(&mut self, dst: Reg, mask: i32) -> &mut Self {
-        self.push(0x57, dst, 0, 0, mask)
-    }
-
     pub fn load(&mut self, dst: Reg, from: Reg, off: i16) -> &mut Self {
         self.push(0x79, dst, from, off, 0)
     }

@@ -43,7 +43,7 @@ pub struct Operation {
     pub flags: u64,
     /// The entry waits for others of its ring (IOSQE_IO_LINK, IOSQE_IO_DRAIN): nobody knows when it began.
     pub waits: bool,
-    /// What `write` writes, its first bytes.
+    /// What `write`, or the first piece of `writev`, writes: as many bytes as are kept.
     pub bytes: Vec<u8>,
     /// Before it begins, and after it has ended: places in the one order of all.
     pub entry: usize,
@@ -57,7 +57,7 @@ impl Operation {
         self.exit.is_some() && self.result == -i64::from(errno)
     }
 
-    fn new(name: &'static str, entry: usize) -> Self {
+    pub fn new(name: &'static str, entry: usize) -> Self {
         Self {
             name,
             file: None,
@@ -213,8 +213,8 @@ fn call(record: &[u8], number: u64, place: usize) -> Operation {
         libc::SYS_ioctl => ("ioctl(BLKZEROOUT)", 0, 0, 0),
         _ => ("another call", 0, 0, 0),
     };
-    let kept = usize::try_from(length).unwrap_or(BYTES_MAX).min(BYTES_MAX);
-    let bytes = if name == "write" { record[BYTES..BYTES + kept].to_vec() } else { Vec::new() };
+    let writes = ["write", "writev"].contains(&name);
+    let bytes = if writes { record[BYTES..BYTES + BYTES_MAX].to_vec() } else { Vec::new() };
     let file_flags = word(record, FILE_FLAGS) & 0xffff_ffff;
     Operation { length, offset, flags, bytes, file_flags, ..Operation::new(name, place) }
 }

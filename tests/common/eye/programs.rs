@@ -67,9 +67,10 @@ pub const MARK: libc::c_long = libc::SYS_fadvise64;
 pub const BLKZEROOUT: i32 = 0x127f;
 
 const STACK: Reg = 10;
-/// A record begins here on the stack, which ends at 0; above it one word to read into.
-const RECORD: i16 = -360;
+/// A record begins here on the stack, which ends at 0; above it a word to read into, and an iovec.
+const RECORD: i16 = -384;
 const SCRATCH: i16 = -16;
+const PIECE: i16 = -40;
 
 fn at(offset: usize) -> i16 {
     RECORD + i16::try_from(offset).unwrap()
@@ -165,8 +166,12 @@ impl Shared<'_> {
         follow(&mut code);
         self.tell_file(&mut code)?;
         let most = i32::try_from(BYTES_MAX).unwrap();
-        code.skip_unless(7, i32::try_from(libc::SYS_write).unwrap(), 7);
+        // Where the bytes are, and how many: two arguments, or the first piece of a vector.
         code.load(3, STACK, argument(1)).load(2, STACK, argument(2));
+        code.skip_if(7, i32::try_from(libc::SYS_write).unwrap(), 7);
+        code.skip_unless(7, i32::try_from(libc::SYS_writev).unwrap(), 11);
+        code.set(2, 16).mov(1, STACK).add(1, PIECE.into()).call(READ_USER);
+        code.load(3, STACK, PIECE).load(2, STACK, PIECE + 8);
         code.skip_unless_above(2, most, 1).set(2, most);
         code.mov(1, STACK).add(1, at(BYTES).into()).call(READ_USER);
         Ok(self.send(code, BYTES + BYTES_MAX))
