@@ -31,10 +31,11 @@ impl EngineKind {
         }
     }
 
-    /// What an operation is for the host's kernel: a system call, or an entry of the ring.
-    pub fn call(self, op: &HostOp) -> &'static str {
+    /// What an operation is for the host's kernel: a system call, or an entry of the ring; `buffered`
+    /// where the image is not opened with O_DIRECT.
+    pub fn call(self, op: &HostOp, buffered: bool) -> &'static str {
         match self {
-            EngineKind::Uring => uring::ring_entry(op),
+            EngineKind::Uring => uring::ring_entry(op, buffered),
             EngineKind::Blocking => blocking::system_call(op),
         }
     }

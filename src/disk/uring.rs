@@ -480,9 +480,12 @@ fn vectors(iov: &Iov, offset: u64) -> Option<(*const libc::iovec, libc::c_int, i
     Some((pieces.as_ptr(), libc::c_int::try_from(pieces.len()).ok()?, i64::try_from(offset).ok()?))
 }
 
-/// What an operation is in the ring, with the flags that matter.
-pub fn ring_entry(op: &HostOp) -> &'static str {
+/// What an operation is in the ring, with the flags that matter, and what is tried before
+/// ([`UringEngine::try_inline`]) in the modes that use the page cache.
+pub fn ring_entry(op: &HostOp, buffered: bool) -> &'static str {
     match op {
+        HostOp::Readv { .. } if buffered => "preadv2(RWF_NOWAIT), else IORING_OP_READ",
+        HostOp::Writev { dsync: false, .. } if buffered => "pwritev2(RWF_NOWAIT), else IORING_OP_WRITE",
         HostOp::Readv { .. } => "IORING_OP_READ",
         HostOp::Writev { dsync: false, .. } => "IORING_OP_WRITE",
         HostOp::Writev { dsync: true, .. } => "IORING_OP_WRITE(RWF_DSYNC)",

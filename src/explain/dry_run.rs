@@ -57,6 +57,9 @@ pub struct Answer {
     /// that makes a difference.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub where_refused: Option<Vec<&'static str>>,
+    /// All calls of two such requests in flight at once, if they are not simply twice those of one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub two_at_once: Option<Vec<&'static str>>,
 }
 
 /// Before the guest runs.
@@ -116,8 +119,8 @@ impl Trial<'_> {
     fn begin(&self, refuse: bool) -> (Arc<WriteCache>, (Disk, Calls), Vec<&'static str>) {
         let cache = Arc::new(WriteCache::new(self.image.policy()));
         let calls = Calls::default();
-        let kind = self.engine;
-        let engine = Box::new(Recorder { calls: calls.clone(), kind, ended: Vec::new(), refuse });
+        let (kind, buffered) = (self.engine, !self.image.policy().direct);
+        let engine = Box::new(Recorder { calls: calls.clone(), kind, buffered, ended: Vec::new(), refuse });
         let mut disk = Disk::new(Arc::clone(self.image), Arc::clone(&cache), engine, self.image.stable());
         cache.negotiate(self.negotiated);
         if let Some(value) = self.sets {
@@ -131,18 +134,29 @@ impl Trial<'_> {
 
     /// A request of one block at the image's beginning.
     fn answer(&self, kind: u32, flags: u32) -> Answer {
-        let (status, calls) = self.run(kind, flags, false);
-        let (_, refused) = self.run(kind, flags, true);
-        Answer { status, where_refused: (refused != calls).then_some(refused), calls }
+        let (status, calls) = self.run(kind, flags, 1, false);
+        let (_, refused) = self.run(kind, flags, 1, true);
+        let (_, two) = self.run(kind, flags, 2, false);
+        let (mut twice, mut sorted) = ([calls.as_slice(), &calls].concat(), two.clone());
+        twice.sort_unstable();
+        sorted.sort_unstable();
+        Answer {
+            status,
+            where_refused: (refused != calls).then_some(refused),
+            two_at_once: (sorted != twice).then_some(two),
+            calls,
+        }
     }
 
-    fn run(&self, kind: u32, flags: u32, refuse: bool) -> (&'static str, Vec<&'static str>) {
+    /// So many requests at once: the status of all, and the calls.
+    fn run(&self, kind: u32, flags: u32, times: u64, refuse: bool) -> (&'static str, Vec<&'static str>) {
         let (_, (mut disk, calls), _) = self.begin(refuse);
-        let op = match self.parse(kind, flags) {
-            Ok(op) => op,
-            Err(status) => return (name(status), vec![]),
-        };
-        disk.submit(0, op);
+        for id in 0..times {
+            match self.parse(kind, flags) {
+                Ok(op) => disk.submit(id, op),
+                Err(status) => return (name(status), vec![]),
+            }
+        }
         let ok = finish(&mut disk);
         (name(if ok { Status::Ok } else { Status::IoErr }), calls.take())
     }
@@ -219,13 +233,15 @@ struct Recorder {
     calls: Calls,
     /// Whose words are used.
     kind: EngineKind,
+    /// The page cache is used.
+    buffered: bool,
     ended: Vec<Ended>,
     refuse: bool,
 }
 
 impl Engine for Recorder {
     fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
-        self.calls.push(self.kind.call(&op));
+        self.calls.push(self.kind.call(&op, self.buffered));
         let result = match &op {
             HostOp::Writev { dsync: true, .. } | HostOp::PunchHole { .. } | HostOp::ZeroRange { .. }
                 if self.refuse =>
@@ -287,6 +303,45 @@ mod tests {
                 assert_eq!(driver.write.where_refused, refused, "{} {driver:?}", policy.name);
                 let flush: &[&str] = if policy.honour_flush { &["fdatasync"] } else { &[] };
                 assert_eq!(driver.flush.calls, flush, "{} {driver:?}", policy.name);
+            }
+        }
+    }
+
+    #[test]
+    fn the_ring_is_told_with_what_is_tried_before_it() {
+        let directory = tempfile::tempdir().unwrap();
+        for policy in POLICIES.iter().filter(|policy| !policy.direct) {
+            for driver in drivers(&image(&directory, &format!("cache={}", policy.name)), EngineKind::Uring) {
+                assert_eq!(driver.read.calls, ["preadv2(RWF_NOWAIT), else IORING_OP_READ"]);
+                let negotiated =
+                    Negotiated { flush: driver.negotiates_flush, config_wce: driver.negotiates_config_wce };
+                let on = driver.writeback != 0;
+                let stable = policy.write_must_be_stable(negotiated, on, on);
+                let plain = "pwritev2(RWF_NOWAIT), else IORING_OP_WRITE";
+                // One that is stable by itself cannot end before it has been waited for.
+                let expected = if stable { "IORING_OP_WRITE(RWF_DSYNC)" } else { plain };
+                assert_eq!(driver.write.calls, [expected], "{} {driver:?}", policy.name);
+            }
+        }
+    }
+
+    #[test]
+    fn two_at_once_share_a_sync_where_they_may() {
+        let directory = tempfile::tempdir().unwrap();
+        let (write, sync) = ("pwritev", "fdatasync");
+        for (by, one, two) in [
+            ("dsync", vec!["pwritev2(RWF_DSYNC)"], None),
+            ("fdatasync", vec![write, sync], None),
+            ("group", vec![write, sync], Some(vec![write, write, sync])),
+            ("auto", vec!["pwritev2(RWF_DSYNC)"], Some(vec![write, write, sync])),
+        ] {
+            let image = image(&directory, &format!("cache=writethrough,stable={by}"));
+            for driver in drivers(&image, EngineKind::Blocking) {
+                if driver.writeback == 0 && driver.sets_writeback.is_none() {
+                    assert_eq!((&driver.write.calls, &driver.write.two_at_once), (&one, &two), "{by}");
+                }
+                assert_eq!(driver.flush.two_at_once, Some(vec![sync]), "{by}");
+                assert_eq!(driver.read.two_at_once, None);
             }
         }
     }

@@ -112,10 +112,14 @@ fn driver_text(driver: &Driver) -> String {
         text += &hang("    by setting it ", &calls(&driver.on_setting));
     }
     for (name, answer) in answers(driver) {
-        let words = match answer.status {
+        let mut words = match answer.status {
             "OK" => calls(&answer.calls),
             status => format!("{status}, {}", calls(&answer.calls)),
         };
+        // What else shares a sync does it in the same way.
+        if let (Some(two), "write") = (&answer.two_at_once, name) {
+            words += &format!("; for two at once {}", calls(two));
+        }
         text += &hang(&format!("    {name:<13} "), &words);
     }
     text

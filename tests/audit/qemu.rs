@@ -175,6 +175,35 @@ fn a_failed_sync_is_latched_by_qemu_in_the_page_cache_and_not_with_o_direct() {
     }
 }
 
+fn audit_ring(graph: Graph, write_cache: bool, words: &str) -> Option<Audit> {
+    let eye = ring::eye()?;
+    let image = Image::new();
+    let console = image.path.with_extension("console");
+    let mut command = Command::new(program());
+    configure(&mut command, graph, write_cache, words, &image, &console);
+    let (audit, seen) = ring::audit(eye, &image.path, &console, &mut command, exit(0x2a));
+    println!("{graph:?}, write-cache={write_cache}, {words}: {seen:?} {audit}");
+    Some(audit)
+}
+
+#[test]
+fn the_file_nodes_defect_is_found_in_the_ring_too() {
+    let Some(version) = version() else { return };
+    if !kvm() {
+        return;
+    }
+    for words in ["", "noflush nowce", "wb=0"] {
+        let graph = Graph { aio: "io_uring", raw: false, ..PLAIN };
+        let Some(audit) = audit_ring(graph, false, words) else { return };
+        let first = |f: &Finding| matches!(f, Finding::WriteNotStable { write: 1, .. });
+        if version <= (7, 2) {
+            assert!(audit.findings.iter().any(first), "the known defect is not found: {words} {audit}");
+        } else if version >= (10, 0) {
+            assert_eq!(audit.verdict(), "kept", "{graph:?} {words}: {audit}");
+        }
+    }
+}
+
 #[test]
 fn qemus_ring_keeps_what_it_acknowledges_and_without_flushes_it_does_not() {
     if version().is_none() || !kvm() {
@@ -183,15 +212,9 @@ fn qemus_ring_keeps_what_it_acknowledges_and_without_flushes_it_does_not() {
     for (direct, no_flush) in [(false, false), (true, false), (false, true)] {
         for write_cache in [true, false] {
             for (words, _) in NEGOTIATIONS {
-                let Some(eye) = ring::eye() else { return };
                 let graph = Graph { aio: "io_uring", direct, no_flush, ..PLAIN };
-                let image = Image::new();
-                let console = image.path.with_extension("console");
-                let mut command = Command::new(program());
-                configure(&mut command, graph, write_cache, words, &image, &console);
-                let (audit, seen) = ring::audit(eye, &image.path, &console, &mut command, exit(0x2a));
-                let what = format!("{graph:?}, write-cache={write_cache}, {words}: {seen:?} {audit}");
-                println!("{what}");
+                let Some(audit) = audit_ring(graph, write_cache, words) else { return };
+                let what = format!("{graph:?}, write-cache={write_cache}, {words}: {audit}");
                 assert_eq!(audit.writes, 8, "{what}");
                 let promised = audit.stable_writes > 0 || audit.flushes > 0;
                 let expected = if no_flush && promised { "broken promises" } else { "kept" };

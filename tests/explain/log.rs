@@ -1,4 +1,4 @@
-//! strace's log as calls on one image, each with how far the guest's console had come.
+//! strace's log, or what the eye has seen, as calls on one image, each with how far the guest's console had come.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -6,6 +6,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::calls;
+use crate::eye::Operation;
 
 /// strace with all that the log is made of.
 pub fn strace(log: &Path) -> Command {
@@ -56,6 +57,32 @@ impl Log {
         for line in text.lines() {
             read.line(line, image.to_str().unwrap(), directory);
         }
+        read
+    }
+
+    /// The same of what the eye has seen of these files: image, console, the image's directory.
+    pub fn seen(operations: &[Operation]) -> Self {
+        let mut read = Self::default();
+        let mut ring = Inline::default();
+        for operation in operations {
+            let offset = read.console.len();
+            match operation.file {
+                Some(0) => {
+                    read.opened.get_or_insert_with(|| opened(operation.file_flags));
+                    read.calls.extend(ring.call(operation).map(|call| (offset, call)));
+                }
+                Some(1) if operation.name == "write" => {
+                    let len = usize::try_from(operation.result).unwrap();
+                    let text = String::from_utf8_lossy(operation.bytes.get(..len).unwrap());
+                    read.console += &text.replace(['\r', '\n'], "");
+                }
+                Some(2) if operation.name == "fsync" => {
+                    read.calls.push((offset, "fsync(directory)".into()));
+                }
+                _ => {}
+            }
+        }
+        assert!(!ring.is_pending(), "refused, and nothing done instead: {:?}", read.calls);
         read
     }
 
@@ -128,4 +155,60 @@ fn call(name: &str, arguments: &str) -> String {
         _ => None,
     };
     flags.map_or_else(|| name.to_owned(), |flags| format!("{name}({flags})"))
+}
+
+fn opened(flags: u64) -> String {
+    let has = |flag: libc::c_int| flags & u64::try_from(flag).unwrap() != 0;
+    assert!(!has(libc::O_DSYNC) && !has(libc::O_SYNC), "{flags:#x}");
+    let access = if has(libc::O_RDWR) { "O_RDWR" } else { "O_RDONLY" };
+    format!("{access}{}", if has(libc::O_DIRECT) { "|O_DIRECT" } else { "" })
+}
+
+/// The tries without the ring: (call, entry behind it). One that succeeds stands for both, and so does
+/// the entry behind one that was refused; after EOPNOTSUPP the entry alone does.
+const TRIES: [(&str, &str); 2] = [("preadv2", "IORING_OP_READ"), ("pwritev2", "IORING_OP_WRITE")];
+
+#[derive(Default)]
+struct Inline {
+    refused: [bool; 2],
+    given_up: [bool; 2],
+}
+
+impl Inline {
+    /// The operation in the words of `--explain`.
+    fn call(&mut self, operation: &Operation) -> Option<String> {
+        let flags = operation.flags;
+        let plain = |entry: &str| operation.name == entry && flags == 0;
+        for (at, (call, entry)) in TRIES.into_iter().enumerate() {
+            let both = format!("{call}(RWF_NOWAIT), else {entry}");
+            if operation.name == call && flags == u64::try_from(libc::RWF_NOWAIT).unwrap() {
+                assert!(!self.given_up[at], "tried again after EOPNOTSUPP: {operation:?}");
+                self.refused[at] = operation.result < 0;
+                self.given_up[at] = operation.has_failed_with(libc::EOPNOTSUPP);
+                return (!self.refused[at]).then_some(both);
+            }
+            if plain(entry) && (self.given_up[at] || self.refused[at]) {
+                self.refused[at] = false;
+                return Some(both);
+            }
+        }
+        Some(in_words(operation.name, flags))
+    }
+
+    fn is_pending(&self) -> bool {
+        self.refused.contains(&true)
+    }
+}
+
+/// An entry, or a call, with the flags that matter.
+fn in_words(name: &str, flags: u64) -> String {
+    let flags = match (name, flags) {
+        ("IORING_OP_FSYNC", 1) => "IORING_FSYNC_DATASYNC",
+        ("IORING_OP_FALLOCATE", 3) => "FALLOC_FL_KEEP_SIZE|FALLOC_FL_PUNCH_HOLE",
+        ("IORING_OP_FALLOCATE", 0x11) => "FALLOC_FL_KEEP_SIZE|FALLOC_FL_ZERO_RANGE",
+        ("IORING_OP_WRITE", 2) => "RWF_DSYNC",
+        (_, 0) => return name.to_owned(),
+        (_, other) => return format!("{name}({other:#x})"),
+    };
+    format!("{name}({flags})")
 }

@@ -103,8 +103,12 @@ fn trace(kernel: &Path, image: &Image, mode: &str, words: &str) -> (i32, Log) {
 }
 
 fn sync(calls: &[String]) -> Sync {
-    let synced =
-        calls.iter().any(|call| ["fdatasync", "fsync", "pwritev2(RWF_DSYNC)"].contains(&call.as_str()));
+    let syncs = |call: &String| {
+        ["fdatasync", "fsync"].contains(&call.as_str())
+            || call.contains("FSYNC")
+            || call.contains("RWF_DSYNC")
+    };
+    let synced = calls.iter().any(syncs);
     if synced { Sync::Yes } else { Sync::No }
 }
 
@@ -157,5 +161,13 @@ fn qemu_with_the_same_driver_differs_only_where_the_docs_say_so() {
 fn calls_are_judged_by_their_syncs() {
     let told: Value = serde_json::json!(["pwritev", "fdatasync"]);
     assert_eq!(sync(&calls(&told)), Sync::Yes);
-    assert_eq!(sync(&["pwritev".into()]), Sync::No);
+    for (call, expected) in [
+        ("pwritev", Sync::No),
+        ("pwritev2(RWF_DSYNC)", Sync::Yes),
+        ("pwritev2(RWF_NOWAIT), else IORING_OP_WRITE", Sync::No),
+        ("IORING_OP_WRITE(RWF_DSYNC)", Sync::Yes),
+        ("IORING_OP_FSYNC(IORING_FSYNC_DATASYNC)", Sync::Yes),
+    ] {
+        assert_eq!(sync(&[call.into()]), expected, "{call}");
+    }
 }

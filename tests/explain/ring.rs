@@ -1,0 +1,81 @@
+//! `--explain --json` for engine=io_uring keeps its word: what the kernel's tracepoints show of ring and
+//! system calls is what was told, for every mode, driver and way to stable writes.
+
+use serde_json::Value;
+
+use crate::eye::Eye;
+use crate::log::{self, Log, stages};
+use crate::machine::*;
+use crate::{MODES, after_reset, calls, explain, takes, words};
+
+fn watch(image: &Image, disk: &str, words: &str, status: i32) -> Option<Log> {
+    let mut eye = Eye::open().map_err(|reason| skip(&format!("{reason}; io_uring is not seen"))).ok()?;
+    let console = log::console(&image.path);
+    std::fs::write(&console, "").unwrap();
+    for file in [&image.path, &console, image.path.parent().unwrap()] {
+        eye.shows(file);
+    }
+    let mut command = minivmm();
+    start(&mut command, Entry::Elf, &format!("scenario=io {words}"));
+    command.arg("--console").arg(format!("file={}", console.display()));
+    command.args(["--timeout", "100", "--disk", disk]);
+    eye.watches(&mut command);
+    run(&mut command, b"").expect(exit(status), &format!("{disk} {words}"));
+    Some(Log::seen(&eye.operations().unwrap()))
+}
+
+/// What was told for a write behind the setting of the byte: in any order with the sync of what was complete
+/// before, and like a write that meets another one where that sync still runs.
+fn behind_the_setting(driver: &Value, seen: &[String]) -> bool {
+    let on_setting = calls(&driver["on_setting"]);
+    let mut among_others = driver["write"].get("two_at_once").map(calls).unwrap_or_default();
+    among_others.dedup();
+    let sorted = |calls: &[String]| {
+        let mut calls = calls.to_vec();
+        calls.sort();
+        calls
+    };
+    !on_setting.is_empty()
+        && [calls(&driver["write"]["calls"]), among_others]
+            .into_iter()
+            .any(|told| sorted(seen) == sorted(&[on_setting.as_slice(), &told].concat()))
+}
+
+#[test]
+fn the_ring_is_asked_for_exactly_what_was_told_beforehand() {
+    if !kvm() {
+        return;
+    }
+    for mode in MODES {
+        for by in ["dsync", "fdatasync", "group", "auto"] {
+            let image = Image::new();
+            let disk = image.disk(&format!("cache={mode},engine=io_uring,stable={by}"));
+            let told = explain(&disk);
+            assert_eq!((&told["engine"], &told["stable"]), (&"io_uring".into(), &by.into()));
+            let drivers = told["calls"]["drivers"].as_array().unwrap();
+            for driver in drivers {
+                let words = words(driver);
+                let what = format!("cache={mode} stable={by} {words}");
+                let status = if takes(driver) { 0x20 } else { 0x25 };
+                let Some(log) = watch(&image, &disk, &words, status) else { return };
+                // Who is asked for nothing, in unsafe, is not seen with a file.
+                if !log.calls().is_empty() {
+                    assert_eq!(log.opened.as_deref(), told["open_flags"].as_str(), "{what}");
+                }
+                let mut expected = vec![("start", calls(&told["calls"]["start"]))];
+                if takes(driver) {
+                    expected.extend(stages(driver));
+                    expected.extend(stages(after_reset(drivers, driver)));
+                } else {
+                    expected.push(("FAILED", calls(&driver["on_setting"])));
+                }
+                expected.push(("end", calls(&told["calls"]["end"])));
+                let seen = log.cut(&expected, &what);
+                if takes(driver) && behind_the_setting(driver, &seen[1].1) {
+                    expected[1].1.clone_from(&seen[1].1);
+                }
+                assert_eq!(seen, expected, "{what}");
+            }
+        }
+    }
+}
