@@ -112,7 +112,7 @@ impl Code {
         self.push(0x05, 0, 0, by, 0)
     }
 
-    pub fn to_end(&mut self) -> &mut Self {
+    pub fn leave(&mut self) -> &mut Self {
         self.to_end.push(self.instructions.len());
         self.skip(0)
     }

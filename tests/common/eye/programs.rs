@@ -91,18 +91,18 @@ impl Shared<'_> {
         let mut code = Code::default();
         code.mov(6, 1).call(PID_TGID).mov(9, 0);
         code.store_value(STACK, SCRATCH, 0).map(1, self.process).mov(2, STACK).add(2, SCRATCH.into());
-        code.call(MAP_LOOKUP).skip_unless(0, 0, 1).to_end().load(8, 0, 0);
+        code.call(MAP_LOOKUP).skip_unless(0, 0, 1).leave().load(8, 0, 0);
         code.mov(1, 9).shift_right(1, 32);
         match own {
-            None => code.skip_if_same(1, 8, 1).to_end(),
+            None => code.skip_if_same(1, 8, 1).leave(),
             Some(thread) => code
                 .skip_if_same(1, 8, 6)
                 .mov_low(1, 9)
                 .skip_if(1, thread, 1)
-                .to_end()
+                .leave()
                 .load(2, 6, 8)
                 .skip_if(2, i32::try_from(MARK).unwrap(), 1)
-                .to_end(),
+                .leave(),
         };
         code
     }
@@ -142,7 +142,7 @@ impl Shared<'_> {
             let to_go = i16::try_from(CALLS.len() - index).unwrap();
             code.skip_if(7, i32::try_from(*call).unwrap(), to_go);
         }
-        code.to_end();
+        code.leave();
         Self::head(&mut code, ENTER);
         code.store(STACK, at(WHAT), 7);
         for word in 0..BYTES_MAX / 8 {
@@ -152,7 +152,7 @@ impl Shared<'_> {
         read_kernel(&mut code, at(REGISTERS));
         let argument = |number: usize| at(REGISTERS + ARGUMENTS[number]);
         code.skip_unless(7, i32::try_from(libc::SYS_ioctl).unwrap(), 3);
-        code.load(1, STACK, argument(1)).skip_if(1, BLKZEROOUT, 1).to_end();
+        code.load(1, STACK, argument(1)).skip_if(1, BLKZEROOUT, 1).leave();
         // The descriptor that is written to, by call.
         code.load(8, STACK, argument(0));
         for (call, number) in [(libc::SYS_mmap, 4), (libc::SYS_copy_file_range, 2), (libc::SYS_splice, 2)] {
