@@ -2,7 +2,7 @@
 //!
 //! Owns the account of one disk and its two forms, JSON and text. Nothing here is a second table of
 //! modes: what the host will be asked for comes out of the device's own parser, the disk's own state
-//! machine and the blocking engine's own names ([`dry_run`]). Where the image lies is [`place`]'s
+//! machine and the engine's own names ([`dry_run`]). Where the image lies is [`place`]'s
 //! business, and which disk of the host is below it [`layers`]'s.
 
 mod dry_run;

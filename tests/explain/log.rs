@@ -204,9 +204,9 @@ impl Inline {
 fn in_words(name: &str, flags: u64) -> String {
     let flags = match (name, flags) {
         ("IORING_OP_FSYNC", 1) => "IORING_FSYNC_DATASYNC",
-        ("IORING_OP_FALLOCATE", 3) => "FALLOC_FL_KEEP_SIZE|FALLOC_FL_PUNCH_HOLE",
-        ("IORING_OP_FALLOCATE", 0x11) => "FALLOC_FL_KEEP_SIZE|FALLOC_FL_ZERO_RANGE",
-        ("IORING_OP_WRITE", 2) => "RWF_DSYNC",
+        ("IORING_OP_FALLOCATE" | "fallocate", 3) => "FALLOC_FL_KEEP_SIZE|FALLOC_FL_PUNCH_HOLE",
+        ("IORING_OP_FALLOCATE" | "fallocate", 0x11) => "FALLOC_FL_KEEP_SIZE|FALLOC_FL_ZERO_RANGE",
+        ("IORING_OP_WRITE" | "pwritev2", 2) => "RWF_DSYNC",
         (_, 0) => return name.to_owned(),
         (_, other) => return format!("{name}({other:#x})"),
     };

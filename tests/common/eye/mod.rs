@@ -4,7 +4,7 @@
 //! Owns what a record means. strace does not see into a ring, and the tracepoints' own text leaves out
 //! offset, length and flags of an entry; the programs read them from the kernel's request, after the
 //! kernel has copied them from the entry. Files are told apart by the kernel's inode, not by name.
-//! Needs root, BTF and BPF (Linux 5.19 or later); the rest says [`Eye::open`].
+//! Needs root, BPF and BTF; [`Eye::open`] says what is missing.
 
 mod bpf;
 mod btf;
@@ -99,8 +99,9 @@ impl Eye {
         let own = unsafe { libc::gettid() };
         let submit = ["io_uring_submit_req", "io_uring_submit_sqe"]
             .into_iter()
-            .find(|name| btf.tracepoint_arguments(name).is_ok())
-            .ok_or("this kernel has no tracepoint of submissions to io_uring")?;
+            // Only those kernels hand over the request first.
+            .find(|name| btf.tracepoint_arguments(name).is_ok_and(|count| count <= 2))
+            .ok_or("this kernel has no tracepoint of submissions to io_uring, or another one")?;
         let probes = vec![
             Probe::attach("io_uring_complete", shared.complete()?)?,
             Probe::attach(submit, shared.submit())?,
