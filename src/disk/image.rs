@@ -11,13 +11,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::cache::CachePolicy;
 use super::counters::Counters;
 use super::format;
 use super::geometry::{self, BUFFERED, Geometry, SECTOR};
 use super::latch::SyncLatch;
+use super::lock;
 use super::monitor::{Monitor, SyncEnd};
 use super::options::{DiskOptions, EngineChoice, POLL_US, SERIAL_MAX};
 use super::stable::StableBy;
@@ -136,6 +137,7 @@ pub struct Image {
     stable: StableBy,
     fixed_buffers: bool,
     poll: Duration,
+    batch: u16,
     dsync_is_one_flush: bool,
     /// The engine that does the I/O, once it is chosen.
     engine_in_use: OnceLock<&'static str>,
@@ -172,7 +174,7 @@ impl Image {
     fn try_open(options: &DiskOptions) -> Result<Self, ImageProblem> {
         let kind = check_kind(&options.path)?;
         let file = Arc::new(open_file(options, kind)?);
-        lock(&file, options.readonly)?;
+        lock::take(&file, options.readonly)?;
         let image = Self::describe(options, kind, file)?;
         if image.is_synced_at_both_ends() {
             first_sync(&image.file, options, kind)?;
@@ -236,6 +238,7 @@ impl Image {
             engine: options.engine,
             stable: options.stable,
             fixed_buffers: options.fixed_buffers,
+            batch: options.batch,
             poll: Duration::from_micros(u64::from(options.poll_us.unwrap_or(POLL_US))),
             dsync_is_one_flush,
             engine_in_use: OnceLock::new(),
@@ -315,6 +318,11 @@ impl Image {
         self.stable
     }
 
+    /// Operations that io_uring is handed at once.
+    pub fn batch(&self) -> u16 {
+        self.batch
+    }
+
     /// How long a worker looks for more before it sleeps.
     pub fn poll(&self) -> Duration {
         self.poll
@@ -360,10 +368,7 @@ impl Image {
 
     /// Whether somebody else has locked the image so that [`Image::open`] would be refused.
     pub fn is_locked_by_another(&self) -> bool {
-        let mut wanted = whole_file_lock(self.readonly);
-        // SAFETY: `wanted` is a valid flock, which the kernel may write to, for the length of the call.
-        let result = unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut wanted) };
-        result == 0 && libc::c_int::from(wanted.l_type) != libc::F_UNLCK
+        lock::is_taken(&self.file, self.readonly)
     }
 
     /// Whether the image is synced at the start and at the end: where it may be written, and the mode
@@ -489,48 +494,6 @@ fn check_access(options: &DiskOptions) -> Result<(), ImageProblem> {
     let result =
         unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::R_OK | libc::W_OK, libc::AT_EACCESS) };
     if result == 0 { Ok(()) } else { Err(failed(io::Error::last_os_error())) }
-}
-
-/// How long a lock is waited for: a VMM that was killed a moment ago still has its io_uring taken
-/// apart by the kernel, and with it the image.
-const LOCK_WAIT: Duration = Duration::from_millis(500);
-const LOCK_STEP: Duration = Duration::from_millis(10);
-
-/// An OFD lock on the whole image: exclusive for a writer, shared for readers.
-fn lock(file: &File, readonly: bool) -> Result<(), ImageProblem> {
-    let since = Instant::now();
-    loop {
-        match try_lock(file, readonly) {
-            Err(ImageProblem::Locked(_)) if since.elapsed() < LOCK_WAIT => std::thread::sleep(LOCK_STEP),
-            other => return other,
-        }
-    }
-}
-
-fn try_lock(file: &File, readonly: bool) -> Result<(), ImageProblem> {
-    let wanted = whole_file_lock(readonly);
-    // SAFETY: `wanted` is a valid flock for the length of the call.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const wanted) } == 0 {
-        return Ok(());
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => Err(ImageProblem::Locked(error)),
-        _ => Err(host("it cannot be locked")(error)),
-    }
-}
-
-fn whole_file_lock(readonly: bool) -> libc::flock {
-    // SAFETY: flock is plain numbers, for which all zeroes are valid.
-    let mut wanted: libc::flock = unsafe { std::mem::zeroed() };
-    let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
-    // Both constants and SEEK_SET are 0, 1 or 2.
-    #[allow(clippy::cast_possible_truncation)]
-    {
-        wanted.l_type = kind as libc::c_short;
-        wanted.l_whence = libc::SEEK_SET as libc::c_short;
-    }
-    wanted
 }
 
 fn find_geometry(file: &Arc<File>, options: &DiskOptions, kind: Kind) -> Result<Geometry, ImageProblem> {

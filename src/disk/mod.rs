@@ -16,6 +16,7 @@ mod format;
 pub mod geometry;
 pub mod image;
 pub mod latch;
+mod lock;
 pub mod machine;
 pub mod monitor;
 pub mod op;

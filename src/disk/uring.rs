@@ -78,6 +78,8 @@ pub struct UringEngine {
     at_once: Vec<Ended>,
     /// Registered guest memory: (first byte, bytes), by index.
     fixed: Vec<(u64, u64)>,
+    /// Operations that are queued before the kernel gets them in the midst of a batch.
+    batch: usize,
     enabled: bool,
 }
 
@@ -109,13 +111,14 @@ impl UringEngine {
         let buffered = !image.policy().direct;
         Ok(Self {
             ring,
-            image,
             ops: Slab::default(),
             room: usize::from(entries),
             bell: Bell { counter: Box::new(0), waits_on: None, blocking: None, rung: false },
             inline: Inline { read: buffered, write: buffered },
             at_once: Vec::new(),
             fixed,
+            batch: usize::from(image.batch()),
+            image,
             enabled: false,
         })
     }
@@ -309,6 +312,11 @@ impl Engine for UringEngine {
             // The kernel has not seen it.
             self.ops.remove(number);
             self.at_once.push(Ended { token, result: Err(error) });
+        }
+        // The disk begins with the first of a long batch while the last are still being taken apart.
+        // What fails here fails again in the wait that follows, and is told there.
+        if self.ring.submission().len() >= self.batch {
+            let _ = self.enter(0);
         }
         Ok(())
     }
