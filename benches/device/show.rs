@@ -174,8 +174,10 @@ pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
     for (words, other, target) in
         [("an fdatasync per write >= 3", FDATASYNC, 3.0), ("parallel RWF_DSYNC >= 1", DSYNC, 1.0)]
     {
-        let words = format!("write cache off, depth 32: group commit over {words}");
-        promise(&[CACHE_OFF], Row::new(words, find.over(&CACHE_OFF, &GROUP, &other, target)));
+        for (stable, who) in [("auto", Who::DEVICE), ("group", GROUP)] {
+            let words = format!("write cache off, depth 32: group commit (stable={stable}) over {words}");
+            promise(&[CACHE_OFF], Row::new(words, find.over(&CACHE_OFF, &who, &other, target)));
+        }
     }
     let counts: [(_, _, Count, _); 4] = [
         ("system calls, depth 32 <= 0.2 per I/O (default)", SLEEPS, system_calls, 0.2),
