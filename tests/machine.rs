@@ -420,3 +420,29 @@ fn where_the_host_has_no_rwf_dsync_a_lone_write_is_synced_like_the_others() {
         assert_eq!(queue.completed(), [(0, true)]);
     }
 }
+
+#[test]
+fn a_flush_in_flight_keeps_neither_reads_nor_plain_writes_waiting() {
+    let (_test, image, cache) = disk("none");
+    let mut queue = Queue::new(&image, &cache, StableBy::Auto);
+    queue.disk.submit(0, Op::Flush);
+    assert_eq!(queue.kinds(), [Kind::Fdatasync]);
+    queue.read(1, BLOCK);
+    queue.write(2, BLOCK);
+    queue.disk.submit(3, Op::Flush);
+    assert_eq!(
+        queue.kinds(),
+        [Kind::Fdatasync, Kind::Read, Kind::Write],
+        "the second FLUSH has the next sync"
+    );
+    let (token, _) = queue.hands.0.lock().unwrap().operations.remove(1);
+    queue.hands.0.lock().unwrap().ended.push(Ended { token, result: Ok(BLOCK as usize) });
+    let (token, _) = queue.hands.0.lock().unwrap().operations.remove(1);
+    queue.hands.0.lock().unwrap().ended.push(Ended { token, result: Ok(BLOCK as usize) });
+    queue.disk.wait(Wake::Now).unwrap();
+    assert_eq!(queue.completed(), [(1, true), (2, true)]);
+    queue.end(Ok(0));
+    assert_eq!(queue.completed(), [(0, true)], "not the FLUSH that came while the sync was running");
+    queue.end(Ok(0));
+    assert_eq!(queue.completed(), [(3, true)]);
+}

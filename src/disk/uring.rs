@@ -502,3 +502,32 @@ pub fn ring_entry(op: &HostOp, buffered: bool) -> &'static str {
         HostOp::ZeroRange { .. } => "IORING_OP_FALLOCATE(FALLOC_FL_KEEP_SIZE|FALLOC_FL_ZERO_RANGE)",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ring_does_nothing_but_a_disks_io() {
+        let Ok(mut ring) = build(8) else { return println!("skipped: no io_uring here") };
+        let (file, other) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        register_file(&ring, &file).unwrap();
+        restrict(&ring).unwrap();
+        ring.submitter().register_enable_rings().unwrap();
+        let path = c"/";
+        let entries = [
+            opcode::Fsync::new(IMAGE).build(),
+            opcode::Nop::new().build(),
+            opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build(),
+            opcode::Fsync::new(IMAGE).build().flags(squeue::Flags::IO_DRAIN),
+        ];
+        for (entry, expected) in entries.into_iter().zip([0, -libc::EACCES, -libc::EACCES, -libc::EACCES]) {
+            // SAFETY: the entries point to nothing but `path`, which lives on.
+            unsafe { ring.submission().push(&entry) }.unwrap();
+            ring.submit_and_wait(1).unwrap();
+            assert_eq!(ring.completion().map(|end| end.result()).collect::<Vec<_>>(), [expected]);
+        }
+        let refused = ring.submitter().register_files_update(0, &[other.as_raw_fd()]);
+        assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EACCES), "nor takes another file");
+    }
+}
