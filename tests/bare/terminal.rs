@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use crate::machine::*;
@@ -23,6 +24,14 @@ impl Session {
         let (terminal, slave) = open_terminal();
         let before = settings(&slave);
         let io = || Stdio::from(slave.try_clone().unwrap());
+        // Whoever started the tests may have ignored it (nohup), which minivmm would keep.
+        // SAFETY: signal(2) may be called between fork and exec, and takes numbers.
+        unsafe {
+            command.pre_exec(|| {
+                libc::signal(libc::SIGHUP, libc::SIG_DFL);
+                Ok(())
+            })
+        };
         let child =
             command.args(["--console", "stdio"]).stdin(io()).stdout(io()).stderr(io()).spawn().unwrap();
         let watchdog = Watchdog::over(&child);
