@@ -54,6 +54,11 @@ impl<T> Slab<T> {
         u64::from(slot.turn) << 32 | u64::from(index)
     }
 
+    /// All values.
+    pub fn into_values(self) -> impl Iterator<Item = T> {
+        self.slots.into_iter().filter_map(|slot| slot.value)
+    }
+
     /// The value under `number`.
     pub fn get_mut(&mut self, number: u64) -> Option<&mut T> {
         let (index, turn) = parts(number);

@@ -446,3 +446,32 @@ fn a_flush_in_flight_keeps_neither_reads_nor_plain_writes_waiting() {
     queue.end(Ok(0));
     assert_eq!(queue.completed(), [(3, true)]);
 }
+
+#[test]
+fn a_refusal_of_rwf_dsync_after_it_has_worked_is_an_error_that_latches() {
+    let (_test, image, cache) = disk("directsync");
+    let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
+    queue.write(0, BLOCK);
+    queue.end(Ok(BLOCK as usize));
+    queue.write(1, BLOCK);
+    queue.end(error(libc::EOPNOTSUPP));
+    queue.disk.submit(2, Op::Flush);
+    assert_eq!(queue.kinds(), []);
+    assert_eq!(queue.completed(), [(0, true), (1, false), (2, false)]);
+}
+
+#[test]
+fn a_sync_that_nobody_will_judge_counts_as_failed() {
+    let (_test, image, cache) = disk("none");
+    let (mut gone, mut other) =
+        (Queue::new(&image, &cache, StableBy::Dsync), Queue::new(&image, &cache, StableBy::Dsync));
+    for queue in [&mut gone, &mut other] {
+        queue.disk.submit(1, Op::Flush);
+        queue.kinds();
+    }
+    other.end(Ok(0));
+    assert_eq!(other.completed(), [], "held by the other's sync");
+    drop(gone);
+    other.disk.wait(Wake::Now).unwrap();
+    assert_eq!(other.completed(), [(1, false)]);
+}

@@ -479,9 +479,10 @@ fn work(mailbox: &Mailbox, mut disk: Disk) {
         while outcome.is_ok() && matches!(*mailbox.lock(), State::Working(_)) {
             outcome = worker.turn();
         }
-        let outcome = outcome.and(worker.drain());
+        // Of several errors the last tells most: only an engine's says that I/O may be in flight yet.
+        let outcome = worker.drain().and(outcome);
         drop(worker);
-        let outcome = outcome.and(disk.rest().map_err(TurnError::from));
+        let outcome = disk.rest().map_err(TurnError::from).and(outcome);
         if let Err(error) = &outcome {
             warn_limited!(broken, "blk: {}; the device needs a reset", Chained(error));
             interrupt.needs_reset();

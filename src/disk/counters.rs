@@ -3,6 +3,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::engine::HostOp;
+
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),+ $(,)?) => {
         /// Counts since the start of the process.
@@ -57,6 +59,17 @@ impl Counters {
     /// One more.
     pub fn count(counter: &AtomicU64) {
         counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The counter of such an operation.
+    pub fn of(&self, op: &HostOp) -> &AtomicU64 {
+        match op {
+            HostOp::Readv { .. } => &self.preadvs,
+            HostOp::Writev { dsync: false, .. } => &self.pwritevs,
+            HostOp::Writev { dsync: true, .. } => &self.pwritevs_dsync,
+            HostOp::Fdatasync => &self.fdatasyncs,
+            HostOp::PunchHole { .. } | HostOp::ZeroRange { .. } => &self.fallocates,
+        }
     }
 
     /// All that is not 0, in one line.

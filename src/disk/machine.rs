@@ -18,6 +18,8 @@
 //!                                                                                    └──→ Err, all
 //! ```
 
+mod begin;
+
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
@@ -25,9 +27,7 @@ use std::sync::Arc;
 use super::cache::WriteCache;
 use super::counters::Counters;
 use super::engine::{Ended, Engine, HostOp, Wake};
-use super::erase::{Erase, ZeroedRange};
 use super::flight::{Flight, Next, OpenSync, Stage, Success, Who};
-use super::geometry::SectorRange;
 use super::image::Image;
 use super::latch::Ticket;
 use super::monitor::{SyncEnd, SyncStart};
@@ -35,7 +35,7 @@ pub use super::op::{Completion, DiskError, Op};
 pub use super::stable::StableBy;
 use super::stable::{Group, Member};
 use super::transfer::{Transfer, bounce_buffers};
-use crate::mem::{BufferPool, Iov};
+use crate::mem::BufferPool;
 use crate::mutants::{self, Mutant, is_on};
 use crate::slab::Slab;
 
@@ -47,6 +47,7 @@ pub struct Disk {
     stable_by: StableBy,
     /// Until the host refuses RWF_DSYNC.
     has_dsync: bool,
+    dsync_worked: bool,
     in_flight: Slab<Flight>,
     group: Group,
     pool: BufferPool,
@@ -77,6 +78,7 @@ impl Disk {
             engine,
             stable_by,
             has_dsync: true,
+            dsync_worked: false,
             in_flight: Slab::default(),
             group: Group::default(),
             undecided: Vec::new(),
@@ -155,13 +157,14 @@ impl Disk {
             self.advance(end);
         }
         self.ended = ended;
+        self.feed_engine();
         self.release_settled();
         waited
     }
 
     /// Whether a wait would end something at once, found without a system call.
     pub fn is_ready(&mut self) -> bool {
-        !self.done.is_empty() || self.engine.is_ready()
+        !self.done.is_empty() || self.group.is_due() || self.engine.is_ready()
     }
 
     /// The queue is at rest and its doorbell goes away: the engine lets go of it.
@@ -248,95 +251,6 @@ impl Disk {
         });
     }
 
-    /// The first stage of a request and its first host operation.
-    fn begin(&mut self, op: Op, wb_at_submit: bool) -> Result<(Stage, Next), DiskError> {
-        match op {
-            Op::Read(range, iov) => self.begin_transfer(range, iov, Way::default()),
-            Op::Write(range, iov) => {
-                self.check_writable()?;
-                let stable = self.cache.write_must_be_stable(wb_at_submit);
-                if stable {
-                    self.check_latch()?;
-                }
-                let (dsync, later) = match self.stable_by {
-                    _ if !stable || !self.has_dsync || is_on(Mutant::SyncBeforeWrite) => (false, false),
-                    StableBy::Dsync => (true, false),
-                    StableBy::Auto => (false, self.image.dsync_is_one_flush()),
-                    StableBy::Fdatasync | StableBy::Group => (false, false),
-                };
-                self.begin_transfer(range, iov, Way { write: true, dsync, later })
-            }
-            Op::Flush if is_on(Mutant::FlushDoesNothing) || mutants::skips_sync() => {
-                Ok((Stage::Sync, Next::Done(Ok(()))))
-            }
-            Op::Flush if !self.cache.policy().honour_flush => {
-                Counters::count(&self.image.counters.flushes_ignored);
-                Ok((Stage::Sync, Next::Done(Ok(()))))
-            }
-            Op::Flush => {
-                self.check_latch()?;
-                Ok((Stage::GroupSync, Next::Join))
-            }
-            Op::Discard(ranges) => {
-                let unmapped = |range| ZeroedRange { range, unmap: true };
-                let ranges: Vec<_> = ranges.into_iter().map(unmapped).collect();
-                self.begin_erase(&ranges, false, wb_at_submit)
-            }
-            Op::WriteZeroes(ranges) => self.begin_erase(&ranges, true, wb_at_submit),
-        }
-    }
-
-    fn begin_transfer(&mut self, range: SectorRange, iov: Iov, way: Way) -> Result<(Stage, Next), DiskError> {
-        self.check_aligned(range)?;
-        let mut transfer = Transfer::new(range.offset(), iov, way.write, way.dsync);
-        let next = if transfer.is_empty() {
-            Next::Done(Ok(()))
-        } else if way.later {
-            Next::Later
-        } else {
-            Next::Op(transfer.next_window(&self.image, &mut self.pool)?)
-        };
-        Ok((Stage::Transfer(transfer), next))
-    }
-
-    fn begin_erase(
-        &self,
-        ranges: &[ZeroedRange],
-        must_zero: bool,
-        wb_at_submit: bool,
-    ) -> Result<(Stage, Next), DiskError> {
-        self.check_writable()?;
-        for erased in ranges {
-            self.check_aligned(erased.range)?;
-        }
-        if self.cache.write_must_be_stable(wb_at_submit) {
-            self.check_latch()?;
-        }
-        let mut erase = Erase::new(ranges, must_zero, self.image.geometry().alignment);
-        let next = match erase.begin_range() {
-            Some(op) => Next::Op(op),
-            None => Next::Done(Ok(())),
-        };
-        Ok((Stage::Erase(erase), next))
-    }
-
-    fn check_writable(&self) -> Result<(), DiskError> {
-        if self.image.readonly() { Err(DiskError::Readonly) } else { Ok(()) }
-    }
-
-    fn check_latch(&self) -> Result<(), DiskError> {
-        self.image.latch.check().map_err(DiskError::Latched)
-    }
-
-    fn check_aligned(&self, range: SectorRange) -> Result<(), DiskError> {
-        let geometry = self.image.geometry();
-        if geometry.is_aligned(range) || is_on(Mutant::UnlockedRmw) {
-            Ok(())
-        } else {
-            Err(DiskError::Misaligned(geometry.alignment.offset))
-        }
-    }
-
     fn take_off(&mut self, flight: Flight, first: HostOp) {
         if flight.grouped {
             self.group.begins_write();
@@ -357,7 +271,7 @@ impl Disk {
 
     fn feed_engine(&mut self) {
         while let Some((token, op)) = self.waiting.pop_front() {
-            let counter = counter_of(&self.image.counters, &op);
+            let counter = self.image.counters.of(&op);
             // Open before the engine may begin it.
             let sync = self.open_sync(&op);
             match self.engine.submit(token, op) {
@@ -549,9 +463,17 @@ impl Disk {
         result: io::Result<usize>,
     ) -> Result<Option<HostOp>, DiskError> {
         match result {
-            Ok(count) => transfer.advance(count as u64, &self.image, &mut self.pool),
-            Err(source) if transfer.dsync && source.raw_os_error() == Some(libc::EOPNOTSUPP) => {
-                // Refused before a byte was written: this host has no RWF_DSYNC here.
+            Ok(count) => {
+                self.dsync_worked |= transfer.dsync;
+                transfer.advance(count as u64, &self.image, &mut self.pool)
+            }
+            Err(source)
+                if transfer.dsync
+                    && !self.dsync_worked
+                    && source.raw_os_error() == Some(libc::EOPNOTSUPP) =>
+            {
+                // Refused before a byte was written: this host has no RWF_DSYNC here. Where one has
+                // worked before, it is an error like any other.
                 log::info!("disk: no RWF_DSYNC on this file; stable writes use fdatasync");
                 self.has_dsync = false;
                 transfer.dsync = false;
@@ -578,21 +500,13 @@ impl Disk {
     }
 }
 
-/// How a transfer is begun.
-#[derive(Debug, Clone, Copy, Default)]
-struct Way {
-    write: bool,
-    dsync: bool,
-    /// Whether it is stable by itself is decided when the batch is known.
-    later: bool,
-}
-
-fn counter_of<'a>(counters: &'a Counters, op: &HostOp) -> &'a std::sync::atomic::AtomicU64 {
-    match op {
-        HostOp::Readv { .. } => &counters.preadvs,
-        HostOp::Writev { dsync: false, .. } => &counters.pwritevs,
-        HostOp::Writev { dsync: true, .. } => &counters.pwritevs_dsync,
-        HostOp::Fdatasync => &counters.fdatasyncs,
-        HostOp::PunchHole { .. } | HostOp::ZeroRange { .. } => &counters.fallocates,
+impl Drop for Disk {
+    /// Usually nothing is in flight. Where an engine has failed, nobody will judge the syncs that it
+    /// had: they count as failed.
+    fn drop(&mut self) {
+        for sync in std::mem::take(&mut self.in_flight).into_values().filter_map(|flight| flight.sync) {
+            self.image.latch.set(&io::Error::from_raw_os_error(libc::EIO));
+            self.image.latch.judged(sync.ticket);
+        }
     }
 }

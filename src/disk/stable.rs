@@ -61,6 +61,8 @@ pub(super) struct Group {
     waiting: Vec<Member>,
     /// Somebody who waits is a FLUSH: it waits for no write.
     urgent: bool,
+    /// Among them is a sync of our own.
+    own_waits: bool,
     /// A sync is running for these.
     running: Option<Vec<Member>>,
     /// Emptied lists, so that a sync allocates nothing.
@@ -96,8 +98,11 @@ impl Group {
             running.push(member);
             return;
         }
-        self.waiting.push(member);
         self.urgent |= urgent;
+        // A sync of our own is the same sync, however often the guest gives cause for it (R23).
+        if member.is_some() || !std::mem::replace(&mut self.own_waits, true) {
+            self.waiting.push(member);
+        }
     }
 
     /// Whether a sync has to start now. One at a time: those who come meanwhile share the next.
@@ -111,7 +116,7 @@ impl Group {
     pub(super) fn starts(&mut self) {
         let next = self.spare.pop().unwrap_or_default();
         self.running = Some(std::mem::replace(&mut self.waiting, next));
-        self.urgent = false;
+        (self.urgent, self.own_waits) = (false, false);
     }
 
     /// The sync has ended; whom it was for. Give the list back with [`Group::recycle`].
@@ -168,6 +173,19 @@ mod tests {
         assert!(!group.is_due(), "one at a time");
         assert_eq!(group.ends(), [Some(1)], "who came later is not spoken for");
         assert!(group.is_due());
+    }
+
+    #[test]
+    fn a_guest_that_turns_its_cache_off_again_and_again_waits_for_one_sync() {
+        let mut group = Group::default();
+        group.joins(Some(1), true);
+        group.starts();
+        for _ in 0..1000 {
+            group.joins(None, true);
+        }
+        assert_eq!(group.ends(), [Some(1)]);
+        group.starts();
+        assert_eq!(group.ends(), [None]);
     }
 
     #[test]

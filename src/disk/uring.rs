@@ -323,12 +323,12 @@ impl Engine for UringEngine {
 
     fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
         let before = ended.len();
-        ended.append(&mut self.at_once);
         self.reap(ended)?;
-        if let Wake::Doorbell(doorbell) = wake {
-            self.listen(doorbell)?;
-        }
         loop {
+            if let Wake::Doorbell(doorbell) = wake {
+                self.listen(doorbell)?;
+            }
+            ended.append(&mut self.at_once);
             let may_wait = match wake {
                 Wake::Now => false,
                 Wake::EndOnly => !self.ops.is_empty(),
@@ -348,7 +348,8 @@ impl Engine for UringEngine {
     }
 
     fn is_ready(&mut self) -> bool {
-        !self.at_once.is_empty() || !self.ring.completion().is_empty() || self.has_ends_to_fetch()
+        let has_ends = !self.at_once.is_empty() || !self.ring.completion().is_empty();
+        has_ends || !self.ring.submission().is_empty() || self.has_ends_to_fetch()
     }
 
     /// Takes the doorbell's read out of the ring.
