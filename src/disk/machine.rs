@@ -139,6 +139,8 @@ impl Disk {
     pub fn sync_if_switched_off(&mut self) {
         if self.cache.take_switched_off() && self.cache.policy().honour_flush && !self.image.readonly() {
             self.group.joins(None, true);
+            // Before whatever the guest asks for next.
+            self.start_shared_sync();
         }
     }
 
