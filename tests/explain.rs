@@ -89,6 +89,21 @@ fn after_reset<'a>(drivers: &'a [Value], driver: &Value) -> &'a Value {
         .unwrap()
 }
 
+/// What is to be seen of this driver's guest, from the start to the end.
+fn expected(told: &Value, driver: &Value) -> Vec<(&'static str, Vec<String>)> {
+    let mut expected = vec![("start", calls(&told["calls"]["start"]))];
+    if takes(driver) {
+        let drivers = told["calls"]["drivers"].as_array().unwrap();
+        expected.extend(stages(driver));
+        expected.extend(stages(after_reset(drivers, driver)));
+    } else {
+        // It reads its own write back before it does anything, finds another, and gives up.
+        expected.push(("FAILED", calls(&driver["on_setting"])));
+    }
+    expected.push(("end", calls(&told["calls"]["end"])));
+    expected
+}
+
 #[test]
 fn the_host_is_asked_for_exactly_what_was_told_beforehand() {
     if !can_run() {
@@ -105,15 +120,7 @@ fn the_host_is_asked_for_exactly_what_was_told_beforehand() {
             let what = format!("cache={mode} {words}");
             let log = trace(&image, &disk, &words, if takes(driver) { 0x20 } else { 0x25 });
             assert_eq!(log.opened.as_deref(), told["open_flags"].as_str(), "{what}");
-            let mut expected = vec![("start", calls(&told["calls"]["start"]))];
-            if takes(driver) {
-                expected.extend(stages(driver));
-                expected.extend(stages(after_reset(drivers, driver)));
-            } else {
-                // It reads its own write back before it does anything, finds another, and gives up.
-                expected.push(("FAILED", calls(&driver["on_setting"])));
-            }
-            expected.push(("end", calls(&told["calls"]["end"])));
+            let expected = expected(&told, driver);
             assert_eq!(log.cut(&expected, &what), expected, "{what}");
         }
         let after = std::fs::read(&image.path).unwrap();

@@ -4,9 +4,9 @@
 use serde_json::Value;
 
 use crate::eye::Eye;
-use crate::log::{self, Log, stages};
+use crate::log::{self, Log};
 use crate::machine::*;
-use crate::{MODES, after_reset, calls, explain, takes, words};
+use crate::{MODES, calls, expected, explain, takes, words};
 
 fn watch(image: &Image, disk: &str, words: &str, status: i32) -> Option<Log> {
     let mut eye = Eye::open().map_err(|reason| skip(&format!("{reason}; io_uring is not seen"))).ok()?;
@@ -62,8 +62,7 @@ fn every_way_is_what_was_told(engine: &str) {
             let disk = image.disk(&format!("cache={mode},engine={engine},stable={by}"));
             let told = explain(&disk);
             assert_eq!((&told["engine"], &told["stable"]), (&engine.into(), &by.into()));
-            let drivers = told["calls"]["drivers"].as_array().unwrap();
-            for driver in drivers {
+            for driver in told["calls"]["drivers"].as_array().unwrap() {
                 let words = words(driver);
                 let what = format!("engine={engine} cache={mode} stable={by} {words}");
                 let status = if takes(driver) { 0x20 } else { 0x25 };
@@ -72,14 +71,7 @@ fn every_way_is_what_was_told(engine: &str) {
                 if !log.calls().is_empty() {
                     assert_eq!(log.opened.as_deref(), told["open_flags"].as_str(), "{what}");
                 }
-                let mut expected = vec![("start", calls(&told["calls"]["start"]))];
-                if takes(driver) {
-                    expected.extend(stages(driver));
-                    expected.extend(stages(after_reset(drivers, driver)));
-                } else {
-                    expected.push(("FAILED", calls(&driver["on_setting"])));
-                }
-                expected.push(("end", calls(&told["calls"]["end"])));
+                let mut expected = expected(&told, driver);
                 let seen = log.cut(&expected, &what);
                 if takes(driver) && behind_the_setting(driver, &seen[1].1) {
                     expected[1].1.clone_from(&seen[1].1);
