@@ -4,6 +4,8 @@
 
 #[path = "common/console_rig.rs"]
 mod console_rig;
+#[path = "common/desc.rs"]
+mod desc;
 
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::time::Duration;

@@ -26,6 +26,8 @@ use crate::slab::Slab;
 
 /// Largest buffer that the kernel registers as one, in bytes.
 const FIXED_MAX: u64 = 1 << 30;
+/// A kernel that has so many batches already gets the next with the rest of what is queued.
+const BUSY_BATCHES: usize = 4;
 /// The image, in the ring's table of files.
 const IMAGE: Fixed = Fixed(0);
 /// Numbers that the slab never gives out.
@@ -313,9 +315,11 @@ impl Engine for UringEngine {
             self.ops.remove(number);
             self.at_once.push(Ended { token, result: Err(error) });
         }
-        // The disk begins with the first of a long batch while the last are still being taken apart.
-        // What fails here fails again in the wait that follows, and is told there.
-        if self.ring.submission().len() >= self.batch {
+        // The disk begins with the first of a long batch while the last are still being taken apart,
+        // unless it has enough to do. What fails here fails again in the wait that follows, and is
+        // told there.
+        let queued = self.ring.submission().len();
+        if queued >= self.batch && self.ops.len().saturating_sub(queued) < BUSY_BATCHES * self.batch {
             let _ = self.enter(0);
         }
         Ok(())

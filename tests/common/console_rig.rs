@@ -10,6 +10,8 @@ use minivmm::mem::{self, Ram};
 use minivmm::virtio::mmio::MmioTransport;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::desc::{self, Desc};
+
 pub const MULTIPORT: u64 = 1 << 1;
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -127,12 +129,8 @@ impl ConsoleRig {
         u16::from_le_bytes(self.peek(addr, 2).try_into().unwrap())
     }
 
-    pub fn put_desc(&self, queue: u16, index: u16, (addr, len, flags, next): (u64, u32, u16, u16)) {
-        let at = rings(queue) + 16 * u64::from(index);
-        self.poke(at, &addr.to_le_bytes());
-        self.poke(at + 8, &len.to_le_bytes());
-        self.poke(at + 12, &flags.to_le_bytes());
-        self.poke(at + 14, &next.to_le_bytes());
+    pub fn put_desc(&self, queue: u16, index: u16, desc: Desc) {
+        self.poke(rings(queue) + 16 * u64::from(index), &desc::bytes(desc));
     }
 
     pub fn make_available(&mut self, queue: u16, head: u16) {

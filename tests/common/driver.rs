@@ -82,8 +82,7 @@ pub const HEADER: u64 = 0x5_0000;
 pub const STATUS_BYTE: u64 = 0x6_0000;
 pub const DATA: u64 = 0x10_0000;
 
-/// A descriptor: address, length, flags, next.
-pub type Desc = (u64, u32, u16, u16);
+pub use super::desc::{self, Desc};
 
 /// A device behind its transport, and the driver's side of queue 0.
 pub struct Rig {
@@ -220,12 +219,8 @@ impl Rig {
         u16::from_le_bytes([bytes[0], bytes[1]])
     }
 
-    pub fn put_desc(&self, table: u64, index: u16, (addr, len, flags, next): Desc) {
-        let at = table + 16 * u64::from(index);
-        self.poke(at, &addr.to_le_bytes());
-        self.poke(at + 8, &len.to_le_bytes());
-        self.poke(at + 12, &flags.to_le_bytes());
-        self.poke(at + 14, &next.to_le_bytes());
+    pub fn put_desc(&self, table: u64, index: u16, desc: Desc) {
+        self.poke(table + 16 * u64::from(index), &desc::bytes(desc));
     }
 
     /// Writes descriptors from index 0 of a table, each chained to the next.

@@ -132,13 +132,8 @@ impl Driver<'_> {
         u16::from_le_bytes(bytes)
     }
 
-    pub fn put_desc(&self, table: u64, index: u16, (addr, len, flags, next): Desc) {
-        let mut bytes = [0; 16];
-        bytes[..8].copy_from_slice(&addr.to_le_bytes());
-        bytes[8..12].copy_from_slice(&len.to_le_bytes());
-        bytes[12..14].copy_from_slice(&flags.to_le_bytes());
-        bytes[14..].copy_from_slice(&next.to_le_bytes());
-        self.poke(table + 16 * u64::from(index), &bytes);
+    pub fn put_desc(&self, table: u64, index: u16, desc: Desc) {
+        self.poke(table + 16 * u64::from(index), &desc::bytes(desc));
     }
 
     /// A header for the request in slot `slot`.

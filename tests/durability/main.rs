@@ -5,6 +5,8 @@
 //! still fails, in words, and belongs into `KEPT`.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
+#[path = "../common/desc.rs"]
+mod desc;
 mod images;
 mod plan;
 mod promise;

@@ -14,6 +14,7 @@ use minivmm::virtio::Interrupt;
 use minivmm::virtio::queue::{QueueConfig, Ring};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::desc;
 use super::images::{self, Images};
 use super::plan::{Ask, Plan, Step};
 use super::promise::{Change, Promises};
@@ -371,11 +372,7 @@ impl<'a> World<'a> {
     }
 
     fn put_desc(&self, table: u64, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
-        let mut bytes = [0; 16];
-        bytes[..8].copy_from_slice(&addr.to_le_bytes());
-        bytes[8..12].copy_from_slice(&len.to_le_bytes());
-        bytes[12..14].copy_from_slice(&flags.to_le_bytes());
-        bytes[14..].copy_from_slice(&next.to_le_bytes());
+        let bytes = desc::bytes((addr, len, flags, next));
         self.poke(table + 16 * u64::from(index), &bytes);
     }
 
