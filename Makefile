@@ -49,6 +49,8 @@ test: test-deps lint build guest-all guest-small
 		echo "The device's suites with $$keys."; \
 		MINIVMM_KEYS=$$keys cargo test --release --locked --quiet $(DEVICE_SUITES) || exit 1; \
 	done
+	@echo "The suites without a kernel over virtio-pci."
+	@MINIVMM_TRANSPORT=pci cargo test --release --locked --quiet $(PCI_SUITES)
 	@cargo test --release --locked --features mutants --test durability
 
 # The suites without a kernel run once with the defaults, and once with each engine and each way in
@@ -56,6 +58,8 @@ test: test-deps lint build guest-all guest-small
 ENGINES := $(foreach engine,io_uring sync,$(foreach stable,dsync fdatasync group auto,engine=$(engine),stable=$(stable))) \
 	engine=io_uring,buffers=fixed engine=io_uring,poll-us=0
 DEVICE_SUITES := --test blk --test disk --test device --test drivers --test reset --test rings --test transport
+# Those that reach the device through registers; `transport` is about virtio-mmio's own, `pci` about PCI's.
+PCI_SUITES := --test blk --test disk --test device --test drivers --test reset --test rings --test malformed --test console
 
 # Measures and compares, asserts nothing (docs/performance.md). As root it counts system calls as well.
 bench_arguments = $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \

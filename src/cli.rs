@@ -16,7 +16,7 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 
 use crate::boot::cmdline;
-use crate::disk::DiskOptions;
+use crate::disk::{DiskOptions, TransportChoice};
 use crate::job::{self, JobError};
 use crate::kvm::failure;
 use crate::vmm::{Config, ConsoleTarget, Ending, StatsTarget};
@@ -66,6 +66,12 @@ pub struct Args {
     /// Number of CPUs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = cpus, help_heading = help::MACHINE)]
     cpus: u8,
+
+    /// How the guest reaches its virtio devices: pci, or mmio
+    ///
+    /// virtio-pci with MSI-X, or virtio-mmio; the key `transport` of a disk says otherwise for that disk.
+    #[arg(long, value_name = "pci|mmio", default_value = "pci", value_parser = transport, help_heading = help::MACHINE)]
+    transport: TransportChoice,
 
     /// Disk image, with keys (repeatable: vda, vdb, ...)
     #[arg(long = "disk", value_name = "PATH[,KEY=VALUE]...", long_help = disk_help(), help_heading = help::DISKS)]
@@ -160,6 +166,10 @@ fn cpus(text: &str) -> Result<u8, String> {
     text.parse().ok().filter(|count| (1..=254).contains(count)).ok_or_else(wrong)
 }
 
+fn transport(text: &str) -> Result<TransportChoice, String> {
+    TransportChoice::by_name(text).ok_or_else(|| "it is pci or mmio".into())
+}
+
 fn console(text: &str) -> Result<ConsoleTarget, String> {
     match text.split_once('=') {
         None if text == "stdio" => Ok(ConsoleTarget::Stdio),
@@ -234,6 +244,12 @@ impl Args {
         }
     }
 
+    /// Whether any device of the machine is behind PCI; a command's streams are a device too.
+    fn uses_pci(&self) -> bool {
+        let is_pci = |disk: &DiskOptions| disk.transport.unwrap_or(self.transport) == TransportChoice::Pci;
+        self.transport == TransportChoice::Pci && self.job.is_given() || self.disks.iter().any(is_pci)
+    }
+
     /// The machine that they describe, with the test guest in the place of what was not given.
     pub fn into_config(self) -> Result<Config, ConfigError> {
         if self.kernel.is_none() && failure::hardware().is_none() {
@@ -243,6 +259,7 @@ impl Args {
                  (`minivmm check` tells in a second, and what to do)"
             );
         }
+        let pci = self.uses_pci();
         let initrd_given = self.initrd.is_some();
         let (kernel, initrd) = match (self.kernel, self.initrd) {
             (Some(kernel), Some(initrd)) => (kernel, initrd),
@@ -255,7 +272,7 @@ impl Args {
         let console = self.job.console(self.console, self.verbose > 0)?;
         // A command line of the user's stays as it is.
         let base = match self.job.is_given() && self.cmdline == cmdline::DEFAULT {
-            true => cmdline::for_command(self.verbose > 0),
+            true => cmdline::for_command(self.verbose > 0, pci),
             false => self.cmdline,
         };
         Ok(Config {
@@ -265,6 +282,7 @@ impl Args {
             memory_bytes: self.memory,
             cpus: self.cpus,
             disks: self.disks,
+            transport: self.transport,
             console,
             timeout: self.timeout,
             stats: self.stats.map(|file| file.map_or(StatsTarget::Stderr, StatsTarget::Json)),

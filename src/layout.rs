@@ -52,6 +52,18 @@ pub const VIRTIO_MMIO: u64 = 0xd000_0000;
 pub const VIRTIO_MMIO_STRIDE: u64 = 0x1000;
 /// Most virtio-mmio devices: as many as interrupt lines are left for them.
 pub const VIRTIO_MMIO_COUNT: u64 = VIRTIO_IRQS.len() as u64;
+/// Registers of PCI functions, one place a device number.
+pub const PCI_MEMORY: u64 = 0xd100_0000;
+/// What one of them has, in bytes.
+pub const PCI_MEMORY_STRIDE: u64 = 0x8000;
+/// End of what the host bridge passes on.
+pub const PCI_MEMORY_END: u64 = PCI_MEMORY + PCI_DEVICES * PCI_MEMORY_STRIDE;
+/// Device numbers of the one bus.
+pub const PCI_DEVICES: u64 = 32;
+/// Configuration space of the PCI bus, as memory.
+pub const PCI_ECAM: u64 = 0xe000_0000;
+/// Its end: 4 KiB for each of eight functions of each device.
+pub const PCI_ECAM_END: u64 = PCI_ECAM + PCI_DEVICES * 8 * 0x1000;
 /// The IOAPIC, inside KVM.
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// The local APIC, inside KVM.
@@ -80,6 +92,10 @@ const _: () = {
         RAM_HOLE,
         VIRTIO_MMIO,
         VIRTIO_MMIO + VIRTIO_MMIO_COUNT * VIRTIO_MMIO_STRIDE,
+        PCI_MEMORY,
+        PCI_MEMORY_END,
+        PCI_ECAM,
+        PCI_ECAM_END,
         IOAPIC,
         LAPIC,
         KVM_TSS,
@@ -110,6 +126,8 @@ pub const PORT_ACPI_SLEEP_CONTROL: u64 = 0x600;
 pub const PORT_ACPI_SLEEP_STATUS: u64 = 0x601;
 /// ACPI's reset register.
 pub const PORT_ACPI_RESET: u64 = 0x602;
+/// PCI configuration: an address and, at +4, data.
+pub const PORT_PCI: u64 = 0xcf8;
 
 const _: () = assert!(
     PORT_I8042 + 5 <= PORT_RTC
@@ -117,6 +135,7 @@ const _: () = assert!(
         && PORT_EXIT < PORT_SERIAL
         && PORT_SERIAL + 8 <= PORT_PVPANIC
         && PORT_PVPANIC < PORT_ACPI_SLEEP_CONTROL
+        && PORT_ACPI_RESET < PORT_PCI
 );
 
 // What the ACPI tables promise of devices' registers.

@@ -14,10 +14,11 @@
 //! | [`vcpu`], [`kvm`] | the KVM_RUN loop, irqfd, ioeventfd, CPUID, MSRs | virtio, disks |
 //! | [`boot`] | kernel, initrd, command line, zero page, CPU state, ACPI | devices' insides |
 //! | [`bus`], [`devices`] | port and MMIO dispatch; serial, power, RTC | KVM |
-//! | [`virtio`] | device trait, register core, mmio transport, virtqueues | blocks, files |
+//! | [`virtio`] | device trait, register core, mmio and pci transports, virtqueues | blocks, files |
 //! | [`explain`] | what a disk will do, told without doing it | KVM |
 //! | [`blk`] | virtio-blk: features, config space, requests, the worker | KVM, transports |
 //! | [`console`] | virtio-console: ports, their control messages, the host's streams | KVM, transports |
+//! | [`pci`] | configuration space, host bridge, MSI-X | virtio, KVM |
 //! | [`disk`] | one host image: flags, locking, policy, engines, sticky error | virtio, KVM |
 //! | [`layout`], [`mem`] | the address map; guest memory and pieces of it | everything |
 //! | [`ratelimit`], [`slab`], [`text`], [`mutants`] | quiet logs; private numbers; wrapped lines; deliberate mistakes | everything |
@@ -38,6 +39,7 @@ pub mod kvm;
 pub mod layout;
 pub mod mem;
 pub mod mutants;
+pub mod pci;
 pub mod ratelimit;
 pub mod slab;
 pub mod stats;

@@ -8,6 +8,7 @@ mod events;
 mod input;
 mod job;
 mod stop;
+mod wiring;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -23,7 +24,7 @@ use crate::blk::DeviceError;
 use crate::boot::BootError;
 use crate::boot::cpu::CpuError;
 use crate::bus::{BusError, Outcome};
-use crate::disk::{DiskOptions, ImageError};
+use crate::disk::{DiskOptions, ImageError, TransportChoice};
 use crate::job::report::CommandEnd;
 use crate::kvm::KvmError;
 use crate::kvm::failure::Failure;
@@ -52,6 +53,8 @@ pub struct Config {
     pub cpus: u8,
     /// The disks, in order.
     pub disks: Vec<DiskOptions>,
+    /// How the guest reaches its virtio devices, where a disk does not say otherwise.
+    pub transport: TransportChoice,
     /// Where the serial port leads.
     pub console: ConsoleTarget,
     /// How long the guest may run.
@@ -129,6 +132,10 @@ pub enum VmmError {
     Stop(#[from] StopError),
     #[error("too many disks: {asked}, and there is room for {max}")]
     TooManyDisks { asked: usize, max: usize },
+    #[error(
+        "too many virtio-mmio devices: {asked}, and there are interrupt lines for {max} (use transport=pci)"
+    )]
+    TooManyMmio { asked: usize, max: usize },
     #[error("cannot write the console to {path}")]
     Console { path: PathBuf, source: io::Error },
     #[error("cannot write the statistics to {path}")]

@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use common::driver::reg;
 use common::images::{TestImage, pattern};
+use common::over_pci;
 use minivmm::blk::BlockDevice;
 use minivmm::bus::{Bus, Outcome};
 use minivmm::disk::cache::POLICIES;
@@ -30,7 +31,7 @@ use minivmm::disk::machine::StableBy;
 use minivmm::disk::{DiskOptions, Image};
 use minivmm::layout::VIRTIO_MMIO;
 use minivmm::mem::{self, Ram};
-use minivmm::virtio::mmio::MmioTransport;
+use minivmm::virtio::Transport as _;
 use virtio_drivers::device::blk::{BlkReq, BlkResp, RespStatus, VirtIOBlk};
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
 use virtio_drivers::{BufferDirection, Error, Hal, PAGE_SIZE, PhysAddr};
@@ -215,8 +216,11 @@ impl Transport for Registers {
         assert_eq!(self.read(reg::QUEUE_READY), 1);
     }
 
-    /// virtio 4.2.2.2: write 0, and read it back.
+    /// virtio 4.2.2.2: write 0, and read it back. Over PCI a queue goes with all of the device.
     fn queue_unset(&mut self, queue: u16) {
+        if over_pci::is_pci() {
+            return self.write(reg::STATUS, 0);
+        }
         self.write(reg::QUEUE_SEL, queue.into());
         self.write(reg::QUEUE_READY, 0);
         assert_eq!(self.read(reg::QUEUE_READY), 0, "the queue does not stop");
@@ -289,7 +293,7 @@ impl Machine {
         let image = Arc::new(Image::open(options).unwrap());
         let device = BlockDevice::with_ram("vda", Arc::clone(&image), Some(&ram)).unwrap();
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-        let transport = MmioTransport::new(Box::new(device), ram, irq.try_clone().unwrap()).unwrap();
+        let transport = over_pci::transport(Box::new(device), ram, irq.try_clone().unwrap());
         let ringer = ringer(Arc::clone(&transport.doorbells()[0]));
         let mut bus = Bus::new();
         bus.place("vda", VIRTIO_MMIO, 0x1000, Arc::new(Mutex::new(transport))).unwrap();

@@ -78,13 +78,24 @@ tell() { echo "T $*"; }
 
 /// In each mode: what the guest sees, verified random writes, a file system's life, counters.
 /// The first disk has the engine whose system calls strace sees, the second io_uring and `stable`.
-fn a_mode_from_mkfs_to_fsck(mode: &str, stable: &str, kernel: &str, cpus: u32, memory: &str) {
+///
+/// `transports` are those of the two disks: the pairs of mode, kernel and transport are spread over the
+/// five runs.
+fn a_mode_from_mkfs_to_fsck(
+    mode: &str,
+    stable: &str,
+    kernel: &str,
+    (cpus, memory): (u32, &str),
+    transports: [&str; 2],
+) {
     let through = matches!(mode, "writethrough" | "directsync");
     let place = Host::get().place();
     place.sh("truncate -s 64M a.img b.img");
     let job = format!(
         r#"{FIELDS}
 tell cache_type $(cat /sys/block/vda/cache_type)
+tell places $(for d in vda vdb; do readlink -f /sys/block/$d | grep -oE '/pci0000:00/|/LNRO0005:' | tr -d '/:0-9'; done)
+tell messages $(grep -cE 'MSI.*virtio.*req' /proc/interrupts)
 tell cpus $(grep -c ^processor /proc/cpuinfo)
 tell memory $(awk '/MemTotal/ {{ print $2 }}' /proc/meminfo)
 tell sizes $(cat /sys/block/vda/size) $(cat /sys/block/vdb/size)
@@ -102,9 +113,10 @@ tell flushes $(field vda 16)
 dmesg -r | sed -n 's/^<[0-4]>//p' | sed 's/^/K /'
 "#
     );
+    let [first, second] = transports;
     let args = format!(
-        "--cpus {cpus} --memory {memory} --disk a.img,cache={mode},engine=sync,stable=dsync \
-         --disk b.img,cache={mode},serial=two,engine=io_uring,stable={stable}"
+        "--cpus {cpus} --memory {memory} --disk a.img,cache={mode},engine=sync,stable=dsync,transport={first} \
+         --disk b.img,cache={mode},serial=two,engine=io_uring,stable={stable},transport={second}"
     );
     let boot = Boot { kernel, args: &args, job: &job };
     // Only the calls on a.img count: strace shows the path behind each descriptor.
@@ -115,6 +127,10 @@ dmesg -r | sed -n 's/^<[0-4]>//p' | sed 's/^/K /'
     let outcome = place.sh(&traced);
     assert_eq!(outcome.status, 0, "{mode}: {outcome:#?}");
     assert_eq!(told(&outcome, "cache_type"), if through { "write through" } else { "write back" }, "{mode}");
+    let place_of = |transport: &&str| if **transport == "pci" { "pci" } else { "LNRO" };
+    assert_eq!(told(&outcome, "places"), transports.iter().map(place_of).collect::<Vec<_>>().join(" "));
+    let on_pci = transports.iter().filter(|transport| **transport == "pci").count();
+    assert!(number(&outcome, "messages") >= on_pci as u64, "{outcome:#?}");
     assert_eq!(told(&outcome, "cpus"), cpus.to_string());
     assert_eq!(told(&outcome, "sizes"), "131072 131072");
     for name in ["fio", "fsck", "sums"] {
@@ -161,30 +177,31 @@ dmesg -r | sed -n 's/^<[0-4]>//p' | sed 's/^/K /'
 
 #[test]
 fn mode_none_on_6_12() {
-    a_mode_from_mkfs_to_fsck("none", "auto", "6.12", 1, "128M");
+    a_mode_from_mkfs_to_fsck("none", "auto", "6.12", (1, "128M"), ["pci", "pci"]);
 }
 
 #[test]
 fn mode_writeback_on_6_1_with_two_cpus() {
-    a_mode_from_mkfs_to_fsck("writeback", "fdatasync", "6.1", 2, "512M");
+    a_mode_from_mkfs_to_fsck("writeback", "fdatasync", "6.1", (2, "512M"), ["pci", "mmio"]);
 }
 
 #[test]
 fn mode_writethrough_on_6_12_with_two_cpus_and_memory_beyond_the_hole() {
-    a_mode_from_mkfs_to_fsck("writethrough", "group", "6.12", 2, "4G");
+    a_mode_from_mkfs_to_fsck("writethrough", "group", "6.12", (2, "4G"), ["mmio", "pci"]);
 }
 
 #[test]
 fn mode_directsync_on_6_1() {
-    a_mode_from_mkfs_to_fsck("directsync", "dsync", "6.1", 1, "128M");
+    a_mode_from_mkfs_to_fsck("directsync", "dsync", "6.1", (1, "128M"), ["mmio", "mmio"]);
 }
 
 #[test]
 fn mode_unsafe_on_6_12() {
-    a_mode_from_mkfs_to_fsck("unsafe", "auto", "6.12", 1, "512M");
+    a_mode_from_mkfs_to_fsck("unsafe", "auto", "6.12", (1, "512M"), ["pci", "mmio"]);
 }
 
-/// A small kernel of our own reads both ACPI and `virtio_mmio.device=`, and has virtio built in.
+/// A small kernel of our own reads both ACPI and `virtio_mmio.device=`, and has virtio built in. Without
+/// ACPI it finds the PCI bus by its ports.
 #[test]
 fn a_kernel_that_reads_acpi_and_the_command_line_ends_with_one_device_a_disk() {
     let place = Host::get().place();
@@ -203,15 +220,15 @@ dd if=/dev/urandom of=/dev/vda bs=4096 count=4 2>/dev/null && sync; tell wrote $
     place.put("job.cpio", &cpio::job(&job));
     place.sh("cat base.cpio job.cpio > initrd.cpio");
     // (image, what the guest is told, what it can read): PVH and the 64-bit boot protocol.
-    for (image, parameters) in [
-        ("vmlinux", "quiet"),
-        ("bzImage", "quiet"),
-        ("vmlinux", "quiet acpi=off minivmm.end=reboot"),
-        ("bzImage", "quiet acpi=off minivmm.end=reboot -- an argument for init"),
+    for (image, parameters, transport) in [
+        ("vmlinux", "quiet", "pci"),
+        ("bzImage", "quiet", "mmio"),
+        ("vmlinux", "quiet acpi=off minivmm.end=reboot", "mmio"),
+        ("bzImage", "quiet acpi=off minivmm.end=reboot -- an argument for init", "pci"),
     ] {
         let outcome = place.sh(&format!(
             "minivmm --timeout 60 --cpus 2 --kernel $GUESTS/small/{image} --initrd initrd.cpio \
-             --append '{parameters}' --disk a.img,serial=A --disk b.img,serial=B"
+             --transport {transport} --append '{parameters}' --disk a.img,serial=A --disk b.img,serial=B"
         ));
         assert_eq!(outcome.status, 0, "{image} {parameters}: {outcome:#?}");
         for (name, expected) in

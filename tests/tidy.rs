@@ -13,7 +13,7 @@ const LAYERS: [(&str, Option<&[&str]>); 21] = [
     ("check", None),
     ("stats", Some(&["disk"])),
     ("vcpu", Some(&["kvm", "bus", "mem", "layout", "ratelimit"])),
-    ("kvm", Some(&["bus", "mem", "layout", "ratelimit"])),
+    ("kvm", Some(&["bus", "pci", "mem", "layout", "ratelimit"])),
     ("boot", Some(&["mem", "layout"])),
     ("crash", Some(&["disk", "blk", "mem", "ratelimit"])),
     ("study", Some(&["disk", "blk", "crash", "mem", "ratelimit"])),

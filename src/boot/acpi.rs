@@ -1,15 +1,18 @@
-//! The ACPI tables: RSDP, XSDT, FADT (hardware-reduced), MADT, DSDT.
+//! The ACPI tables: RSDP, XSDT, FADT (hardware-reduced), MADT, MCFG, DSDT.
 //!
 //! Owns how the machine describes itself to a kernel that reads ACPI (6.5): CPUs, interrupt
-//! controllers, power-off and reset, the serial port, the clock, pvpanic, each virtio-mmio device.
+//! controllers, power-off and reset, the serial port, the clock, pvpanic, each virtio-mmio device,
+//! the PCI host bridge.
 //! Addresses, and what the devices' registers mean, are `layout`'s.
 
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
+    AddressSpace as Window, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
+    Package, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -42,9 +45,20 @@ pub enum AcpiError {
     Ram(#[from] OutsideRam),
 }
 
+/// What the tables tell of.
+#[derive(Debug, Clone, Copy)]
+pub struct Hardware<'a> {
+    /// How many CPUs.
+    pub cpus: u8,
+    /// The virtio-mmio devices.
+    pub devices: &'a [MmioDevice],
+    /// There is a PCI bus.
+    pub pci: bool,
+}
+
 /// Writes all tables to `layout::ACPI`, the RSDP first.
-pub fn write(ram: &Ram, cpus: u8, devices: &[MmioDevice]) -> Result<(), AcpiError> {
-    let tables = tables(layout::ACPI, cpus, devices);
+pub fn write(ram: &Ram, hardware: &Hardware<'_>) -> Result<(), AcpiError> {
+    let tables = tables(layout::ACPI, hardware);
     let (bytes, max) = (tables.len() as u64, layout::ACPI_END - layout::ACPI);
     if bytes > max {
         return Err(AcpiError::TooLong { bytes, max });
@@ -53,7 +67,7 @@ pub fn write(ram: &Ram, cpus: u8, devices: &[MmioDevice]) -> Result<(), AcpiErro
 }
 
 /// The tables as they lie at `base`.
-fn tables(base: u64, cpus: u8, devices: &[MmioDevice]) -> Vec<u8> {
+fn tables(base: u64, hardware: &Hardware<'_>) -> Vec<u8> {
     // The RSDP points at what follows it, so it is written last, into the place left for it.
     let mut area = vec![0; Rsdp::len().next_multiple_of(16)];
     let mut place = |table: &dyn Aml| {
@@ -62,12 +76,17 @@ fn tables(base: u64, cpus: u8, devices: &[MmioDevice]) -> Vec<u8> {
         area.resize(area.len().next_multiple_of(16), 0);
         at
     };
-    let dsdt_at = place(&dsdt(cpus, devices));
+    let dsdt_at = place(&dsdt(hardware));
     let fadt_at = place(&fadt(dsdt_at));
-    let madt_at = place(&madt(cpus));
+    let madt_at = place(&madt(hardware.cpus));
     let mut xsdt = XSDT::new(OEM, TABLE, OEM_REVISION);
     xsdt.add_entry(fadt_at);
     xsdt.add_entry(madt_at);
+    if hardware.pci {
+        let mut mcfg = MCFG::new(OEM, TABLE, OEM_REVISION);
+        mcfg.add_ecam(layout::PCI_ECAM, 0, 0, 0);
+        xsdt.add_entry(place(&mcfg));
+    }
     let xsdt_at = place(&xsdt);
     let mut rsdp = Vec::new();
     Rsdp::new(OEM, xsdt_at).to_aml_bytes(&mut rsdp);
@@ -107,21 +126,24 @@ fn madt(cpus: u8) -> MADT {
     madt
 }
 
-fn dsdt(cpus: u8, devices: &[MmioDevice]) -> impl Aml {
+fn dsdt(hardware: &Hardware<'_>) -> impl Aml {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, OEM_REVISION);
     let mut aml = Vec::new();
     let s5 = layout::ACPI_S5_SLEEP_TYPE;
     let zero = 0_u8;
     Name::new("_S5_".into(), &Package::new(vec![&s5, &zero, &zero, &zero])).to_aml_bytes(&mut aml);
     let mut inside = Vec::new();
-    for cpu in 0..cpus {
+    for cpu in 0..hardware.cpus {
         processor(cpu, &mut inside);
     }
     serial(&mut inside);
     clock(&mut inside);
     pvpanic(&mut inside);
-    for (index, device) in devices.iter().enumerate() {
+    for (index, device) in hardware.devices.iter().enumerate() {
         virtio_mmio(index, device, &mut inside);
+    }
+    if hardware.pci {
+        pci_bridge(&mut inside);
     }
     aml.extend(Scope::raw("_SB_".into(), inside));
     for byte in aml {
@@ -176,6 +198,27 @@ fn virtio_mmio(index: usize, device: &MmioDevice, aml: &mut Vec<u8>) {
     Device::new(path(&format!("VR{index:02X}")), vec![&hid, &uid, &crs]).to_aml_bytes(aml);
 }
 
+/// A PCI Express host bridge with one bus. No _PRT: no function has an interrupt pin.
+fn pci_bridge(aml: &mut Vec<u8>) {
+    let hid = Name::new("_HID".into(), &EISAName::new("PNP0A08"));
+    let cid = Name::new("_CID".into(), &EISAName::new("PNP0A03"));
+    let segment = Name::new("_SEG".into(), &0_u8);
+    let bus = Name::new("_BBN".into(), &0_u8);
+    let uid = Name::new("_UID".into(), &0_u8);
+    let own = ports(layout::PORT_PCI, 8);
+    let numbers = Window::new_bus_number(0_u16, 0_u16);
+    let memory = Window::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        low32(layout::PCI_MEMORY),
+        low32(layout::PCI_MEMORY_END - 1),
+        None,
+    );
+    let resources = ResourceTemplate::new(vec![&numbers, &own, &memory]);
+    let crs = Name::new("_CRS".into(), &resources);
+    Device::new("PCI0".into(), vec![&hid, &cid, &segment, &bus, &uid, &crs]).to_aml_bytes(aml);
+}
+
 fn path(name: &str) -> Path {
     Path::new(name)
 }
@@ -228,14 +271,19 @@ mod tests {
 
     #[test]
     fn every_table_is_reached_from_the_rsdp_and_sums_to_zero() {
-        for (cpus, count) in [(1, 0), (2, 1), (254, 16)] {
-            let area = tables(BASE, cpus, &devices(count));
+        for (cpus, count, pci) in [(1, 0, true), (2, 1, false), (254, 16, true)] {
+            let area = tables(BASE, &Hardware { cpus, devices: &devices(count), pci });
             assert!(area.len() as u64 <= layout::ACPI_END - layout::ACPI);
             assert_eq!(&area[..8], b"RSD PTR ");
             assert_eq!((sum(&area[..20]), sum(&area[..36])), (0, 0));
             let tables = signatures(&area);
             let names: Vec<&str> = tables.iter().map(|(name, _)| name.as_str()).collect();
-            assert_eq!(names, ["XSDT", "FACP", "APIC", "DSDT"]);
+            let expected: &[&str] = if pci {
+                &["XSDT", "FACP", "APIC", "MCFG", "DSDT"]
+            } else {
+                &["XSDT", "FACP", "APIC", "DSDT"]
+            };
+            assert_eq!(names, expected);
             for (name, table) in &tables {
                 assert_eq!(sum(table), 0, "{name}");
             }
@@ -247,17 +295,26 @@ mod tests {
     fn the_disassembler_understands_the_dsdt() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("dsdt.aml");
-        let area = tables(BASE, 2, &devices(2));
-        std::fs::write(&file, &signatures(&area)[3].1).unwrap();
+        let area = tables(BASE, &Hardware { cpus: 2, devices: &devices(2), pci: true });
+        std::fs::write(&file, &signatures(&area)[4].1).unwrap();
         let Ok(output) = std::process::Command::new("iasl").arg("-d").arg(&file).output() else {
             eprintln!("skipped: iasl (acpica-tools) is not installed");
             return;
         };
         assert!(output.status.success(), "{output:?}");
         let text = std::fs::read_to_string(directory.path().join("dsdt.dsl")).unwrap();
-        for word in
-            ["LNRO0005", "VR01", "QEMU0001", "PNP0501", "_S5", "ACPI0007", "Edge, ActiveHigh, Exclusive"]
-        {
+        for word in [
+            "LNRO0005",
+            "VR01",
+            "QEMU0001",
+            "PNP0501",
+            "_S5",
+            "ACPI0007",
+            "Edge, ActiveHigh, Exclusive",
+            "PNP0A08",
+            "WordBusNumber",
+            "0xD10FFFFF",
+        ] {
             assert!(text.contains(word), "{word} is missing in:\n{text}");
         }
     }

@@ -13,13 +13,14 @@ pub const DEFAULT: &str = "console=ttyS0 reboot=k panic=-1";
 
 /// For a guest that is there for one command: no more is probed than there is, nothing is waited for.
 /// The figures are in docs/running-commands.md.
-const FAST: &str = "pci=off tsc=reliable no_timer_check random.trust_cpu=on i8042.noaux i8042.nokbd \
+const FAST: &str = "tsc=reliable no_timer_check random.trust_cpu=on i8042.noaux i8042.nokbd \
     cryptomgr.notests rcupdate.rcu_expedited=1 8250.nr_uarts=1";
 
 /// The command line of a guest that is there for one command.
-pub fn for_command(messages: bool) -> String {
+pub fn for_command(messages: bool, pci: bool) -> String {
     let quiet = if messages { "" } else { "quiet" };
-    append(&append(DEFAULT, FAST), quiet)
+    let pci = if pci { "" } else { "pci=off" };
+    [pci, FAST, quiet].iter().fold(DEFAULT.to_owned(), |line, more| append(&line, more))
 }
 
 /// Why a command line cannot be used.

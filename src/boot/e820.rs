@@ -27,8 +27,8 @@ pub struct Range {
 }
 
 /// The map of RAM in `regions` (guest address, bytes): all of it but the BIOS area, in which the
-/// ACPI tables lie.
-pub fn map(regions: &[(u64, u64)]) -> Vec<Range> {
+/// ACPI tables lie. Linux uses the configuration space of a PCI bus as memory only where it is reserved.
+pub fn map(regions: &[(u64, u64)], pci: bool) -> Vec<Range> {
     let mut ranges = Vec::new();
     for &(base, len) in regions {
         let end = base + len;
@@ -43,6 +43,11 @@ pub fn map(regions: &[(u64, u64)]) -> Vec<Range> {
                 ranges.push(Range { base: from, len: to - from, kind });
             }
         }
+    }
+    if pci {
+        let len = layout::PCI_ECAM_END - layout::PCI_ECAM;
+        ranges.push(Range { base: layout::PCI_ECAM, len, kind: Kind::Reserved });
+        ranges.sort_by_key(|range| range.base);
     }
     ranges
 }
@@ -59,8 +64,10 @@ mod tests {
             Range { base: 0x9_fc00, len: MIB - 0x9_fc00, kind: Kind::Reserved },
         ];
         let ram = |base, len| Range { base, len, kind: Kind::Ram };
-        assert_eq!(map(&ram_regions(512 * MIB)), [low[0], low[1], ram(MIB, 511 * MIB)]);
+        assert_eq!(map(&ram_regions(512 * MIB), false), [low[0], low[1], ram(MIB, 511 * MIB)]);
         let split = [low[0], low[1], ram(MIB, 3 * GIB - MIB), ram(4 * GIB, GIB)];
-        assert_eq!(map(&ram_regions(4 * GIB)), split);
+        assert_eq!(map(&ram_regions(4 * GIB), false), split);
+        let ecam = Range { base: layout::PCI_ECAM, len: MIB, kind: Kind::Reserved };
+        assert_eq!(map(&ram_regions(4 * GIB), true), [split[0], split[1], split[2], ecam, split[3]]);
     }
 }

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use crate::layout;
 use crate::mem::{self, OutsideRam, Ram};
 
+use acpi::Hardware;
 pub use kernel::KernelError;
 
 /// A virtio-mmio device, as it is announced.
@@ -45,8 +46,10 @@ pub struct Guest<'a> {
     pub cmdline: &'a str,
     /// How many CPUs.
     pub cpus: u8,
-    /// The devices to announce.
+    /// The virtio-mmio devices to announce.
     pub devices: &'a [MmioDevice],
+    /// There is a PCI bus.
+    pub pci: bool,
 }
 
 /// Where the first CPU starts, and by which protocol.
@@ -110,9 +113,10 @@ pub fn load(ram: &Ram, guest: &Guest<'_>) -> Result<Entry, BootError> {
     log::info!("kernel command line: {cmdline}");
     write_cmdline(ram, &cmdline)?;
     mem::write_bytes(ram, layout::RESET_VECTOR, &RESET_CODE)?;
-    acpi::write(ram, guest.cpus, guest.devices)?;
+    acpi::write(ram, &Hardware { cpus: guest.cpus, devices: guest.devices, pci: guest.pci })?;
     mptable::write(ram, guest.cpus)?;
-    let map = e820::map(&mem::regions(ram).iter().map(|&(base, _, len)| (base, len)).collect::<Vec<_>>());
+    let regions: Vec<_> = mem::regions(ram).iter().map(|&(base, _, len)| (base, len)).collect();
+    let map = e820::map(&regions, guest.pci);
     match kernel.entry {
         Entry::Long64 { .. } => params::write_zero_page(ram, &kernel, initrd, cmdline.len(), &map)?,
         Entry::Pvh32 { .. } => params::write_start_info(ram, initrd, &map)?,

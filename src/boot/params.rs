@@ -111,7 +111,7 @@ mod tests {
             header: Default::default(),
         };
         let initrd = Initrd { base: 0x300_0000, len: 5 };
-        write_zero_page(&ram, &kernel, Some(initrd), 9, &e820::map(&regions)).unwrap();
+        write_zero_page(&ram, &kernel, Some(initrd), 9, &e820::map(&regions, false)).unwrap();
         let mut page = boot_params::default();
         mem::read_bytes(&ram, layout::ZERO_PAGE, page.as_mut_slice()).unwrap();
         let (image, size, line) = (page.hdr.ramdisk_image, page.hdr.ramdisk_size, page.hdr.cmd_line_ptr);
@@ -126,7 +126,8 @@ mod tests {
     fn the_start_info_points_at_its_lists() {
         let regions = ram_regions(64 * MIB);
         let ram = mem::map_ram(&regions).unwrap();
-        write_start_info(&ram, Some(Initrd { base: 0x300_0000, len: 5 }), &e820::map(&regions)).unwrap();
+        write_start_info(&ram, Some(Initrd { base: 0x300_0000, len: 5 }), &e820::map(&regions, false))
+            .unwrap();
         let mut info = hvm_start_info::default();
         mem::read_bytes(&ram, layout::PVH_START_INFO, info.as_mut_slice()).unwrap();
         assert_eq!((info.nr_modules, info.memmap_entries), (1, 3));

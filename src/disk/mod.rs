@@ -26,4 +26,4 @@ mod transfer;
 pub mod uring;
 
 pub use image::{Image, ImageError};
-pub use options::{DiskOptions, OptionsError};
+pub use options::{DiskOptions, OptionsError, TransportChoice};

@@ -48,6 +48,8 @@ pub struct DiskOptions {
     pub batch: u16,
     /// Microseconds that a worker looks for more before it sleeps; what suits the host where not given.
     pub poll_us: Option<u32>,
+    /// How the guest reaches the device; as the machine's other devices where not given.
+    pub transport: Option<TransportChoice>,
     /// Guest RAM is registered with io_uring, which pins all of it.
     pub fixed_buffers: bool,
     /// Every transfer of a direct mode goes through a private buffer, so that a guest that changes
@@ -64,6 +66,34 @@ pub enum EngineChoice {
     Uring,
     /// The blocking engine.
     Blocking,
+}
+
+/// How a guest reaches a virtio device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TransportChoice {
+    /// virtio-pci with MSI-X (virtio 4.1).
+    Pci,
+    /// virtio-mmio (virtio 4.2).
+    Mmio,
+}
+
+impl TransportChoice {
+    /// By the name on the command line.
+    pub fn by_name(name: &str) -> Option<Self> {
+        match name {
+            "pci" => Some(Self::Pci),
+            "mmio" => Some(Self::Mmio),
+            _ => None,
+        }
+    }
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pci => "pci",
+            Self::Mmio => "mmio",
+        }
+    }
 }
 
 /// Why `--disk` cannot be understood.
@@ -104,7 +134,7 @@ struct Key {
     set: fn(&mut DiskOptions, &str) -> Option<()>,
 }
 
-static KEYS: [Key; 13] = [
+static KEYS: [Key; 14] = [
     Key {
         name: "cache",
         takes: "none|writethrough|writeback|directsync|unsafe",
@@ -210,6 +240,16 @@ static KEYS: [Key; 13] = [
         },
     },
     Key {
+        name: "transport",
+        takes: "pci|mmio",
+        help: "how the guest reaches the disk [what --transport says]",
+        alone: None,
+        set: |options, value| {
+            options.transport = Some(TransportChoice::by_name(value)?);
+            Some(())
+        },
+    },
+    Key {
         name: "buffers",
         takes: "plain|fixed",
         help: "fixed registers guest memory with io_uring, which pins all of it at the start [plain]",
@@ -270,6 +310,7 @@ impl DiskOptions {
             stable: StableBy::Auto,
             batch: BATCH,
             poll_us: None,
+            transport: None,
             fixed_buffers: false,
             bounce_always: false,
         }
@@ -338,7 +379,7 @@ mod tests {
     #[test]
     fn every_key_is_understood() {
         let text = "a.img,cache=unsafe,readonly,serial=x y,queue-size=64,block-size=4096,discard=off,\
-                    bounce=always,format=raw,engine=io_uring,stable=group,buffers=fixed,poll-us=7,batch=9";
+                    bounce=always,format=raw,engine=io_uring,stable=group,buffers=fixed,poll-us=7,batch=9,transport=mmio";
         let expected = DiskOptions {
             path: "a.img".into(),
             cache: CachePolicy::by_name("unsafe").unwrap(),
@@ -353,6 +394,7 @@ mod tests {
             fixed_buffers: true,
             batch: 9,
             poll_us: Some(7),
+            transport: Some(TransportChoice::Mmio),
             bounce_always: true,
         };
         assert_eq!(text.parse(), Ok(expected));

@@ -7,12 +7,13 @@
 pub mod cpuid;
 pub mod failure;
 pub mod msrs;
+pub mod routes;
 pub mod run_page;
 
 use std::io;
 
 use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
@@ -149,6 +150,12 @@ pub fn interrupt(vm: &VmFd, line: u32) -> Result<EventFd, KvmError> {
 pub fn bind_doorbell(vm: &VmFd, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
     vm.register_ioevent(event, &IoEventAddress::Mmio(address), value)
         .map_err(|error| KvmError::Refused("a doorbell (ioeventfd)", error))
+}
+
+/// Lets KVM itself write `event` when the guest writes anything to `address`, in any width.
+pub fn bind_doorbell_at(vm: &VmFd, event: &EventFd, address: u64) -> Result<(), KvmError> {
+    vm.register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+        .map_err(|error| KvmError::Refused("a doorbell of any width (ioeventfd)", error))
 }
 
 #[cfg(test)]

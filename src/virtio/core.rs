@@ -144,6 +144,8 @@ pub struct Core {
     queues: Vec<QueueState>,
     doorbells: Vec<Arc<EventFd>>,
     config_generation: u32,
+    /// Configuration space may have changed by itself since the generation was last read.
+    config_changed: bool,
     errors: RateLimit,
 }
 
@@ -169,6 +171,7 @@ impl Core {
             queues: Vec::new(),
             doorbells,
             config_generation: 0,
+            config_changed: false,
             errors: RateLimit::for_guest_errors(),
         };
         core.forget_driver();
@@ -180,8 +183,13 @@ impl Core {
         &self.doorbells
     }
 
+    /// The queue that is selected, whether or not there is one.
+    pub fn queue_sel(&self) -> u32 {
+        self.queue_sel
+    }
+
     /// Reads a register; those that are only written read 0.
-    pub fn read(&self, reg: Reg) -> u32 {
+    pub fn read(&mut self, reg: Reg) -> u32 {
         match reg {
             Reg::DeviceId => self.device.device_id(),
             Reg::DeviceFeatures => {
@@ -206,7 +214,7 @@ impl Core {
             }),
             Reg::QueueNotify => 0,
             Reg::Status => self.status.get(),
-            Reg::ConfigGeneration => self.config_generation,
+            Reg::ConfigGeneration => self.generation(),
         }
     }
 
@@ -253,7 +261,15 @@ impl Core {
         self.status.0.store(0, Ordering::SeqCst);
         self.forget_driver();
         // The device may have restored fields that the driver had changed.
-        self.config_generation = self.config_generation.wrapping_add(1);
+        self.config_changed = true;
+    }
+
+    /// Another one after each change that a driver may have seen half of. It is counted when it is read,
+    /// so that of the 256 values that PCI has room for two neighbours always differ (virtio 4.1.4.3.1).
+    fn generation(&mut self) -> u32 {
+        let changed = std::mem::take(&mut self.config_changed);
+        self.config_generation = self.config_generation.wrapping_add(u32::from(changed)) & 0xff;
+        self.config_generation
     }
 
     fn forget_driver(&mut self) {
@@ -353,7 +369,7 @@ impl Core {
         if added & status::FEATURES_OK != 0 {
             self.device.negotiated(self.driver_features);
             // The device may have changed fields to suit what was negotiated (virtio 5.2.5.2).
-            self.config_generation = self.config_generation.wrapping_add(1);
+            self.config_changed = true;
         }
         self.status.0.fetch_or(added, Ordering::SeqCst);
         if added & status::DRIVER_OK != 0 {

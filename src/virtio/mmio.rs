@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::core::{Core, DeviceStatus, Half, QueuePart, Reg};
-use super::{Interrupt, VirtioDevice};
+use super::{Interrupt, Transport, VirtioDevice};
 use crate::bus::{BusDevice, Outcome};
 use crate::mem::Ram;
 
@@ -137,17 +137,7 @@ impl MmioTransport {
         Ok(Self { core: Core::new(device, ram, status, interrupt)?, line })
     }
 
-    /// The doorbells, by queue: each is rung by a write of its index to [`QUEUE_NOTIFY`].
-    pub fn doorbells(&self) -> &[Arc<EventFd>] {
-        self.core.doorbells()
-    }
-
-    /// Resets the device: when this returns no I/O is in flight.
-    pub fn stop(&mut self) {
-        self.core.reset();
-    }
-
-    fn read_register(&self, offset: u64) -> u32 {
+    fn read_register(&mut self, offset: u64) -> u32 {
         match register(offset) {
             Register::Magic => MAGIC,
             Register::Version => VERSION,
@@ -198,5 +188,16 @@ impl BusDevice for MmioTransport {
             self.write_register(offset, u32::from_le_bytes(bytes));
         }
         Outcome::Continue
+    }
+}
+
+impl Transport for MmioTransport {
+    /// Each is rung by a write of its queue's index to [`QUEUE_NOTIFY`].
+    fn doorbells(&self) -> &[Arc<EventFd>] {
+        self.core.doorbells()
+    }
+
+    fn stop(&mut self) {
+        self.core.reset();
     }
 }

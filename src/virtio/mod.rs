@@ -1,16 +1,18 @@
 //! virtio, device side: what a device is to a transport, and a transport to a device.
 //!
 //! Owns the traits between them. Knows nothing of blocks, files or KVM. The register and status
-//! machine is [`core`]; [`mmio`] maps addresses to its registers; [`queue`] walks the rings.
+//! machine is [`core`]; [`mmio`] and [`pci`] map addresses to its registers; [`queue`] walks the rings.
 
 pub mod core;
 pub mod mmio;
+pub mod pci;
 pub mod queue;
 
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::bus::BusDevice;
 use crate::mem::Ram;
 use queue::Ring;
 
@@ -24,7 +26,7 @@ pub mod feature {
     pub const VERSION_1: u64 = 1 << 32;
 }
 
-/// How a device reaches the driver. Mmio and, later, MSI-X; tests count.
+/// How a device reaches the driver: mmio's line, PCI's messages; tests count.
 pub trait Interrupt: Send + Sync {
     /// A used-buffer notification for queue `index`.
     fn queue(&self, index: u16);
@@ -66,6 +68,14 @@ pub enum ActivateError {
     /// A worker is gone.
     #[error("the worker of queue {0} has ended")]
     Worker(u16),
+}
+
+/// A device behind its transport, as the machine sees it.
+pub trait Transport: BusDevice {
+    /// One eventfd a queue, for KVM to signal at each notification.
+    fn doorbells(&self) -> &[Arc<EventFd>];
+    /// Resets the device: when this returns no I/O is in flight.
+    fn stop(&mut self);
 }
 
 /// A virtio device, as its transport sees it.

@@ -5,38 +5,42 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::job::{self, JobEnd};
 use super::stop::OpenDisk;
+use super::wiring::{self, Wired};
 use super::{Config, ConsoleTarget, VmmError, host};
 use crate::blk::BlockDevice;
-use crate::boot::{self, Guest, MmioDevice, cmdline};
+use crate::boot::{self, Guest, cmdline};
 use crate::bus::Bus;
 use crate::devices::console::{ConsoleOutput, Panicked, Stopping};
 use crate::devices::exit::{ExitPort, Pvpanic};
 use crate::devices::power::{ACPI_LEN, AcpiRegisters, I8042, I8042_LEN};
 use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, SerialPort};
-use crate::disk::{DiskOptions, Image};
+use crate::disk::{DiskOptions, Image, TransportChoice};
 use crate::kvm::cpuid::{self, Place};
 use crate::kvm::run_page::RunPage;
 use crate::kvm::{self, msrs};
 use crate::layout;
 use crate::mem::{self, Ram};
+use crate::pci::root::{ConfigPorts, PORTS_LEN};
 use crate::vcpu::Vcpu;
-use crate::virtio::VirtioDevice;
-use crate::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::virtio::{Transport, VirtioDevice};
+
+/// Most disks: they have letters.
+const DISKS_MAX: usize = 26;
 
 /// Everything that lives as long as the VM.
 pub struct Machine {
     /// The CPUs, until they run.
     pub vcpus: Vec<Vcpu>,
     /// The virtio devices.
-    pub transports: Vec<Arc<Mutex<MmioTransport>>>,
+    pub transports: Vec<Arc<Mutex<dyn Transport>>>,
     /// The disks.
     pub disks: Vec<OpenDisk>,
     /// The serial port.
@@ -46,7 +50,7 @@ pub struct Machine {
     /// To be set when the end begins.
     pub stopping: Stopping,
     /// Lives longer than the CPUs, and shorter than the memory that it uses.
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
     _ram: Ram,
 }
 
@@ -68,19 +72,23 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
     let stopping = Stopping::default();
     let kvm = kvm::open(config.cpus)?;
     let ram = mem::map_ram(&layout::ram_regions(config.memory_bytes))?;
-    let vm = kvm::create_vm(&kvm, &ram)?;
+    let vm = Arc::new(kvm::create_vm(&kvm, &ram)?);
     let serial = serial_port(&vm, ConsoleOutput::new(console, stopping.clone()))?;
-    let ports = ports(&serial)?;
-    let mut devices = block_devices(&disks, &ram)?;
+    let mut ports = ports(&serial)?;
+    let mut devices = block_devices(config, &disks, &ram)?;
     let job = match &config.job {
         None => None,
         Some(_) => {
             let (console, job) = job::console().map_err(host("use the standard streams for the command"))?;
-            devices.push(Box::new(console));
+            devices.push((Box::new(console), config.transport));
             Some(job)
         }
     };
-    let (mmio, transports, announced) = virtio_devices(&vm, &ram, devices)?;
+    let Wired { mmio, transports, announced, root } = wiring::connect(&vm, &ram, devices)?;
+    if let Some(root) = &root {
+        let configuration = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(root))));
+        ports.place("PCI configuration", layout::PORT_PCI, PORTS_LEN, configuration)?;
+    }
     let guest = Guest {
         kernel: &config.kernel,
         initrd: config.initrd.as_deref(),
@@ -88,6 +96,7 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
         cmdline: &config.cmdline,
         cpus: config.cpus,
         devices: &announced,
+        pci: root.is_some(),
     };
     let entry = boot::load(&ram, &guest)?;
     let parts = Parts { ports: Arc::new(ports), mmio: Arc::new(mmio), ram: ram.clone() };
@@ -99,11 +108,9 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
 }
 
 fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
-    // A command's streams take the place of one.
-    let max = layout::VIRTIO_IRQS.len() - usize::from(config.job.is_some());
     let asked = config.disks.len();
-    if asked > max {
-        return Err(VmmError::TooManyDisks { asked, max });
+    if asked > DISKS_MAX {
+        return Err(VmmError::TooManyDisks { asked, max: DISKS_MAX });
     }
     let crowded = is_crowded(usize::from(config.cpus) + asked);
     let open = |options: &DiskOptions| {
@@ -166,44 +173,22 @@ fn ports(serial: &SerialEnd) -> Result<Bus, VmmError> {
     Ok(ports)
 }
 
-type VirtioDevices = (Bus, Vec<Arc<Mutex<MmioTransport>>>, Vec<MmioDevice>);
+/// A virtio device, and how the guest is to reach it.
+pub type Planned = (Box<dyn VirtioDevice>, TransportChoice);
 
-fn block_devices(disks: &[OpenDisk], ram: &Ram) -> Result<Vec<Box<dyn VirtioDevice>>, VmmError> {
-    let device = |(disk, letter): (&OpenDisk, char)| {
+fn block_devices(config: &Config, disks: &[OpenDisk], ram: &Ram) -> Result<Vec<Planned>, VmmError> {
+    let device = |((disk, options), letter): ((&OpenDisk, &DiskOptions), char)| {
         let device = BlockDevice::with_ram(&format!("vd{letter}"), Arc::clone(&disk.image), Some(ram))?;
-        log::info!("vd{letter}: engine={}, stable={}", device.engine().name(), disk.image.stable().name());
-        Ok(Box::new(device) as Box<dyn VirtioDevice>)
+        let transport = options.transport.unwrap_or(config.transport);
+        log::info!(
+            "vd{letter}: transport={}, engine={}, stable={}",
+            transport.name(),
+            device.engine().name(),
+            disk.image.stable().name()
+        );
+        Ok((Box::new(device) as Box<dyn VirtioDevice>, transport))
     };
-    disks.iter().zip('a'..='z').map(device).collect()
-}
-
-fn virtio_devices(
-    vm: &VmFd,
-    ram: &Ram,
-    devices: Vec<Box<dyn VirtioDevice>>,
-) -> Result<VirtioDevices, VmmError> {
-    let mut mmio = Bus::new();
-    let (mut transports, mut announced) = (Vec::new(), Vec::new());
-    let places = (0..).map(|index| layout::VIRTIO_MMIO + index * layout::VIRTIO_MMIO_STRIDE);
-    for ((device, base), irq) in devices.into_iter().zip(places).zip(layout::VIRTIO_IRQS) {
-        let line = kvm::interrupt(vm, irq)?;
-        let transport =
-            MmioTransport::new(device, ram.clone(), line).map_err(host("make the doorbells of a device"))?;
-        let transport = Arc::new(Mutex::new(transport));
-        bind_doorbells(vm, &transport, base)?;
-        mmio.place("virtio-mmio", base, layout::VIRTIO_MMIO_STRIDE, transport.clone())?;
-        transports.push(transport);
-        announced.push(MmioDevice { base, irq });
-    }
-    Ok((mmio, transports, announced))
-}
-
-fn bind_doorbells(vm: &VmFd, transport: &Mutex<MmioTransport>, base: u64) -> Result<(), VmmError> {
-    let transport = transport.lock().unwrap_or_else(PoisonError::into_inner);
-    for (queue, doorbell) in (0..).zip(transport.doorbells()) {
-        kvm::bind_doorbell(vm, doorbell, base + QUEUE_NOTIFY, queue)?;
-    }
-    Ok(())
+    disks.iter().zip(&config.disks).zip('a'..='z').map(device).collect()
 }
 
 /// What every CPU shares.

@@ -18,7 +18,7 @@ use super::{StatsTarget, VmmError};
 use crate::disk::Image;
 use crate::kvm::run_page::RunPage;
 use crate::stats::Stats;
-use crate::virtio::mmio::MmioTransport;
+use crate::virtio::Transport;
 
 /// Draining I/O, or a vCPU that waits for it, may take so long.
 const DRAIN_MAX: Duration = Duration::from_secs(60);
@@ -88,7 +88,7 @@ pub fn stop_vcpus(threads: &[VcpuThread], signals: &Signals) -> Result<(), StopE
 }
 
 /// Stops every device: when this returns without error no I/O is in flight.
-pub fn drain(transports: &[Arc<Mutex<MmioTransport>>], signals: &Signals) -> Result<(), StopError> {
+pub fn drain(transports: &[Arc<Mutex<dyn Transport>>], signals: &Signals) -> Result<(), StopError> {
     let mine = transports.to_vec();
     let work = thread::Builder::new().name("drain".into()).spawn(move || {
         for transport in &mine {

@@ -128,7 +128,14 @@ pub fn scratch() -> TempDir {
 
 /// Adds what every guest here is started with.
 pub fn start<'a>(command: &'a mut Command, entry: Entry, cmdline: &str) -> &'a mut Command {
-    command.arg("--kernel").arg(entry.kernel()).args(["--initrd", "none", "--cmdline", cmdline])
+    command.arg("--kernel").arg(entry.kernel()).args([
+        "--initrd",
+        "none",
+        "--transport",
+        "mmio",
+        "--cmdline",
+        cmdline,
+    ])
 }
 
 /// Runs to the end, with `input` on standard input.

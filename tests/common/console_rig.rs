@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use minivmm::bus::{BusDevice, Outcome};
 use minivmm::console::{CONTROL_RX, CONTROL_TX, ConsoleDevice, PortConfig, rx_queue, tx_queue};
 use minivmm::mem::{self, Ram};
-use minivmm::virtio::mmio::MmioTransport;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::desc::{self, Desc};
+use super::over_pci::{self, Behind};
 
 pub const MULTIPORT: u64 = 1 << 1;
 pub const NEXT: u16 = 1;
@@ -33,7 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 pub struct ConsoleRig {
     ram: Ram,
-    mmio: MmioTransport,
+    mmio: Behind,
     irq: EventFd,
     queues: u16,
     avail: Vec<u16>,
@@ -46,7 +46,7 @@ impl ConsoleRig {
         let ram = mem::map_ram(&[(0, RAM_BYTES)]).unwrap();
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let device = ConsoleDevice::new(ports).unwrap();
-        let mmio = MmioTransport::new(Box::new(device), ram.clone(), irq.try_clone().unwrap()).unwrap();
+        let mmio = over_pci::transport(Box::new(device), ram.clone(), irq.try_clone().unwrap());
         let none = vec![0; usize::from(queues)];
         Self { ram, mmio, irq, queues, avail: none.clone(), seen: none }
     }

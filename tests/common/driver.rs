@@ -10,7 +10,6 @@ use minivmm::disk::cache::WriteCache;
 use minivmm::disk::engine::Engine;
 use minivmm::disk::machine::{Disk, StableBy};
 use minivmm::mem::{self, Ram};
-use minivmm::virtio::mmio::MmioTransport;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Registers of virtio-mmio, by their names in the specification.
@@ -83,11 +82,12 @@ pub const STATUS_BYTE: u64 = 0x6_0000;
 pub const DATA: u64 = 0x10_0000;
 
 pub use super::desc::{self, Desc};
+use super::over_pci::{self, Behind};
 
 /// A device behind its transport, and the driver's side of queue 0.
 pub struct Rig {
     pub ram: Ram,
-    pub mmio: MmioTransport,
+    pub mmio: Behind,
     pub image: Arc<Image>,
     pub cache: Arc<WriteCache>,
     pub irq: EventFd,
@@ -116,7 +116,7 @@ impl Rig {
         let device =
             BlockDevice::with_disks("vda", Arc::clone(&image), Arc::clone(&cache), vec![disk]).unwrap();
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-        let mmio = MmioTransport::new(Box::new(device), ram.clone(), irq.try_clone().unwrap()).unwrap();
+        let mmio = over_pci::transport(Box::new(device), ram.clone(), irq.try_clone().unwrap());
         Self { ram, mmio, image, cache, irq, size: 16, avail: 0, used: 0 }
     }
 

@@ -8,4 +8,5 @@ pub mod driver;
 pub mod engines;
 pub mod images;
 pub mod loops;
+pub mod over_pci;
 pub mod turns;

@@ -1,0 +1,324 @@
+//! MSI-X: a table of messages, one a vector, each masked or not (PCI Local Bus 3.0, 6.8.2).
+//!
+//! Owns masks and pending bits, exactly: a vector that is masked remembers that it was signalled, and
+//! sends once when it is unmasked. How a message reaches a CPU is behind [`MessageSink`].
+
+use std::io;
+
+use crate::ratelimit::RateLimit;
+use crate::warn_limited;
+
+/// Bytes of an entry of the table.
+pub const ENTRY_BYTES: u64 = 16;
+/// Capability ID.
+pub const CAPABILITY: u8 = 0x11;
+/// Message control: the whole function is masked.
+pub const FUNCTION_MASK: u16 = 1 << 14;
+/// Message control: messages are in use.
+pub const ENABLE: u16 = 1 << 15;
+/// Vector control: the vector is masked.
+const VECTOR_MASK: u32 = 1;
+
+/// What is written where, so that a CPU is interrupted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Message {
+    /// Where: an address of the local APICs.
+    pub address: u64,
+    /// What.
+    pub data: u32,
+}
+
+/// The way of a message to the guest's CPUs: KVM's routes and irqfds; in tests, a list.
+pub trait MessageSink: Send {
+    /// From now on `vector` sends `message`.
+    fn route(&mut self, vector: u16, message: Message) -> io::Result<()>;
+    /// Sends it.
+    fn send(&self, vector: u16) -> io::Result<()>;
+}
+
+/// Registers of one vector.
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    message: Message,
+    masked: bool,
+    pending: bool,
+    /// What the sink has been told.
+    routed: Option<Message>,
+}
+
+/// The vectors of one function.
+pub struct Msix {
+    entries: Vec<Entry>,
+    enabled: bool,
+    masked: bool,
+    sink: Box<dyn MessageSink>,
+    errors: RateLimit,
+}
+
+impl Msix {
+    /// So many vectors, all masked, and messages not in use.
+    pub fn new(vectors: u16, sink: Box<dyn MessageSink>) -> Self {
+        let fresh = Entry { message: Message::default(), masked: true, pending: false, routed: None };
+        Self {
+            entries: vec![fresh; usize::from(vectors)],
+            enabled: false,
+            masked: false,
+            sink,
+            errors: RateLimit::for_guest_errors(),
+        }
+    }
+
+    /// How many vectors there are.
+    pub fn vectors(&self) -> u16 {
+        u16::try_from(self.entries.len()).unwrap_or(u16::MAX)
+    }
+
+    /// Whether messages are in use.
+    pub fn is_enabled(&self) -> bool {
+        self.enabled
+    }
+
+    /// The guest has written message control.
+    pub fn set_control(&mut self, control: u16) {
+        self.enabled = control & ENABLE != 0;
+        self.masked = control & FUNCTION_MASK != 0;
+        for vector in 0..self.vectors() {
+            self.settle(vector);
+        }
+    }
+
+    /// Signals a vector: sends its message, or remembers it while it is masked.
+    pub fn signal(&mut self, vector: u16) {
+        if let Some(entry) = self.entries.get_mut(usize::from(vector)).filter(|_| self.enabled) {
+            entry.pending = true;
+            self.settle(vector);
+        }
+    }
+
+    /// Forgets what is remembered: nothing is sent after a device's reset (virtio 2.4.1).
+    pub fn forget_pending(&mut self) {
+        for entry in &mut self.entries {
+            entry.pending = false;
+        }
+    }
+
+    /// Reads the table: aligned accesses of 4 or 8 bytes, any other reads 0.
+    pub fn read_table(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if !is_register(offset, data.len()) {
+            return;
+        }
+        for (part, to) in (0_u64..).zip(data.chunks_mut(4)) {
+            to.copy_from_slice(&self.read_register(offset + 4 * part).to_le_bytes());
+        }
+    }
+
+    /// Writes the table: aligned accesses of 4 or 8 bytes, any other is ignored.
+    pub fn write_table(&mut self, offset: u64, data: &[u8]) {
+        if !is_register(offset, data.len()) {
+            return;
+        }
+        for (part, from) in (0_u64..).zip(data.chunks(4)) {
+            if let Ok(bytes) = <[u8; 4]>::try_from(from) {
+                self.write_register(offset + 4 * part, u32::from_le_bytes(bytes));
+            }
+        }
+        if let Ok(vector) = u16::try_from(offset / ENTRY_BYTES) {
+            self.settle(vector);
+        }
+    }
+
+    /// Reads the pending bits, one a vector.
+    pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
+        for (at, to) in data.iter_mut().enumerate() {
+            let byte = usize::try_from(offset).unwrap_or(usize::MAX).saturating_add(at);
+            let first = byte.saturating_mul(8);
+            let bits = self.entries.iter().skip(first).take(8).enumerate();
+            *to = bits.fold(0, |byte, (bit, entry)| byte | u8::from(entry.pending) << bit);
+        }
+    }
+
+    /// Sends what may be sent: the sink hears of a message before the first of it.
+    fn settle(&mut self, vector: u16) {
+        let Some(entry) = self.entries.get_mut(usize::from(vector)) else { return };
+        if !self.enabled || self.masked || entry.masked {
+            return;
+        }
+        let mut result = Ok(());
+        if entry.routed != Some(entry.message) {
+            result = self.sink.route(vector, entry.message);
+            entry.routed = result.is_ok().then_some(entry.message);
+        }
+        if result.is_ok() && std::mem::take(&mut entry.pending) {
+            result = self.sink.send(vector);
+        }
+        if let Err(error) = result {
+            warn_limited!(self.errors, "pci: the message of vector {vector} cannot be sent: {error}");
+        }
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        let Some(entry) = entry_of(offset).and_then(|at| self.entries.get(at)) else { return 0 };
+        match offset % ENTRY_BYTES {
+            0 => low(entry.message.address),
+            4 => low(entry.message.address >> 32),
+            8 => entry.message.data,
+            _ => u32::from(entry.masked),
+        }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) {
+        let Some(entry) = entry_of(offset).and_then(|at| self.entries.get_mut(at)) else { return };
+        let address = &mut entry.message.address;
+        match offset % ENTRY_BYTES {
+            // The lowest two bits are always 0.
+            0 => *address = *address & !0xffff_ffff | u64::from(value & !3),
+            4 => *address = *address & 0xffff_ffff | u64::from(value) << 32,
+            8 => entry.message.data = value,
+            _ => entry.masked = value & VECTOR_MASK != 0,
+        }
+    }
+}
+
+fn is_register(offset: u64, len: usize) -> bool {
+    matches!((len, offset % 8), (4, 0 | 4) | (8, 0))
+}
+
+fn entry_of(offset: u64) -> Option<usize> {
+    usize::try_from(offset / ENTRY_BYTES).ok()
+}
+
+fn low(value: u64) -> u32 {
+    (value & 0xffff_ffff) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Default, Clone)]
+    struct Heard(Arc<Mutex<Vec<(u16, Message)>>>, Vec<Message>, bool);
+
+    impl MessageSink for Heard {
+        fn route(&mut self, vector: u16, message: Message) -> io::Result<()> {
+            if self.2 {
+                return Err(io::ErrorKind::OutOfMemory.into());
+            }
+            self.1.resize(8, Message::default());
+            self.1[usize::from(vector)] = message;
+            Ok(())
+        }
+        fn send(&self, vector: u16) -> io::Result<()> {
+            self.0.lock().unwrap().push((vector, self.1[usize::from(vector)]));
+            Ok(())
+        }
+    }
+
+    fn msix() -> (Msix, Heard) {
+        let heard = Heard::default();
+        (Msix::new(3, Box::new(heard.clone())), heard)
+    }
+
+    fn take(heard: &Heard) -> Vec<(u16, Message)> {
+        std::mem::take(&mut heard.0.lock().unwrap())
+    }
+
+    fn program(msix: &mut Msix, vector: u64, message: Message, mask: u32) {
+        let at = vector * ENTRY_BYTES;
+        msix.write_table(at, &message.address.to_le_bytes());
+        msix.write_table(at + 8, &message.data.to_le_bytes());
+        msix.write_table(at + 12, &mask.to_le_bytes());
+    }
+
+    const ONE: Message = Message { address: 0xfee0_1000, data: 0x41 };
+    const TWO: Message = Message { address: 0xfee0_2000, data: 0x42 };
+
+    #[test]
+    fn a_vector_sends_what_the_table_says() {
+        let (mut msix, heard) = msix();
+        program(&mut msix, 1, ONE, 0);
+        msix.signal(1);
+        assert_eq!(take(&heard), [], "messages are not in use");
+        msix.set_control(ENABLE);
+        assert_eq!(take(&heard), [], "and nothing was remembered meanwhile");
+        msix.signal(1);
+        msix.signal(1);
+        assert_eq!(take(&heard), [(1, ONE), (1, ONE)]);
+        msix.signal(3);
+        assert_eq!(take(&heard), [], "no such vector");
+    }
+
+    #[test]
+    fn a_masked_vector_remembers_and_sends_once_when_it_is_unmasked() {
+        let (mut msix, heard) = msix();
+        msix.set_control(ENABLE);
+        program(&mut msix, 0, ONE, 1);
+        msix.signal(0);
+        msix.signal(0);
+        msix.signal(2);
+        let mut pending = [0; 8];
+        msix.read_pending(0, &mut pending);
+        assert_eq!((take(&heard).len(), pending), (0, [0b101, 0, 0, 0, 0, 0, 0, 0]));
+        program(&mut msix, 0, TWO, 0);
+        assert_eq!(take(&heard), [(0, TWO)], "once, and the new message");
+        msix.read_pending(0, &mut pending);
+        assert_eq!(pending[0], 0b100);
+    }
+
+    #[test]
+    fn the_mask_of_the_function_holds_all_of_them() {
+        let (mut msix, heard) = msix();
+        program(&mut msix, 0, ONE, 0);
+        program(&mut msix, 1, TWO, 0);
+        msix.set_control(ENABLE | FUNCTION_MASK);
+        msix.signal(0);
+        msix.signal(1);
+        assert_eq!(take(&heard), []);
+        msix.set_control(ENABLE);
+        assert_eq!(take(&heard), [(0, ONE), (1, TWO)]);
+    }
+
+    #[test]
+    fn nothing_that_was_remembered_is_sent_after_a_reset() {
+        let (mut msix, heard) = msix();
+        msix.set_control(ENABLE);
+        msix.signal(0);
+        msix.forget_pending();
+        program(&mut msix, 0, ONE, 0);
+        assert_eq!(take(&heard), []);
+    }
+
+    #[test]
+    fn the_table_is_read_back_and_odd_accesses_do_nothing() {
+        let (mut msix, _) = msix();
+        program(&mut msix, 2, ONE, 1);
+        let mut data = [0xff; 8];
+        msix.read_table(32, &mut data);
+        assert_eq!(u64::from_le_bytes(data), ONE.address);
+        msix.read_table(40, &mut data);
+        assert_eq!(u64::from_le_bytes(data), 0x1_0000_0041);
+        for (offset, len) in [(33, 4), (34, 2), (36, 8), (32, 1), (48, 4), (u64::MAX - 3, 4)] {
+            let mut data = vec![0xff; len];
+            msix.write_table(offset, &data);
+            msix.read_table(offset, &mut data);
+            assert!(data.iter().all(|byte| *byte == 0), "{offset:#x} {len}");
+        }
+        msix.read_table(32, &mut data);
+        assert_eq!(u64::from_le_bytes(data), ONE.address);
+        msix.read_pending(u64::MAX - 7, &mut data);
+    }
+
+    #[test]
+    fn a_message_that_cannot_be_routed_is_kept_for_the_next_try() {
+        let heard = Heard::default();
+        let mut msix = Msix::new(1, Box::new(Heard(Arc::clone(&heard.0), Vec::new(), true)));
+        msix.set_control(ENABLE);
+        program(&mut msix, 0, ONE, 0);
+        msix.signal(0);
+        let mut pending = [0];
+        msix.read_pending(0, &mut pending);
+        assert_eq!((take(&heard), pending), (Vec::new(), [1]));
+    }
+}

@@ -1,0 +1,461 @@
+//! virtio over PCI (virtio 4.1), modern only: all registers in one memory region, MSI-X, no INTx.
+//!
+//! Owns the map from offsets and widths to registers, the capabilities that tell of them, and the
+//! vectors that events are mapped to. The machine behind the registers is [`super::core`], masks and
+//! pending bits are [`crate::pci::msix`]'s. Knows nothing of KVM: doorbells are eventfds, messages go
+//! to a [`MessageSink`].
+
+use std::io;
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::core::{Core, DeviceStatus, Half, QueuePart, Reg};
+use super::{Interrupt, Transport, VirtioDevice};
+use crate::bus::{BusDevice, Outcome};
+use crate::mem::Ram;
+use crate::pci::config::{ConfigSpace, Identity};
+use crate::pci::msix::{self, MessageSink, Msix};
+use crate::pci::root::PciFunction;
+
+/// Bytes of memory that a function takes, which is where its registers lie.
+pub const BAR_BYTES: u64 = 0x8000;
+/// Offset of the notification registers, for the ioeventfds.
+pub const NOTIFY: u64 = 0x3000;
+/// Distance of two queues' notification registers (notify_off_multiplier, virtio 4.1.4.4).
+pub const NOTIFY_STRIDE: u64 = 4;
+
+/// The other parts of the region.
+const COMMON: u64 = 0x0000;
+const COMMON_BYTES: u64 = 0x38;
+const ISR: u64 = 0x1000;
+const DEVICE: u64 = 0x2000;
+const DEVICE_BYTES: u64 = 0x100;
+const TABLE: u64 = 0x4000;
+const PENDING: u64 = 0x6000;
+/// Most vectors that the table has room for.
+const VECTORS_MAX: u64 = (PENDING - TABLE) / msix::ENTRY_BYTES;
+
+/// virtio's own vendor ID, and the first device ID without legacy registers (virtio 4.1.2).
+const VENDOR: u16 = 0x1af4;
+const DEVICE_0: u16 = 0x1040;
+/// Not of a transitional device (virtio 4.1.2.1).
+const REVISION: u8 = 1;
+const SUBSYSTEM: u16 = 0x40;
+
+/// An event that is mapped to no vector (virtio 4.1.5.1.2).
+const NO_VECTOR: u16 = 0xffff;
+
+/// Bits of the ISR status (virtio 4.1.4.5).
+const ISR_QUEUE: u8 = 1;
+const ISR_CONFIG: u8 = 2;
+
+/// Vendor specific capability, and what of virtio's it tells (virtio 4.1.4).
+const CAP_VENDOR: u8 = 9;
+const CAP_COMMON: u8 = 1;
+const CAP_NOTIFY: u8 = 2;
+const CAP_ISR: u8 = 3;
+const CAP_DEVICE: u8 = 4;
+const CAP_PCI: u8 = 5;
+/// Offsets in such a capability.
+const CAP_BAR: usize = 4;
+const CAP_OFFSET: usize = 8;
+const CAP_LENGTH: usize = 12;
+const CAP_DATA: usize = 16;
+
+/// A register of the common configuration (virtio 4.1.4.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Field {
+    Core(Reg),
+    ConfigVector,
+    QueueCount,
+    QueueVector,
+    NotifyOffset,
+}
+
+/// What an offset is, and its width in bytes.
+fn field(offset: u64) -> Option<(Field, usize)> {
+    use Half::{High, Low};
+    use QueuePart::{Available, Descriptors, Used};
+    let (reg, width) = match offset {
+        0x00 => (Reg::DeviceFeaturesSel, 4),
+        0x04 => (Reg::DeviceFeatures, 4),
+        0x08 => (Reg::DriverFeaturesSel, 4),
+        0x0c => (Reg::DriverFeatures, 4),
+        0x10 => return Some((Field::ConfigVector, 2)),
+        0x12 => return Some((Field::QueueCount, 2)),
+        0x14 => (Reg::Status, 1),
+        0x15 => (Reg::ConfigGeneration, 1),
+        0x16 => (Reg::QueueSel, 2),
+        0x18 => (Reg::QueueSize, 2),
+        0x1a => return Some((Field::QueueVector, 2)),
+        0x1c => (Reg::QueueReady, 2),
+        0x1e => return Some((Field::NotifyOffset, 2)),
+        0x20 => (Reg::QueueAddr(Descriptors, Low), 4),
+        0x24 => (Reg::QueueAddr(Descriptors, High), 4),
+        0x28 => (Reg::QueueAddr(Available, Low), 4),
+        0x2c => (Reg::QueueAddr(Available, High), 4),
+        0x30 => (Reg::QueueAddr(Used, Low), 4),
+        0x34 => (Reg::QueueAddr(Used, High), 4),
+        _ => return None,
+    };
+    Some((Field::Core(reg), width))
+}
+
+/// Part of the memory region, and the offset in it.
+enum Part {
+    Common(u64),
+    Isr,
+    Device(u64),
+    Notify(u64),
+    Table(u64),
+    Pending(u64),
+}
+
+fn part(offset: u64) -> Option<Part> {
+    Some(match offset {
+        COMMON..ISR => Part::Common(offset - COMMON),
+        ISR => Part::Isr,
+        DEVICE..NOTIFY => Part::Device(offset - DEVICE),
+        NOTIFY..TABLE => Part::Notify(offset - NOTIFY),
+        TABLE..PENDING => Part::Table(offset - TABLE),
+        PENDING..BAR_BYTES => Part::Pending(offset - PENDING),
+        _ => return None,
+    })
+}
+
+/// Which events are mapped to which vectors, and the ISR status.
+struct Vectors {
+    status: Arc<DeviceStatus>,
+    isr: AtomicU8,
+    config: AtomicU16,
+    queues: Vec<AtomicU16>,
+    msix: Mutex<Msix>,
+}
+
+impl Vectors {
+    fn msix(&self) -> MutexGuard<'_, Msix> {
+        self.msix.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Signals what an event is mapped to; whether messages are in use at all.
+    fn signal(&self, event: Option<&AtomicU16>) -> bool {
+        let mut msix = self.msix();
+        if msix.is_enabled()
+            && let Some(event) = event
+        {
+            // NO_VECTOR is a vector that there never is.
+            msix.signal(event.load(Ordering::SeqCst));
+        }
+        msix.is_enabled()
+    }
+
+    /// Maps an event; a vector that is not there reads back as none (virtio 4.1.5.1.2.1).
+    fn map(&self, event: Option<&AtomicU16>, vector: u32) {
+        let known = u16::try_from(vector).ok().filter(|vector| *vector < self.msix().vectors());
+        if let Some(event) = event {
+            event.store(known.unwrap_or(NO_VECTOR), Ordering::SeqCst);
+        }
+    }
+
+    /// The device is reset: nothing is mapped, nothing is to be told (virtio 4.1.5.1.2.1, 2.4.1).
+    fn reset(&self) {
+        for event in self.queues.iter().chain([&self.config]) {
+            event.store(NO_VECTOR, Ordering::SeqCst);
+        }
+        self.isr.store(0, Ordering::SeqCst);
+        self.msix().forget_pending();
+    }
+}
+
+impl Interrupt for Vectors {
+    fn queue(&self, index: u16) {
+        if !self.signal(self.queues.get(usize::from(index))) {
+            self.isr.fetch_or(ISR_QUEUE, Ordering::SeqCst);
+        }
+    }
+
+    /// The ISR status tells of it also where messages are in use (virtio 4.1.4.5.1).
+    fn config(&self) {
+        self.isr.fetch_or(ISR_CONFIG, Ordering::SeqCst);
+        self.signal(Some(&self.config));
+    }
+
+    fn needs_reset(&self) {
+        if self.status.set_needs_reset() {
+            self.config();
+        }
+    }
+}
+
+/// A virtio device as a PCI function.
+pub struct PciTransport {
+    core: Core,
+    vectors: Arc<Vectors>,
+    space: ConfigSpace,
+    /// Offset of MSI-X's capability, and of the one that is a window.
+    msix_at: usize,
+    window_at: usize,
+}
+
+impl PciTransport {
+    /// Makes a function of `device`, with its registers at `address`, a multiple of [`BAR_BYTES`].
+    /// `sink` has as many vectors as [`vectors_of`] says.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        ram: Ram,
+        address: u64,
+        sink: Box<dyn MessageSink>,
+    ) -> io::Result<Self> {
+        let (id, vectors) = (device.device_id(), vectors_of(&*device));
+        let status = Arc::new(DeviceStatus::default());
+        let vectors = Arc::new(Vectors {
+            status: Arc::clone(&status),
+            isr: AtomicU8::new(0),
+            config: AtomicU16::new(NO_VECTOR),
+            queues: device.queue_sizes().iter().map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+            msix: Mutex::new(Msix::new(vectors, sink)),
+        });
+        let interrupt: Arc<dyn Interrupt> = Arc::<Vectors>::clone(&vectors);
+        let core = Core::new(device, ram, status, interrupt)?;
+        let mut space = ConfigSpace::new(&identity(id));
+        space.place(address, BAR_BYTES);
+        let (msix_at, window_at) = add_capabilities(&mut space, vectors.msix().vectors());
+        Ok(Self { core, vectors, space, msix_at, window_at })
+    }
+
+    fn read_region(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        match part(offset) {
+            Some(Part::Common(at)) => self.read_common(at, data),
+            Some(Part::Isr) => {
+                if let Some(byte) = data.first_mut() {
+                    *byte = self.vectors.isr.swap(0, Ordering::SeqCst);
+                }
+            }
+            Some(Part::Device(at)) => self.core.read_config(at, data),
+            Some(Part::Table(at)) => self.vectors.msix().read_table(at, data),
+            Some(Part::Pending(at)) => self.vectors.msix().read_pending(at, data),
+            Some(Part::Notify(_)) | None => {}
+        }
+    }
+
+    fn write_region(&mut self, offset: u64, data: &[u8]) {
+        match part(offset) {
+            Some(Part::Common(at)) => self.write_common(at, data),
+            Some(Part::Device(at)) => self.core.write_config(at, data),
+            Some(Part::Table(at)) => self.vectors.msix().write_table(at, data),
+            // Which queue is told by the address.
+            Some(Part::Notify(at)) if at.is_multiple_of(NOTIFY_STRIDE) => {
+                let queue = u32::try_from(at / NOTIFY_STRIDE).unwrap_or(u32::MAX);
+                self.core.write(Reg::QueueNotify, queue);
+            }
+            Some(Part::Notify(_) | Part::Isr | Part::Pending(_)) | None => {}
+        }
+    }
+
+    /// Registers are read in their own width; those of 64 bits in halves or at once.
+    fn read_common(&mut self, offset: u64, data: &mut [u8]) {
+        if let [low @ .., _, _, _, _] = data
+            && low.len() == 4
+            && offset >= 0x20
+        {
+            let (low, high) = data.split_at_mut(4);
+            self.read_common(offset, low);
+            self.read_common(offset + 4, high);
+            return;
+        }
+        if let Some((field, width)) = field(offset)
+            && width == data.len()
+        {
+            let value = self.read_field(field).to_le_bytes();
+            data.copy_from_slice(&value[..width]);
+        }
+    }
+
+    fn write_common(&mut self, offset: u64, data: &[u8]) {
+        if let Some((low, high)) = data.split_at_checked(4)
+            && high.len() == 4
+            && offset >= 0x20
+        {
+            self.write_common(offset, low);
+            self.write_common(offset + 4, high);
+            return;
+        }
+        if let Some((field, width)) = field(offset)
+            && width == data.len()
+        {
+            let mut value = [0; 4];
+            value[..width].copy_from_slice(data);
+            self.write_field(field, u32::from_le_bytes(value));
+        }
+    }
+
+    fn read_field(&mut self, field: Field) -> u32 {
+        let vector =
+            |event: Option<&AtomicU16>| event.map_or(NO_VECTOR, |event| event.load(Ordering::SeqCst));
+        match field {
+            Field::Core(reg) => self.core.read(reg),
+            Field::ConfigVector => vector(Some(&self.vectors.config)).into(),
+            Field::QueueCount => u32::try_from(self.core.doorbells().len()).unwrap_or(0),
+            Field::QueueVector => vector(self.selected()).into(),
+            Field::NotifyOffset if self.selected().is_some() => self.core.read(Reg::QueueSel),
+            Field::NotifyOffset => 0,
+        }
+    }
+
+    fn write_field(&mut self, field: Field, value: u32) {
+        match field {
+            // A driver may not write 0 there (virtio 4.1.4.3.2), so a queue is not taken back.
+            Field::Core(Reg::QueueReady) if value != 1 => {}
+            Field::Core(Reg::Status) => {
+                self.core.write(Reg::Status, value);
+                if value == 0 {
+                    self.vectors.reset();
+                }
+            }
+            Field::Core(reg) => self.core.write(reg, value),
+            Field::ConfigVector => self.vectors.map(Some(&self.vectors.config), value),
+            Field::QueueVector => self.vectors.map(self.selected(), value),
+            Field::QueueCount | Field::NotifyOffset => {}
+        }
+    }
+
+    fn selected(&self) -> Option<&AtomicU16> {
+        self.vectors.queues.get(usize::try_from(self.core.queue_sel()).ok()?)
+    }
+
+    /// The access that the window in configuration space asks for: one that could be made to the
+    /// region itself (virtio 4.1.4.9.1).
+    fn window(&self) -> Option<(u64, usize)> {
+        let word = |at| {
+            let mut bytes = [0; 4];
+            self.space.get(self.window_at + at, &mut bytes);
+            u32::from_le_bytes(bytes)
+        };
+        let (bar, offset, length) = (word(CAP_BAR) & 0xff, word(CAP_OFFSET), word(CAP_LENGTH));
+        let fits = bar == 0 && matches!(length, 1 | 2 | 4) && offset.is_multiple_of(length);
+        (fits && u64::from(offset) < BAR_BYTES).then_some((u64::from(offset), usize::try_from(length).ok()?))
+    }
+
+    fn is_window_data(&self, offset: usize) -> bool {
+        (self.window_at + CAP_DATA..self.window_at + CAP_DATA + 4).contains(&offset)
+    }
+}
+
+impl PciFunction for PciTransport {
+    fn read_config(&mut self, offset: usize, data: &mut [u8]) {
+        if self.is_window_data(offset)
+            && let Some((at, length)) = self.window()
+        {
+            let mut bytes = [0; 4];
+            self.read_region(at, &mut bytes[..length]);
+            self.space.put(self.window_at + CAP_DATA, &bytes);
+        }
+        self.space.get(offset, data);
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        self.space.write(offset, data);
+        if self.is_window_data(offset)
+            && let Some((at, length)) = self.window()
+        {
+            let mut bytes = [0; 4];
+            self.space.get(self.window_at + CAP_DATA, &mut bytes);
+            self.write_region(at, &bytes[..length]);
+        }
+        let control_at = self.msix_at + 2;
+        if (control_at..control_at + 2).contains(&offset) {
+            let mut control = [0; 2];
+            self.space.get(control_at, &mut control);
+            self.vectors.msix().set_control(u16::from_le_bytes(control));
+        }
+    }
+}
+
+impl BusDevice for PciTransport {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if self.space.answers() {
+            self.read_region(offset, data);
+        } else {
+            data.fill(0xff);
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
+        if self.space.answers() {
+            self.write_region(offset, data);
+        }
+        Outcome::Continue
+    }
+}
+
+impl Transport for PciTransport {
+    fn doorbells(&self) -> &[Arc<EventFd>] {
+        self.core.doorbells()
+    }
+
+    fn stop(&mut self) {
+        self.core.reset();
+        self.vectors.reset();
+    }
+}
+
+/// How many vectors a device's function has: one for each queue and one for its configuration.
+pub fn vectors_of(device: &dyn VirtioDevice) -> u16 {
+    let vectors = device.queue_sizes().len() as u64 + 1;
+    u16::try_from(vectors.min(VECTORS_MAX)).unwrap_or(u16::MAX)
+}
+
+fn identity(device_id: u32) -> Identity {
+    let class = match device_id {
+        // Mass storage; communication; else unclassified.
+        2 => [0x01, 0x80, 0],
+        3 => [0x07, 0x80, 0],
+        _ => [0xff, 0, 0],
+    };
+    Identity {
+        vendor: VENDOR,
+        device: DEVICE_0 + u16::try_from(device_id & 0x3f).unwrap_or(0),
+        revision: REVISION,
+        class,
+        subsystem: [VENDOR, SUBSYSTEM],
+    }
+}
+
+/// Tells where the parts of the region are (virtio 4.1.4); offsets of MSI-X's capability and of the
+/// window's.
+fn add_capabilities(space: &mut ConfigSpace, vectors: u16) -> (usize, usize) {
+    let queues = u64::from(vectors.saturating_sub(1));
+    space.add_capability(CAP_VENDOR, &capability(CAP_COMMON, COMMON, COMMON_BYTES, &[]), &[]);
+    let multiplier = (NOTIFY_STRIDE & 0xff) as u8;
+    let notify = capability(CAP_NOTIFY, NOTIFY, queues * NOTIFY_STRIDE, &[multiplier, 0, 0, 0]);
+    space.add_capability(CAP_VENDOR, &notify, &[]);
+    space.add_capability(CAP_VENDOR, &capability(CAP_ISR, ISR, 1, &[]), &[]);
+    space.add_capability(CAP_VENDOR, &capability(CAP_DEVICE, DEVICE, DEVICE_BYTES, &[]), &[]);
+    // Bar, offset, length and data of the window are the driver's.
+    let mut open = [0xff; CAP_DATA + 4 - 2];
+    open[..CAP_BAR - 2].fill(0);
+    open[CAP_BAR - 1..CAP_OFFSET - 2].fill(0);
+    let window = space.add_capability(CAP_VENDOR, &capability(CAP_PCI, 0, 0, &[0; 4]), &open);
+    let low = |value: u64| u32::try_from(value).unwrap_or(0).to_le_bytes();
+    let mut table = Vec::from(vectors.saturating_sub(1).to_le_bytes());
+    // Both in base address register 0, whose number is in the lowest three bits.
+    table.extend(low(TABLE));
+    table.extend(low(PENDING));
+    let control = (msix::ENABLE | msix::FUNCTION_MASK).to_le_bytes();
+    let msix = space.add_capability(msix::CAPABILITY, &table, &control);
+    (usize::from(msix), usize::from(window))
+}
+
+/// struct virtio_pci_cap, from its third byte on.
+fn capability(kind: u8, offset: u64, length: u64, more: &[u8]) -> Vec<u8> {
+    let low = |value: u64| u32::try_from(value).unwrap_or(0).to_le_bytes();
+    let bytes = u8::try_from(CAP_DATA + more.len()).unwrap_or(0);
+    let mut body = vec![bytes, kind, 0, 0, 0, 0];
+    body.extend(low(offset));
+    body.extend(low(length));
+    body.extend(more);
+    body
+}

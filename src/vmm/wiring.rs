@@ -1,0 +1,109 @@
+//! Virtio devices are put behind their transports: addresses, doorbells, lines and messages.
+//!
+//! Owns which place a device gets. PCI functions stand in the order of the devices, so that a guest
+//! finds vda first; so do virtio-mmio devices.
+
+use std::sync::{Arc, Mutex};
+
+use kvm_ioctls::VmFd;
+
+use super::build::Planned;
+use super::{VmmError, host};
+use crate::boot::MmioDevice;
+use crate::bus::Bus;
+use crate::disk::TransportChoice;
+use crate::kvm::{self, routes::Routes};
+use crate::layout;
+use crate::mem::Ram;
+use crate::pci::root::{ECAM_BYTES, Ecam, PciFunction, PciRoot};
+use crate::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::virtio::pci::{BAR_BYTES, NOTIFY, NOTIFY_STRIDE, PciTransport, vectors_of};
+use crate::virtio::{Transport, VirtioDevice};
+
+const _: () = assert!(BAR_BYTES == layout::PCI_MEMORY_STRIDE);
+const _: () = assert!(ECAM_BYTES == layout::PCI_ECAM_END - layout::PCI_ECAM);
+
+/// Everything that is reached by memory.
+#[derive(Default)]
+pub struct Wired {
+    /// The bus with all of it.
+    pub mmio: Bus,
+    /// The devices, in order.
+    pub transports: Vec<Arc<Mutex<dyn Transport>>>,
+    /// Those that have to be announced.
+    pub announced: Vec<MmioDevice>,
+    /// The PCI bus, if any device is on it.
+    pub root: Option<Arc<PciRoot>>,
+}
+
+/// Gives each device its place.
+pub fn connect(vm: &Arc<VmFd>, ram: &Ram, devices: Vec<Planned>) -> Result<Wired, VmmError> {
+    let asked = devices.iter().filter(|(_, transport)| *transport == TransportChoice::Mmio).count();
+    let max = layout::VIRTIO_IRQS.len();
+    if asked > max {
+        return Err(VmmError::TooManyMmio { asked, max });
+    }
+    let mut wired = Wired::default();
+    let routes = Arc::new(Routes::new(Arc::clone(vm)));
+    let mut functions = Vec::new();
+    for (device, transport) in devices {
+        match transport {
+            TransportChoice::Mmio => connect_mmio(vm, ram, device, &mut wired)?,
+            TransportChoice::Pci => {
+                let number = functions.len() as u64 + 1;
+                functions.push(connect_pci(vm, &routes, ram, device, number, &mut wired)?);
+            }
+        }
+    }
+    if !functions.is_empty() {
+        let root = Arc::new(PciRoot::new(functions));
+        let ecam = Arc::new(Mutex::new(Ecam(Arc::clone(&root))));
+        wired.mmio.place("PCI configuration space", layout::PCI_ECAM, ECAM_BYTES, ecam)?;
+        wired.root = Some(root);
+    }
+    Ok(wired)
+}
+
+fn connect_mmio(
+    vm: &VmFd,
+    ram: &Ram,
+    device: Box<dyn VirtioDevice>,
+    wired: &mut Wired,
+) -> Result<(), VmmError> {
+    let index = wired.announced.len();
+    let base = layout::VIRTIO_MMIO + index as u64 * layout::VIRTIO_MMIO_STRIDE;
+    let irq = layout::VIRTIO_IRQS[index];
+    let line = kvm::interrupt(vm, irq)?;
+    let transport =
+        MmioTransport::new(device, ram.clone(), line).map_err(host("make the doorbells of a device"))?;
+    for (queue, doorbell) in (0..).zip(transport.doorbells()) {
+        kvm::bind_doorbell(vm, doorbell, base + QUEUE_NOTIFY, queue)?;
+    }
+    let transport = Arc::new(Mutex::new(transport));
+    wired.mmio.place("virtio-mmio", base, layout::VIRTIO_MMIO_STRIDE, transport.clone())?;
+    wired.transports.push(transport);
+    wired.announced.push(MmioDevice { base, irq });
+    Ok(())
+}
+
+/// The function that is device `number` of the bus.
+fn connect_pci(
+    vm: &VmFd,
+    routes: &Arc<Routes>,
+    ram: &Ram,
+    device: Box<dyn VirtioDevice>,
+    number: u64,
+    wired: &mut Wired,
+) -> Result<Arc<Mutex<dyn PciFunction>>, VmmError> {
+    let base = layout::PCI_MEMORY + number * layout::PCI_MEMORY_STRIDE;
+    let messages = routes.vectors(vectors_of(&*device))?;
+    let transport = PciTransport::new(device, ram.clone(), base, Box::new(messages))
+        .map_err(host("make the doorbells of a device"))?;
+    for (queue, doorbell) in (0..).zip(transport.doorbells()) {
+        kvm::bind_doorbell_at(vm, doorbell, base + NOTIFY + queue * NOTIFY_STRIDE)?;
+    }
+    let transport = Arc::new(Mutex::new(transport));
+    wired.mmio.place("virtio-pci", base, BAR_BYTES, transport.clone())?;
+    wired.transports.push(transport.clone());
+    Ok(transport)
+}
