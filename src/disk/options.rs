@@ -242,7 +242,8 @@ static KEYS: [Key; 14] = [
     Key {
         name: "transport",
         takes: "pci|mmio",
-        help: "how the guest reaches the disk [what --transport says]",
+        help: "how the guest reaches the disk; with both in one machine the order in which the guest loads its drivers \
+               decides which disk is vda [what --transport says]",
         alone: None,
         set: |options, value| {
             options.transport = Some(TransportChoice::by_name(value)?);
