@@ -105,7 +105,8 @@ fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
     if asked > max {
         return Err(VmmError::TooManyDisks { asked, max });
     }
-    let crowded = is_crowded(usize::from(config.cpus) + asked);
+    let workers: usize = config.disks.iter().map(|disk| usize::from(disk.queues.unwrap_or(1))).sum();
+    let crowded = is_crowded(usize::from(config.cpus) + workers);
     let open = |options: &DiskOptions| {
         let mut options = options.clone();
         if crowded {
@@ -171,7 +172,8 @@ type VirtioDevices = (Bus, Vec<Arc<Mutex<MmioTransport>>>, Vec<MmioDevice>);
 fn block_devices(disks: &[OpenDisk], ram: &Ram) -> Result<Vec<Box<dyn VirtioDevice>>, VmmError> {
     let device = |(disk, letter): (&OpenDisk, char)| {
         let device = BlockDevice::with_ram(&format!("vd{letter}"), Arc::clone(&disk.image), Some(ram))?;
-        log::info!("vd{letter}: engine={}, stable={}", device.engine().name(), disk.image.stable().name());
+        let (engine, stable) = (device.engine().name(), disk.image.stable().name());
+        log::info!("vd{letter}: engine={engine}, stable={stable}, queues={}", device.queues());
         Ok(Box::new(device) as Box<dyn VirtioDevice>)
     };
     disks.iter().zip('a'..='z').map(device).collect()
