@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -63,7 +64,9 @@ pub struct SerialEnd {
 
 /// Builds the machine that `config` describes.
 pub fn build(config: &Config) -> Result<Machine, VmmError> {
+    let mut laps = Laps::begin();
     let disks = open_disks(config)?;
+    laps.end("disks");
     let console = open_console(&config.console)?;
     let stopping = Stopping::default();
     let kvm = kvm::open(config.cpus)?;
@@ -71,6 +74,7 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
     let vm = kvm::create_vm(&kvm, &ram)?;
     let serial = serial_port(&vm, ConsoleOutput::new(console, stopping.clone()))?;
     let ports = ports(&serial)?;
+    laps.end("RAM and VM");
     let mut devices = block_devices(&disks, &ram)?;
     let job = match &config.job {
         None => None,
@@ -81,6 +85,7 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
         }
     };
     let (mmio, transports, announced) = virtio_devices(&vm, &ram, devices)?;
+    laps.end("queues and devices");
     let guest = Guest {
         kernel: &config.kernel,
         initrd: config.initrd.as_deref(),
@@ -90,12 +95,44 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
         devices: &announced,
     };
     let entry = boot::load(&ram, &guest)?;
+    laps.end("kernel, initrd and tables");
     let parts = Parts { ports: Arc::new(ports), mmio: Arc::new(mmio), ram: ram.clone() };
     let vcpus = vcpus(&kvm, &vm, config, &parts)?;
     if let Some(first) = vcpus.first() {
         boot::cpu::set_up(&first.fd, &ram, entry)?;
     }
+    laps.end("CPUs");
+    log::info!("built in {}", laps.in_words());
     Ok(Machine { vcpus, transports, disks, serial, job, stopping, _vm: vm, _ram: ram })
+}
+
+/// Where the time before the guest goes, for `-v`.
+struct Laps {
+    begun: Instant,
+    last: Instant,
+    words: Vec<String>,
+}
+
+impl Laps {
+    fn begin() -> Self {
+        let now = Instant::now();
+        Self { begun: now, last: now, words: Vec::new() }
+    }
+
+    fn end(&mut self, what: &str) {
+        let now = Instant::now();
+        self.words.push(format!("{what} {}", ms(now - self.last)));
+        self.last = now;
+    }
+
+    fn in_words(&self) -> String {
+        format!("{} ms ({})", ms(self.last - self.begun), self.words.join(", "))
+    }
+}
+
+/// Milliseconds, as people read them.
+fn ms(duration: Duration) -> String {
+    format!("{:.1}", duration.as_secs_f64() * 1000.0)
 }
 
 fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
