@@ -161,6 +161,11 @@ fn disk_help() -> String {
     format!("Disk image, with keys (repeatable: vda, vdb, ...)\n\n{}", DiskOptions::keys_help())
 }
 
+/// The disks, with what depends on the machine. A run and its explanation have it from here.
+fn disks(asked: &[DiskOptions], cpus: u8) -> Vec<DiskOptions> {
+    asked.iter().map(|disk| disk.clone().for_cpus(cpus)).collect()
+}
+
 fn cpus(text: &str) -> Result<u8, String> {
     let wrong = || "it is a number from 1 to 254".to_string();
     text.parse().ok().filter(|count| (1..=254).contains(count)).ok_or_else(wrong)
@@ -219,7 +224,7 @@ impl Args {
     pub fn task(&self) -> Task {
         match self.command {
             Some(Command::Check { json, quiet }) => Task::Check { json, quiet },
-            None if self.explain => Task::Explain { disks: self.disks.clone(), json: self.json },
+            None if self.explain => Task::Explain { disks: disks(&self.disks, self.cpus), json: self.json },
             None => Task::Run,
         }
     }
@@ -281,7 +286,7 @@ impl Args {
             cmdline: self.append.iter().fold(base, |line, more| cmdline::append(&line, more)),
             memory_bytes: self.memory,
             cpus: self.cpus,
-            disks: self.disks,
+            disks: disks(&self.disks, self.cpus),
             transport: self.transport,
             console,
             timeout: self.timeout,

@@ -42,6 +42,8 @@ pub struct Explanation {
     pub open_flags: String,
     /// The features that the guest is offered.
     pub features: Vec<&'static str>,
+    /// How many queues the device has.
+    pub queues: u16,
     /// config.writeback after each reset.
     pub writeback: u8,
     /// Block sizes and alignment.
@@ -113,7 +115,8 @@ pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
     if std::env::var("LD_PRELOAD").is_ok_and(|libraries| libraries.contains("eatmydata")) {
         warnings.push("LD_PRELOAD names libeatmydata: fdatasync will do nothing".into());
     }
-    let engine = match choose(&image, None) {
+    let queues = image.queues();
+    let engine = match choose(&image, None, queues) {
         Ok(chosen) => {
             warnings.extend(chosen.why.map(|why| format!("engine=sync is used: {why}")));
             chosen.kind
@@ -124,7 +127,7 @@ pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
             EngineKind::Uring
         }
     };
-    let writeback = config::space(&image, WriteCache::new(policy).writeback())[config::WRITEBACK];
+    let writeback = config::space(&image, queues, WriteCache::new(policy).writeback())[config::WRITEBACK];
     let geometry = image.geometry();
     Ok(Explanation {
         image: options.path.display().to_string(),
@@ -133,7 +136,8 @@ pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
         cache: policy.name,
         readonly: image.readonly(),
         open_flags: image.wanted_flags(),
-        features: config::names(config::offered(&image)),
+        features: config::names(config::offered(&image, queues)),
+        queues,
         writeback,
         blocks: Blocks {
             logical: geometry.logical_block,

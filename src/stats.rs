@@ -35,6 +35,7 @@ struct DiskStats {
     readonly: bool,
     engine: &'static str,
     stable: &'static str,
+    queues: u16,
     requests: Requests,
     host_calls: HostCalls,
     transfers: Transfers,
@@ -127,6 +128,7 @@ fn disk(name: String, image: &Image) -> DiskStats {
         readonly: image.readonly(),
         engine: image.engine_in_use(),
         stable: image.stable().name(),
+        queues: image.queues(),
         requests: Requests {
             read: at(&counters.reads),
             write: at(&counters.writes),
@@ -188,10 +190,10 @@ impl fmt::Display for Stats {
 impl fmt::Display for DiskStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let readonly = if self.readonly { ", readonly" } else { "" };
-        let (engine, stable) = (self.engine, self.stable);
+        let (engine, stable, queues) = (self.engine, self.stable, self.queues);
         writeln!(
             f,
-            "{}: {}, cache={}, engine={engine}, stable={stable}{readonly}",
+            "{}: {}, cache={}, engine={engine}, stable={stable}, queues={queues}{readonly}",
             self.name, self.path, self.cache
         )?;
         let asked = &self.requests;

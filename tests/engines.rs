@@ -42,13 +42,13 @@ fn auto_takes_the_blocking_engine_where_io_uring_is_forbidden_and_says_why() {
         forbid_io_uring();
         for mode in ["none", "writeback"] {
             let image = Arc::new(Image::open(&with_engine(&test, mode, "auto")).unwrap());
-            let Chosen { engine, kind, why } = choose(&image, None).unwrap();
+            let Chosen { engines, kind, why } = choose(&image, None, 1).unwrap();
             assert_eq!((kind, image.engine_in_use()), (EngineKind::Blocking, "sync"));
             assert!(why.unwrap().contains("forbids io_uring"));
             // Both hold the file, and with it the lock.
-            drop((engine, image));
+            drop((engines, image));
             let image = Arc::new(Image::open(&with_engine(&test, mode, "io_uring")).unwrap());
-            let Err(error) = choose(&image, None) else { panic!("io_uring is forbidden") };
+            let Err(error) = choose(&image, None, 1) else { panic!("io_uring is forbidden") };
             let text = format!("{error}: {}", error.source().unwrap());
             for needle in ["test.img", "engine=sync", "io_uring_setup"] {
                 assert!(text.contains(needle), "{text}");
@@ -74,7 +74,7 @@ fn auto_takes_the_blocking_engine_on_tmpfs() {
         let options: DiskOptions =
             format!("{},cache=writeback,engine={engine}", path.display()).parse().unwrap();
         let image = Arc::new(Image::open(&options).unwrap());
-        let chosen = choose(&image, None).unwrap();
+        let chosen = choose(&image, None, 1).unwrap();
         assert_eq!(chosen.kind, kind, "{engine}");
         assert_eq!(chosen.why.is_some(), engine == "auto");
     }
@@ -105,7 +105,7 @@ fn guest_memory_that_cannot_be_pinned_is_an_error_that_names_the_limit() {
     // SAFETY: nobody touches this RAM, and a mapping of nothing takes its place until it goes.
     let hidden = unsafe { libc::mprotect(host as *mut libc::c_void, bytes as usize, libc::PROT_NONE) };
     assert_eq!(hidden, 0);
-    let Err(error) = choose(&image, Some(&ram)) else { panic!("it cannot be registered") };
+    let Err(error) = choose(&image, Some(&ram), 1) else { panic!("it cannot be registered") };
     let text = error.source().unwrap().to_string();
     for needle in ["1048576 bytes", "ulimit -l", "buffers=plain"] {
         assert!(text.contains(needle), "{text}");

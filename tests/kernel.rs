@@ -198,6 +198,30 @@ fn mode_unsafe_on_6_12() {
     a_mode_from_mkfs_to_fsck("unsafe", "auto", "6.12", (1, "512M"), "pci");
 }
 
+/// A queue a CPU without being asked; fio's jobs, each on a CPU of its own, write through both of them.
+#[test]
+fn two_cpus_have_two_queues_and_verify_finds_what_they_wrote() {
+    let place = Host::get().place();
+    place.sh("truncate -s 32M a.img b.img");
+    let job = r#"
+tell() { echo "T $*"; }
+tell queues $(ls /sys/block/vda/mq | wc -l) $(ls /sys/block/vdb/mq | wc -l)
+fio --name=verify --filename=/dev/vda --rw=randwrite --bsrange=4k-32k --size=4M --offset_increment=8M --numjobs=2 \
+    --cpus_allowed=0,1 --cpus_allowed_policy=split --direct=1 --ioengine=libaio --iodepth=4 --fsync=16 \
+    --verify=crc32c --do_verify=1 --end_fsync=1 --output-format=terse >/tmp/fio 2>&1
+tell fio $?
+dmesg -r | sed -n 's/^<[0-4]>//p' | sed 's/^/K /'
+"#;
+    let args = "--cpus 2 --stats=stats.json --disk a.img,cache=none --disk b.img,queues=1";
+    let outcome = Boot { kernel: "6.12", args, job }.run(&place);
+    assert_eq!(outcome.status, 0, "{outcome:#?}");
+    assert_eq!(told(&outcome, "queues"), "2 1", "{outcome:#?}");
+    assert_eq!(told(&outcome, "fio"), "0", "{outcome:#?}");
+    assert_eq!(complaints(&outcome), Vec::<&str>::new(), "the kernel complains");
+    let stats = place.sh("cat stats.json").stdout;
+    assert!(stats.contains("\"queues\": 2") && stats.contains("\"errors\": 0"), "{stats}");
+}
+
 /// A small kernel of our own reads both ACPI and `virtio_mmio.device=`, and has virtio built in. Without
 /// ACPI it finds the PCI bus by its ports.
 #[test]

@@ -1,6 +1,6 @@
 //! virtio-blk's features and configuration space (virtio 5.2.3, 5.2.4).
 //!
-//! Owns the bits and the layout. Pure: what is offered follows from the image alone.
+//! Owns the bits and the layout. Pure: what is offered follows from the image and the number of queues.
 
 use crate::disk::Image;
 use crate::virtio::feature;
@@ -17,6 +17,8 @@ pub const FLUSH: u64 = 1 << 9;
 pub const TOPOLOGY: u64 = 1 << 10;
 /// VIRTIO_BLK_F_CONFIG_WCE.
 pub const CONFIG_WCE: u64 = 1 << 11;
+/// VIRTIO_BLK_F_MQ.
+pub const MQ: u64 = 1 << 12;
 /// VIRTIO_BLK_F_DISCARD.
 pub const DISCARD: u64 = 1 << 13;
 /// VIRTIO_BLK_F_WRITE_ZEROES.
@@ -24,6 +26,8 @@ pub const WRITE_ZEROES: u64 = 1 << 14;
 
 /// Offset of the `writeback` byte.
 pub const WRITEBACK: usize = 32;
+/// Offset of `num_queues`.
+const NUM_QUEUES: usize = 34;
 /// Length of struct virtio_blk_config up to write_zeroes_may_unmap and its padding.
 const CONFIG_BYTES: usize = 60;
 
@@ -32,26 +36,28 @@ pub const ERASE_SEGMENTS_MAX: u32 = 32;
 /// Most sectors of one segment: 2 GiB, so that one request cannot keep a worker for long.
 pub const ERASE_SECTORS_MAX: u32 = 1 << 22;
 
-/// What is offered for `image`.
+/// What is offered for `image` with so many queues.
 ///
 /// FLUSH always, so CONFIG_WCE may be (virtio 5.2.5.2); in `unsafe` too, where it breaks the promise
 /// on purpose but leaves the guest's behaviour as in writeback.
-pub fn offered(image: &Image) -> u64 {
+pub fn offered(image: &Image, queues: u16) -> u64 {
     let always = feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC;
     let block = SEG_MAX | BLK_SIZE | TOPOLOGY | FLUSH | CONFIG_WCE;
     let writing = if image.readonly() { RO } else { WRITE_ZEROES };
     let discard = if image.discard() { DISCARD } else { 0 };
-    always | block | writing | discard
+    let many = if queues > 1 { MQ } else { 0 };
+    always | block | writing | discard | many
 }
 
 /// The names of all that may be offered, in the order of their bits.
-const NAMES: [(u64, &str); 11] = [
+const NAMES: [(u64, &str); 12] = [
     (SEG_MAX, "SEG_MAX"),
     (RO, "RO"),
     (BLK_SIZE, "BLK_SIZE"),
     (FLUSH, "FLUSH"),
     (TOPOLOGY, "TOPOLOGY"),
     (CONFIG_WCE, "CONFIG_WCE"),
+    (MQ, "MQ"),
     (DISCARD, "DISCARD"),
     (WRITE_ZEROES, "WRITE_ZEROES"),
     (feature::INDIRECT_DESC, "INDIRECT_DESC"),
@@ -65,9 +71,9 @@ pub fn names(features: u64) -> Vec<&'static str> {
 }
 
 /// Configuration space, with `writeback` as it is now. Fields whose feature is not offered read 0.
-pub fn space(image: &Image, writeback: bool) -> [u8; CONFIG_BYTES] {
+pub fn space(image: &Image, queues: u16, writeback: bool) -> [u8; CONFIG_BYTES] {
     let geometry = image.geometry();
-    let offered = offered(image);
+    let offered = offered(image, queues);
     let block_sectors = geometry.logical_block / 512;
     let mut space = [0; CONFIG_BYTES];
     let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
@@ -79,6 +85,9 @@ pub fn space(image: &Image, writeback: bool) -> [u8; CONFIG_BYTES] {
     // alignment_offset stays 0; min_io_size is in logical blocks; opt_io_size stays 0, unknown.
     put(26, &1u16.to_le_bytes());
     put(WRITEBACK, &[u8::from(writeback)]);
+    if offered & MQ != 0 {
+        put(NUM_QUEUES, &queues.to_le_bytes());
+    }
     if offered & DISCARD != 0 {
         put(36, &ERASE_SECTORS_MAX.to_le_bytes());
         put(40, &ERASE_SEGMENTS_MAX.to_le_bytes());

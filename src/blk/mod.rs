@@ -33,7 +33,7 @@ pub enum DeviceError {
     Thread(#[source] io::Error),
 }
 
-/// A virtio-blk device: one image, a worker thread a queue.
+/// A virtio-blk device: one image, and a worker thread, a state machine and an engine a queue.
 pub struct BlockDevice {
     image: Arc<Image>,
     cache: Arc<WriteCache>,
@@ -43,7 +43,7 @@ pub struct BlockDevice {
 }
 
 impl BlockDevice {
-    /// Makes the device and its parked workers; `name` is vda, vdb, ... and names the threads.
+    /// Makes the device and its parked workers, as many as the image is to have queues; `name` is vda, vdb, ... and names the threads.
     pub fn new(name: &str, image: Arc<Image>) -> Result<Self, DeviceError> {
         Self::with_ram(name, image, None)
     }
@@ -51,12 +51,13 @@ impl BlockDevice {
     /// The same; where guest memory is to be registered with the engine (buffers=fixed), it is `ram`.
     pub fn with_ram(name: &str, image: Arc<Image>, ram: Option<&Ram>) -> Result<Self, DeviceError> {
         let cache = Arc::new(WriteCache::new(image.policy()));
-        let Chosen { engine, kind, why } = choose(&image, ram)?;
+        let Chosen { engines, kind, why } = choose(&image, ram, image.queues())?;
         if let Some(why) = why {
             log::info!("disk {}: engine=sync: {why}", image.path().display());
         }
-        let disk = Disk::new(Arc::clone(&image), Arc::clone(&cache), engine, image.stable());
-        let mut device = Self::with_disks(name, image, cache, vec![disk]).map_err(DeviceError::Thread)?;
+        let disk = |engine| Disk::new(Arc::clone(&image), Arc::clone(&cache), engine, image.stable());
+        let disks = engines.into_iter().map(disk).collect();
+        let mut device = Self::with_disks(name, image, cache, disks).map_err(DeviceError::Thread)?;
         device.engine = kind;
         Ok(device)
     }
@@ -78,6 +79,18 @@ impl BlockDevice {
     pub fn engine(&self) -> EngineKind {
         self.engine
     }
+
+    /// How many queues it has.
+    pub fn queues(&self) -> u16 {
+        u16::try_from(self.queue_sizes.len()).unwrap_or(u16::MAX)
+    }
+
+    /// A worker makes stable what is complete by now, where the guest has turned its write cache off.
+    /// Any of them can; one that is parked, because its queue was not enabled or was stopped, cannot.
+    fn wake_for_switch(&self) {
+        // Nobody there: nothing can be in flight, and the first to come will see it.
+        let _ = self.workers.iter().any(WorkerThread::wake);
+    }
 }
 
 impl VirtioDevice for BlockDevice {
@@ -86,7 +99,7 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn features(&self) -> u64 {
-        config::offered(&self.image)
+        config::offered(&self.image, self.queues())
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -94,7 +107,7 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let space = config::space(&self.image, self.cache.writeback());
+        let space = config::space(&self.image, self.queues(), self.cache.writeback());
         let from = usize::try_from(offset).unwrap_or(usize::MAX).min(space.len());
         for (to, from) in data.iter_mut().zip(&space[from..]) {
             *to = *from;
@@ -105,10 +118,8 @@ impl VirtioDevice for BlockDevice {
         // `writeback` is the only field that a driver may write (virtio 5.2.5).
         let at = (config::WRITEBACK as u64).checked_sub(offset).and_then(|at| usize::try_from(at).ok());
         let Some(&value) = at.and_then(|at| data.get(at)) else { return };
-        if self.cache.guest_sets_writeback(value != 0)
-            && let Some(worker) = self.workers.first()
-        {
-            worker.wake();
+        if self.cache.guest_sets_writeback(value != 0) {
+            self.wake_for_switch();
         }
     }
 
@@ -121,6 +132,11 @@ impl VirtioDevice for BlockDevice {
 
     fn activate(&mut self, parts: Activation) -> Result<(), ActivateError> {
         let Activation { ram, features, queues, interrupt } = parts;
+        // Without MQ there is one queue, whatever num_queues says (virtio 5.2.2).
+        let last = queues.last().map_or(0, |queue| queue.index);
+        if last > 0 && features & config::MQ == 0 {
+            return Err(ActivateError::NoQueue(last));
+        }
         for EnabledQueue { index, ring, doorbell } in queues {
             let worker = self.workers.get(usize::from(index)).ok_or(ActivateError::MissingQueue(index))?;
             let job =
@@ -133,6 +149,10 @@ impl VirtioDevice for BlockDevice {
     fn stop_queue(&mut self, index: u16) {
         if let Some(worker) = self.workers.get(usize::from(index)) {
             worker.stop();
+        }
+        if self.cache.is_switch_pending() {
+            // It was woken to see to that, and may have been stopped before it did.
+            self.wake_for_switch();
         }
     }
 

@@ -24,6 +24,9 @@ use crate::virtio::Interrupt;
 use crate::virtio::queue::{Chain, Ring, RingError};
 use crate::warn_limited;
 
+/// A worker's stack: its frames are small, and there may be many workers.
+const STACK_BYTES: usize = 256 << 10;
+
 /// What a worker gets at activation.
 pub struct Job {
     /// Guest RAM.
@@ -136,7 +139,9 @@ impl<'a> QueueWorker<'a> {
     pub fn drain(&mut self) -> Result<(), TurnError> {
         let mut outcome = Ok(());
         while !self.disk.is_idle() {
-            self.disk.wait(Wake::EndOnly)?;
+            // What another queue's sync holds has no end of ours.
+            let held = self.disk.holds_success();
+            self.disk.wait(if held { Wake::Doorbell(&self.job.doorbell) } else { Wake::EndOnly })?;
             match outcome {
                 Ok(()) => outcome = self.answer(),
                 Err(_) => self.disk.take_completions().for_each(drop),
@@ -394,7 +399,8 @@ impl WorkerThread {
     pub fn park(name: String, disk: Disk) -> io::Result<Self> {
         let mailbox = Arc::new(Mailbox { state: Mutex::new(State::Parked), changed: Condvar::new() });
         let theirs = Arc::clone(&mailbox);
-        let thread = std::thread::Builder::new().name(name).spawn(move || {
+        let builder = std::thread::Builder::new().name(name).stack_size(STACK_BYTES);
+        let thread = builder.spawn(move || {
             let at_the_end = EndsWithThread(&theirs);
             work(at_the_end.0, disk);
         })?;
@@ -411,10 +417,16 @@ impl WorkerThread {
         Ok(())
     }
 
-    /// Wakes the worker to look at more than its ring.
-    pub fn wake(&self) {
-        if let State::Working(doorbell) = &*self.mailbox.lock() {
-            ring(doorbell);
+    /// Has the worker look at more than its ring; whether it will: one that is parked does not.
+    pub fn wake(&self) -> bool {
+        match &*self.mailbox.lock() {
+            State::Working(doorbell) => {
+                ring(doorbell);
+                true
+            }
+            // It looks before its first request.
+            State::Starting(_) => true,
+            State::Parked | State::Stopping | State::Ended => false,
         }
     }
 

@@ -4,12 +4,12 @@
 //! against its length and against RAM.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use linux_loader::loader::bootparam::setup_header;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::{Entry, bzimage, elf};
 use crate::layout;
@@ -92,7 +92,7 @@ impl Image {
         Ok(bytes)
     }
 
-    /// Copies `len` bytes at `offset`, which are `what`, to guest address `to`.
+    /// Reads `len` bytes at `offset`, which are `what`, to guest address `to`.
     pub fn copy(
         &self,
         offset: u64,
@@ -103,19 +103,13 @@ impl Image {
     ) -> Result<(), KernelError> {
         self.check(offset, len, what)?;
         check_room(ram, what, to, len)?;
-        let mut done = 0;
-        let mut buffer = vec![0; COPY_BYTES];
-        while done < len {
-            let count = buffer.len().min(usize::try_from(len - done).unwrap_or(usize::MAX));
-            let part = buffer.get_mut(..count).unwrap_or_default();
-            self.file.read_exact_at(part, offset + done)?;
-            mem::write_bytes(ram, to + done, part).map_err(|_| KernelError::NoRoom {
-                what,
-                from: to,
-                to: to + len,
-            })?;
-            done += count as u64;
-        }
+        // The host's kernel reads into guest RAM itself: no copy of ours on the way.
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(offset))?;
+        let room = || KernelError::NoRoom { what, from: to, to: to.saturating_add(len) };
+        let len = usize::try_from(len).map_err(|_| room())?;
+        ram.read_exact_volatile_from(GuestAddress(to), &mut file, len)
+            .map_err(|error| KernelError::Read(io::Error::other(error)))?;
         Ok(())
     }
 
@@ -126,9 +120,6 @@ impl Image {
         }
     }
 }
-
-/// How much is copied at a time.
-const COPY_BYTES: usize = 1 << 20;
 
 /// Checks that guest memory at `base` from 1 MiB on, in one piece, has room for `len` bytes of `what`.
 pub fn check_room(ram: &Ram, what: &'static str, base: u64, len: u64) -> Result<(), KernelError> {

@@ -155,6 +155,11 @@ impl WriteCache {
         self.switched_off.swap(false, Ordering::SeqCst)
     }
 
+    /// Whether nobody has yet seen to that.
+    pub fn is_switch_pending(&self) -> bool {
+        self.switched_off.load(Ordering::SeqCst)
+    }
+
     /// [`CachePolicy::write_must_be_stable`] for a write that completes now.
     pub fn write_must_be_stable(&self, wb_at_submit: bool) -> bool {
         self.policy.write_must_be_stable(self.negotiated(), wb_at_submit, self.writeback())

@@ -41,11 +41,11 @@ impl EngineKind {
     }
 }
 
-/// An engine, and why it is this one where that was not asked for.
+/// A disk's engines, and why they are these where that was not asked for.
 pub struct Chosen {
-    /// The engine.
-    pub engine: Box<dyn Engine>,
-    /// Its kind.
+    /// One a queue, all of a kind.
+    pub engines: Vec<Box<dyn Engine>>,
+    /// Their kind.
     pub kind: EngineKind,
     /// Why `auto` did not take io_uring.
     pub why: Option<String>,
@@ -61,21 +61,23 @@ pub struct EngineError {
     pub source: UringError,
 }
 
-/// The engine for one queue of `image`; `ram` is guest memory, for buffers=fixed.
-pub fn choose(image: &Arc<Image>, ram: Option<&Ram>) -> Result<Chosen, EngineError> {
-    let chosen = find(image, ram)?;
+/// The engines for so many queues of `image`; `ram` is guest memory, for buffers=fixed.
+pub fn choose(image: &Arc<Image>, ram: Option<&Ram>, queues: u16) -> Result<Chosen, EngineError> {
+    let chosen = find(image, ram, queues)?;
     image.engine_is(chosen.kind.name());
     Ok(chosen)
 }
 
-fn find(image: &Arc<Image>, ram: Option<&Ram>) -> Result<Chosen, EngineError> {
-    let blocking = |why| Chosen {
-        engine: Box::new(BlockingEngine::new(Arc::clone(image.file()))),
-        kind: EngineKind::Blocking,
-        why,
+fn find(image: &Arc<Image>, ram: Option<&Ram>, queues: u16) -> Result<Chosen, EngineError> {
+    let blocking = |why| {
+        let engine = |_| Box::new(BlockingEngine::new(Arc::clone(image.file()))) as Box<dyn Engine>;
+        Chosen { engines: (0..queues).map(engine).collect(), kind: EngineKind::Blocking, why }
     };
-    let ring =
-        || UringEngine::new(Arc::clone(image), image.queue_size(), ram.filter(|_| image.fixed_buffers()));
+    let ring = |_| {
+        let fixed = ram.filter(|_| image.fixed_buffers());
+        let ring = UringEngine::new(Arc::clone(image), image.queue_size(), fixed)?;
+        Ok(Box::new(ring) as Box<dyn Engine>)
+    };
     match image.engine() {
         EngineChoice::Blocking => return Ok(blocking(None)),
         EngineChoice::Auto if image.is_on_tmpfs() => {
@@ -83,8 +85,8 @@ fn find(image: &Arc<Image>, ram: Option<&Ram>) -> Result<Chosen, EngineError> {
         }
         EngineChoice::Auto | EngineChoice::Uring => {}
     }
-    match ring() {
-        Ok(ring) => Ok(Chosen { engine: Box::new(ring), kind: EngineKind::Uring, why: None }),
+    match (0..queues).map(ring).collect::<Result<Vec<_>, UringError>>() {
+        Ok(engines) => Ok(Chosen { engines, kind: EngineKind::Uring, why: None }),
         // Pinned memory was asked for in so many words.
         Err(error) if image.engine() == EngineChoice::Auto && !matches!(error, UringError::Memory { .. }) => {
             Ok(blocking(Some(in_words(&error))))

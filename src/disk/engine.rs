@@ -5,6 +5,7 @@
 //! engine is [`super::blocking`]; tests have others.
 
 use std::io;
+use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -66,9 +67,10 @@ pub struct Ended {
 /// What may end a wait, besides the end of an operation.
 #[derive(Debug, Clone, Copy)]
 pub enum Wake<'a> {
-    /// This eventfd, which the engine then clears. Nobody else reads it: an engine may take its
+    /// This eventfd, which the engine then clears. The state machine may keep a clone, so that another
+    /// queue can wake this one (`SyncLatch::ring_when_settled`). Nobody else reads it: an engine may take its
     /// O_NONBLOCK away.
-    Doorbell(&'a EventFd),
+    Doorbell(&'a Arc<EventFd>),
     /// Nothing: wait for an operation to end, if there is one.
     EndOnly,
     /// Everything: do not block.

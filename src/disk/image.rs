@@ -131,6 +131,7 @@ pub struct Image {
     readonly: bool,
     serial: [u8; SERIAL_MAX],
     queue_size: u16,
+    queues: u16,
     discard: bool,
     bounce_always: bool,
     engine: EngineChoice,
@@ -233,6 +234,7 @@ impl Image {
             readonly: options.readonly,
             serial: serial_bytes(options),
             queue_size: options.queue_size,
+            queues: options.queues.unwrap_or(1),
             discard: options.discard && !options.readonly,
             bounce_always: options.bounce_always,
             engine: options.engine,
@@ -282,6 +284,11 @@ impl Image {
     /// Descriptors a virtqueue.
     pub fn queue_size(&self) -> u16 {
         self.queue_size
+    }
+
+    /// How many virtqueues its device is to have.
+    pub fn queues(&self) -> u16 {
+        self.queues
     }
 
     /// Whether DISCARD is offered.

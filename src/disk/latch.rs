@@ -2,7 +2,8 @@
 //!
 //! The kernel tells an error of writeback once: to one fdatasync, or stable write, while others that
 //! were in flight with it succeed. So a success counts only when every sync that was open at its
-//! end has been judged too; until then it is held ([`SyncLatch::open_now`]).
+//! end has been judged too; until then it is held ([`SyncLatch::open_now`]), and the queue that holds
+//! it may sleep: the judge of the last of them rings for it ([`SyncLatch::ring_when_settled`]).
 //!
 //! After a failed fdatasync the kernel has marked the lost pages clean, and the next one succeeds
 //! (part 2.6 of the requirements): so an error is never retried, and from then on no FLUSH and no
@@ -10,7 +11,9 @@
 
 use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
 
 /// Remembers the first sync error of one disk, and which syncs nobody has judged yet.
 #[derive(Debug, Default)]
@@ -24,6 +27,21 @@ struct Syncs {
     opened: u64,
     /// In the order of their numbers.
     open: Vec<u64>,
+    /// Queues that hold a success and sleep, one place each.
+    sleepers: Vec<Sleeper>,
+}
+
+/// Who is to be woken, and when.
+#[derive(Debug)]
+struct Sleeper {
+    horizon: u64,
+    bell: Arc<EventFd>,
+}
+
+impl Syncs {
+    fn is_settled(&self, horizon: u64) -> bool {
+        self.open.first().is_none_or(|&oldest| oldest > horizon)
+    }
 }
 
 /// A sync that an engine has, or whose result nobody has looked at.
@@ -44,9 +62,31 @@ impl SyncLatch {
         Ticket(number)
     }
 
-    /// Its result has been looked at, and latched if it was an error.
+    /// Its result has been looked at, and latched if it was an error. Wakes whom this settles.
     pub fn judged(&self, Ticket(number): Ticket) {
-        self.syncs().open.retain(|&other| other != number);
+        let mut syncs = self.syncs();
+        syncs.open.retain(|&other| other != number);
+        let Syncs { open, sleepers, .. } = &mut *syncs;
+        sleepers.retain(|sleeper| {
+            let waits_on = open.first().is_some_and(|&oldest| oldest <= sleeper.horizon);
+            if !waits_on {
+                ring(&sleeper.bell);
+            }
+            waits_on
+        });
+    }
+
+    /// Rings `bell` once, as soon as `horizon` is settled. `false` if it is by now, and nothing will
+    /// ring. Looked at and kept in one step, so that no judgement comes between. A bell has one place:
+    /// what was asked for it before is forgotten.
+    pub fn ring_when_settled(&self, Ticket(horizon): Ticket, bell: &Arc<EventFd>) -> bool {
+        let mut syncs = self.syncs();
+        syncs.sleepers.retain(|sleeper| !Arc::ptr_eq(&sleeper.bell, bell));
+        if syncs.is_settled(horizon) {
+            return false;
+        }
+        syncs.sleepers.push(Sleeper { horizon, bell: Arc::clone(bell) });
+        true
     }
 
     /// The newest sync that is open now: a success that ends now counts once it and all before it
@@ -57,7 +97,7 @@ impl SyncLatch {
 
     /// Whether this sync and all that were opened before it are judged.
     pub fn is_settled(&self, Ticket(number): Ticket) -> bool {
-        self.syncs().open.first().is_none_or(|&oldest| oldest > number)
+        self.syncs().is_settled(number)
     }
 
     /// Keeps `error` if it is the first; logs that one.
@@ -80,9 +120,41 @@ impl SyncLatch {
     }
 }
 
+/// A full counter wakes as well.
+fn ring(bell: &EventFd) {
+    if let Err(error) = bell.write(1)
+        && error.kind() != io::ErrorKind::WouldBlock
+    {
+        log::error!("disk: a queue that waits for another's sync cannot be woken: {error}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn bell() -> Arc<EventFd> {
+        Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap())
+    }
+
+    #[test]
+    fn a_sleeper_is_woken_once_when_the_last_that_it_waits_for_is_judged() {
+        let latch = SyncLatch::default();
+        let (first, second) = (latch.open(), latch.open());
+        let (early, late) = (bell(), bell());
+        assert!(latch.ring_when_settled(second, &late));
+        assert!(latch.ring_when_settled(first, &early));
+        // Asked again, it still has one place.
+        assert!(latch.ring_when_settled(second, &late));
+        latch.judged(second);
+        assert!(early.read().is_err() && late.read().is_err(), "the older one is still open");
+        let third = latch.open();
+        latch.judged(first);
+        assert_eq!((early.read().unwrap(), late.read().unwrap()), (1, 1));
+        latch.judged(third);
+        assert!(early.read().is_err() && late.read().is_err());
+        assert!(!latch.ring_when_settled(third, &late), "settled before it is asked");
+    }
 
     #[test]
     fn the_first_error_stays() {

@@ -150,9 +150,7 @@ impl Disk {
         self.feed_engine();
         self.start_shared_sync();
         self.release_settled();
-        // What is held only by another queue's sync has no end of our own to wake us.
-        let held_by_others = !self.held.is_empty() && self.in_flight.is_empty();
-        let wake = if self.done.is_empty() && !held_by_others { wake } else { Wake::Now };
+        let wake = if self.may_sleep(wake) { wake } else { Wake::Now };
         let mut ended = std::mem::take(&mut self.ended);
         let waited = self.engine.wait(wake, &mut ended);
         for end in ended.drain(..) {
@@ -164,9 +162,36 @@ impl Disk {
         waited
     }
 
+    /// Whether a wait may last. What is held only by another queue's sync has no end of our own to
+    /// wake us: whoever judges that sync rings our doorbell.
+    fn may_sleep(&self, wake: Wake<'_>) -> bool {
+        match (wake, self.first_horizon()) {
+            _ if !self.done.is_empty() => false,
+            (Wake::Doorbell(doorbell), Some(horizon)) => {
+                self.image.latch.ring_when_settled(horizon, doorbell)
+            }
+            _ => true,
+        }
+    }
+
+    /// What has to be settled first for something held to count.
+    fn first_horizon(&self) -> Option<Ticket> {
+        self.held.iter().map(|&(horizon, _)| horizon).min()
+    }
+
+    /// Whether a success waits for another queue's sync, whose judgement rings the doorbell of the
+    /// last wait.
+    pub fn holds_success(&self) -> bool {
+        !self.held.is_empty()
+    }
+
     /// Whether a wait would end something at once, found without a system call.
     pub fn is_ready(&mut self) -> bool {
-        !self.done.is_empty() || self.group.is_due() || self.engine.is_ready()
+        let is_settled = |horizon| self.image.latch.is_settled(horizon);
+        !self.done.is_empty()
+            || self.group.is_due()
+            || self.first_horizon().is_some_and(is_settled)
+            || self.engine.is_ready()
     }
 
     /// The queue is at rest and its doorbell goes away: the engine lets go of it.

@@ -12,6 +12,10 @@ use super::stable::StableBy;
 pub const QUEUE_SIZE_MAX: u16 = 1024;
 /// Smallest: a header, one piece of data, a status, and what makes a power of two of them.
 pub const QUEUE_SIZE_MIN: u16 = 4;
+/// Most queues a disk.
+const QUEUES_MAX: u16 = 16;
+/// Most queues where nobody says otherwise.
+const QUEUES_DEFAULT_MAX: u16 = 4;
 /// Longest that a worker looks for more before it sleeps, in microseconds.
 const POLL_US_MAX: u32 = 1000;
 /// Operations that io_uring is handed at once where nobody says otherwise.
@@ -34,6 +38,8 @@ pub struct DiskOptions {
     pub serial: Option<String>,
     /// Descriptors a virtqueue, a power of two.
     pub queue_size: u16,
+    /// Virtqueues; one a CPU of the guest, at most four, where not given ([`DiskOptions::for_cpus`]).
+    pub queues: Option<u16>,
     /// Logical block size in bytes; probed where not given.
     pub block_size: Option<u32>,
     /// DISCARD is offered and frees space in the image.
@@ -134,7 +140,7 @@ struct Key {
     set: fn(&mut DiskOptions, &str) -> Option<()>,
 }
 
-static KEYS: [Key; 14] = [
+static KEYS: [Key; 15] = [
     Key {
         name: "cache",
         takes: "none|writethrough|writeback|directsync|unsafe",
@@ -160,9 +166,19 @@ static KEYS: [Key; 14] = [
         set: |options, value| (value.len() <= SERIAL_MAX).then(|| options.serial = Some(value.to_owned())),
     },
     Key {
+        name: "queues",
+        takes: "1 to 16",
+        help: "virtqueues, a worker thread each [one a guest CPU, at most 4]",
+        alone: None,
+        set: |options, value| {
+            let queues: u16 = value.parse().ok()?;
+            (1..=QUEUES_MAX).contains(&queues).then(|| options.queues = Some(queues))
+        },
+    },
+    Key {
         name: "queue-size",
         takes: "a power of two from 4 to 1024",
-        help: "descriptors in the virtqueue [256]",
+        help: "descriptors in a virtqueue [256]",
         alone: None,
         set: |options, value| {
             let size: u16 = value.parse().ok()?;
@@ -304,6 +320,7 @@ impl DiskOptions {
             readonly: false,
             serial: None,
             queue_size: 256,
+            queues: None,
             block_size: None,
             discard: true,
             force_raw: false,
@@ -315,6 +332,12 @@ impl DiskOptions {
             fixed_buffers: false,
             bounce_always: false,
         }
+    }
+
+    /// The same for a guest with so many CPUs, which decides what was not given.
+    pub fn for_cpus(mut self, cpus: u8) -> Self {
+        self.queues.get_or_insert(u16::from(cpus).clamp(1, QUEUES_DEFAULT_MAX));
+        self
     }
 
     /// The text of `--help` about the keys, a line each.
@@ -380,13 +403,15 @@ mod tests {
     #[test]
     fn every_key_is_understood() {
         let text = "a.img,cache=unsafe,readonly,serial=x y,queue-size=64,block-size=4096,discard=off,\
-                    bounce=always,format=raw,engine=io_uring,stable=group,buffers=fixed,poll-us=7,batch=9,transport=mmio";
+                    bounce=always,format=raw,engine=io_uring,stable=group,buffers=fixed,poll-us=7,batch=9,\
+                    transport=mmio,queues=16";
         let expected = DiskOptions {
             path: "a.img".into(),
             cache: CachePolicy::by_name("unsafe").unwrap(),
             readonly: true,
             serial: Some("x y".into()),
             queue_size: 64,
+            queues: Some(16),
             block_size: Some(4096),
             discard: false,
             force_raw: true,
@@ -412,6 +437,9 @@ mod tests {
             ("a,queue-size=3", "power of two"),
             ("a,queue-size=2048", "power of two"),
             ("a,queue-size=2", "power of two"),
+            ("a,queues=0", "1 to 16"),
+            ("a,queues=17", "1 to 16"),
+            ("a,queues=auto", "1 to 16"),
             ("a,block-size=1024", "512|4096"),
             ("a,serial=123456789012345678901", "20 bytes"),
             ("a,readonly=maybe", "on|off"),
@@ -421,6 +449,16 @@ mod tests {
             let error = text.parse::<DiskOptions>().unwrap_err().to_string();
             assert!(error.contains(needle), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn there_is_a_queue_a_cpu_up_to_four_unless_somebody_says_otherwise() {
+        let plain = DiskOptions::new("a");
+        for (cpus, queues) in [(1, 1), (2, 2), (4, 4), (5, 4), (254, 4)] {
+            assert_eq!(plain.clone().for_cpus(cpus).queues, Some(queues), "{cpus} CPUs");
+        }
+        let asked: DiskOptions = "a,queues=7".parse().unwrap();
+        assert_eq!(asked.for_cpus(2).queues, Some(7));
     }
 
     #[test]

@@ -95,7 +95,7 @@ fn driver(image: &Arc<Image>, engine: EngineKind, negotiated: Negotiated, sets: 
         negotiates_flush: negotiated.flush,
         negotiates_config_wce: negotiated.config_wce,
         sets_writeback: sets,
-        writeback: config::space(image, cache.writeback())[config::WRITEBACK],
+        writeback: config::space(image, image.queues(), cache.writeback())[config::WRITEBACK],
         on_setting,
         read: trial.answer(kind::IN, 0),
         write: trial.answer(kind::OUT, 0),
@@ -169,7 +169,8 @@ impl Trial<'_> {
         let mut payload = vec![0; 8];
         payload.extend((block / 512).to_le_bytes());
         payload.extend(flags.to_le_bytes());
-        let mut features = config::offered(self.image) & !(config::FLUSH | config::CONFIG_WCE);
+        let mut features =
+            config::offered(self.image, self.image.queues()) & !(config::FLUSH | config::CONFIG_WCE);
         features |= if self.negotiated.flush { config::FLUSH } else { 0 };
         features |= if self.negotiated.config_wce { config::CONFIG_WCE } else { 0 };
         let limits = Limits { geometry, features, readonly: self.image.readonly() };

@@ -17,6 +17,8 @@ fn disk_text(disk: &Explanation) -> String {
     page += &line("opened", &disk.open_flags);
     page += &line("blocks", &blocks(disk));
     page += &line("offers", &disk.features.join(" "));
+    let threads = if disk.queues == 1 { "1, with a thread" } else { "{}, with a thread each" };
+    page += &line("queues", &threads.replace("{}", &disk.queues.to_string()));
     let cache = if disk.writeback != 0 { "on" } else { "off" };
     let seen = if disk.writeback != 0 { "write back" } else { "write through" };
     let words =

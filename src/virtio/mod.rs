@@ -65,6 +65,9 @@ pub enum ActivateError {
     /// A queue that the device cannot do without was not enabled.
     #[error("queue {0} was not enabled")]
     MissingQueue(u16),
+    /// A queue was enabled that does not exist with what was negotiated.
+    #[error("queue {0} was enabled, which the driver has not negotiated")]
+    NoQueue(u16),
     /// A worker is gone.
     #[error("the worker of queue {0} has ended")]
     Worker(u16),

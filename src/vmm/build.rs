@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -67,7 +68,9 @@ pub struct SerialEnd {
 
 /// Builds the machine that `config` describes.
 pub fn build(config: &Config) -> Result<Machine, VmmError> {
+    let mut laps = Laps::begin();
     let disks = open_disks(config)?;
+    laps.end("disks");
     let console = open_console(&config.console)?;
     let stopping = Stopping::default();
     let kvm = kvm::open(config.cpus)?;
@@ -75,6 +78,7 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
     let vm = Arc::new(kvm::create_vm(&kvm, &ram)?);
     let serial = serial_port(&vm, ConsoleOutput::new(console, stopping.clone()))?;
     let mut ports = ports(&serial)?;
+    laps.end("RAM and VM");
     let mut devices = block_devices(config, &disks, &ram)?;
     let job = match &config.job {
         None => None,
@@ -89,6 +93,7 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
         let configuration = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(root))));
         ports.place("PCI configuration", layout::PORT_PCI, PORTS_LEN, configuration)?;
     }
+    laps.end("queues and devices");
     let guest = Guest {
         kernel: &config.kernel,
         initrd: config.initrd.as_deref(),
@@ -99,12 +104,44 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
         pci: root.is_some(),
     };
     let entry = boot::load(&ram, &guest)?;
+    laps.end("kernel, initrd and tables");
     let parts = Parts { ports: Arc::new(ports), mmio: Arc::new(mmio), ram: ram.clone() };
     let vcpus = vcpus(&kvm, &vm, config, &parts)?;
     if let Some(first) = vcpus.first() {
         boot::cpu::set_up(&first.fd, &ram, entry)?;
     }
+    laps.end("CPUs");
+    log::info!("built in {}", laps.in_words());
     Ok(Machine { vcpus, transports, disks, serial, job, stopping, _vm: vm, _ram: ram })
+}
+
+/// Where the time before the guest goes, for `-v`.
+struct Laps {
+    begun: Instant,
+    last: Instant,
+    words: Vec<String>,
+}
+
+impl Laps {
+    fn begin() -> Self {
+        let now = Instant::now();
+        Self { begun: now, last: now, words: Vec::new() }
+    }
+
+    fn end(&mut self, what: &str) {
+        let now = Instant::now();
+        self.words.push(format!("{what} {}", ms(now - self.last)));
+        self.last = now;
+    }
+
+    fn in_words(&self) -> String {
+        format!("{} ms ({})", ms(self.last - self.begun), self.words.join(", "))
+    }
+}
+
+/// Milliseconds, as people read them.
+fn ms(duration: Duration) -> String {
+    format!("{:.1}", duration.as_secs_f64() * 1000.0)
 }
 
 fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
@@ -112,7 +149,8 @@ fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
     if asked > DISKS_MAX {
         return Err(VmmError::TooManyDisks { asked, max: DISKS_MAX });
     }
-    let crowded = is_crowded(usize::from(config.cpus) + asked);
+    let workers: usize = config.disks.iter().map(|disk| usize::from(disk.queues.unwrap_or(1))).sum();
+    let crowded = is_crowded(usize::from(config.cpus) + workers);
     let open = |options: &DiskOptions| {
         let mut options = options.clone();
         if crowded {
@@ -181,10 +219,11 @@ fn block_devices(config: &Config, disks: &[OpenDisk], ram: &Ram) -> Result<Vec<P
         let device = BlockDevice::with_ram(&format!("vd{letter}"), Arc::clone(&disk.image), Some(ram))?;
         let transport = options.transport.unwrap_or(config.transport);
         log::info!(
-            "vd{letter}: transport={}, engine={}, stable={}",
+            "vd{letter}: transport={}, engine={}, stable={}, queues={}",
             transport.name(),
             device.engine().name(),
-            disk.image.stable().name()
+            disk.image.stable().name(),
+            device.queues()
         );
         Ok((Box::new(device) as Box<dyn VirtioDevice>, transport))
     };

@@ -42,6 +42,7 @@ pub const F_BLK_SIZE: u64 = 1 << 6;
 pub const F_FLUSH: u64 = 1 << 9;
 pub const F_TOPOLOGY: u64 = 1 << 10;
 pub const F_CONFIG_WCE: u64 = 1 << 11;
+pub const F_MQ: u64 = 1 << 12;
 pub const F_DISCARD: u64 = 1 << 13;
 pub const F_WRITE_ZEROES: u64 = 1 << 14;
 pub const F_INDIRECT: u64 = 1 << 28;
@@ -100,9 +101,9 @@ impl Rig {
     /// The device over the engine, and the way to stable writes, that the image was opened with.
     pub fn new(image: Arc<Image>) -> Self {
         let ram = mem::map_ram(&[(0, RAM_BYTES)]).unwrap();
-        let chosen = minivmm::disk::choice::choose(&image, Some(&ram)).unwrap();
+        let mut chosen = minivmm::disk::choice::choose(&image, Some(&ram), 1).unwrap();
         let stable_by = image.stable();
-        Self::with_parts(image, ram, chosen.engine, stable_by)
+        Self::with_parts(image, ram, chosen.engines.remove(0), stable_by)
     }
 
     pub fn with_engine(image: Arc<Image>, engine: Box<dyn Engine>, stable_by: StableBy) -> Self {
@@ -115,6 +116,11 @@ impl Rig {
         let disk = Disk::new(Arc::clone(&image), Arc::clone(&cache), engine, stable_by);
         let device =
             BlockDevice::with_disks("vda", Arc::clone(&image), Arc::clone(&cache), vec![disk]).unwrap();
+        Self::over(image, cache, ram, device)
+    }
+
+    /// A device of any making, with however many queues.
+    pub fn over(image: Arc<Image>, cache: Arc<WriteCache>, ram: Ram, device: BlockDevice) -> Self {
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let mmio = over_pci::transport(Box::new(device), ram.clone(), irq.try_clone().unwrap());
         Self { ram, mmio, image, cache, irq, size: 16, avail: 0, used: 0 }

@@ -198,7 +198,7 @@ impl BusDevice for OverPci {
         data.fill(0);
         if let Some(at) = offset.checked_sub(0x100) {
             self.pci.read(DEVICE.saturating_add(at).min(NOTIFY - 1), data);
-        } else if data.len() == 4 && offset % 4 == 0 {
+        } else if data.len() == 4 && offset.is_multiple_of(4) {
             data.copy_from_slice(&self.read_register(offset).to_le_bytes());
         }
     }
@@ -207,7 +207,7 @@ impl BusDevice for OverPci {
         if let Some(at) = offset.checked_sub(0x100) {
             self.pci.write(DEVICE.saturating_add(at).min(NOTIFY - 1), data);
         } else if let Ok(bytes) = <[u8; 4]>::try_from(data)
-            && offset % 4 == 0
+            && offset.is_multiple_of(4)
         {
             self.write_register(offset, u32::from_le_bytes(bytes));
         }

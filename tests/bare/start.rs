@@ -1,0 +1,87 @@
+//! What minivmm itself needs beyond guest RAM, read from smaps while a guest runs. Not a timing.
+
+use std::fs;
+use std::io::Read;
+use std::process::{Child, Stdio};
+
+use crate::machine::*;
+
+/// Most that the program may have in memory beyond guest RAM, in KiB.
+const OWN_KIB_MAX: u64 = 5 << 10;
+/// The size of guest RAM that the tests ask for; no other mapping is as large.
+const RAM_KIB: u64 = 512 << 10;
+
+/// A mapping: its KiB, those in memory, those on huge pages, its VmFlags.
+#[derive(Debug, Default)]
+struct Mapping {
+    size: u64,
+    rss: u64,
+    huge: u64,
+    flags: String,
+}
+
+fn mappings(child: &Child) -> Vec<Mapping> {
+    let text = fs::read_to_string(format!("/proc/{}/smaps", child.id())).unwrap();
+    let mut found: Vec<Mapping> = Vec::new();
+    for line in text.lines() {
+        let (key, value) = line.split_once(' ').unwrap();
+        let kib = || value.trim().trim_end_matches(" kB").parse().unwrap();
+        match (key, found.last_mut()) {
+            ("Size:", Some(mapping)) => mapping.size = kib(),
+            ("Rss:", Some(mapping)) => mapping.rss = kib(),
+            ("AnonHugePages:", Some(mapping)) => mapping.huge = kib(),
+            ("VmFlags:", Some(mapping)) => mapping.flags = format!("{value} "),
+            (key, _) if !key.ends_with(':') => found.push(Mapping::default()),
+            _ => {}
+        }
+    }
+    found
+}
+
+/// The most that was ever in memory, in KiB.
+fn most(child: &Child) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// A guest that hangs, once it has greeted: all is built then, and its CPU runs.
+fn hanging(image: &Image, more: &[&str]) -> (Child, Watchdog) {
+    let mut command = minivmm();
+    start(&mut command, Entry::Elf, "scenario=hang").args(["--console", "stdio", "--memory", "512M"]);
+    command.args(more).arg("--disk").arg(&image.path);
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+    let watchdog = Watchdog::over(&child);
+    child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    (child, watchdog)
+}
+
+#[test]
+fn the_program_takes_at_most_five_mib_beyond_guest_ram() {
+    if !kvm() {
+        return;
+    }
+    if cfg!(debug_assertions) {
+        return skip("a debug build has more code than a user runs");
+    }
+    // One queue, the default; and four.
+    for cpus in ["1", "4"] {
+        let image = Image::new();
+        let (mut child, _watchdog) = hanging(&image, &["--cpus", cpus]);
+        let (ram, own): (Vec<_>, Vec<_>) =
+            mappings(&child).into_iter().partition(|mapping| mapping.size == RAM_KIB);
+        let most = most(&child);
+        kill(i32::try_from(child.id()).unwrap(), libc::SIGTERM);
+        child.wait().unwrap();
+        let [ram] = ram.as_slice() else { panic!("guest RAM is one mapping: {ram:?}") };
+        let own: u64 = own.iter().map(|mapping| mapping.rss).sum();
+        let peak = most.saturating_sub(ram.rss);
+        println!("{cpus} CPUs: {own} KiB beyond guest RAM, {peak} KiB at most; RAM: {ram:?}");
+        assert!(own <= OWN_KIB_MAX && peak <= OWN_KIB_MAX, "{cpus} CPUs: {own} KiB now, {peak} KiB at most");
+        // May lie on huge pages, and is not copied at a fork.
+        for flag in [" hg ", " dc "] {
+            assert!(ram.flags.contains(flag), "{ram:?}");
+        }
+        assert!(ram.huge <= ram.rss && ram.rss > 0, "{ram:?}");
+    }
+}
