@@ -3,7 +3,7 @@
 //!
 //! What the register machine itself does is tried by the other suites, over this transport too
 //! (`MINIVMM_TRANSPORT=pci`).
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "tests may")]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
 
 mod common;
 
