@@ -151,7 +151,7 @@ impl OverPci {
     fn write_register(&mut self, offset: u64, value: u32) {
         match offset {
             0x050 => {
-                self.pci.write(NOTIFY + 4 * u64::from(value), &(value as u16).to_le_bytes());
+                self.pci.write(NOTIFY + 4 * u64::from(value), &value.to_le_bytes()[..2]);
             }
             0x064 => {
                 self.pending.fetch_and(!value, Ordering::SeqCst);
