@@ -23,7 +23,23 @@ pub struct Stats {
     schema: &'static str,
     version: u32,
     minivmm: &'static str,
+    exits: ExitStats,
     disks: Vec<DiskStats>,
+}
+
+/// How often the guest's CPUs came out of KVM to us.
+#[derive(Debug, Default, Serialize)]
+pub struct ExitStats {
+    /// For a read of a memory-mapped register.
+    pub mmio_read: u64,
+    /// For a write of one.
+    pub mmio_write: u64,
+    /// For a read of a port.
+    pub port_read: u64,
+    /// For a write of one.
+    pub port_write: u64,
+    /// For anything else.
+    pub other: u64,
 }
 
 /// One disk.
@@ -100,12 +116,13 @@ struct Times {
 
 impl Stats {
     /// The figures of these disks, now. They are vda, vdb, ... in this order.
-    pub fn of<'a>(images: impl Iterator<Item = &'a Image>) -> Self {
+    pub fn of<'a>(images: impl Iterator<Item = &'a Image>, exits: ExitStats) -> Self {
         let disks = images.zip('a'..='z').map(|(image, letter)| disk(format!("vd{letter}"), image)).collect();
         Self {
             schema: "minivmm-statistics",
             version: SCHEMA_VERSION,
             minivmm: env!("CARGO_PKG_VERSION"),
+            exits,
             disks,
         }
     }
@@ -181,8 +198,14 @@ fn nanos(duration: Duration) -> u64 {
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.disks.is_empty() {
-            return f.write_str("no disks\n");
+            f.write_str("no disks\n")?;
         }
+        let exits = &self.exits;
+        writeln!(
+            f,
+            "exits: {} reads and {} writes of registers, {} and {} of ports, {} others",
+            exits.mmio_read, exits.mmio_write, exits.port_read, exits.port_write, exits.other
+        )?;
         self.disks.iter().try_for_each(|disk| disk.fmt(f))
     }
 }

@@ -4,6 +4,7 @@
 //! outcome; what becomes of an outcome is `vmm`'s business. Knows nothing of any device.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -29,6 +30,37 @@ pub struct Vcpu {
     pub ram: Ram,
     /// A triple fault is how this guest resets.
     pub triple_fault_resets: bool,
+    /// All CPUs' exits.
+    pub exits: Arc<Exits>,
+}
+
+/// How often the guest's CPUs came out of KVM to us, by what for. What KVM does by itself (a doorbell by
+/// ioeventfd, a timer, a page fault) is not among them.
+#[derive(Debug, Default)]
+pub struct Exits {
+    /// Reads of memory-mapped registers.
+    pub mmio_reads: AtomicU64,
+    /// Writes of memory-mapped registers.
+    pub mmio_writes: AtomicU64,
+    /// Reads of ports.
+    pub port_reads: AtomicU64,
+    /// Writes of ports.
+    pub port_writes: AtomicU64,
+    /// Anything else; signals that interrupt a CPU are not counted.
+    pub others: AtomicU64,
+}
+
+impl Exits {
+    fn count(&self, exit: &VcpuExit<'_>) {
+        let counter = match exit {
+            VcpuExit::MmioRead(..) => &self.mmio_reads,
+            VcpuExit::MmioWrite(..) => &self.mmio_writes,
+            VcpuExit::IoIn(..) => &self.port_reads,
+            VcpuExit::IoOut(..) => &self.port_writes,
+            _ => &self.others,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// Why a vCPU ended.
@@ -67,7 +99,10 @@ impl Vcpu {
     pub fn run(&mut self, stopping: impl Fn() -> bool) -> End {
         while !stopping() {
             let action = match self.fd.run() {
-                Ok(exit) => act(exit, &self.page, &self.ports, &self.mmio),
+                Ok(exit) => {
+                    self.exits.count(&exit);
+                    act(exit, &self.page, &self.ports, &self.mmio)
+                }
                 Err(error) => match error.errno() {
                     // A signal; or a CPU that has just been started by another one.
                     libc::EINTR | libc::EAGAIN => Action::Continue,

@@ -168,7 +168,7 @@ pub fn run(config: &Config) -> Result<Ending, VmmError> {
     let stopped = run.stop(&machine);
     // What the guest said last may have come to us only when its device was stopped.
     let ended = ended.and_then(|ending| run.with_command(ending));
-    let reported = report.map_or(Ok(()), |report| report.write(&machine.disks));
+    let reported = report.map_or(Ok(()), |report| report.write(&machine.disks, &machine.exits));
     if let Err(StopError::Stuck { .. }) = stopped {
         // Dropping devices waits for their I/O, which is what hangs.
         std::mem::forget(machine);

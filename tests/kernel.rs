@@ -222,6 +222,39 @@ dmesg -r | sed -n 's/^<[0-4]>//p' | sed 's/^/K /'
     assert!(stats.contains("\"queues\": 2") && stats.contains("\"errors\": 0"), "{stats}");
 }
 
+/// With virtio-mmio the guest reads InterruptStatus and writes InterruptACK, and each comes out of KVM; a
+/// message needs neither, and the doorbell is KVM's own business.
+#[test]
+fn an_interrupt_costs_two_exits_over_mmio_and_none_over_pci() {
+    const READS: u64 = 2000;
+    let place = Host::get().place();
+    place.sh("truncate -s 16M a.img");
+    let job = format!(
+        "fio --name=t --filename=/dev/vda --rw=randread --bs=4k --direct=1 --ioengine=psync --size=16M \
+         --io_size={}k >/dev/null 2>&1; echo \"T fio $?\"",
+        4 * READS
+    );
+    let registers = |transport: &str| {
+        let args = format!("--transport {transport} --stats=stats.json --disk a.img,cache=none");
+        let outcome = Boot { kernel: "6.12", args: &args, job: &job }.run(&place);
+        assert_eq!((outcome.status, told(&outcome, "fio")), (0, "0"), "{outcome:#?}");
+        let json: serde_json::Value = serde_json::from_str(&place.sh("cat stats.json").stdout).unwrap();
+        let requests = &json["disks"][0]["requests"];
+        assert!(requests["read"].as_u64().unwrap() >= READS, "{json}");
+        println!("{transport}: {} for {requests}", json["exits"]);
+        let exits = |name: &str| json["exits"][name].as_u64().unwrap();
+        [exits("mmio_read"), exits("mmio_write")]
+    };
+    let (mmio, pci) = (registers("mmio"), registers("pci"));
+    // All of bring-up is in these figures: a few hundred accesses.
+    for (kind, (by_line, by_message)) in ["reads", "writes"].iter().zip(mmio.into_iter().zip(pci)) {
+        assert!(
+            by_line >= READS && by_message < READS / 2,
+            "{kind}: {by_line} over mmio, {by_message} over pci"
+        );
+    }
+}
+
 /// A small kernel of our own reads both ACPI and `virtio_mmio.device=`, and has virtio built in. Without
 /// ACPI it finds the PCI bus by its ports.
 #[test]

@@ -17,7 +17,7 @@ use minivmm::disk::erase::ZeroedRange;
 use minivmm::disk::machine::{Disk, Op, StableBy};
 use minivmm::disk::monitor::{Monitor, Snapshot, SyncEnd};
 use minivmm::mem::{AlignedBuffer, Iov};
-use minivmm::stats::Stats;
+use minivmm::stats::{ExitStats, Stats};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::Value;
@@ -339,7 +339,7 @@ fn each_mode_puts_at_risk_what_it_says() {
             assert_eq!((at_end.at_risk_bytes, at_end.at_risk_bytes_at_end), (sum, Some(sum)));
             let most = if volatile { sum.max(8192 + 3 * 4096) } else { 0 };
             assert_eq!(at_end.at_risk_bytes_max, most, "{}", policy.name);
-            let text = Stats::of([&*image].into_iter()).to_string();
+            let text = Stats::of([&*image].into_iter(), ExitStats::default()).to_string();
             assert_eq!(
                 text.contains("this only grows (3 FLUSHes were ignored)"),
                 !policy.honour_flush,
@@ -429,7 +429,7 @@ fn after_a_failed_sync_what_is_at_risk_stays_and_is_said_to_be_lost_perhaps() {
         let found = image.monitor.snapshot();
         assert_eq!((found.at_risk_bytes, found.sync_failed), (8192, true), "{mode}");
         assert!(found.oldest.is_some());
-        let text = Stats::of([&*image].into_iter()).to_string();
+        let text = Stats::of([&*image].into_iter(), ExitStats::default()).to_string();
         assert!(text.contains("the 8 KiB may be lost"), "{text}");
     }
 }
@@ -440,7 +440,7 @@ fn the_json_has_every_field_that_its_version_promises() {
     assert_eq!(rig.write_sectors(8, &[1; 4096]), OK);
     assert_eq!(rig.flush(), OK);
     let mut json = Vec::new();
-    Stats::of([&*rig.image].into_iter()).write_json(&mut json).unwrap();
+    Stats::of([&*rig.image].into_iter(), ExitStats::default()).write_json(&mut json).unwrap();
     let found: Value = serde_json::from_slice(&json).unwrap();
     assert_eq!(found["schema"], "minivmm-statistics");
     assert_eq!(found["version"], 1);

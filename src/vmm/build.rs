@@ -30,7 +30,7 @@ use crate::kvm::{self, msrs};
 use crate::layout;
 use crate::mem::{self, Ram};
 use crate::pci::root::{ConfigPorts, PORTS_LEN};
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Exits, Vcpu};
 use crate::virtio::{Transport, VirtioDevice};
 
 /// Most disks: they have letters.
@@ -48,6 +48,8 @@ pub struct Machine {
     pub serial: SerialEnd,
     /// What is heard of the guest's command, until it runs.
     pub job: Option<JobEnd>,
+    /// What the CPUs have come out of KVM for.
+    pub exits: Arc<Exits>,
     /// To be set when the end begins.
     pub stopping: Stopping,
     /// Lives longer than the CPUs, and shorter than the memory that it uses.
@@ -105,14 +107,16 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
     };
     let entry = boot::load(&ram, &guest)?;
     laps.end("kernel, initrd and tables");
-    let parts = Parts { ports: Arc::new(ports), mmio: Arc::new(mmio), ram: ram.clone() };
+    let exits = Arc::<Exits>::default();
+    let parts =
+        Parts { ports: Arc::new(ports), mmio: Arc::new(mmio), ram: ram.clone(), exits: Arc::clone(&exits) };
     let vcpus = vcpus(&kvm, &vm, config, &parts)?;
     if let Some(first) = vcpus.first() {
         boot::cpu::set_up(&first.fd, &ram, entry)?;
     }
     laps.end("CPUs");
     log::info!("built in {}", laps.in_words());
-    Ok(Machine { vcpus, transports, disks, serial, job, stopping, _vm: vm, _ram: ram })
+    Ok(Machine { vcpus, transports, disks, serial, job, exits, stopping, _vm: vm, _ram: ram })
 }
 
 /// Where the time before the guest goes, for `-v`.
@@ -235,6 +239,7 @@ struct Parts {
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
     ram: Ram,
+    exits: Arc<Exits>,
 }
 
 fn vcpus(kvm: &Kvm, vm: &VmFd, config: &Config, parts: &Parts) -> Result<Vec<Vcpu>, VmmError> {
@@ -255,6 +260,7 @@ fn vcpus(kvm: &Kvm, vm: &VmFd, config: &Config, parts: &Parts) -> Result<Vec<Vcp
             mmio: Arc::clone(&parts.mmio),
             ram: parts.ram.clone(),
             triple_fault_resets,
+            exits: Arc::clone(&parts.exits),
         });
     }
     Ok(vcpus)

@@ -7,6 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -17,7 +18,8 @@ use super::events::Signals;
 use super::{StatsTarget, VmmError};
 use crate::disk::Image;
 use crate::kvm::run_page::RunPage;
-use crate::stats::Stats;
+use crate::stats::{ExitStats, Stats};
+use crate::vcpu::Exits;
 use crate::virtio::Transport;
 
 /// Draining I/O, or a vCPU that waits for it, may take so long.
@@ -148,9 +150,17 @@ impl StatsReport {
         open().map(|file| Self::Json(path.clone(), file)).map_err(refused)
     }
 
-    /// Tells how it stands with the disks.
-    pub fn write(self, disks: &[OpenDisk]) -> Result<(), VmmError> {
-        let stats = Stats::of(disks.iter().map(|disk| &*disk.image));
+    /// Tells how it stands with the disks, and what the CPUs have come out of KVM for.
+    pub fn write(self, disks: &[OpenDisk], exits: &Exits) -> Result<(), VmmError> {
+        let at = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let exits = ExitStats {
+            mmio_read: at(&exits.mmio_reads),
+            mmio_write: at(&exits.mmio_writes),
+            port_read: at(&exits.port_reads),
+            port_write: at(&exits.port_writes),
+            other: at(&exits.others),
+        };
+        let stats = Stats::of(disks.iter().map(|disk| &*disk.image), exits);
         match self {
             Self::Stderr => {
                 // Whoever reads it may be gone, which is no failure of the VM.
