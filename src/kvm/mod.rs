@@ -50,11 +50,12 @@ pub enum KvmError {
 }
 
 /// What we cannot do without.
-const NEEDED: [(Cap, &str); 8] = [
+const NEEDED: [(Cap, &str); 9] = [
     (Cap::UserMemory, "user memory"),
     (Cap::Irqchip, "interrupt controllers"),
     (Cap::Pit2, "interval timer"),
     (Cap::Irqfd, "irqfd"),
+    (Cap::IrqRouting, "interrupt routing"),
     (Cap::Ioeventfd, "ioeventfd"),
     (Cap::ExtCpuid, "CPUID"),
     (Cap::ImmediateExit, "immediate_exit"),
