@@ -68,8 +68,10 @@ bench_arguments = $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $
 bench: deps
 	@cargo bench --quiet --locked --bench device -- $(bench_arguments)
 
-# The long suites: hundreds of times as many seeds of the durability proof.
-torture: deps
+# The long suites: every combination of killed hosts TRIALS times (a minute and a half each), hundreds of
+# times as many seeds of the durability proof.
+torture: test-deps build guest emuhost
+	@MINIVMM_TRIALS=$(or $(TRIALS),20) cargo test --release --locked --test killed -- --nocapture --test-threads 1
 	@MINIVMM_SEEDS=$(or $(SEEDS),5000000) cargo test --release --locked --features mutants --test durability -- --nocapture
 
 lint: deps
