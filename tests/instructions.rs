@@ -5,6 +5,8 @@
 //! `benches/instructions.json`. The kernel's share is not in it; `cargo bench` has that.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
 
+#[path = "../benches/common/random.rs"]
+mod random;
 #[path = "../benches/device/rings.rs"]
 #[allow(dead_code, reason = "the benchmark's driver needs more of it")]
 mod rings;
@@ -26,7 +28,8 @@ use minivmm::disk::{DiskOptions, Image};
 use minivmm::ratelimit::RateLimit;
 use minivmm::virtio::Interrupt;
 use minivmm::virtio::queue::Ring;
-use rings::{FEATURES, Kind, QUEUE_SIZE, Random, Rings};
+use random::Random;
+use rings::{FEATURES, Kind, QUEUE_SIZE, Rings};
 use vmm_sys_util::eventfd::EventFd;
 
 /// What is measured: its name in the file, the direction, requests a turn.

@@ -20,7 +20,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::counted::{self, Counter};
 use crate::load::Load;
-use crate::rings::{Kind, Random, Rings};
+use crate::random::Random;
+use crate::rings::{Kind, Rings};
 
 /// How the driver waits for the used ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -5,13 +5,22 @@
 //! slow: a figure is reported, not tested.
 #![allow(clippy::cast_possible_truncation, reason = "offsets of a benchmark's own layout")]
 
+#[path = "../common/image.rs"]
+mod image;
+#[path = "../common/machine.rs"]
+mod machine;
+#[path = "../common/markdown.rs"]
+mod markdown;
+#[path = "../common/median.rs"]
+mod median;
+#[path = "../common/random.rs"]
+mod random;
+
 mod counted;
 mod device;
 mod driver;
 mod fio;
-mod image;
 mod load;
-mod machine;
 mod results;
 mod rings;
 mod show;
@@ -124,7 +133,7 @@ fn plan(arguments: &Arguments) -> Vec<Contest> {
 
 fn measure(arguments: &Arguments, contests: &[Contest]) -> Result<()> {
     let fio = fio::version()?;
-    let image = BenchImage::ready(&arguments.dir, arguments.image_mib << 20)?;
+    let image = BenchImage::ready(arguments.dir.join("device.img"), arguments.image_mib << 20)?;
     let machine = Machine::look(&arguments.dir, fio);
     println!("{}\n", machine.describe());
     println!(

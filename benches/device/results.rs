@@ -9,6 +9,7 @@ use crate::device::Run;
 use crate::driver::Times;
 use crate::fio::Fio;
 use crate::load::{Contest, FioEngine, Load, Who};
+use crate::median::median;
 
 /// The figures of one run.
 #[derive(Debug, Clone, Serialize)]
@@ -134,17 +135,6 @@ impl Entry {
     /// The median of a figure that not every run has.
     pub fn median_of(&self, figure: impl Fn(&Figures) -> Option<f64>) -> Option<f64> {
         median(self.rounds.iter().filter_map(figure).collect())
-    }
-}
-
-/// The middle value; of an even number the mean of the two in the middle.
-pub fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        len if len % 2 == 1 => Some(values[middle]),
-        _ => Some(f64::midpoint(values[middle - 1], values[middle])),
     }
 }
 

@@ -1,28 +1,9 @@
 //! What is printed: tables that can be pasted into a document, and their reading.
 
 use crate::load::Load;
+use crate::markdown::{number, table};
 use crate::results::{Counted, Entry, Figures, Outcome, Ratio};
 use crate::show::Row;
-
-/// A table with aligned columns, in Markdown.
-fn table(head: &[&str], rows: &[Vec<String>]) -> String {
-    let width = |column: usize| {
-        let cells = rows.iter().map(|row| row[column].chars().count());
-        cells.chain([head[column].chars().count()]).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..head.len()).map(width).collect();
-    let line = |cells: Vec<&str>| {
-        let cells = cells.iter().zip(&widths).map(|(cell, &width)| format!(" {cell:width$} "));
-        format!("|{}|\n", cells.collect::<Vec<_>>().join("|"))
-    };
-    let mut text = line(head.to_vec());
-    text +=
-        &format!("|{}|\n", widths.iter().map(|width| "-".repeat(width + 2)).collect::<Vec<_>>().join("|"));
-    for row in rows {
-        text += &line(row.iter().map(String::as_str).collect());
-    }
-    text
-}
 
 fn rate(load: &Load, entry: &Entry) -> String {
     let figure = if load.block_bytes >= 64 << 10 {
@@ -31,10 +12,6 @@ fn rate(load: &Load, entry: &Entry) -> String {
         entry.median(|f| f.iops).map(|rate| format!("{:.1}k", rate / 1e3))
     };
     figure.unwrap_or_default()
-}
-
-fn number(value: Option<f64>, digits: usize) -> String {
-    value.map_or(String::new(), |value| format!("{value:.digits$}"))
 }
 
 fn percentiles(entry: &Entry) -> String {

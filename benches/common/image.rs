@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::rings::Random;
+use crate::random::Random;
 
 /// _IOWR('f', 11, struct fiemap).
 const FS_IOC_FIEMAP: libc::c_ulong = 0xc020_660b;
@@ -41,10 +41,11 @@ pub struct BenchImage {
 }
 
 impl BenchImage {
-    /// The image in `dir`, the one that is there already if it is as it should be.
-    pub fn ready(dir: &Path, bytes: u64) -> Result<Self> {
-        std::fs::create_dir_all(dir)?;
-        let path = dir.join("device.img");
+    /// The image at `path`, the one that is there already if it is as it should be.
+    pub fn ready(path: PathBuf, bytes: u64) -> Result<Self> {
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir)?;
+        }
         if std::fs::metadata(&path).map(|there| there.len()).ok() != Some(bytes) || written(&path)?.is_none()
         {
             eprintln!("writing {} ({} MiB)", path.display(), bytes >> 20);
