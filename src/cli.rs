@@ -134,6 +134,18 @@ enum Command {
         #[arg(short, long)]
         quiet: bool,
     },
+    /// List a write log: what a disk was given, and what it has promised to keep
+    ///
+    /// The log is of a disk's key log-writes, of the kernel's dm-log-writes or of QEMU's blklogwrites.
+    Log {
+        /// The log, a file or a block device
+        #[arg(value_name = "FILE")]
+        log: PathBuf,
+
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// What the user wants.
@@ -147,6 +159,13 @@ pub enum Task {
         json: bool,
         /// The verdict alone.
         quiet: bool,
+    },
+    /// A write log listed.
+    Log {
+        /// Which.
+        log: PathBuf,
+        /// As JSON.
+        json: bool,
     },
     /// These disks explained.
     Explain {
@@ -222,8 +241,9 @@ impl Args {
 
     /// What is to be done, where that is not to run a guest.
     pub fn task(&self) -> Task {
-        match self.command {
-            Some(Command::Check { json, quiet }) => Task::Check { json, quiet },
+        match &self.command {
+            &Some(Command::Check { json, quiet }) => Task::Check { json, quiet },
+            Some(Command::Log { log, json }) => Task::Log { log: log.clone(), json: *json },
             None if self.explain => Task::Explain { disks: disks(&self.disks, self.cpus), json: self.json },
             None => Task::Run,
         }

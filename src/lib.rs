@@ -15,6 +15,7 @@
 //! | [`boot`] | kernel, initrd, command line, zero page, CPU state, ACPI | devices' insides |
 //! | [`bus`], [`devices`] | port and MMIO dispatch; serial, power, RTC | KVM |
 //! | [`virtio`] | device trait, register core, mmio and pci transports, virtqueues | blocks, files |
+//! | [`crash`] | write logs, and the disks that a loss of power could have left | guests, KVM |
 //! | [`explain`] | what a disk will do, told without doing it | KVM |
 //! | [`blk`] | virtio-blk: features, config space, requests, the worker | KVM, transports |
 //! | [`console`] | virtio-console: ports, their control messages, the host's streams | KVM, transports |
@@ -31,6 +32,7 @@ pub mod bus;
 pub mod check;
 pub mod cli;
 pub mod console;
+pub mod crash;
 pub mod devices;
 pub mod disk;
 pub mod explain;

@@ -4,9 +4,12 @@
 //! (`cli::command`).
 
 use std::io::Write;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use minivmm::cli::{Args, ExitStatus, Task, command};
+use minivmm::crash::list;
+use minivmm::crash::log::WriteLog;
 use minivmm::disk::DiskOptions;
 use minivmm::job::status::StatusFile;
 use minivmm::vmm::{self, Ending};
@@ -23,6 +26,7 @@ fn run(args: Args) -> ExitStatus {
         Task::Run => return run_guest(args),
         Task::Check { json, quiet } => run_check(json, quiet),
         Task::Explain { disks, json } => explain_disks(&disks, json),
+        Task::Log { log, json } => list_log(&log, json),
     };
     told.unwrap_or_else(|error| {
         // Whoever reads it may be gone; the status still says it.
@@ -59,6 +63,12 @@ fn run_check(json: bool, quiet: bool) -> Result<ExitStatus> {
 fn explain_disks(disks: &[DiskOptions], json: bool) -> Result<ExitStatus> {
     let explained = disks.iter().map(explain::explain).collect::<Result<Vec<_>, _>>()?;
     print(&if json { explain::to_json(&explained)? } else { explain::to_text(&explained) })?;
+    Ok(ExitStatus::Success)
+}
+
+fn list_log(path: &Path, json: bool) -> Result<ExitStatus> {
+    let log = WriteLog::open(path)?;
+    print(&if json { list::to_json(&log)? } else { list::to_text(&log) })?;
     Ok(ExitStatus::Success)
 }
 

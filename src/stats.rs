@@ -56,6 +56,8 @@ struct DiskStats {
     host_calls: HostCalls,
     transfers: Transfers,
     durability: Durability,
+    faults: Faults,
+    write_log: Option<Log>,
 }
 
 /// As the guest asked.
@@ -84,6 +86,25 @@ struct HostCalls {
 struct Transfers {
     bounced: u64,
     continued: u64,
+}
+
+/// Operations that were made to go wrong, by what was done to them.
+#[derive(Debug, Serialize)]
+struct Faults {
+    failed: u64,
+    delayed: u64,
+    shortened: u64,
+    torn: u64,
+    lost: u64,
+}
+
+/// The log of a disk that has one.
+#[derive(Debug, Serialize)]
+struct Log {
+    path: String,
+    entries: u64,
+    /// Why it ends too early.
+    error: Option<String>,
 }
 
 /// What the guest believes written, and what a crash of the host may cost.
@@ -165,6 +186,18 @@ fn disk(name: String, image: &Image) -> DiskStats {
         },
         transfers: Transfers { bounced: at(&counters.bounces), continued: at(&counters.continued) },
         durability: durability(image),
+        faults: Faults {
+            failed: at(&counters.faults_failed),
+            delayed: at(&counters.faults_delayed),
+            shortened: at(&counters.faults_shortened),
+            torn: at(&counters.faults_torn),
+            lost: at(&counters.faults_lost),
+        },
+        write_log: image.write_log().map(|log| Log {
+            path: log.path().display().to_string(),
+            entries: log.entries(),
+            error: log.error().map(|error| error.to_string()),
+        }),
     }
 }
 
@@ -236,6 +269,17 @@ impl fmt::Display for DiskStats {
         }
         if let Some(times) = &self.durability.fdatasync_ns {
             writeln!(f, "  fdatasync      {times}")?;
+        }
+        let Faults { failed, delayed, shortened, torn, lost } = self.faults;
+        if failed + delayed + shortened + torn + lost > 0 {
+            writeln!(
+                f,
+                "  faults         {failed} failed, {delayed} delayed, {shortened} shortened, {torn} torn, {lost} lost, \
+                 on purpose"
+            )?;
+        }
+        if let Some(log) = &self.write_log {
+            writeln!(f, "  write log      {} entries in {}", log.entries, log.path)?;
         }
         writeln!(f, "  bytes at risk  {}", at_risk(&self.durability, self.cache)?)
     }

@@ -51,6 +51,9 @@ fn wrong_usage_ends_with_2_and_says_what_is_right() {
         (&["--json", "--disk", "a.img"], "--explain"),
         (&["check", "--json", "--quiet"], "cannot be used with"),
         (&["check", "--disk", "a.img"], "--disk"),
+        (&["log"], "FILE"),
+        (&["--disk", "a.img,fault=fail:fsync"], "read, write, flush, discard"),
+        (&["--disk", "a.img,log-writes"], "FILE"),
     ] {
         let output = minivmm(directory.path(), args);
         assert_eq!(output.status.code(), Some(USAGE), "{args:?}");
@@ -80,6 +83,9 @@ fn help_names_every_option_key_and_status() {
         "--timeout",
         "--explain",
         "check",
+        "log",
+        "fault=",
+        "log-writes=",
         "Guest:",
         "Machine:",
         "Disks:",
@@ -114,6 +120,8 @@ fn an_error_is_printed_once_with_what_it_is_about() {
             &["missing.img", "truncate"][..],
         ),
         (&["--explain", "--disk", "missing.img"], &["missing.img", "truncate"]),
+        (&["log", "gone.log"], &["gone.log", "No such file"]),
+        (&["log", "/proc/self/exe"], &["/proc/self/exe", "no write log"]),
         (&["--console", "file=no/such/file", "--kernel", "k", "--initrd", "none"], &["no/such/file"]),
         (
             &["--kernel", "k", "--initrd", "i", "--add", "gone", "--", "x"],

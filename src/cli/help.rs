@@ -75,7 +75,7 @@ pub fn improve(mut error: clap::Error) -> clap::Error {
         format!("to give the guest a disk: --disk {word}")
     } else {
         format!(
-            "a command for the guest stands behind --: minivmm [OPTIONS] -- {word}; minivmm's own is 'check'"
+            "a command for the guest stands behind --: minivmm [OPTIONS] -- {word}; minivmm's own are 'check' and 'log'"
         )
     };
     error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));

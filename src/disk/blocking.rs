@@ -47,7 +47,9 @@ impl BlockingEngine {
             }
             // SAFETY: no memory is involved.
             HostOp::Fdatasync => unsafe { libc::fdatasync(fd) as isize },
-            HostOp::PunchHole { offset, len } => fallocate(fd, libc::FALLOC_FL_PUNCH_HOLE, *offset, *len)?,
+            HostOp::PunchHole { offset, len, .. } => {
+                fallocate(fd, libc::FALLOC_FL_PUNCH_HOLE, *offset, *len)?
+            }
             HostOp::ZeroRange { offset, len } => fallocate(fd, libc::FALLOC_FL_ZERO_RANGE, *offset, *len)?,
         };
         usize::try_from(result).map_err(|_| io::Error::last_os_error())

@@ -8,9 +8,11 @@ use std::sync::Arc;
 
 use super::blocking::{self, BlockingEngine};
 use super::engine::{Engine, HostOp};
+use super::fault::FaultEngine;
 use super::image::Image;
 use super::options::EngineChoice;
 use super::uring::{self, UringEngine, UringError};
+use super::writelog::engine::LoggingEngine;
 use crate::mem::Ram;
 
 /// An engine by its kind.
@@ -61,11 +63,19 @@ pub struct EngineError {
     pub source: UringError,
 }
 
-/// The engines for so many queues of `image`; `ram` is guest memory, for buffers=fixed.
+/// The engines for so many queues of `image`; `ram` is guest memory, for buffers=fixed. The image's
+/// write log and faults are around each.
 pub fn choose(image: &Arc<Image>, ram: Option<&Ram>, queues: u16) -> Result<Chosen, EngineError> {
     let chosen = find(image, ram, queues)?;
     image.engine_is(chosen.kind.name());
-    Ok(chosen)
+    let engines = chosen.engines.into_iter().map(|engine| equip(engine, image)).collect();
+    Ok(Chosen { engines, ..chosen })
+}
+
+/// `engine` with what the image wants around it: its write log, and around that its faults, so that the
+/// log tells what was really done.
+pub fn equip(engine: Box<dyn Engine>, image: &Arc<Image>) -> Box<dyn Engine> {
+    FaultEngine::wrap(LoggingEngine::wrap(engine, image), image)
 }
 
 fn find(image: &Arc<Image>, ram: Option<&Ram>, queues: u16) -> Result<Chosen, EngineError> {

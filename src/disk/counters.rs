@@ -53,6 +53,16 @@ counters! {
     bounces,
     /// Transfers that were continued after a short count.
     continued,
+    /// Operations failed on purpose.
+    faults_failed,
+    /// Operations held on purpose.
+    faults_delayed,
+    /// Transfers cut short on purpose.
+    faults_shortened,
+    /// Writes torn on purpose.
+    faults_torn,
+    /// Operations answered without being done, on purpose.
+    faults_lost,
 }
 
 impl Counters {

@@ -38,6 +38,8 @@ pub enum HostOp {
         offset: u64,
         /// Length in bytes.
         len: u64,
+        /// For a WRITE_ZEROES: the guest counts on zeroes. For a DISCARD it counts on nothing.
+        must_zero: bool,
     },
     /// `fallocate` with FALLOC_FL_ZERO_RANGE and KEEP_SIZE.
     ZeroRange {

@@ -54,7 +54,7 @@ impl Erase {
         let &ZeroedRange { range, unmap } = self.ranges.front()?;
         let (offset, len) = (range.offset(), range.bytes());
         let (method, op) = if unmap {
-            (EraseBy::Punch, HostOp::PunchHole { offset, len })
+            (EraseBy::Punch, HostOp::PunchHole { offset, len, must_zero: self.must_zero })
         } else {
             (EraseBy::ZeroRange, HostOp::ZeroRange { offset, len })
         };

@@ -3,6 +3,8 @@
 //! Owns the descriptor, which stays open for the life of the process (E3), the checks before the
 //! first byte is touched, and the final fdatasync (E4).
 
+mod problem;
+
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -15,6 +17,7 @@ use std::time::Duration;
 
 use super::cache::CachePolicy;
 use super::counters::Counters;
+use super::fault::plan::Faults;
 use super::format;
 use super::geometry::{self, BUFFERED, Geometry, SECTOR};
 use super::latch::SyncLatch;
@@ -22,102 +25,8 @@ use super::lock;
 use super::monitor::{Monitor, SyncEnd};
 use super::options::{DiskOptions, EngineChoice, POLL_US, SERIAL_MAX};
 use super::stable::StableBy;
-
-/// Why an image cannot be used: what failed, why, and what to do.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot use disk image {}", path.display())]
-pub struct ImageError {
-    /// The image as named on the command line.
-    pub path: PathBuf,
-    /// What is wrong with it.
-    #[source]
-    pub reason: ImageProblem,
-}
-
-/// What is wrong with an image.
-#[derive(Debug, thiserror::Error)]
-pub enum ImageProblem {
-    /// The host refuses to open it.
-    #[error("it cannot be opened {flags}")]
-    Open {
-        /// How we tried.
-        flags: &'static str,
-        /// The host's answer.
-        source: io::Error,
-    },
-    /// There is no such file.
-    #[error("it does not exist: check its name, or make it, as in `truncate -s 1G {0}`")]
-    Missing(String),
-    /// Neither a regular file nor a block device.
-    #[error("it is {0}; a disk is a regular file or a block device")]
-    Kind(&'static str),
-    /// The file system has no O_DIRECT.
-    #[error(
-        "its file system has no O_DIRECT, which cache={mode} needs: use cache=writeback, writethrough or unsafe, \
-         or a file on ext4 or xfs"
-    )]
-    NoDirect {
-        /// The mode that was asked for.
-        mode: &'static str,
-    },
-    /// No byte in it.
-    #[error("it is empty: give it a size first, as in `truncate -s 1G {0}`")]
-    Empty(String),
-    /// Not a whole number of blocks.
-    #[error(
-        "its {bytes} bytes are no multiple of the block size of {block}: extend it with `truncate -s %{block} {path}`"
-    )]
-    PartialBlock {
-        /// The size in bytes.
-        bytes: u64,
-        /// The block size in bytes.
-        block: u32,
-        /// The image.
-        path: String,
-    },
-    /// A logical block below what the host can do.
-    #[error(
-        "block-size={asked} is below the {needed} bytes that O_DIRECT needs here: use block-size={needed}"
-    )]
-    BlockTooSmall {
-        /// As asked for, in bytes.
-        asked: u32,
-        /// As needed, in bytes.
-        needed: u32,
-    },
-    /// The host needs larger blocks than virtio guests know.
-    #[error(
-        "O_DIRECT needs blocks of {0} bytes here, more than the 4096 that guests understand: use cache=writeback"
-    )]
-    BlockTooLarge(u32),
-    /// Another format.
-    #[error(
-        "it looks like a {format} image, and guests would see its metadata as data: convert it with \
-         `qemu-img convert -O raw {path} {path}.raw` and use that, or say format=raw if it is raw all the same"
-    )]
-    NotRaw {
-        /// What it looks like.
-        format: &'static str,
-        /// The image.
-        path: String,
-    },
-    /// Somebody else has it open.
-    #[error(
-        "another VM, or another --disk of this one, has locked it; readers can share an image when all say readonly"
-    )]
-    Locked(#[source] io::Error),
-    /// An older writeback error, or a dying disk.
-    #[error("what was written to it before cannot be made stable: check the host's disk and its kernel log")]
-    FirstSync(#[source] io::Error),
-    /// Something else that the host refused.
-    #[error("{what}")]
-    Host {
-        /// What we tried.
-        what: &'static str,
-        /// The host's answer.
-        source: io::Error,
-    },
-}
+use super::writelog::WriteLog;
+pub use problem::{ImageError, ImageProblem};
 
 /// An open, locked image and everything that its queues share.
 #[derive(Debug)]
@@ -148,6 +57,8 @@ pub struct Image {
     pub latch: SyncLatch,
     /// What is written and not yet stable.
     pub monitor: Monitor,
+    faults: Option<Arc<Faults>>,
+    write_log: Option<WriteLog>,
     warnings: Vec<String>,
 }
 
@@ -176,7 +87,9 @@ impl Image {
         let kind = check_kind(&options.path)?;
         let file = Arc::new(open_file(options, kind)?);
         lock::take(&file, options.readonly)?;
-        let image = Self::describe(options, kind, file)?;
+        let mut image = Self::describe(options, kind, file)?;
+        let log = options.log_writes.as_deref().map(|path| WriteLog::create(path, &image.file));
+        image.write_log = log.transpose()?;
         if image.is_synced_at_both_ends() {
             first_sync(&image.file, options, kind)?;
         }
@@ -204,6 +117,14 @@ impl Image {
                  stable. This breaks virtio 5.2.6.2 on purpose; use it only for what you can make again",
                 options.path.display(),
                 options.cache.name
+            ));
+        }
+        if let Some(spec) = &options.fault {
+            warnings.push(format!(
+                "{}: faults are made on purpose, by fault={}{}",
+                options.path.display(),
+                spec.text,
+                if spec.lies() { "; what is lost is reported as done" } else { "" }
             ));
         }
         Ok(Self::assemble(options, kind, file, geometry, warnings))
@@ -247,6 +168,8 @@ impl Image {
             counters: Counters::default(),
             latch: SyncLatch::default(),
             monitor: Monitor::default(),
+            faults: options.fault.clone().map(|spec| Arc::new(Faults::new(spec))),
+            write_log: None,
             warnings,
         }
     }
@@ -328,6 +251,16 @@ impl Image {
     /// Operations that io_uring is handed at once.
     pub fn batch(&self) -> u16 {
         self.batch
+    }
+
+    /// The faults that are made on purpose.
+    pub fn faults(&self) -> Option<&Arc<Faults>> {
+        self.faults.as_ref()
+    }
+
+    /// The log of its writes.
+    pub fn write_log(&self) -> Option<&WriteLog> {
+        self.write_log.as_ref()
     }
 
     /// How long a worker looks for more before it sleeps.
@@ -413,9 +346,19 @@ impl Image {
         }
         Counters::count(&self.counters.fdatasyncs);
         let start = self.monitor.sync_starts();
+        let logged = self.write_log.as_ref().map(|log| (log, log.sync_starts()));
         let result = self.file.sync_data().inspect_err(|error| self.latch.set(error));
         self.monitor.sync_ends(start, if result.is_ok() { SyncEnd::Stable } else { SyncEnd::Failed });
+        if let Some((log, sync)) = logged {
+            log.sync_ends(sync, Some(result.is_ok()));
+        }
         result
+    }
+
+    /// The end of the write log, if there is one, after [`Image::close`]: its last mark, and the error
+    /// that has ended it before, if one has.
+    pub fn close_log(&self) -> io::Result<()> {
+        self.write_log.as_ref().map_or(Ok(()), WriteLog::end)
     }
 }
 

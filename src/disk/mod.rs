@@ -11,6 +11,7 @@ pub mod choice;
 pub mod counters;
 pub mod engine;
 pub mod erase;
+pub mod fault;
 mod flight;
 mod format;
 pub mod geometry;
@@ -24,6 +25,7 @@ pub mod options;
 pub mod stable;
 mod transfer;
 pub mod uring;
+pub mod writelog;
 
 pub use image::{Image, ImageError};
 pub use options::{DiskOptions, OptionsError, TransportChoice};

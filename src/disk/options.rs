@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::cache::{CachePolicy, POLICIES};
+use super::fault::spec::{FaultError, FaultSpec};
 use super::stable::StableBy;
 
 /// Largest virtqueue: as many pieces as one preadv takes (IOV_MAX).
@@ -61,6 +62,10 @@ pub struct DiskOptions {
     /// Every transfer of a direct mode goes through a private buffer, so that a guest that changes
     /// memory in flight cannot upset checksums or mirrors below.
     pub bounce_always: bool,
+    /// What the host is made to do wrong.
+    pub fault: Option<FaultSpec>,
+    /// Where every write, discard and flush of the host's is recorded.
+    pub log_writes: Option<PathBuf>,
 }
 
 /// Which engine executes a disk's host operations.
@@ -129,6 +134,9 @@ pub enum OptionsError {
         /// What it could have been.
         takes: &'static str,
     },
+    /// The rules of `fault` make no sense. Whoever reads an argument's error sees no source of it.
+    #[error(transparent)]
+    Fault(#[from] FaultError),
 }
 
 struct Key {
@@ -140,7 +148,7 @@ struct Key {
     set: fn(&mut DiskOptions, &str) -> Option<()>,
 }
 
-static KEYS: [Key; 15] = [
+static KEYS: [Key; 17] = [
     Key {
         name: "cache",
         takes: "none|writethrough|writeback|directsync|unsafe",
@@ -301,6 +309,22 @@ static KEYS: [Key; 15] = [
         alone: None,
         set: |options, value| (value == "raw").then(|| options.force_raw = true),
     },
+    Key {
+        name: "fault",
+        takes: "ACTION:KIND[:WHEN][+...]",
+        help: "make the host's I/O go wrong on purpose: fail, fail=ENOSPC, delay=5ms, short, tear or lose; of read, \
+               write, flush or discard; with nth=N, every=N, once, chance=P%, sectors=A-B; flush-fail=once; seed=N",
+        alone: None,
+        set: |options, value| value.parse().ok().map(|spec| options.fault = Some(spec)),
+    },
+    Key {
+        name: "log-writes",
+        takes: "FILE",
+        help: "record every write, discard and flush in FILE, as the kernel's dm-log-writes does, for `minivmm log` \
+               and `minivmm crash`",
+        alone: None,
+        set: |options, value| (!value.is_empty()).then(|| options.log_writes = Some(value.into())),
+    },
 ];
 
 fn on_off(value: &str) -> Option<bool> {
@@ -331,6 +355,8 @@ impl DiskOptions {
             transport: None,
             fixed_buffers: false,
             bounce_always: false,
+            fault: None,
+            log_writes: None,
         }
     }
 
@@ -368,6 +394,9 @@ impl FromStr for DiskOptions {
             }
             given.push(key.name);
             let value = value.or(key.alone).unwrap_or_default();
+            if key.name == "fault" {
+                value.parse::<FaultSpec>()?;
+            }
             let wrong = || OptionsError::Value { key: key.name, value: value.to_owned(), takes: key.takes };
             (key.set)(&mut options, value).ok_or_else(wrong)?;
         }
@@ -404,7 +433,7 @@ mod tests {
     fn every_key_is_understood() {
         let text = "a.img,cache=unsafe,readonly,serial=x y,queue-size=64,block-size=4096,discard=off,\
                     bounce=always,format=raw,engine=io_uring,stable=group,buffers=fixed,poll-us=7,batch=9,\
-                    transport=mmio,queues=16";
+                     transport=mmio,queues=16,fault=fail:read:nth=2+seed=3,log-writes=a.log";
         let expected = DiskOptions {
             path: "a.img".into(),
             cache: CachePolicy::by_name("unsafe").unwrap(),
@@ -422,6 +451,8 @@ mod tests {
             poll_us: Some(7),
             transport: Some(TransportChoice::Mmio),
             bounce_always: true,
+            fault: Some("fail:read:nth=2+seed=3".parse().unwrap()),
+            log_writes: Some("a.log".into()),
         };
         assert_eq!(text.parse(), Ok(expected));
     }
@@ -445,6 +476,8 @@ mod tests {
             ("a,readonly=maybe", "on|off"),
             ("a,format=qcow2", "raw"),
             ("a,cache=none,cache=none", "twice"),
+            ("a,fault=fail:fsync", "read, write, flush, discard"),
+            ("a,log-writes", "FILE"),
         ] {
             let error = text.parse::<DiskOptions>().unwrap_err().to_string();
             assert!(error.contains(needle), "{text}: {error}");

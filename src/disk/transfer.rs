@@ -90,7 +90,9 @@ impl Transfer {
         let mut window = self.iov.part(self.done, TRANSFER_MAX, PIECES_MAX);
         self.bounce = None;
         let fits = window.is_aligned(alignment.memory, alignment.offset);
-        if image.policy().direct && (image.bounce_always() || !fits) {
+        // What a log records must be what was written, whatever the guest does to its memory meanwhile.
+        let recorded = self.write && image.write_log().is_some();
+        if recorded || image.policy().direct && (image.bounce_always() || !fits) {
             window = self.bounce(image, pool)?;
             self.bounce = Some(window.clone());
         }

@@ -276,7 +276,7 @@ impl UringEngine {
                 }
             }
             HostOp::Fdatasync => opcode::Fsync::new(IMAGE).flags(FsyncFlags::DATASYNC).build(),
-            HostOp::PunchHole { offset, len } => erase(*offset, *len, libc::FALLOC_FL_PUNCH_HOLE),
+            HostOp::PunchHole { offset, len, .. } => erase(*offset, *len, libc::FALLOC_FL_PUNCH_HOLE),
             HostOp::ZeroRange { offset, len } => erase(*offset, *len, libc::FALLOC_FL_ZERO_RANGE),
         };
         Ok(entry)

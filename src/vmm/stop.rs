@@ -51,6 +51,14 @@ pub enum StopError {
         /// The host's answer.
         source: io::Error,
     },
+    /// What was done is not wholly in the write log.
+    #[error("the write log of disk image {path} could not be written: it ends too early")]
+    Log {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// No thread for it.
     #[error("cannot start a thread")]
     Thread(#[from] io::Error),
@@ -113,6 +121,11 @@ pub fn close(disks: &[OpenDisk], signals: &Signals) -> Result<(), StopError> {
         if let Err(source) = result {
             log::error!("{}: the last fdatasync failed: {source}", disk.path.display());
             failed = Err(StopError::Sync { path: disk.path.clone(), source });
+        }
+        if let Err(source) = disk.image.close_log()
+            && failed.is_ok()
+        {
+            failed = Err(StopError::Log { path: disk.path.clone(), source });
         }
     }
     failed

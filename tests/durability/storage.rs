@@ -237,7 +237,7 @@ impl Storage {
                     .map(|i| (first + i, self.tag_in(iov, i, first + i)))
                     .collect()
             }
-            HostOp::PunchHole { offset, len } | HostOp::ZeroRange { offset, len } => {
+            HostOp::PunchHole { offset, len, .. } | HostOp::ZeroRange { offset, len } => {
                 let first = number(offset / SECTOR);
                 (first..first + number(len / SECTOR)).map(|sector| (sector, ZEROES)).collect()
             }
@@ -506,7 +506,7 @@ fn words(op: &HostOp) -> String {
             format!("{how} of {}", sectors(offset, iov.bytes()))
         }
         HostOp::Fdatasync => "fdatasync".into(),
-        HostOp::PunchHole { offset, len } => format!("punch hole of {}", sectors(offset, *len)),
+        HostOp::PunchHole { offset, len, .. } => format!("punch hole of {}", sectors(offset, *len)),
         HostOp::ZeroRange { offset, len } => format!("zero range of {}", sectors(offset, *len)),
     }
 }

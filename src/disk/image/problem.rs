@@ -1,0 +1,112 @@
+//! Why an image cannot be used.
+//!
+//! Owns the words; the checks are [`super`]'s.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why an image cannot be used: what failed, why, and what to do.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot use disk image {}", path.display())]
+pub struct ImageError {
+    /// The image as named on the command line.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    #[source]
+    pub reason: ImageProblem,
+}
+
+/// What is wrong with an image.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageProblem {
+    /// The host refuses to open it.
+    #[error("it cannot be opened {flags}")]
+    Open {
+        /// How we tried.
+        flags: &'static str,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// There is no such file.
+    #[error("it does not exist: check its name, or make it, as in `truncate -s 1G {0}`")]
+    Missing(String),
+    /// Neither a regular file nor a block device.
+    #[error("it is {0}; a disk is a regular file or a block device")]
+    Kind(&'static str),
+    /// The file system has no O_DIRECT.
+    #[error(
+        "its file system has no O_DIRECT, which cache={mode} needs: use cache=writeback, writethrough or unsafe, \
+         or a file on ext4 or xfs"
+    )]
+    NoDirect {
+        /// The mode that was asked for.
+        mode: &'static str,
+    },
+    /// No byte in it.
+    #[error("it is empty: give it a size first, as in `truncate -s 1G {0}`")]
+    Empty(String),
+    /// Not a whole number of blocks.
+    #[error(
+        "its {bytes} bytes are no multiple of the block size of {block}: extend it with `truncate -s %{block} {path}`"
+    )]
+    PartialBlock {
+        /// The size in bytes.
+        bytes: u64,
+        /// The block size in bytes.
+        block: u32,
+        /// The image.
+        path: String,
+    },
+    /// A logical block below what the host can do.
+    #[error(
+        "block-size={asked} is below the {needed} bytes that O_DIRECT needs here: use block-size={needed}"
+    )]
+    BlockTooSmall {
+        /// As asked for, in bytes.
+        asked: u32,
+        /// As needed, in bytes.
+        needed: u32,
+    },
+    /// The host needs larger blocks than virtio guests know.
+    #[error(
+        "O_DIRECT needs blocks of {0} bytes here, more than the 4096 that guests understand: use cache=writeback"
+    )]
+    BlockTooLarge(u32),
+    /// Another format.
+    #[error(
+        "it looks like a {format} image, and guests would see its metadata as data: convert it with \
+         `qemu-img convert -O raw {path} {path}.raw` and use that, or say format=raw if it is raw all the same"
+    )]
+    NotRaw {
+        /// What it looks like.
+        format: &'static str,
+        /// The image.
+        path: String,
+    },
+    /// Somebody else has it open.
+    #[error(
+        "another VM, or another --disk of this one, has locked it; readers can share an image when all say readonly"
+    )]
+    Locked(#[source] io::Error),
+    /// An older writeback error, or a dying disk.
+    #[error("what was written to it before cannot be made stable: check the host's disk and its kernel log")]
+    FirstSync(#[source] io::Error),
+    /// Its write log cannot be had.
+    #[error("its write log {path} cannot {what}")]
+    WriteLog {
+        /// The log.
+        path: String,
+        /// What we tried.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Something else that the host refused.
+    #[error("{what}")]
+    Host {
+        /// What we tried.
+        what: &'static str,
+        /// The host's answer.
+        source: io::Error,
+    },
+}

@@ -1,0 +1,128 @@
+//! An engine around another one that tells the write log what was really done.
+//!
+//! Owns the watching: what an operation became, when it was handed over and when its end was heard of.
+//! It stands directly around the engine that makes the host's calls, below faults on purpose, so that a
+//! lost write is not in the log and a torn one only as far as it was written. The bytes of a write are
+//! those that were written because the state machine copies every write of a disk that has a log
+//! ([`crate::disk::transfer`]).
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+
+use super::{Change, SyncNumber, WriteLog};
+use crate::disk::engine::{Ended, Engine, HostOp, Wake};
+use crate::disk::image::Image;
+
+/// An engine whose ends are recorded.
+pub struct LoggingEngine {
+    inner: Box<dyn Engine>,
+    image: Arc<Image>,
+    in_flight: HashMap<u64, Watched>,
+}
+
+/// An operation that the engine below has.
+struct Watched {
+    op: HostOp,
+    sync: Option<SyncNumber>,
+}
+
+impl LoggingEngine {
+    /// The log of `image`, if it has one, around `inner`.
+    pub fn wrap(inner: Box<dyn Engine>, image: &Arc<Image>) -> Box<dyn Engine> {
+        if image.write_log().is_none() {
+            return inner;
+        }
+        Box::new(Self { inner, image: Arc::clone(image), in_flight: HashMap::new() })
+    }
+}
+
+impl Watched {
+    fn ends(self, log: &WriteLog, result: &io::Result<usize>) {
+        let count = match result {
+            Ok(count) => *count as u64,
+            Err(error) => {
+                if let Some(sync) = self.sync {
+                    log.sync_ends(sync, (!says_nothing(&self.op, error)).then_some(false));
+                }
+                return;
+            }
+        };
+        match self.op {
+            HostOp::Fdatasync => {
+                if let Some(sync) = self.sync {
+                    log.sync_ends(sync, Some(true));
+                }
+            }
+            HostOp::Writev { iov, offset, .. } => {
+                log.change_ends(offset, Change::Bytes(iov.part(0, count, usize::MAX)), self.sync);
+            }
+            HostOp::PunchHole { offset, len, must_zero: false } => {
+                log.change_ends(offset, Change::Discarded(len), None);
+            }
+            HostOp::PunchHole { offset, len, .. } | HostOp::ZeroRange { offset, len } => {
+                log.change_ends(offset, Change::Zeroes(len), None);
+            }
+            HostOp::Readv { .. } => {}
+        }
+    }
+}
+
+/// Whether the error of a sync is none of stability: it will be repeated, or there is no RWF_DSYNC.
+fn says_nothing(op: &HostOp, error: &io::Error) -> bool {
+    let refused = matches!(op, HostOp::Writev { .. }) && error.raw_os_error() == Some(libc::EOPNOTSUPP);
+    refused || error.kind() == io::ErrorKind::Interrupted
+}
+
+impl Engine for LoggingEngine {
+    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+        let Some(log) = self.image.write_log() else { return self.inner.submit(token, op) };
+        if matches!(op, HostOp::Readv { .. }) {
+            return self.inner.submit(token, op);
+        }
+        // In line before the engine may begin it.
+        let sync = match op {
+            HostOp::Fdatasync => Some(log.sync_starts()),
+            HostOp::Writev { dsync: true, .. } => Some(log.stable_write_starts()),
+            _ => None,
+        };
+        let watched = Watched { op: op.clone(), sync };
+        self.inner.submit(token, op).inspect_err(|_| {
+            if let Some(sync) = sync {
+                log.sync_ends(sync, None);
+            }
+        })?;
+        self.in_flight.insert(token, watched);
+        Ok(())
+    }
+
+    fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
+        let before = ended.len();
+        let waited = self.inner.wait(wake, ended);
+        let Some(log) = self.image.write_log() else { return waited };
+        for end in ended.iter().skip(before) {
+            if let Some(watched) = self.in_flight.remove(&end.token) {
+                watched.ends(log, &end.result);
+            }
+        }
+        waited
+    }
+
+    fn is_ready(&mut self) -> bool {
+        self.inner.is_ready()
+    }
+
+    fn rest(&mut self) -> io::Result<()> {
+        self.inner.rest()
+    }
+}
+
+impl Drop for LoggingEngine {
+    /// Usually nothing is in flight. Syncs that nobody will judge count as failed.
+    fn drop(&mut self) {
+        let Some(log) = self.image.write_log() else { return };
+        for sync in self.in_flight.drain().filter_map(|(_, watched)| watched.sync) {
+            log.sync_ends(sync, Some(false));
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! The log's file: made, locked, appended to.
+//!
+//! Owns where the next entry goes. Zeroes are left as holes, so that erasing a huge range costs the log
+//! nothing. After every entry the superblock counts it: a log whose writer was killed ends with the
+//! last whole entry.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::sync::Arc;
+
+use super::format::{HEADER_BYTES, Header, SUPERBLOCK_BYTES, Superblock};
+use crate::disk::blocking::BlockingEngine;
+use crate::disk::engine::{Engine, HostOp, Wake};
+use crate::disk::geometry::SECTOR;
+use crate::disk::image::ImageProblem;
+use crate::disk::lock;
+use crate::mem::Iov;
+
+/// Bytes of a sector of our logs: the disk's own unit.
+const SECTOR_BYTES: u32 = 512;
+
+/// What follows the head of an entry.
+#[derive(Debug)]
+pub(super) enum Data {
+    /// Nothing.
+    None,
+    /// These bytes.
+    Bytes(Iov),
+    /// So many zeroes.
+    Zeroes(u64),
+    /// A mark's text, in the sector of the head.
+    Text(&'static str),
+}
+
+/// A log that is being written.
+#[derive(Debug)]
+pub(super) struct LogFile {
+    file: Arc<File>,
+    /// Where the next entry goes, in bytes.
+    at: u64,
+    entries: u64,
+}
+
+impl LogFile {
+    /// An empty log at `path`, in the place of an older one; anything else that is there is refused.
+    pub(super) fn create(path: &Path, image: &File) -> Result<Self, ImageProblem> {
+        let failed = |what: &'static str| {
+            let path = path.display().to_string();
+            move |source| ImageProblem::WriteLog { path, what, source }
+        };
+        let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path);
+        let file = file.map_err(failed("be made"))?;
+        let (log, disk) = (file.metadata(), image.metadata());
+        let (log, disk) = (log.map_err(failed("be looked at"))?, disk.map_err(failed("be looked at"))?);
+        if !log.is_file() || (log.dev(), log.ino()) == (disk.dev(), disk.ino()) {
+            return Err(failed("be used")(io::Error::other("a log is a regular file of its own")));
+        }
+        lock::take(&file, false)
+            .map_err(|_| failed("be used")(io::Error::other("another disk, or another VM, has locked it")))?;
+        if log.len() > 0 && !is_log(&file) {
+            let why = "there is a file already that is no write log; it is left alone: remove it, or give another name";
+            return Err(failed("be used")(io::Error::other(why)));
+        }
+        file.set_len(0).map_err(failed("be emptied"))?;
+        let mut log = Self { file: Arc::new(file), at: SECTOR, entries: 0 };
+        log.write_superblock().map_err(failed("be written"))?;
+        Ok(log)
+    }
+
+    /// How many entries it has.
+    pub(super) fn entries(&self) -> u64 {
+        self.entries
+    }
+
+    /// Adds an entry, wholly or not at all.
+    pub(super) fn append(&mut self, header: Header, data: &Data) -> io::Result<()> {
+        self.file.write_all_at(&header.encode(), self.at)?;
+        let data_at = self.at + SECTOR;
+        let bytes = match data {
+            Data::None => 0,
+            Data::Text(text) => {
+                self.file.write_all_at(text.as_bytes(), self.at + HEADER_BYTES as u64)?;
+                0
+            }
+            Data::Bytes(iov) => {
+                self.write_pieces(iov, data_at)?;
+                iov.bytes()
+            }
+            Data::Zeroes(bytes) => *bytes,
+        };
+        let end = data_at + bytes;
+        // Whatever of this was not written reads as zeroes.
+        self.file.set_len(end)?;
+        self.at = end;
+        self.entries += 1;
+        self.write_superblock()
+    }
+
+    /// Until the log itself is on the host's disk.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn write_superblock(&mut self) -> io::Result<()> {
+        let superblock = Superblock { entries: self.entries, sector_bytes: SECTOR_BYTES };
+        let mut sector = [0; 512];
+        sector[..SUPERBLOCK_BYTES].copy_from_slice(&superblock.encode());
+        self.file.write_all_at(&sector, 0)
+    }
+
+    /// The way of all bytes of an [`Iov`] to a file.
+    fn write_pieces(&self, iov: &Iov, offset: u64) -> io::Result<()> {
+        let mut engine = BlockingEngine::new(Arc::clone(&self.file));
+        let mut done = 0;
+        while done < iov.bytes() {
+            let part = iov.part(done, u64::MAX, 1024);
+            let op = HostOp::Writev { iov: part, offset: offset + done, dsync: false };
+            let mut ended = Vec::new();
+            let given = engine.submit(0, op);
+            engine.wait(Wake::Now, &mut ended)?;
+            match ended.pop().map(|end| end.result) {
+                Some(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Some(Err(error)) => return Err(error),
+                Some(Ok(moved)) if moved > 0 && given.is_ok() => done += moved as u64,
+                _ => return Err(io::ErrorKind::WriteZero.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a file begins as a log does.
+fn is_log(file: &File) -> bool {
+    let mut bytes = [0; SUPERBLOCK_BYTES];
+    file.read_exact_at(&mut bytes, 0).is_ok() && Superblock::decode(&bytes).is_some()
+}

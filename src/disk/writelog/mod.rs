@@ -1,0 +1,267 @@
+//! The write log of one disk: what the host's storage was given, and what it has promised to keep.
+//!
+//! Owns the order of the entries, for all queues of the disk together. An entry that ended stands before
+//! a flush only if it had ended before that fdatasync was handed to an engine; a flush, or a write with
+//! RWF_DSYNC, counts only when every sync that was open at its end has been judged too, because the
+//! kernel tells an error once (part 2.6 of the requirements). After a failed sync nothing in the log is
+//! called stable any more.
+//!
+//! ```text
+//! write ends ───────────────────┐
+//! fdatasync is handed over: [S] ┴→ line ── front is settled ──→ file
+//! fdatasync has ended: S may become a FLUSH, all others judged
+//! ```
+//!
+//! So the line is short: it holds what ended while a sync was in flight. What sees operations begin and
+//! end is [`engine`]; the file is [`file`]'s, its format [`format`]'s.
+
+pub mod engine;
+mod file;
+pub mod format;
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::geometry::SECTOR;
+use super::image::ImageProblem;
+use crate::mem::Iov;
+use file::{Data, LogFile};
+use format::{DISCARD, FLUSH, FUA, Header, MARK};
+
+/// The mark at the end of a log whose VM was stopped in order.
+pub const END_MARK: &str = "minivmm-end";
+
+/// The log of one disk.
+#[derive(Debug)]
+pub struct WriteLog {
+    path: PathBuf,
+    line: Mutex<Line>,
+}
+
+/// A sync that an engine has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SyncNumber(u64);
+
+/// What has ended and changes the disk.
+#[derive(Debug)]
+pub enum Change {
+    /// These bytes were written.
+    Bytes(Iov),
+    /// So many bytes are zeroes now.
+    Zeroes(u64),
+    /// So many bytes were given back to the host.
+    Discarded(u64),
+}
+
+#[derive(Debug)]
+struct Line {
+    /// `None` once it cannot be written any more.
+    file: Option<LogFile>,
+    waiting: VecDeque<Item>,
+    syncs: u64,
+    /// Syncs that nobody has judged, in the order of their numbers.
+    open: Vec<SyncNumber>,
+    /// A sync has failed.
+    distrusted: bool,
+    entries: u64,
+    error: Option<(io::ErrorKind, String)>,
+}
+
+#[derive(Debug)]
+enum Item {
+    Change { offset: u64, change: Change, claim: Claim },
+    Sync { number: SyncNumber, claim: Claim },
+}
+
+/// Whether an item may call something stable.
+#[derive(Debug, Clone, Copy)]
+enum Claim {
+    /// It does not.
+    Nothing,
+    /// Not known yet: it has not ended.
+    Open,
+    /// It does, once this sync and all before it are judged.
+    After(Option<SyncNumber>),
+}
+
+impl WriteLog {
+    /// An empty log at `path` for the disk that `image` is. An older log there is replaced.
+    pub(super) fn create(path: &Path, image: &File) -> Result<Self, ImageProblem> {
+        let line = Line {
+            file: Some(LogFile::create(path, image)?),
+            waiting: VecDeque::new(),
+            syncs: 0,
+            open: Vec::new(),
+            distrusted: false,
+            entries: 0,
+            error: None,
+        };
+        Ok(Self { path: path.to_owned(), line: Mutex::new(line) })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Entries in the file by now.
+    pub fn entries(&self) -> u64 {
+        self.line().entries
+    }
+
+    /// Why nothing is recorded any more, if that is so.
+    pub fn error(&self) -> Option<io::Error> {
+        self.line().error.as_ref().map(|(kind, text)| io::Error::new(*kind, text.clone()))
+    }
+
+    /// A sync is about to be handed to an engine.
+    pub fn sync_starts(&self) -> SyncNumber {
+        self.line().sync_starts(true)
+    }
+
+    /// A write that is its own sync is about to be handed to an engine.
+    pub fn stable_write_starts(&self) -> SyncNumber {
+        self.line().sync_starts(false)
+    }
+
+    /// That sync has ended, well or badly; `None` where it says nothing: it was never begun, or was
+    /// interrupted.
+    pub fn sync_ends(&self, number: SyncNumber, is_stable: Option<bool>) {
+        let mut line = self.line();
+        let claim = line.judge(number, is_stable);
+        if let Some(Item::Sync { claim: its, .. }) =
+            line.waiting.iter_mut().find(|item| matches!(item, Item::Sync { number: n, .. } if *n == number))
+        {
+            *its = claim;
+        }
+        line.drain(&self.path);
+    }
+
+    /// A change has ended at this offset in bytes; with the number of its sync if it is its own.
+    pub fn change_ends(&self, offset: u64, change: Change, sync: Option<SyncNumber>) {
+        let mut line = self.line();
+        let claim = sync.map_or(Claim::Nothing, |number| line.judge(number, Some(true)));
+        if line.file.is_some() {
+            line.waiting.push_back(Item::Change { offset, change, claim });
+        }
+        line.drain(&self.path);
+    }
+
+    /// The end of the run, when nothing is in flight: the last entry is a mark. The error is that which
+    /// ended the recording, then or earlier.
+    pub(super) fn end(&self) -> io::Result<()> {
+        let mut line = self.line();
+        line.drain(&self.path);
+        let text_bytes = END_MARK.len() as u64;
+        line.append(
+            &self.path,
+            Header { flags: MARK, text_bytes, ..Header::default() },
+            &Data::Text(END_MARK),
+        );
+        let synced = line.file.as_ref().map_or(Ok(()), LogFile::sync);
+        line.note(&self.path, synced);
+        drop(line);
+        self.error().map_or(Ok(()), Err)
+    }
+
+    fn line(&self) -> MutexGuard<'_, Line> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Line {
+    fn sync_starts(&mut self, stands_in_line: bool) -> SyncNumber {
+        self.syncs += 1;
+        let number = SyncNumber(self.syncs);
+        self.open.push(number);
+        if stands_in_line && self.file.is_some() {
+            self.waiting.push_back(Item::Sync { number, claim: Claim::Open });
+        }
+        number
+    }
+
+    /// What may be claimed of a sync that has ended so.
+    fn judge(&mut self, number: SyncNumber, is_stable: Option<bool>) -> Claim {
+        self.open.retain(|&other| other != number);
+        match is_stable {
+            Some(true) => Claim::After(self.open.last().copied()),
+            Some(false) => {
+                self.distrusted = true;
+                Claim::Nothing
+            }
+            None => Claim::Nothing,
+        }
+    }
+
+    /// Whether it is decided what may be claimed.
+    fn is_settled(&self, claim: Claim) -> bool {
+        match claim {
+            Claim::Nothing | Claim::After(None) => true,
+            Claim::Open => false,
+            Claim::After(Some(horizon)) => self.open.first().is_none_or(|&oldest| oldest > horizon),
+        }
+    }
+
+    /// Writes what is decided, in order.
+    fn drain(&mut self, path: &Path) {
+        while let Some(Item::Change { claim, .. } | Item::Sync { claim, .. }) = self.waiting.front()
+            && self.is_settled(*claim)
+            && let Some(item) = self.waiting.pop_front()
+        {
+            self.write(path, item);
+        }
+    }
+
+    fn write(&mut self, path: &Path, item: Item) {
+        let claims = |claim| !self.distrusted && matches!(claim, Claim::After(_));
+        match item {
+            Item::Sync { claim, .. } => {
+                if claims(claim) {
+                    self.append(path, Header { flags: FLUSH, ..Header::default() }, &Data::None);
+                }
+            }
+            Item::Change { offset, change, claim } => {
+                let fua = if claims(claim) { FUA } else { 0 };
+                // A part of a sector, which no host has ever left, would be written again, whole.
+                let whole = |bytes: u64| bytes - bytes % SECTOR;
+                let (bytes, flags, data) = match change {
+                    Change::Bytes(iov) => {
+                        let bytes = whole(iov.bytes());
+                        (bytes, fua, Data::Bytes(iov.part(0, bytes, usize::MAX)))
+                    }
+                    Change::Zeroes(bytes) => (bytes, fua, Data::Zeroes(whole(bytes))),
+                    Change::Discarded(bytes) => (bytes, fua | DISCARD, Data::None),
+                };
+                let (sector, sectors) = (offset / SECTOR, bytes / SECTOR);
+                if sectors == 0 {
+                    return;
+                }
+                self.append(path, Header { sector, sectors, flags, text_bytes: 0 }, &data);
+            }
+        }
+    }
+
+    fn append(&mut self, path: &Path, header: Header, data: &Data) {
+        let Some(file) = &mut self.file else { return };
+        let appended = file.append(header, data);
+        self.entries = file.entries();
+        self.note(path, appended);
+    }
+
+    /// After an error nothing more is written: the log stays a beginning of the truth.
+    fn note(&mut self, path: &Path, result: io::Result<()>) {
+        let Err(error) = result else { return };
+        log::error!(
+            "disk: cannot write the log {}: {error}. It ends with entry {}; the guest goes on, and minivmm will end \
+             with an error",
+            path.display(),
+            self.entries
+        );
+        self.file = None;
+        self.waiting.clear();
+        self.error.get_or_insert((error.kind(), error.to_string()));
+    }
+}
