@@ -75,7 +75,7 @@ pub enum CrashError {
     )]
     NoE2fsck,
     #[error(
-        "that is {0} images, and --write makes one: say where, --at ENTRY, and which, --lose all, \
+        "that is up to {0} images, and --write makes one: say where, --at ENTRY, and which, --lose all, \
          --lose nothing or --repeat ENTRY:STATE"
     )]
     NotOne(u64),
@@ -90,9 +90,8 @@ pub fn write_image(options: &Options, out: &Path) -> Result<String, CrashError> 
     let log = WriteLog::open(&options.log)?;
     let base = Base::open(&options.base, &log)?;
     let mut plan = plan(options, &log)?;
-    let (first, second) = (plan.next(), plan.next());
-    let (Some(task), None) = (first, second) else { return Err(CrashError::NotOne(1 + plan.at_most())) };
-    // The stage itself may be the image, where nothing has to be kept of it.
+    let at_most = plan.at_most();
+    let (Some(task), None) = (plan.next(), plan.next()) else { return Err(CrashError::NotOne(at_most)) };
     let dir = scratch_directory(options, 2 * base.data_bytes)?;
     let mut stage = Stage::new(&log, &base, &dir.path().join("stage"))?;
     stage.advance(task.settled)?;
@@ -139,7 +138,8 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report, CrashError> {
         return Err(error);
     }
     let mut failures = found.failures;
-    failures.sort_by_key(|failure| (failure.entry, failure.state.to_string()));
+    // Those first whose images are kept.
+    failures.sort_by_key(|failure| (failure.image.is_none(), failure.entry, failure.state.to_string()));
     Ok(Report {
         log: options.log.clone(),
         base: options.base.clone(),

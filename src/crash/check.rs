@@ -122,15 +122,15 @@ impl Check {
         stop: &AtomicBool,
     ) -> Result<Verdict, CheckError> {
         let started = |source| CheckError::Start { command: self.to_string(), source };
-        // All that is started shares one place in it.
-        let said = File::create(output).map_err(started)?;
         let deadline = Instant::now() + limit;
         for (mut command, good) in self.steps(image) {
+            // What a command said that was content is not kept.
+            let said = File::create(output).map_err(started)?;
             command.env("MINIVMM_CRASH_ENTRY", about.entry.to_string());
             command.env("MINIVMM_CRASH_STATE", &about.state);
             command.env("MINIVMM_CRASH_MARK", about.mark.as_deref().unwrap_or_default());
             command.stdin(Stdio::null()).stdout(said.try_clone().map_err(started)?);
-            command.stderr(said.try_clone().map_err(started)?).process_group(0);
+            command.stderr(said).process_group(0);
             let child = command.spawn().map_err(started)?;
             let why = match wait(child, deadline, stop).map_err(started)? {
                 End::Interrupted => return Ok(Verdict::Interrupted),
