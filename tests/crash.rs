@@ -303,6 +303,12 @@ fn the_worst_and_the_best_of_an_entry_are_written() {
     assert_eq!(output.status.code(), Some(FAILURE));
     assert!(String::from_utf8_lossy(&output.stderr).contains("up to 4 images"));
     assert!(!case.path("no.img").exists());
+    for path in ["base.img", "x.log", "/dev/null", "."] {
+        let output = case.crash(&["--at", "2", "--lose", "all", "--write", path]);
+        assert_eq!(output.status.code(), Some(FAILURE), "{path}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("is not written to"), "{path}");
+    }
+    assert!(fs::read(case.path("base.img")).unwrap() == [255; 4 * 512]);
 }
 
 #[test]
@@ -352,6 +358,39 @@ fn a_check_that_takes_too_long_is_ended_with_all_it_has_started() {
 }
 
 #[test]
+fn a_signal_ends_it_in_order_with_what_was_found_until_then() {
+    let case = Case::new(&(0..6).map(|at| Write(at, 1, 1)).collect::<Vec<_>>(), 8);
+    fs::create_dir(case.path("scratch")).unwrap();
+    let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("minivmm"));
+    command.current_dir(case.dir.path()).args([
+        "crash",
+        "x.log",
+        "--base",
+        "base.img",
+        "--scratch",
+        "scratch",
+    ]);
+    // The third check tells that it has begun, and never ends.
+    let check = "echo . >> begun; test $(wc -l < begun) -lt 3 && exit 1; exec sleep 1000 #{}";
+    command.args(["--jobs", "1", "--json", "--check", check]).stdout(std::process::Stdio::piped());
+    let child = command.spawn().unwrap();
+    let begun = || fs::read_to_string(case.path("begun")).is_ok_and(|lines| lines.lines().count() == 3);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !begun() {
+        assert!(Instant::now() < deadline, "the third check never began");
+        std::thread::yield_now();
+    }
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(143));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["states"], &report["interrupted"]), (&2.into(), &true.into()));
+    assert_eq!(report["failures"].as_array().unwrap().len(), 2);
+    assert_eq!(fs::read_dir(case.path("scratch")).unwrap().count(), 0, "nothing is left");
+}
+
+#[test]
 fn the_check_is_told_where_it_is() {
     let case = commit(true);
     let check = "echo $MINIVMM_CRASH_ENTRY $MINIVMM_CRASH_STATE $MINIVMM_CRASH_MARK >> told; : {}";
@@ -392,6 +431,37 @@ fn what_cannot_be_done_is_said_with_what_to_do() {
     assert!(
         String::from_utf8_lossy(&empty.crash(&["--check", "true {}"]).stderr).contains("changes nothing")
     );
+}
+
+#[test]
+fn the_logs_of_the_kernel_and_of_qemu_give_their_disks() {
+    // tests/logs/README.md tells how they were made.
+    for (log, at, lose, expected) in [
+        (
+            "dm-log-writes.log",
+            "12",
+            "nothing",
+            &[(0, b'C'), (6, b'B'), (7, b'B'), (9, b'D'), (20, b'E'), (30, b'F')][..],
+        ),
+        ("dm-log-writes.log", "12", "all", &[(0, b'C'), (6, b'B'), (7, b'B'), (9, b'D'), (20, b'E')]),
+        ("dm-log-writes.log", "mark=half", "all", &[(0, b'A'), (6, b'B'), (7, b'B')]),
+        ("dm-log-writes.log", "2", "all", &[]),
+        ("blklogwrites.log", "13", "all", &[(0, b'C'), (7, b'B'), (9, b'D'), (30, b'E')]),
+        ("blklogwrites.log", "6", "nothing", &[(0, b'C'), (6, b'B'), (7, b'B'), (9, b'D')]),
+        ("blklogwrites.log", "6", "all", &[(0, b'A'), (6, b'B'), (7, b'B')]),
+    ] {
+        let case = Case::new(&[], 128);
+        fs::write(case.path("base.img"), [0; 128 * 512]).unwrap();
+        fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/logs").join(log), case.path("x.log"))
+            .unwrap();
+        let output = case.crash(&["--at", at, "--lose", lose, "--write", "out.img"]);
+        assert_eq!(output.status.code(), Some(GOOD), "{}", String::from_utf8_lossy(&output.stderr));
+        let mut disk = vec![0; 128 * 512];
+        expected.iter().for_each(|&(sector, byte)| disk[sector * 512..][..512].fill(byte));
+        assert!(fs::read(case.path("out.img")).unwrap() == disk, "{log} at {at}, {lose} lost");
+        // And with checks: every flush point of both has states.
+        assert_eq!(case.report(&["--check", "test $(wc -c < {}) = 65536", "--torn"]).1, GOOD);
+    }
 }
 
 #[test]

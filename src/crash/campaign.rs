@@ -5,6 +5,7 @@
 //! [`super::check`]'s, how all that is told [`super::report`]'s.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -79,6 +80,8 @@ pub enum CrashError {
          --lose nothing or --repeat ENTRY:STATE"
     )]
     NotOne(u64),
+    #[error("{0} is not written to: {1}")]
+    Out(String, &'static str),
     #[error("cannot make images in {place} (--scratch says where)")]
     Place { place: String, source: io::Error },
     #[error("cannot keep the image of a failure in {place} (--keep says where)")]
@@ -90,6 +93,7 @@ pub fn write_image(options: &Options, out: &Path) -> Result<String, CrashError> 
     let log = WriteLog::open(&options.log)?;
     let base = Base::open(&options.base, &log)?;
     let mut plan = plan(options, &log)?;
+    may_be_made(options, out)?;
     let at_most = plan.at_most();
     let (Some(task), None) = (plan.next(), plan.next()) else { return Err(CrashError::NotOne(at_most)) };
     let dir = scratch_directory(options, 2 * base.data_bytes)?;
@@ -97,6 +101,22 @@ pub fn write_image(options: &Options, out: &Path) -> Result<String, CrashError> 
     stage.advance(task.settled)?;
     stage.make(&task.extents, out)?;
     Ok(format!("{}: {}, state {}", out.display(), Told::point(&log, task.point), task.name))
+}
+
+/// An older image may be replaced, and nothing else.
+fn may_be_made(options: &Options, out: &Path) -> Result<(), CrashError> {
+    let refused = |why| Err(CrashError::Out(out.display().to_string(), why));
+    let Ok(there) = std::fs::metadata(out) else { return Ok(()) };
+    if !there.is_file() {
+        return refused("it is no regular file");
+    }
+    let is_it = |path: &Path| {
+        std::fs::metadata(path).is_ok_and(|it| (it.dev(), it.ino()) == (there.dev(), there.ino()))
+    };
+    if is_it(&options.base) || is_it(&options.log) {
+        return refused("it is the base or the log");
+    }
+    Ok(())
 }
 
 /// Tries all that is asked for. Ends early, with what it has found, when `stop` is set.
