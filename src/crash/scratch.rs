@@ -18,6 +18,9 @@ use super::log::{LogError, WriteLog};
 
 /// Bytes that are moved at once.
 const CHUNK: u64 = 1 << 20;
+/// Zeroes of this size, at such places, become holes.
+const PIECE: usize = 64 << 10;
+static ZEROES: [u8; PIECE] = [0; PIECE];
 /// The kernel's number for tmpfs.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
@@ -125,7 +128,7 @@ impl<'a> Stage<'a> {
     pub fn new(log: &'a WriteLog, base: &Base, path: &Path) -> Result<Self, ScratchError> {
         // Each has its own place in the file.
         let from = base.reopened()?;
-        let file = copied(&from, base.bytes, path).map_err(making(path))?;
+        let file = copied(&from, base.bytes, path, copy_sparsely).map_err(making(path))?;
         Ok(Self { log, file, bytes: base.bytes, applied: 0 })
     }
 
@@ -143,7 +146,7 @@ impl<'a> Stage<'a> {
 
     /// A new file at `path`, in the place of an older one: this, and over it these extents.
     pub fn make(&self, extents: &[Extent], path: &Path) -> Result<(), ScratchError> {
-        let file = copied(&self.file, self.bytes, path).map_err(making(path))?;
+        let file = copied(&self.file, self.bytes, path, copy_range).map_err(making(path))?;
         extents.iter().try_for_each(|&extent| apply(self.log, &file, extent))
     }
 }
@@ -166,7 +169,7 @@ fn apply(log: &WriteLog, file: &File, extent: Extent) -> Result<(), ScratchError
         let bytes = CHUNK.min(extent.bytes - done);
         buffer.resize(usize::try_from(bytes).unwrap_or_default(), 0);
         log.read_data(entry, extent.skip + done, &mut buffer)?;
-        let written = match buffer.iter().all(|&byte| byte == 0) {
+        let written = match is_zero(&buffer) {
             true => erase(file, extent.offset + done, bytes),
             false => file.write_all_at(&buffer, extent.offset + done),
         };
@@ -193,8 +196,15 @@ fn erase(file: &File, offset: u64, bytes: u64) -> io::Result<()> {
     }
 }
 
-/// A new file at `path` with the same content.
-fn copied(from: &File, bytes: u64, path: &Path) -> io::Result<File> {
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.chunks(PIECE).all(|piece| ZEROES.starts_with(piece))
+}
+
+/// How the bytes from the first place to the second come into a new file.
+type Mover = fn(from: &File, to: &File, start: u64, end: u64) -> io::Result<()>;
+
+/// A new file at `path` with the same content: a reflink, or all that is no hole moved by `mover`.
+fn copied(from: &File, bytes: u64, path: &Path, mover: Mover) -> io::Result<File> {
     // Whoever still has the old one open keeps it for himself.
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -220,7 +230,7 @@ fn copied(from: &File, bytes: u64, path: &Path) -> io::Result<File> {
             Err(Errno::INVAL) => bytes,
             Err(errno) => return Err(errno.into()),
         };
-        copy_range(from, &to, start, end.min(bytes))?;
+        mover(from, &to, start, end.min(bytes))?;
         at = end;
     }
     Ok(to)
@@ -234,21 +244,27 @@ fn copy_range(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
         match copy_file_range(from, Some(&mut source), to, Some(&mut target), bytes) {
             Ok(moved) if moved > 0 => at += moved as u64,
             Err(Errno::INTR) => {}
-            // Across file systems, from devices, on old kernels.
-            _ => return copy_through(from, to, at, end),
+            // On old kernels.
+            _ => return copy_sparsely(from, to, at, end),
         }
     }
     Ok(())
 }
 
-fn copy_through(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
+/// By hand, across file systems and from devices too; zeroes become holes, which costs once and saves at
+/// every copy of the copy: an image whose journal was zeroed is mostly that.
+fn copy_sparsely(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
     let mut at = start;
     let mut buffer = Vec::new();
     while at < end {
         buffer.resize(usize::try_from(CHUNK.min(end - at)).unwrap_or_default(), 0);
         from.read_exact_at(&mut buffer, at)?;
-        to.write_all_at(&buffer, at)?;
-        at += buffer.len() as u64;
+        for piece in buffer.chunks(PIECE) {
+            if !is_zero(piece) {
+                to.write_all_at(piece, at)?;
+            }
+            at += piece.len() as u64;
+        }
     }
     Ok(())
 }
