@@ -80,10 +80,10 @@ bench-guest: test-deps build guest
 	@cargo bench --quiet --locked --bench guest -- $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
 		$(if $(ONLY),--only $(ONLY)) $(if $(WHO),--who $(WHO)) $(if $(MODES),--modes $(MODES)) $(if $(QUICK),--quick) $(ARGS)
 
-# The long suites: every combination of killed hosts TRIALS times (a minute and a half each), hundreds of
-# times as many seeds of the durability proof.
+# The long suites: every combination of killed hosts and lost power TRIALS times (five minutes each), the same
+# with QEMU, hundreds of times as many seeds of the durability proof.
 torture: test-deps build guest emuhost
-	@MINIVMM_TRIALS=$(or $(TRIALS),20) cargo test --release --locked --test killed -- --nocapture --test-threads 1
+	@MINIVMM_TRIALS=$(or $(TRIALS),10) MINIVMM_BESIDE_QEMU=1 cargo test --release --locked --test killed -- --nocapture --test-threads 1
 	@MINIVMM_SEEDS=$(or $(SEEDS),5000000) cargo test --release --locked --features mutants --test durability -- --nocapture
 
 lint: deps

@@ -18,9 +18,9 @@ results=$(find_disk results)
     say "failed: the guest does not find its disks ($bench, $results) among $(echo /sys/block/vd*)"
 
 # make_ext4 MIB: a file system with a file that is written from end to end, and nothing of it cached.
-# Nothing is discarded: the image on the host must stay wholly written.
+# Nothing is discarded and nothing zeroed by the device: the image on the host must stay wholly written.
 make_ext4() {
-    mkfs.ext4 -q -F -E nodiscard,lazy_itable_init=0,lazy_journal_init=0 "$bench" && mount -t ext4 "$bench" /mnt &&
+    UNIX_IO_NOZEROOUT=1 mkfs.ext4 -q -F -E nodiscard,lazy_itable_init=0,lazy_journal_init=0 "$bench" && mount -t ext4 "$bench" /mnt &&
         dd if=/dev/urandom of=/mnt/file bs=1M count="$1" 2>/dev/null && sync &&
         echo 3 >/proc/sys/vm/drop_caches || say "failed: ext4 could not be made"
     file=/mnt/file

@@ -7,6 +7,8 @@ use crate::results::{Boots, Contest, Entry, Loaded, Ratio, boot_ratio, mib};
 
 /// The most that minivmm's boot may take of QEMU microvm's.
 const BOOT_RATIO_MAX: f64 = 0.7;
+/// Fewer boots than these show nothing.
+const BOOTS_MIN: usize = 10;
 
 /// What the figures of an emulated host mean.
 pub const EMULATED: &str = "In an emulated host, where everything ran, KVM's entries and exits are emulated \
@@ -106,7 +108,11 @@ pub fn boots(boots: &[Boots]) -> String {
     };
     let mut text = table(&head, &boots.iter().map(line).collect::<Vec<_>>());
     let figure = boot_ratio(boots).map(|(ratio, who)| {
-        let verdict = if ratio <= BOOT_RATIO_MAX { "reached" } else { "not reached" };
+        let verdict = match boots.iter().map(|boots| boots.seconds_to_init.len()).max() {
+            Some(count) if count < BOOTS_MIN => "too few boots to say",
+            _ if ratio <= BOOT_RATIO_MAX => "reached",
+            _ => "not reached",
+        };
         format!("{ratio:.2} (over {who}): {verdict}")
     });
     text += &format!(

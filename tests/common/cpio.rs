@@ -1,10 +1,19 @@
 //! A cpio archive ("newc") with one job for the test guest, to be put behind its initramfs.
 
 /// `/job/run` with this content. The kernel unpacks archives one after another.
+#[allow(dead_code, reason = "each test file uses its part")]
 pub fn job(script: &str) -> Vec<u8> {
+    job_with(script, &[])
+}
+
+/// The same with programs beside it: `/job/NAME`.
+pub fn job_with(script: &str, programs: &[(&str, &[u8])]) -> Vec<u8> {
     let mut archive = Vec::new();
     entry(&mut archive, "job", 0o040_755, b"");
     entry(&mut archive, "job/run", 0o100_755, format!("#!/bin/sh\n{script}\n").as_bytes());
+    for (name, program) in programs {
+        entry(&mut archive, &format!("job/{name}"), 0o100_755, program);
+    }
     entry(&mut archive, "TRAILER!!!", 0, b"");
     archive
 }

@@ -1,8 +1,31 @@
-//! The images on the disk of a host that is no more: its file system's journal is replayed, as its next
-//! start would, and the files are read from outside.
+//! The disk of a host that is no more, as it is, or as a loss of power could have left it at the worst. Its
+//! file system's journal is replayed, as its next start would, and the images are read from outside.
 
 use std::path::Path;
 use std::process::Command;
+
+use serde_json::Value;
+
+/// What a loss of power leaves at the worst of the disk whose log this is: all that its last flush, or a
+/// write that was stable by itself, speaks for, and nothing else.
+pub fn after_power_loss(log: &Path, disk: &Path) {
+    let minivmm = || Command::new(env!("CARGO_BIN_EXE_minivmm"));
+    let listed = minivmm().args(["log", "--json"]).arg(log).output().unwrap();
+    assert!(listed.status.success(), "{listed:?}");
+    let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();
+    let entries = listed["entries"].as_array().unwrap().len();
+    let _ = std::fs::remove_file(disk);
+    let made = minivmm()
+        .arg("crash")
+        .arg(log)
+        .arg("--base")
+        .arg(log.with_extension("log.base"))
+        .args(["--at", &entries.to_string(), "--lose", "all", "--write"])
+        .arg(disk)
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+}
 
 /// The content of each mode's image on the ext4 file system in `disk`.
 pub fn images_of(disk: &Path, modes: &[&str]) -> Vec<Vec<u8>> {

@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::cpio;
 use super::records::Claim;
 
 const IMAGE_MIB: u32 = 16;
-/// Longer than five guests take to boot side by side.
-const PATIENCE: Duration = Duration::from_secs(150);
+/// Longer than five guests take to boot side by side, also in QEMU.
+const PATIENCE: Duration = Duration::from_secs(400);
 /// Longer than a trial.
 const WRITE_SECONDS: u32 = 600;
 
@@ -94,37 +95,71 @@ impl GuestLog {
     }
 }
 
+/// Who runs the guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Vmm {
+    Minivmm,
+    /// The emulator's own binary, inside the emulated host.
+    Qemu,
+}
+
+/// QEMU with its libraries and firmware, for use in an emulated host.
+fn packed_qemu() -> PathBuf {
+    static PACKED: OnceLock<PathBuf> = OnceLock::new();
+    let pack = || {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("qemu");
+        let packed = Command::new(tree("guest-images/pack-qemu")).arg(&dir).output().unwrap();
+        assert!(packed.status.success(), "{packed:?}");
+        dir
+    };
+    PACKED.get_or_init(pack).clone()
+}
+
 /// A host that is going to be killed.
 pub struct EmulatedHost {
     dir: PathBuf,
+    vmm: Vmm,
 }
 
 impl EmulatedHost {
-    pub fn start() -> Self {
+    /// Starts one; with `logged`, what its disk is given is recorded.
+    pub fn start(vmm: Vmm, logged: bool) -> Self {
         let number = STARTED.fetch_add(1, Ordering::SeqCst);
         let name = format!("killed-{}-{number}", std::process::id());
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-        let host = Self { dir };
-        let started = emuhost()
-            .args([
-                "start",
-                "--binary",
-                env!("CARGO_BIN_EXE_minivmm"),
-                "--memory",
-                "3072",
-                "--disk-size",
-                "1G",
-                "--put",
-            ])
-            .arg(format!("{}:records", records().display()))
-            .arg(&host.dir)
-            .output()
-            .unwrap();
+        let host = Self { dir, vmm };
+        let mut start = emuhost();
+        start.args(["start", "--binary", env!("CARGO_BIN_EXE_minivmm"), "--memory", "3072"]);
+        start.args(["--disk-size", "1G", "--put"]).arg(format!("{}:records", records().display()));
+        if vmm == Vmm::Qemu {
+            start.arg("--put").arg(format!("{}:qemu", packed_qemu().display()));
+        }
+        if logged {
+            std::fs::create_dir_all(&host.dir).unwrap();
+            start.arg("--log-writes").arg(host.log());
+        }
+        let started = start.arg(&host.dir).output().unwrap();
         assert!(started.status.success(), "{started:?}");
         // Nothing is written back by its age before the host is killed: this is legal, and without it
         // the controls would lose nothing.
         host.sh("echo 0 >/proc/sys/vm/dirty_writeback_centisecs");
+        if vmm == Vmm::Qemu {
+            host.put_job();
+        }
         host
+    }
+
+    /// An initramfs whose job writes the records; for QEMU, which cannot bring a program in.
+    fn put_job(&self) {
+        let program = std::fs::read(records()).unwrap();
+        let job = "set -- $(cat /proc/cmdline); for word; do case $word in every=*) every=${word#*=};; esac; done; \
+                   exec /job/records /dev/vda $every SECONDS";
+        let job = job.replace("SECONDS", &WRITE_SECONDS.to_string());
+        let local = self.dir.join("job.cpio");
+        std::fs::write(&local, cpio::job_with(&job, &[("records", &program)])).unwrap();
+        let pushed = emuhost().arg("push").arg(&self.dir).arg(&local).arg("job.cpio").output().unwrap();
+        assert!(pushed.status.success(), "{pushed:?}");
+        self.sh("cat guest/6.12/initrd.cpio job.cpio >records.cpio");
     }
 
     fn sh(&self, script: &str) {
@@ -150,10 +185,20 @@ impl EmulatedHost {
 
     /// Starts the guest of a mode; its lines come out while it writes.
     pub fn guest(&self, mode: &str, flush_every: u32) -> GuestLog {
-        let script = format!(
-            "exec minivmm --memory 128M --add records:/usr/bin/records --disk {mode}.img,cache={mode} \
-             -- records /dev/vda {flush_every} {WRITE_SECONDS}"
-        );
+        let script = match self.vmm {
+            Vmm::Minivmm => format!(
+                "exec minivmm --memory 128M --add records:/usr/bin/records --disk {mode}.img,cache={mode} \
+                 -- records /dev/vda {flush_every} {WRITE_SECONDS}"
+            ),
+            Vmm::Qemu => format!(
+                "export LD_LIBRARY_PATH=/data/qemu/lib; exec /data/qemu/bin/qemu-system-x86_64 -L /data/qemu/share \
+                 -machine microvm,rtc=off -accel kvm -cpu host -m 128M -nodefaults -no-user-config -display none \
+                 -no-reboot -serial stdio -kernel guest/6.12/vmlinux -initrd records.cpio \
+                 -append 'console=ttyS0 quiet reboot=k panic=-1 every={flush_every}' \
+                 -drive file={mode}.img,format=raw,if=none,id=disk,cache={mode} \
+                 -global virtio-mmio.force-legacy=false -device virtio-blk-device,drive=disk"
+            ),
+        };
         let child = emuhost()
             .args(["exec", "--no-tty"])
             .arg(&self.dir)
@@ -173,7 +218,10 @@ impl EmulatedHost {
 
     /// Ends every VMM at once; the host lives on.
     pub fn kill_vmms(&mut self) {
-        self.sh("killall -9 minivmm");
+        self.sh(match self.vmm {
+            Vmm::Minivmm => "killall -9 minivmm",
+            Vmm::Qemu => "killall -9 qemu-system-x86_64",
+        });
     }
 
     /// An orderly end: all is written back.
@@ -184,6 +232,11 @@ impl EmulatedHost {
 
     pub fn disk(&self) -> PathBuf {
         self.dir.join("disk.img")
+    }
+
+    /// What the disk was given, if that is recorded.
+    pub fn log(&self) -> PathBuf {
+        self.dir.join("disk.log")
     }
 }
 
