@@ -11,6 +11,7 @@ mod console;
 mod disk;
 mod endings;
 mod machine;
+mod observe;
 mod start;
 mod stats;
 mod syncs;
