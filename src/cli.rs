@@ -151,6 +151,14 @@ enum Command {
         #[arg(short, long)]
         quiet: bool,
     },
+    /// Show an observation (--observe) as it grows
+    ///
+    /// On a terminal until q is pressed; elsewhere a line for each disk and moment, to its end.
+    Top {
+        /// The file of --observe
+        #[arg(value_name = "FILE")]
+        observation: PathBuf,
+    },
     /// List a write log: what a disk was given, and what it has promised to keep
     ///
     /// The log is of a disk's key log-writes, of the kernel's dm-log-writes or of QEMU's blklogwrites.
@@ -183,6 +191,11 @@ pub enum Task {
         log: PathBuf,
         /// As JSON.
         json: bool,
+    },
+    /// An observation shown.
+    Top {
+        /// Its file.
+        observation: PathBuf,
     },
     /// These disks explained.
     Explain {
@@ -260,6 +273,7 @@ impl Args {
     pub fn task(&self) -> Task {
         match &self.command {
             &Some(Command::Check { json, quiet }) => Task::Check { json, quiet },
+            Some(Command::Top { observation }) => Task::Top { observation: observation.clone() },
             Some(Command::Log { log, json }) => Task::Log { log: log.clone(), json: *json },
             None if self.explain => Task::Explain { disks: disks(&self.disks, self.cpus), json: self.json },
             None => Task::Run,

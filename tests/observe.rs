@@ -1,21 +1,23 @@
 //! What is told of the host's cache against an outside view (util-linux's fincore), `host-cache=`, and the
-//! file of `--observe`: its columns against its documentation, and its figures from a run under real KVM.
+//! file of `--observe`: its columns against its documentation, and `minivmm top` of it.
 //!
 //! What the guest says of itself is in tests/observe_kernel.rs; a guest without a kernel in tests/bare.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use minivmm::disk::options::HostCache;
 use minivmm::disk::{DiskOptions, Image};
 use minivmm::observe::cache::{Means, Watched};
 use minivmm::observe::control::{self, drop_cache, warm_cache};
 use minivmm::observe::limit::{LimitError, MemoryLimit};
+use minivmm::observe::top::follow;
 use minivmm::observe::{Residency, csv};
 use tempfile::TempDir;
 
@@ -266,4 +268,81 @@ fn limited() {
             assert!(matches!(error, LimitError::NoController) == text.contains("no cgroup v2"));
         }
     }
+}
+
+/// The lines of an observation that ended.
+const OBSERVATION: &str =
+    "time_s,disk,cache,host_cached_bytes,reads\n0.0,vda,none,0,0\n0.5,vda,none,4096,50\n";
+
+#[test]
+fn top_prints_lines_where_there_is_no_terminal_and_ends_with_the_observation() {
+    let directory = scratch();
+    let path = directory.path().join("a.csv");
+    let mut writer = File::create(&path).unwrap();
+    assert!(follow::lock_as_writer(&writer).unwrap());
+    writer.write_all(OBSERVATION.as_bytes()).unwrap();
+    let top =
+        Command::new(env!("CARGO_BIN_EXE_minivmm")).arg("top").arg(&path).stdout(Stdio::piped()).spawn();
+    let mut top = top.unwrap();
+    let mut lines = BufReader::new(top.stdout.take().unwrap()).lines();
+    let mut next = || lines.next().map(Result::unwrap);
+    assert!(next().unwrap().contains("vda none: host 0B"));
+    assert!(next().unwrap().contains("host 4.0K (dirty -, writeback -), guest -"));
+    // It follows: the rest comes when it is written.
+    assert!(top.try_wait().unwrap().is_none());
+    writer.write_all(b"1.0,vda,none,8192,").unwrap();
+    writer.write_all(b"100\n").unwrap();
+    let line = next().unwrap();
+    assert!(line.contains("host 8.0K") && line.contains("100 r/s"), "{line}");
+    drop(writer);
+    assert_eq!(next(), None);
+    assert!(top.wait().unwrap().success());
+}
+
+#[test]
+fn top_refuses_what_is_no_observation() {
+    for (path, word) in [("/nonexistent", "No such file"), ("/proc/self/status", "no observation")] {
+        let output = Command::new(env!("CARGO_BIN_EXE_minivmm")).args(["top", path]).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(125), "{text}");
+        assert!(text.contains(word) && text.contains(path), "{text}");
+    }
+}
+
+/// On a terminal of tmux's: it shows the newest, takes another size, and q puts everything back.
+#[test]
+fn top_draws_on_a_terminal_until_q_is_pressed() {
+    let directory = scratch();
+    let path = directory.path().join("a.csv");
+    fs::write(&path, OBSERVATION).unwrap();
+    let socket = directory.path().join("tmux");
+    let tmux = |args: &[&str]| {
+        let output = Command::new("tmux").arg("-S").arg(&socket).args(args).output()?;
+        Ok::<_, std::io::Error>(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let top = format!("{} top {}; echo status $?; sleep 60", env!("CARGO_BIN_EXE_minivmm"), path.display());
+    if tmux(&["new", "-d", "-x", "100", "-y", "30", &top]).is_err() {
+        println!("skipped: tmux is not installed");
+        return;
+    }
+    let shows = |word: &str| {
+        for _ in 0..200 {
+            let screen = tmux(&["capture-pane", "-p"]).unwrap();
+            if screen.contains(word) {
+                return screen;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let screen = tmux(&["capture-pane", "-p"]).unwrap();
+        tmux(&["kill-server"]).unwrap();
+        panic!("no {word} in\n{screen}");
+    };
+    let screen = shows("ended");
+    assert!(screen.contains("vda  none") && screen.contains("4.0K"), "{screen}");
+    tmux(&["resize-window", "-x", "60", "-y", "10"]).unwrap();
+    shows("minivmm top");
+    tmux(&["send-keys", "q"]).unwrap();
+    let screen = shows("status 0");
+    tmux(&["kill-server"]).unwrap();
+    assert!(!screen.contains("minivmm top"), "the screen is as it was: {screen}");
 }

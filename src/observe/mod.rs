@@ -2,7 +2,7 @@
 //! I/O, and what follows from them (docs/observing.md).
 //!
 //! Owns the looking ([`cache`], [`host`], [`guest`]), the joining ([`sample`]), the file that keeps it
-//! ([`csv`], [`sampler`]) and what is done to a cache before a guest starts ([`control`], [`limit`]).
+//! ([`csv`], [`sampler`], shown by [`top`]) and what is done to a cache before a guest starts ([`control`], [`limit`]).
 //! Decides nothing about requests: a disk that is observed works as one that is not.
 
 pub mod cache;
@@ -13,6 +13,7 @@ pub mod host;
 pub mod limit;
 pub mod sample;
 pub mod sampler;
+pub mod top;
 
 pub use cache::Residency;
 pub use sample::Sample;

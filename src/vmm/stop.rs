@@ -140,8 +140,8 @@ pub enum StatsReport {
     Json(PathBuf, File),
 }
 
-/// Empties the file at `path`, which may be any but a disk of this VM.
-pub fn open_report(path: &Path, disks: &[OpenDisk]) -> io::Result<File> {
+/// Empties the file at `path`, which may be any but a disk of this VM, if it is `free`.
+pub fn open_report(path: &Path, disks: &[OpenDisk], free: fn(&File) -> io::Result<bool>) -> io::Result<File> {
     let file = OpenOptions::new().create(true).write(true).truncate(false).open(path)?;
     let found = file.metadata()?;
     for disk in disks {
@@ -149,6 +149,9 @@ pub fn open_report(path: &Path, disks: &[OpenDisk]) -> io::Result<File> {
         if (image.dev(), image.ino()) == (found.dev(), found.ino()) {
             return Err(io::Error::other("it is a disk image of this VM"));
         }
+    }
+    if !free(&file)? {
+        return Err(io::Error::other("another minivmm writes to it"));
     }
     // A pipe or a device has no length to be cut.
     if found.is_file() {
@@ -162,7 +165,7 @@ impl StatsReport {
     pub fn open(target: &StatsTarget, disks: &[OpenDisk]) -> Result<Self, VmmError> {
         let StatsTarget::Json(path) = target else { return Ok(Self::Stderr) };
         let refused = |source| VmmError::Stats { path: path.clone(), source };
-        open_report(path, disks).map(|file| Self::Json(path.clone(), file)).map_err(refused)
+        open_report(path, disks, |_| Ok(true)).map(|file| Self::Json(path.clone(), file)).map_err(refused)
     }
 
     /// Tells how it stands with the disks, and what the CPUs have come out of KVM for.

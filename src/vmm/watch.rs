@@ -16,6 +16,7 @@ use crate::console::stream::{Sink, Source};
 use crate::observe::Observer;
 use crate::observe::guest::GuestEnd;
 use crate::observe::sample::Looker;
+use crate::observe::top::follow;
 
 /// An observation of this machine.
 pub struct Watch {
@@ -42,7 +43,8 @@ impl Watch {
     pub fn begin(target: &ObserveTarget, machine: &mut Machine) -> Result<Self, VmmError> {
         let path = target.path.clone();
         let refused = |source| VmmError::Observe { path: path.clone(), source };
-        let file = stop::open_report(&path, &machine.disks).map_err(refused)?;
+        let locked = follow::lock_as_writer;
+        let file = stop::open_report(&path, &machine.disks, locked).map_err(refused)?;
         let images = machine.disks.iter().map(|disk| Arc::clone(&disk.image));
         let looker = Looker::begin(images, machine.observed.take());
         let observer = Observer::start(looker, file, target.interval).map_err(refused)?;
