@@ -183,6 +183,14 @@ pub fn run(config: &Config) -> Result<Ending, VmmError> {
     // Before the first thread is started, so that all inherit it.
     let signals = Signals::block().map_err(host("block signals"))?;
     register_signal_handler(SIGRTMIN(), on_kick).map_err(host("handle the signal that stops a CPU"))?;
+    if let Some(limit) = config.host_memory_limit.filter(|limit| *limit <= config.memory_bytes) {
+        log::warn!(
+            "--host-memory-limit is {} MiB, and the guest's memory alone may grow to {} MiB: the host's kernel \
+             may then kill minivmm",
+            limit >> 20,
+            config.memory_bytes >> 20
+        );
+    }
     let _limit = config.host_memory_limit.map(MemoryLimit::of_this_process).transpose()?;
     let mut machine = build::build(config)?;
     let open = |target| stop::StatsReport::open(target, &machine.disks);

@@ -52,6 +52,8 @@ impl MemoryLimit {
         let (root, before) = own_group(&mounts, &own).ok_or(LimitError::NoController)?;
         let parent = find_parent(&root, &before)?;
         let group = parent.join(format!("minivmm-{}", std::process::id()));
+        // One of a process that had our number and was killed; it has no processes.
+        let _ = fs::remove_dir(&group);
         fs::create_dir(&group).map_err(refused("make the cgroup", &group))?;
         let limit = Self { group, before };
         limit.write("memory.max", bytes)?;

@@ -44,6 +44,13 @@ impl History {
         self.lines.push(disk.line());
     }
 
+    /// As `host_hit_share` is defined, for what was read between the last two moments.
+    fn lately(&self) -> Option<f64> {
+        let asked: f64 = self.disks.iter().filter_map(|disk| disk.growth("read_bytes")).sum();
+        let from_disk = self.disks.first()?.growth("process_read_bytes")?;
+        (asked > 0.0).then(|| 1.0 - from_disk.min(asked) / asked)
+    }
+
     /// The lines of the rows since the last call.
     pub fn take_lines(&mut self) -> Vec<String> {
         std::mem::take(&mut self.lines)
@@ -64,13 +71,18 @@ impl Disk {
     fn rate(&self, column: &str) -> Option<f64> {
         let before = self.before.as_ref()?;
         let seconds = self.last.number("time_s")? - before.number("time_s")?;
-        let grown = self.last.number(column)? - before.number(column)?;
+        let grown = self.growth(column)?;
         (seconds > 0.0 && grown >= 0.0).then_some(grown / seconds)
     }
 
-    /// The share of the last reads that the host's cache has served. All disks share the figure.
+    /// The share of all reads so far that the host's cache has served. All disks share the figure.
     fn hit_share(&self) -> Option<f64> {
         self.last.number("host_hit_share")
+    }
+
+    /// What a column has grown by since the row before.
+    fn growth(&self, column: &str) -> Option<f64> {
+        Some(self.last.number(column)? - self.before.as_ref()?.number(column)?)
     }
 
     fn line(&self) -> String {
@@ -144,13 +156,13 @@ pub fn draw(frame: &mut Frame<'_>, history: &History, name: &str, goes_on: bool)
     let headings = TableRow::new(HEADINGS.map(Cell::from)).style(Style::new().underlined());
     frame.render_widget(Table::new(rows, WIDTHS.map(Constraint::Length)).header(headings), table);
     if let Some(disk) = first {
-        frame.render_widget(Paragraph::new(facts_of(disk)), facts);
+        frame.render_widget(Paragraph::new(facts_of(disk, history.lately())), facts);
     }
     draw_curves(frame, history, curves);
 }
 
 /// What is of all disks together.
-fn facts_of(disk: &Disk) -> Vec<Line<'static>> {
+fn facts_of(disk: &Disk, lately: Option<f64>) -> Vec<Line<'static>> {
     let bytes = |column: &str| size(disk.last.number(column));
     let guest = match disk.last.text("guest_age_s") {
         "" => "guest   tells nothing of itself (the test guest does)".to_owned(),
@@ -172,7 +184,11 @@ fn facts_of(disk: &Disk) -> Vec<Line<'static>> {
             count(disk.rate("host_disk_flushes")),
         ),
     };
-    let hits = format!("reads   {} of the bytes read came from the host's cache", percent(disk.hit_share()));
+    let hits = format!(
+        "reads   from the host's cache: {} of the bytes lately, {} so far",
+        percent(lately),
+        percent(disk.hit_share())
+    );
     vec![Line::from(guest), Line::from(host), Line::from(hits)]
 }
 
@@ -279,12 +295,22 @@ mod tests {
             assert!(text.contains(word), "no {word} in {text}");
         }
         assert!(screen(&found, 100, 30, false).contains("ended"));
+        assert!(text.contains("- of the bytes lately, 25% so far"), "{text}");
         let silent = history(&["1.0,vda,none,0,0,0,0,,,,,,"]);
         assert!(screen(&silent, 100, 30, true).contains("tells nothing of itself"));
         for (width, height) in [(1, 1), (20, 3), (300, 100)] {
             screen(&found, width, height, true);
         }
         assert!(screen(&History::default(), 80, 24, true).contains("a.csv"));
+    }
+
+    #[test]
+    fn the_share_lately_is_of_all_disks() {
+        let mut found = History::default();
+        for row in ["0,vda,100,50", "0,vdb,1000,50", "1,vda,300,150", "1,vdb,1200,150"] {
+            found.take(Row::parse("time_s,disk,read_bytes,process_read_bytes", row).unwrap());
+        }
+        assert_eq!(found.lately(), Some(0.75), "100 of 400 bytes came from a disk");
     }
 
     #[test]
