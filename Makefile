@@ -2,7 +2,7 @@
 # is missing, or print the line that does.
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test bench lint deps test-deps clean torture install install-files static deb
+.PHONY: help build run test bench bench-bare bench-guest lint deps test-deps clean torture install install-files static deb
 
 include guest-images/guest.mk
 
@@ -10,6 +10,8 @@ help: ## lists the commands
 	@echo "make run          boots a test guest with a disk in cache=none, runs fio in it, tells what happened"
 	@echo "make test         every check: lint, device, images, real kernels"
 	@echo "make bench        the device path beside fio on this machine: QUICK=1, ROUNDS=, SECONDS=, ONLY=, FULL=1"
+	@echo "make bench-bare   a guest of our own beside QEMU's on this machine's KVM: QUICK=1, ROUNDS=, ONLY="
+	@echo "make bench-guest  fio in the test guest under minivmm and QEMU, boots to init: QUICK=1, ROUNDS=, ONLY=, WHO=, MODES="
 	@echo "make lint         formatting, clippy, licences and sources of the dependencies, shell scripts"
 	@echo "make build        target/release/minivmm"
 	@echo "make guest        the test guest's kernel and initramfs, in guest-images/build"
@@ -68,6 +70,16 @@ bench_arguments = $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $
 bench: deps
 	@cargo bench --quiet --locked --bench device -- $(bench_arguments)
 
+# A guest without a kernel on real KVM, under minivmm and QEMU in turn: a quarter of an hour.
+bench-bare: test-deps
+	@cargo bench --quiet --locked --bench bare -- $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only $(ONLY)) \
+		$(if $(QUICK),--quick) $(ARGS)
+
+# What a guest sees, with a kernel: some seconds a job, and hours of boots where the host is emulated.
+bench-guest: test-deps build guest
+	@cargo bench --quiet --locked --bench guest -- $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(WHO),--who $(WHO)) $(if $(MODES),--modes $(MODES)) $(if $(QUICK),--quick) $(ARGS)
+
 # The long suites: every combination of killed hosts TRIALS times (a minute and a half each), hundreds of
 # times as many seeds of the durability proof.
 torture: test-deps build guest emuhost
@@ -79,7 +91,7 @@ lint: deps
 	@cargo clippy --release --locked --all-targets --features mutants --quiet -- -D warnings
 	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo \
 		guest-images/install-packages guest-images/emuhost guest-images/boot-times guest-images/build-guest \
-		guest-images/build-host guest-images/build-small-kernel .ci/run
+		guest-images/build-host guest-images/build-small-kernel guest-images/bench/build.sh guest-images/pack-qemu .ci/run
 	@command -v cargo-deny >/dev/null || cargo install --quiet --debug --locked cargo-deny
 	@cargo deny --log-level error check bans licenses sources
 

@@ -5,6 +5,7 @@
 //! from the same definitions (`examples/manual.rs`).
 
 pub mod command;
+mod crash;
 mod find_guest;
 mod help;
 mod size;
@@ -22,6 +23,7 @@ use crate::kvm::failure;
 use crate::vmm::{Config, ConsoleTarget, Ending, ObserveTarget, StatsTarget};
 use command::{CommandArgs, ConsoleTaken};
 
+pub use crash::CrashArgs;
 pub use find_guest::GuestNotFound;
 
 /// A minimal KVM hypervisor whose virtio-blk can be trusted.
@@ -171,6 +173,12 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Check the disks that a loss of power could have left of a write log
+    ///
+    /// At each point of the log, any of the writes that no flush had spoken for can be there or not. Each
+    /// such disk is made, in a scratch file, and checked. Exit status: 0 where all were good, 1 where some
+    /// were not.
+    Crash(Box<CrashArgs>),
 }
 
 /// What the user wants.
@@ -197,6 +205,8 @@ pub enum Task {
         /// Its file.
         observation: PathBuf,
     },
+    /// Disks after a loss of power checked.
+    Crash(Box<CrashArgs>),
     /// These disks explained.
     Explain {
         /// Which.
@@ -275,6 +285,7 @@ impl Args {
             &Some(Command::Check { json, quiet }) => Task::Check { json, quiet },
             Some(Command::Top { observation }) => Task::Top { observation: observation.clone() },
             Some(Command::Log { log, json }) => Task::Log { log: log.clone(), json: *json },
+            Some(Command::Crash(crash)) => Task::Crash(crash.clone()),
             None if self.explain => Task::Explain { disks: disks(&self.disks, self.cpus), json: self.json },
             None => Task::Run,
         }
@@ -373,6 +384,8 @@ pub enum ExitStatus {
     ExitPort(u8),
     /// `check`: Linux guests do not run here.
     NoLinux,
+    /// `crash`: some of the disks were not good.
+    NotGood,
     /// The guest's command has ended, which gives this.
     Command(i32),
 }
@@ -383,7 +396,7 @@ impl ExitStatus {
         match self {
             Self::Success => 0,
             Self::Usage => 2,
-            Self::NoLinux => 1,
+            Self::NoLinux | Self::NotGood => 1,
             Self::GuestPanic => 124,
             Self::Failure => 125,
             Self::Timeout => 126,

@@ -5,16 +5,20 @@
 
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
-use minivmm::cli::{Args, ExitStatus, Task, command};
-use minivmm::crash::list;
+use minivmm::cli::{Args, CrashArgs, ExitStatus, Task, command};
 use minivmm::crash::log::WriteLog;
+use minivmm::crash::{campaign, list};
 use minivmm::disk::DiskOptions;
 use minivmm::job::status::StatusFile;
 use minivmm::observe::top;
 use minivmm::vmm::{self, Ending};
 use minivmm::{check, explain};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
 
 fn main() {
     let args = Args::of_process();
@@ -29,6 +33,7 @@ fn run(args: Args) -> ExitStatus {
         Task::Explain { disks, json } => explain_disks(&disks, json),
         Task::Log { log, json } => list_log(&log, json),
         Task::Top { observation } => show_observation(&observation),
+        Task::Crash(args) => crash(*args),
     };
     told.unwrap_or_else(|error| {
         // Whoever reads it may be gone; the status still says it.
@@ -77,6 +82,30 @@ fn list_log(path: &Path, json: bool) -> Result<ExitStatus> {
 fn show_observation(path: &Path) -> Result<ExitStatus> {
     top::run(path)?;
     Ok(ExitStatus::Success)
+}
+
+fn crash(args: CrashArgs) -> Result<ExitStatus> {
+    let json = args.json;
+    let options = args.options();
+    if let Some(out) = &options.write {
+        print(&campaign::write_image(&options, out)?)?;
+        return Ok(ExitStatus::Success);
+    }
+    // A second signal ends it at once.
+    let (stop, signal) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    for number in [SIGHUP, SIGINT, SIGTERM] {
+        let value = usize::try_from(number).unwrap_or_default();
+        flag::register_conditional_shutdown(number, 128 + number, Arc::clone(&stop))?;
+        flag::register(number, Arc::clone(&stop))?;
+        flag::register_usize(number, Arc::clone(&signal), value)?;
+    }
+    let report = campaign::run(&options, &stop)?;
+    print(&if json { report.to_json()? } else { report.to_text() })?;
+    Ok(match i32::try_from(signal.load(Ordering::SeqCst)) {
+        Ok(signal) if signal > 0 => ExitStatus::Signal(signal),
+        _ if report.failures.is_empty() => ExitStatus::Success,
+        _ => ExitStatus::NotGood,
+    })
 }
 
 /// To standard output, all of it. A reader that has gone, as `head` does, is no error.

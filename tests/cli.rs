@@ -52,6 +52,7 @@ fn wrong_usage_ends_with_2_and_says_what_is_right() {
         (&["check", "--json", "--quiet"], "cannot be used with"),
         (&["check", "--disk", "a.img"], "--disk"),
         (&["log"], "FILE"),
+        (&["crash", "x.log"], "--base"),
         (&["--disk", "a.img,fault=fail:fsync"], "read, write, flush, discard"),
         (&["--disk", "a.img,log-writes"], "FILE"),
     ] {
@@ -84,6 +85,7 @@ fn help_names_every_option_key_and_status() {
         "--explain",
         "check",
         "log",
+        "crash",
         "fault=",
         "log-writes=",
         "Guest:",
@@ -121,6 +123,7 @@ fn an_error_is_printed_once_with_what_it_is_about() {
         ),
         (&["--explain", "--disk", "missing.img"], &["missing.img", "truncate"]),
         (&["log", "gone.log"], &["gone.log", "No such file"]),
+        (&["crash", "gone.log", "--base", "x.img"], &["gone.log", "No such file"]),
         (&["log", "/proc/self/exe"], &["/proc/self/exe", "no write log"]),
         (&["--console", "file=no/such/file", "--kernel", "k", "--initrd", "none"], &["no/such/file"]),
         (

@@ -423,3 +423,37 @@ fn a_signal_or_the_timeout_ends_the_machine_in_order_and_flushed_data_is_there()
         assert_eq!(content.stdout.trim(), "kept", "signal {signal:?}");
     }
 }
+
+#[test]
+fn ext4_survives_every_loss_of_power_that_the_log_allows_and_a_disk_that_lies_is_found_out() {
+    let place = Host::get().place();
+    let made = place.sh("truncate -s 64M base.img && mkfs.ext4 -q -F base.img");
+    assert_eq!(made.status, 0, "{}", made.stderr);
+    let job = "mkdir -p /mnt && mount -t ext4 /dev/vda /mnt && i=0
+while [ $i -lt 8 ]; do
+    head -c $((i * 3000 + 1)) /dev/urandom > /mnt/new; sync; mv /mnt/new /mnt/f$i; mkdir -p /mnt/d$((i % 3))
+    cp /mnt/f$i /mnt/d$((i % 3)); [ $((i % 3)) = 0 ] && rm -f /mnt/f$((i / 2)); i=$((i + 1))
+done
+umount /mnt; echo T done $?";
+    for (keys, states, status) in [("cache=none", 6, 0), ("cache=writeback,fault=lose:flush", 24, 1)] {
+        place.sh("cp base.img a.img");
+        let args = format!("--disk a.img,{keys},log-writes=a.log");
+        let outcome = Boot { kernel: "6.12", args: &args, job }.run(&place);
+        assert_eq!((outcome.status, told(&outcome, "done")), (0, "0"), "{keys}: {outcome:#?}");
+        let command = format!("minivmm crash a.log --base base.img --states {states} --keep kept");
+        let crashed = place.sh(&command);
+        assert_eq!(crashed.status, status, "{keys}: {crashed:#?}");
+        let summary = crashed.stdout.lines().last().unwrap_or_default();
+        let number = |at| summary.split(' ').nth(at).and_then(|word| word.parse().ok()).unwrap_or(0);
+        let (states, points): (u64, u64) = (number(0), number(3));
+        println!("{keys}: {summary}");
+        if status == 0 {
+            assert!(points > 8 && states > 2 * points, "{summary}");
+        } else {
+            assert!(crashed.stdout.contains("e2fsck"), "{crashed:#?}");
+            // What was kept is not good by itself.
+            let kept = "ls kept/*.img || exit 1; for i in kept/*.img; do e2fsck -p $i >&2; e2fsck -fn $i && exit 1; done; exit 0";
+            assert_eq!(place.sh(kept).status, 0, "{crashed:#?}");
+        }
+    }
+}

@@ -119,13 +119,17 @@ vm_disk() {
 vm_start() {
     local dir=$1 life_seconds=$2 _
     dir=$(realpath -- "$dir")
+    if [ -n "$LOG_WRITES" ]; then
+        cp --sparse=always -- "$dir/disk.img" "$LOG_WRITES.base"
+        : >"$LOG_WRITES"
+    fi
     for _ in 1 2 3 4 5; do
         rm -f "$dir"/{pid,port,why,heartbeat,console.log,qemu.log,killed,stopped}
         # Below the range that the kernel itself takes ports from; a taken one is tried again.
         printf '%s\n' $((20000 + (RANDOM * 32768 + RANDOM) % 12000)) >"$dir/port"
         : >"$dir/heartbeat"
         (
-            export HOST_BUILD QEMU_DIR MEMORY_MIB CPUS DISK_CACHE
+            export HOST_BUILD QEMU_DIR MEMORY_MIB CPUS DISK_CACHE LOG_WRITES
             setsid "$IMAGES_DIR/emuhost" _supervise "$dir" "$life_seconds" </dev/null >/dev/null 2>>"$dir/qemu.log" &
         )
         if vm_wait_ready "$dir"; then
@@ -195,7 +199,14 @@ vm_say_why() {
 }
 
 vm_qemu() {
-    local dir=$1
+    local dir=$1 disk
+    disk=file=${dir//,/,,}/disk.img,format=raw,if=none,id=disk,cache=$DISK_CACHE,discard=unmap
+    if [ -n "$LOG_WRITES" ]; then
+        # Each entry counts at once: the emulator may be killed at any moment.
+        disk=driver=blklogwrites,if=none,id=disk,cache=$DISK_CACHE,log-super-update-interval=1
+        disk+=,file.driver=file,file.filename=${dir//,/,,}/disk.img,file.discard=unmap
+        disk+=,log.driver=file,log.filename=${LOG_WRITES//,/,,}
+    fi
     # Debian's cloud kernel takes the network addresses it is given; nothing but the ssh port on
     # 127.0.0.1 reaches in, and nothing gets out (restrict).
     qemu_exec -name emuhost -accel tcg,thread=multi -cpu max,xlevel=0x8000001e \
@@ -203,7 +214,7 @@ vm_qemu() {
         -serial "file:$dir/console.log" -serial "file:$dir/heartbeat" \
         -kernel "$HOST_BUILD/vmlinuz" -initrd "$HOST_BUILD/initrd.cpio" \
         -append "console=ttyS0 reboot=k panic=-1 quiet" \
-        -drive "file=${dir//,/,,}/disk.img,format=raw,if=none,id=disk,cache=$DISK_CACHE,discard=unmap" \
+        -drive "$disk" \
         -device virtio-blk-pci,drive=disk \
         -netdev "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:$(cat "$dir/port")-:22" \
         -device virtio-net-pci,netdev=net,romfile= >>"$dir/qemu.log" 2>&1

@@ -50,7 +50,8 @@ With a COMMAND its own status is minivmm's, and besides:
 Without one:
   2v+1   a guest has written v to the exit port 0xf4 (modulo 256: v = 0x3e, 0x40,
          0x47 and v + 0x80 give a number that has another meaning too)
-  check: 0 where Linux guests run, 1 where they do not";
+  check: 0 where Linux guests run, 1 where they do not
+  crash: 0 where all disks were good, 1 where some were not";
 
 /// What stands at the end of `--help`.
 pub fn after() -> String {
@@ -77,7 +78,7 @@ pub fn improve(mut error: clap::Error) -> clap::Error {
         format!("to give the guest a disk: --disk {word}")
     } else {
         format!(
-            "a command for the guest stands behind --: minivmm [OPTIONS] -- {word}; minivmm's own are 'check', 'log' and 'top'"
+            "a command for the guest stands behind --: minivmm [OPTIONS] -- {word}; minivmm's own are 'check', 'log', 'crash' and 'top'"
         )
     };
     error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));

@@ -1,0 +1,327 @@
+//! `minivmm crash`: states made and checked, side by side.
+//!
+//! Owns the order of the work and what is kept of failures. Which states there are is
+//! [`super::plan`]'s, how an image comes about [`super::scratch`]'s, how it is judged
+//! [`super::check`]'s, how all that is told [`super::report`]'s.
+
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tempfile::TempDir;
+
+use super::check::{Check, CheckError, Verdict, find_e2fsck};
+use super::legal::StateName;
+use super::log::{LogError, WriteLog};
+use super::plan::{Breadth, Plan, Task, one};
+use super::points::{At, NoPoint, points};
+use super::report::{Failure, Report, Told};
+use super::scratch::{Base, ScratchError, Stage, default_place};
+
+/// Images of so many failures are kept, the first ones.
+pub const KEPT_MAX: usize = 16;
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The write log.
+    pub log: PathBuf,
+    /// The disk as it was when the log began.
+    pub base: PathBuf,
+    /// Where the power fails.
+    pub at: Vec<At>,
+    /// How many states, and which.
+    pub breadth: Breadth,
+    /// This state alone.
+    pub repeat: Option<(usize, StateName)>,
+    /// A command of the shell; by default what suits the base.
+    pub check: Option<String>,
+    /// For one image.
+    pub check_timeout: Duration,
+    /// Checks side by side; by default one a CPU.
+    pub jobs: Option<usize>,
+    /// Where images of failures go; by default LOG.failed.
+    pub keep: Option<PathBuf>,
+    /// Where images are made; by default in memory, or where temporary files are.
+    pub scratch: Option<PathBuf>,
+    /// Only write the image there.
+    pub write: Option<PathBuf>,
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each is its source's, or says it")]
+pub enum CrashError {
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error(transparent)]
+    Point(#[from] NoPoint),
+    #[error(transparent)]
+    Scratch(#[from] ScratchError),
+    #[error(transparent)]
+    Check(#[from] CheckError),
+    #[error("entry {0} leaves no state {1}: repeat it with the log that the report was about")]
+    NoState(usize, StateName),
+    #[error(
+        "{0} holds no ext4, so how to check it must be said: --check 'COMMAND {{}}', where {{}} stands for the image \
+         and status 0 says that it is good"
+    )]
+    NoCheck(String),
+    #[error(
+        "an ext4 is checked by e2fsck, which is not there: install e2fsprogs, or give --check 'COMMAND {{}}'"
+    )]
+    NoE2fsck,
+    #[error(
+        "that is up to {0} images, and --write makes one: say where, --at ENTRY, and which, --lose all, \
+         --lose nothing or --repeat ENTRY:STATE"
+    )]
+    NotOne(u64),
+    #[error("{0} is not written to: {1}")]
+    Out(String, &'static str),
+    #[error("cannot make images in {place} (--scratch says where)")]
+    Place { place: String, source: io::Error },
+    #[error("cannot keep the image of a failure in {place} (--keep says where)")]
+    Keep { place: String, source: io::Error },
+}
+
+/// Makes the one image that is meant at `out`, and tells which it is.
+pub fn write_image(options: &Options, out: &Path) -> Result<String, CrashError> {
+    let log = WriteLog::open(&options.log)?;
+    let base = Base::open(&options.base, &log)?;
+    let mut plan = plan(options, &log)?;
+    may_be_made(options, out)?;
+    let at_most = plan.at_most();
+    let (Some(task), None) = (plan.next(), plan.next()) else { return Err(CrashError::NotOne(at_most)) };
+    let dir = scratch_directory(options, 2 * base.data_bytes)?;
+    let mut stage = Stage::new(&log, &base, &dir.path().join("stage"))?;
+    stage.advance(task.settled)?;
+    stage.make(&task.extents, out)?;
+    Ok(format!("{}: {}, state {}", out.display(), Told::point(&log, task.point), task.name))
+}
+
+/// An older image may be replaced, and nothing else.
+fn may_be_made(options: &Options, out: &Path) -> Result<(), CrashError> {
+    let refused = |why| Err(CrashError::Out(out.display().to_string(), why));
+    let Ok(there) = std::fs::metadata(out) else { return Ok(()) };
+    if !there.is_file() {
+        return refused("it is no regular file");
+    }
+    let is_it = |path: &Path| {
+        std::fs::metadata(path).is_ok_and(|it| (it.dev(), it.ino()) == (there.dev(), there.ino()))
+    };
+    if is_it(&options.base) || is_it(&options.log) {
+        return refused("it is the base or the log");
+    }
+    Ok(())
+}
+
+/// Tries all that is asked for. Ends early, with what it has found, when `stop` is set.
+pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report, CrashError> {
+    let log = WriteLog::open(&options.log)?;
+    let base = Base::open(&options.base, &log)?;
+    let check = choose_check(options, &base)?;
+    let plan = plan(options, &log)?;
+    let points = plan.points();
+    let jobs = options.jobs.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let jobs = jobs.min(usize::try_from(plan.at_most()).unwrap_or(usize::MAX)).max(1);
+    let log_bytes = log.entries.iter().filter(|it| it.data_at.is_some()).map(|it| it.bytes).sum::<u64>();
+    let needed = (jobs as u64 * 2).saturating_mul(base.data_bytes.saturating_add(log_bytes));
+    let scratch = scratch_directory(options, needed)?;
+    let started = Instant::now();
+    let shared = Shared {
+        options,
+        log: &log,
+        base: &base,
+        check: &check,
+        scratch: scratch.path(),
+        stop,
+        bar: bar(plan.at_most()),
+        points: AtomicUsize::new(points),
+        plan: Mutex::new(plan),
+        found: Mutex::new(Found::default()),
+        kept: AtomicUsize::new(0),
+        ended: AtomicBool::new(false),
+    };
+    std::thread::scope(|scope| {
+        for number in 0..jobs {
+            let shared = &shared;
+            scope.spawn(move || shared.work(number));
+        }
+    });
+    shared.bar.finish_and_clear();
+    let found = shared.found.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if let Some(error) = found.error {
+        return Err(error);
+    }
+    let mut failures = found.failures;
+    // Those first whose images are kept.
+    failures.sort_by_key(|failure| (failure.image.is_none(), failure.entry, failure.state.to_string()));
+    Ok(Report {
+        log: options.log.clone(),
+        base: options.base.clone(),
+        entries: log.entries.len(),
+        check: check.to_string(),
+        points,
+        states: found.states,
+        failures,
+        interrupted: stop.load(Ordering::Relaxed),
+        seconds: started.elapsed().as_secs_f64(),
+        scratch: scratch.path().parent().unwrap_or(Path::new("/")).to_owned(),
+        jobs,
+    })
+}
+
+fn plan<'a>(options: &Options, log: &'a WriteLog) -> Result<Plan<'a>, CrashError> {
+    if let Some((point, name)) = options.repeat {
+        let task = one(log, point, name).ok_or(CrashError::NoState(point, name))?;
+        return Ok(Plan::of_one(log, task));
+    }
+    let points = points(&log.entries, &options.at, options.breadth.seed)?;
+    Ok(Plan::new(log, points, options.breadth))
+}
+
+fn choose_check(options: &Options, base: &Base) -> Result<Check, CrashError> {
+    match &options.check {
+        Some(command) => Ok(Check::Shell(command.clone())),
+        None if !base.is_ext4() => Err(CrashError::NoCheck(options.base.display().to_string())),
+        None => find_e2fsck().map(Check::Ext4).ok_or(CrashError::NoE2fsck),
+    }
+}
+
+fn scratch_directory(options: &Options, needed_bytes: u64) -> Result<TempDir, CrashError> {
+    let place = options.scratch.clone().unwrap_or_else(|| default_place(needed_bytes));
+    let made = tempfile::Builder::new().prefix("minivmm-crash-").tempdir_in(&place);
+    made.map_err(|source| CrashError::Place { place: place.display().to_string(), source })
+}
+
+/// On a terminal; elsewhere nothing.
+fn bar(states: u64) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(states), ProgressDrawTarget::stderr_with_hz(5));
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} states, {msg}, {eta} left");
+    if let Ok(style) = style {
+        bar.set_style(style);
+    }
+    bar.set_message("0 failed");
+    bar
+}
+
+/// What the workers have in common.
+struct Shared<'a> {
+    options: &'a Options,
+    log: &'a WriteLog,
+    base: &'a Base,
+    check: &'a Check,
+    scratch: &'a Path,
+    stop: &'a AtomicBool,
+    bar: ProgressBar,
+    /// Those that are left.
+    points: AtomicUsize,
+    plan: Mutex<Plan<'a>>,
+    found: Mutex<Found>,
+    /// Images of failures that are kept.
+    kept: AtomicUsize,
+    /// One of us has given up.
+    ended: AtomicBool,
+}
+
+#[derive(Default)]
+struct Found {
+    states: u64,
+    failures: Vec<Failure>,
+    error: Option<CrashError>,
+}
+
+impl Shared<'_> {
+    fn found(&self) -> MutexGuard<'_, Found> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self, number: usize) {
+        if let Err(error) = self.work_on(number) {
+            self.ended.store(true, Ordering::Relaxed);
+            self.found().error.get_or_insert(error);
+        }
+    }
+
+    fn work_on(&self, number: usize) -> Result<(), CrashError> {
+        let dir = self.scratch.join(number.to_string());
+        let place = || dir.display().to_string();
+        std::fs::create_dir(&dir).map_err(|source| CrashError::Place { place: place(), source })?;
+        let (image, output) = (dir.join("disk.img"), dir.join("output"));
+        let mut stage = Stage::new(self.log, self.base, &dir.join("stage"))?;
+        while !self.stop.load(Ordering::Relaxed) && !self.ended.load(Ordering::Relaxed) {
+            let Some(task) = self.next_task() else { break };
+            stage.advance(task.settled)?;
+            stage.make(&task.extents, &image)?;
+            let about = Told::about(self.log, &task);
+            let limit = self.options.check_timeout;
+            let failure = match self.check.run(&image, &about, &output, limit, self.stop)? {
+                Verdict::Interrupted => break,
+                Verdict::Good => None,
+                Verdict::Bad { why, output } => Some(self.failed(&stage, &task, why, output)?),
+            };
+            let mut found = self.found();
+            found.states += 1;
+            found.failures.extend(failure);
+            self.bar.set_message(format!("{} failed", found.failures.len()));
+            self.bar.inc(1);
+        }
+        Ok(())
+    }
+
+    fn next_task(&self) -> Option<Task> {
+        let mut plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner);
+        let (task, points) = (plan.next(), plan.points());
+        if points != self.points.swap(points, Ordering::Relaxed) {
+            // Some states of the point before were the same disk: fewer are left than it seemed.
+            self.bar.set_length(plan.given() + plan.at_most());
+        }
+        task
+    }
+
+    /// The image as it was before the check, which may have repaired it, and what the check said.
+    fn failed(
+        &self,
+        stage: &Stage<'_>,
+        task: &Task,
+        why: String,
+        output: String,
+    ) -> Result<Failure, CrashError> {
+        let mut image = None;
+        if self.kept.fetch_add(1, Ordering::Relaxed) < KEPT_MAX {
+            let place = self.options.keep.clone().unwrap_or_else(|| beside(&self.options.log));
+            let path = place.join(format!("{}-{}.img", task.point, task.name));
+            let failed = |source| CrashError::Keep { place: place.display().to_string(), source };
+            std::fs::create_dir_all(&place).map_err(failed)?;
+            stage.make(&task.extents, &path)?;
+            std::fs::write(path.with_extension("txt"), &output).map_err(failed)?;
+            image = Some(path);
+        }
+        let lost = Told::lost(self.log, task);
+        Ok(Failure {
+            entry: task.point,
+            state: task.name,
+            lost,
+            why,
+            output,
+            image,
+            repeat: self.repeat(task),
+        })
+    }
+
+    /// The command line that tries this state again.
+    fn repeat(&self, task: &Task) -> String {
+        let Options { log, base, check, check_timeout, .. } = self.options;
+        Told::repeat(log, base, check.as_deref(), *check_timeout, task)
+    }
+}
+
+fn beside(log: &Path) -> PathBuf {
+    let mut name = log.as_os_str().to_owned();
+    name.push(".failed");
+    name.into()
+}

@@ -1,0 +1,216 @@
+//! The check of one image: a command, in a process group of its own, for a limited time.
+//!
+//! Owns how it is started, ended and judged. By default an ext4 is recovered as at a boot, by
+//! `e2fsck -p`, which replays the journal and deletes what nobody has open any more, and then `e2fsck -fn`
+//! must find nothing to complain about.
+
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+
+/// So much of a check's output is kept: its end.
+const OUTPUT_MAX: u64 = 64 << 10;
+/// So often a check that runs is asked whether it shall go on.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// What is run on each image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Check {
+    /// A command of the shell, in which `{}` is the image.
+    Shell(String),
+    /// e2fsck, this one.
+    Ext4(PathBuf),
+}
+
+/// Which state it is that is checked, for the check's environment.
+#[derive(Debug, Clone, Default)]
+pub struct About {
+    /// How many entries had ended.
+    pub entry: usize,
+    /// The state's name.
+    pub state: String,
+    /// The last mark before it.
+    pub mark: Option<String>,
+}
+
+/// What a check has found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nothing wrong.
+    Good,
+    /// This.
+    Bad {
+        /// How the command has ended.
+        why: String,
+        /// What it said last.
+        output: String,
+    },
+    /// It was not heard to the end.
+    Interrupted,
+}
+
+/// Why no check is possible at all.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    /// The shell, or e2fsck.
+    #[error("cannot run the check {command}")]
+    Start {
+        /// What was to be run.
+        command: String,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// The shell's own answers 126 and 127, which say nothing about the image.
+    #[error("the check cannot be run (status {status}): {output}")]
+    NotFound {
+        /// The shell's.
+        status: i32,
+        /// What it said.
+        output: String,
+    },
+}
+
+/// A word as the shell takes it for one.
+pub fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:,@%".contains(c);
+    if !word.is_empty() && word.chars().all(is_plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+/// e2fsck, wherever the administrator's programs are.
+pub fn find_e2fsck() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let places = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
+    places.map(|place| place.join("e2fsck")).find(|program| program.is_file())
+}
+
+impl Check {
+    /// The commands, one after the other, and the highest exit status of each that is good.
+    fn steps(&self, image: &Path) -> Vec<(Command, i32)> {
+        match self {
+            Self::Shell(command) => {
+                let mut shell = Command::new("sh");
+                shell.arg("-c").arg(command.replace("{}", &quoted(&image.display().to_string())));
+                vec![(shell, 0)]
+            }
+            Self::Ext4(e2fsck) => [("-p", 1), ("-fn", 0)]
+                .map(|(how, good)| {
+                    let mut command = Command::new(e2fsck);
+                    command.arg(how).arg(image);
+                    (command, good)
+                })
+                .into(),
+        }
+    }
+
+    /// Runs it on `image`. Its output goes to `output`, a file that is made anew.
+    pub fn run(
+        &self,
+        image: &Path,
+        about: &About,
+        output: &Path,
+        limit: Duration,
+        stop: &AtomicBool,
+    ) -> Result<Verdict, CheckError> {
+        let started = |source| CheckError::Start { command: self.to_string(), source };
+        let deadline = Instant::now() + limit;
+        for (mut command, good) in self.steps(image) {
+            // What a command said that was content is not kept.
+            let said = File::create(output).map_err(started)?;
+            command.env("MINIVMM_CRASH_ENTRY", about.entry.to_string());
+            command.env("MINIVMM_CRASH_STATE", &about.state);
+            command.env("MINIVMM_CRASH_MARK", about.mark.as_deref().unwrap_or_default());
+            command.stdin(Stdio::null()).stdout(said.try_clone().map_err(started)?);
+            command.stderr(said).process_group(0);
+            let child = command.spawn().map_err(started)?;
+            let why = match wait(child, deadline, stop).map_err(started)? {
+                End::Interrupted => return Ok(Verdict::Interrupted),
+                End::Late => format!("it was not done after {} s", limit.as_secs_f64()),
+                End::Signal(signal) => format!("signal {signal} has ended it"),
+                End::Status(status) if (0..=good).contains(&status) => continue,
+                End::Status(status @ (126 | 127)) if matches!(self, Self::Shell(_)) => {
+                    return Err(CheckError::NotFound { status, output: tail(output).trim().to_owned() });
+                }
+                End::Status(status) => format!("exit status {status}"),
+            };
+            return Ok(Verdict::Bad { why, output: tail(output) });
+        }
+        Ok(Verdict::Good)
+    }
+}
+
+impl std::fmt::Display for Check {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Shell(command) => f.write_str(command),
+            Self::Ext4(_) => f.write_str("e2fsck -p {}, then e2fsck -fn {}"),
+        }
+    }
+}
+
+/// How a command has ended.
+enum End {
+    Status(i32),
+    Signal(i32),
+    Late,
+    Interrupted,
+}
+
+/// Until it has ended, the time is over, or all is to stop. Nothing of its group is left then.
+fn wait(mut child: Child, deadline: Instant, stop: &AtomicBool) -> io::Result<End> {
+    let group = Pid::from_child(&child);
+    let ended = watch(group, deadline, stop);
+    // Also whatever it has left running; the group's number is its own until it is waited for.
+    let _ = kill_process_group(group, Signal::KILL);
+    let status = child.wait()?;
+    if let Some(end) = ended? {
+        return Ok(end);
+    }
+    Ok(match (status.code(), status.signal()) {
+        (Some(code), _) => End::Status(code),
+        (None, signal) => End::Signal(signal.unwrap_or_default()),
+    })
+}
+
+/// Until the process has ended by itself (`None`) or must not go on.
+fn watch(process: Pid, deadline: Instant, stop: &AtomicBool) -> io::Result<Option<End>> {
+    let pidfd = pidfd_open(process, PidfdFlags::empty())?;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now()).min(LOOK_EVERY);
+        let left = Timespec { tv_sec: 0, tv_nsec: i64::from(left.subsec_nanos()) };
+        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) => return Ok(None),
+            Err(errno) => return Err(errno.into()),
+        }
+        if stop.load(Ordering::Relaxed) {
+            return Ok(Some(End::Interrupted));
+        }
+        if Instant::now() >= deadline {
+            return Ok(Some(End::Late));
+        }
+    }
+}
+
+/// The end of what it said.
+fn tail(output: &Path) -> String {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut said = File::open(output)?;
+        let length = said.metadata()?.len();
+        said.seek(io::SeekFrom::Start(length.saturating_sub(OUTPUT_MAX)))?;
+        let mut bytes = Vec::new();
+        said.take(OUTPUT_MAX).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    // What cannot be read is not worth losing the verdict.
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
+}
