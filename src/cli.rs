@@ -20,7 +20,7 @@ use crate::boot::cmdline;
 use crate::disk::{DiskOptions, TransportChoice};
 use crate::job::{self, JobError};
 use crate::kvm::failure;
-use crate::vmm::{Config, ConsoleTarget, Ending, StatsTarget};
+use crate::vmm::{Config, ConsoleTarget, Ending, ObserveTarget, StatsTarget};
 use command::{CommandArgs, ConsoleTaken};
 
 pub use crash::CrashArgs;
@@ -108,6 +108,23 @@ pub struct Args {
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
     stats: Option<Option<PathBuf>>,
 
+    /// Keep in FILE, as CSV, where the data is: what host and guest cache, what the host's disk does
+    ///
+    /// A line for each disk and moment (docs/observing.md); `minivmm top FILE` shows it. The guest's own
+    /// view is there if the guest is the test guest.
+    #[arg(long, value_name = "FILE")]
+    observe: Option<PathBuf>,
+
+    /// The time between two lines of --observe
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "0.5", requires = "observe")]
+    observe_interval: Duration,
+
+    /// Let minivmm, its guest's memory and its page cache have so much of this host's memory at most
+    ///
+    /// By a cgroup v2 of its own, where that is permitted.
+    #[arg(long, value_name = "SIZE", value_parser = size::memory, help_heading = help::MACHINE)]
+    host_memory_limit: Option<u64>,
+
     /// Say more (twice: much more)
     #[arg(short, long, action = ArgAction::Count, help_heading = help::RUNNING)]
     verbose: u8,
@@ -135,6 +152,14 @@ enum Command {
         /// Only the verdict, in one line
         #[arg(short, long)]
         quiet: bool,
+    },
+    /// Show an observation (--observe) as it grows
+    ///
+    /// On a terminal until q is pressed; elsewhere a line for each disk and moment, to its end.
+    Top {
+        /// The file of --observe
+        #[arg(value_name = "FILE")]
+        observation: PathBuf,
     },
     /// List a write log: what a disk was given, and what it has promised to keep
     ///
@@ -174,6 +199,11 @@ pub enum Task {
         log: PathBuf,
         /// As JSON.
         json: bool,
+    },
+    /// An observation shown.
+    Top {
+        /// Its file.
+        observation: PathBuf,
     },
     /// Disks after a loss of power checked.
     Crash(Box<CrashArgs>),
@@ -253,6 +283,7 @@ impl Args {
     pub fn task(&self) -> Task {
         match &self.command {
             &Some(Command::Check { json, quiet }) => Task::Check { json, quiet },
+            Some(Command::Top { observation }) => Task::Top { observation: observation.clone() },
             Some(Command::Log { log, json }) => Task::Log { log: log.clone(), json: *json },
             Some(Command::Crash(crash)) => Task::Crash(crash.clone()),
             None if self.explain => Task::Explain { disks: disks(&self.disks, self.cpus), json: self.json },
@@ -283,7 +314,8 @@ impl Args {
     /// Whether any device of the machine is behind PCI; a command's streams are a device too.
     fn uses_pci(&self) -> bool {
         let is_pci = |disk: &DiskOptions| disk.transport.unwrap_or(self.transport) == TransportChoice::Pci;
-        self.transport == TransportChoice::Pci && self.job.is_given() || self.disks.iter().any(is_pci)
+        let console = self.job.is_given() || self.observe.is_some();
+        self.transport == TransportChoice::Pci && console || self.disks.iter().any(is_pci)
     }
 
     /// The machine that they describe, with the test guest in the place of what was not given.
@@ -309,7 +341,11 @@ impl Args {
         // A command line of the user's stays as it is.
         let base = match self.job.is_given() && self.cmdline == cmdline::DEFAULT {
             true => cmdline::for_command(self.verbose > 0, pci),
-            false => self.cmdline,
+            false => self.cmdline.clone(),
+        };
+        let base = match self.observe.is_some() && self.cmdline == cmdline::DEFAULT {
+            true => cmdline::append(&base, cmdline::OBSERVE),
+            false => base,
         };
         Ok(Config {
             kernel,
@@ -322,6 +358,8 @@ impl Args {
             console,
             timeout: self.timeout,
             stats: self.stats.map(|file| file.map_or(StatsTarget::Stderr, StatsTarget::Json)),
+            observe: self.observe.map(|path| ObserveTarget { path, interval: self.observe_interval }),
+            host_memory_limit: self.host_memory_limit,
             job: self.job.into_job().map(|job| job::archive(&job)).transpose()?,
         })
     }

@@ -21,7 +21,7 @@ use crate::disk::geometry::SECTOR;
 use crate::disk::{DiskOptions, Image, ImageError};
 
 pub use dry_run::{Answer, Driver};
-pub use layers::Layer;
+pub use layers::{Layer, below};
 pub use place::Place;
 pub use print::to_text;
 

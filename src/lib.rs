@@ -16,6 +16,7 @@
 //! | [`bus`], [`devices`] | port and MMIO dispatch; serial, power, RTC | KVM |
 //! | [`virtio`] | device trait, register core, mmio and pci transports, virtqueues | blocks, files |
 //! | [`crash`] | write logs, and the disks that a loss of power could have left | guests, KVM |
+//! | [`observe`] | what the caches hold, what the host's disk does; both before a run and during it | guests' insides, KVM |
 //! | [`explain`] | what a disk will do, told without doing it | KVM |
 //! | [`blk`] | virtio-blk: features, config space, requests, the worker | KVM, transports |
 //! | [`console`] | virtio-console: ports, their control messages, the host's streams | KVM, transports |
@@ -41,6 +42,7 @@ pub mod kvm;
 pub mod layout;
 pub mod mem;
 pub mod mutants;
+pub mod observe;
 pub mod pci;
 pub mod ratelimit;
 pub mod slab;

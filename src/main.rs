@@ -14,6 +14,7 @@ use minivmm::crash::log::WriteLog;
 use minivmm::crash::{campaign, list};
 use minivmm::disk::DiskOptions;
 use minivmm::job::status::StatusFile;
+use minivmm::observe::top;
 use minivmm::vmm::{self, Ending};
 use minivmm::{check, explain};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -31,6 +32,7 @@ fn run(args: Args) -> ExitStatus {
         Task::Check { json, quiet } => run_check(json, quiet),
         Task::Explain { disks, json } => explain_disks(&disks, json),
         Task::Log { log, json } => list_log(&log, json),
+        Task::Top { observation } => show_observation(&observation),
         Task::Crash(args) => crash(*args),
     };
     told.unwrap_or_else(|error| {
@@ -74,6 +76,11 @@ fn explain_disks(disks: &[DiskOptions], json: bool) -> Result<ExitStatus> {
 fn list_log(path: &Path, json: bool) -> Result<ExitStatus> {
     let log = WriteLog::open(path)?;
     print(&if json { list::to_json(&log)? } else { list::to_text(&log) })?;
+    Ok(ExitStatus::Success)
+}
+
+fn show_observation(path: &Path) -> Result<ExitStatus> {
+    top::run(path)?;
     Ok(ExitStatus::Success)
 }
 

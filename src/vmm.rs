@@ -8,6 +8,7 @@ mod events;
 mod input;
 mod job;
 mod stop;
+mod watch;
 mod wiring;
 
 use std::fs::File;
@@ -29,6 +30,8 @@ use crate::job::report::CommandEnd;
 use crate::kvm::KvmError;
 use crate::kvm::failure::Failure;
 use crate::mem::RamError;
+use crate::observe::control::ControlError;
+use crate::observe::limit::{LimitError, MemoryLimit};
 use crate::terminal::{self, Input, RawMode};
 use crate::vcpu::{End, Vcpu};
 use build::Machine;
@@ -37,6 +40,7 @@ use input::{Console, READ_BYTES_MAX, Wish};
 use job::JobEnd;
 pub use job::Times;
 use stop::{StopError, VcpuThread};
+use watch::Watch;
 
 /// What machine, with what guest.
 #[derive(Debug)]
@@ -61,6 +65,10 @@ pub struct Config {
     pub timeout: Option<Duration>,
     /// Where the statistics go.
     pub stats: Option<StatsTarget>,
+    /// Where the observation of the caches goes.
+    pub observe: Option<ObserveTarget>,
+    /// Bytes of the host's memory that this process may use.
+    pub host_memory_limit: Option<u64>,
     /// The archive of a command that is the guest's only job.
     pub job: Option<Vec<u8>>,
 }
@@ -72,6 +80,15 @@ pub enum StatsTarget {
     Stderr,
     /// To a file, which begins empty, as JSON.
     Json(PathBuf),
+}
+
+/// Where an observation goes, and how often is looked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObserveTarget {
+    /// The CSV file, which begins empty.
+    pub path: PathBuf,
+    /// The time between two samples.
+    pub interval: Duration,
 }
 
 /// Where the serial port leads.
@@ -140,6 +157,12 @@ pub enum VmmError {
     Console { path: PathBuf, source: io::Error },
     #[error("cannot write the statistics to {path}")]
     Stats { path: PathBuf, source: io::Error },
+    #[error("cannot write the observation to {path}")]
+    Observe { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    HostCache(#[from] ControlError),
+    #[error("--host-memory-limit cannot be had")]
+    Limit(#[from] LimitError),
     #[error("cannot write the command's {stream}, and some of it is lost")]
     Output { stream: &'static str, source: io::Error },
     #[error("cannot {what}")]
@@ -160,15 +183,29 @@ pub fn run(config: &Config) -> Result<Ending, VmmError> {
     // Before the first thread is started, so that all inherit it.
     let signals = Signals::block().map_err(host("block signals"))?;
     register_signal_handler(SIGRTMIN(), on_kick).map_err(host("handle the signal that stops a CPU"))?;
+    if let Some(limit) = config.host_memory_limit.filter(|limit| *limit <= config.memory_bytes) {
+        log::warn!(
+            "--host-memory-limit is {} MiB, and the guest's memory alone may grow to {} MiB: the host's kernel \
+             may then kill minivmm",
+            limit >> 20,
+            config.memory_bytes >> 20
+        );
+    }
+    let _limit = config.host_memory_limit.map(MemoryLimit::of_this_process).transpose()?;
     let mut machine = build::build(config)?;
     let open = |target| stop::StatsReport::open(target, &machine.disks);
     let report = config.stats.as_ref().map(open).transpose()?;
     let mut run = Run::new(&mut machine, &signals, config)?;
     let ended = run.start(&mut machine).and_then(|()| run.supervise());
     let stopped = run.stop(&machine);
+    let observed = std::mem::replace(&mut run.observed, Ok(()));
     // What the guest said last may have come to us only when its device was stopped.
     let ended = ended.and_then(|ending| run.with_command(ending));
     let reported = report.map_or(Ok(()), |report| report.write(&machine.disks, &machine.exits));
+    let reported = match (reported, observed) {
+        (Ok(()), observed) => observed,
+        (Err(error), observed) => Err(moreover(error, observed.err())),
+    };
     if let Err(StopError::Stuck { .. }) = stopped {
         // Dropping devices waits for their I/O, which is what hangs.
         std::mem::forget(machine);
@@ -206,6 +243,9 @@ struct Run<'a> {
     timeout: Option<Duration>,
     deadline: Option<Instant>,
     job: Option<JobEnd>,
+    watch: Option<Watch>,
+    /// How its observation has ended.
+    observed: Result<(), VmmError>,
     begin: Instant,
 }
 
@@ -232,6 +272,8 @@ impl<'a> Run<'a> {
             timeout: config.timeout,
             deadline: None,
             job: machine.job.take(),
+            watch: config.observe.as_ref().map(|target| Watch::begin(target, machine)).transpose()?,
+            observed: Ok(()),
             begin: Instant::now(),
         })
     }
@@ -378,6 +420,8 @@ impl<'a> Run<'a> {
         }
         self.raw_mode = None;
         stop::drain(&machine.transports, self.signals)?;
+        // As the guest has left it: what is dirty still is.
+        self.observed = self.watch.take().map_or(Ok(()), Watch::end);
         stop::close(&machine.disks, self.signals)
     }
 }

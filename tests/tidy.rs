@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Which modules of the crate each module may name. Dependencies point down; a module may always
 /// name itself. `None`: everything.
-const LAYERS: [(&str, Option<&[&str]>); 21] = [
+const LAYERS: [(&str, Option<&[&str]>); 22] = [
     ("main", None),
     ("cli", None),
     ("vmm", None),
@@ -16,7 +16,8 @@ const LAYERS: [(&str, Option<&[&str]>); 21] = [
     ("kvm", Some(&["bus", "pci", "mem", "layout", "ratelimit"])),
     ("boot", Some(&["mem", "layout"])),
     ("crash", Some(&["disk", "blk", "mem", "ratelimit"])),
-    ("study", Some(&["disk", "blk", "crash", "mem", "ratelimit"])),
+    ("study", Some(&["disk", "blk", "crash", "observe", "mem", "ratelimit"])),
+    ("observe", Some(&["disk", "explain"])),
     ("explain", Some(&["blk", "virtio", "disk", "mem", "text"])),
     ("blk", Some(&["virtio", "disk", "mem", "ratelimit", "slab"])),
     ("console", Some(&["virtio", "mem", "ratelimit"])),

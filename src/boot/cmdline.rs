@@ -16,6 +16,9 @@ pub const DEFAULT: &str = "console=ttyS0 reboot=k panic=-1";
 const FAST: &str = "tsc=reliable no_timer_check random.trust_cpu=on i8042.noaux i8042.nokbd \
     cryptomgr.notests rcupdate.rcu_expedited=1 8250.nr_uarts=1";
 
+/// What tells the test guest's init to answer questions about its caches.
+pub const OBSERVE: &str = "minivmm.observe";
+
 /// The command line of a guest that is there for one command.
 pub fn for_command(messages: bool, pci: bool) -> String {
     let quiet = if messages { "" } else { "quiet" };

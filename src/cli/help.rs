@@ -23,6 +23,8 @@ Examples:
       can this machine run Linux guests?
   minivmm --disk disk.img,cache=none
       the test guest, with disk.img as /dev/vda past the host's page cache
+  minivmm --disk disk.img,cache=writeback,host-cache=drop --observe a.csv
+      keep in a.csv what host and guest cache of it; `minivmm top a.csv` shows it
   minivmm --explain --disk disk.img,cache=writethrough
       which system calls that will make, without running anything
   minivmm --disk a.img --disk b.img,readonly,serial=archive --memory 2G --cpus 2
@@ -76,7 +78,7 @@ pub fn improve(mut error: clap::Error) -> clap::Error {
         format!("to give the guest a disk: --disk {word}")
     } else {
         format!(
-            "a command for the guest stands behind --: minivmm [OPTIONS] -- {word}; minivmm's own are 'check', 'log' and 'crash'"
+            "a command for the guest stands behind --: minivmm [OPTIONS] -- {word}; minivmm's own are 'check', 'log', 'crash' and 'top'"
         )
     };
     error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));

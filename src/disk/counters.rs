@@ -25,8 +25,12 @@ macro_rules! counters {
 counters! {
     /// Reads that the guest asked for.
     reads,
+    /// Bytes of them.
+    read_bytes,
     /// Writes that the guest asked for.
     writes,
+    /// Bytes of them.
+    write_bytes,
     /// FLUSHes that the guest asked for.
     flushes,
     /// DISCARDs that the guest asked for.

@@ -23,6 +23,7 @@ mod begin;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::cache::WriteCache;
 use super::counters::Counters;
@@ -269,6 +270,11 @@ impl Disk {
 
     fn count(&self, op: &Op) {
         let counters = &self.image.counters;
+        match op {
+            Op::Read(range, _) => counters.read_bytes.fetch_add(range.bytes(), Ordering::Relaxed),
+            Op::Write(range, _) => counters.write_bytes.fetch_add(range.bytes(), Ordering::Relaxed),
+            Op::Flush | Op::Discard(_) | Op::WriteZeroes(_) => 0,
+        };
         Counters::count(match op {
             Op::Read(..) => &counters.reads,
             Op::Write(..) => &counters.writes,

@@ -66,6 +66,32 @@ pub struct DiskOptions {
     pub fault: Option<FaultSpec>,
     /// Where every write, discard and flush of the host's is recorded.
     pub log_writes: Option<PathBuf>,
+    /// What the host's cache has of the image when the guest starts.
+    pub host_cache: HostCache,
+}
+
+/// What becomes of the host's cache of an image before the guest starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostCache {
+    /// Nothing.
+    Keep,
+    /// It is written and emptied.
+    Drop,
+    /// It is filled.
+    Warm,
+}
+
+impl HostCache {
+    const ALL: [Self; 3] = [Self::Keep, Self::Drop, Self::Warm];
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Keep => "keep",
+            Self::Drop => "drop",
+            Self::Warm => "warm",
+        }
+    }
 }
 
 /// Which engine executes a disk's host operations.
@@ -148,7 +174,7 @@ struct Key {
     set: fn(&mut DiskOptions, &str) -> Option<()>,
 }
 
-static KEYS: [Key; 17] = [
+static KEYS: [Key; 18] = [
     Key {
         name: "cache",
         takes: "none|writethrough|writeback|directsync|unsafe",
@@ -325,6 +351,17 @@ static KEYS: [Key; 17] = [
         alone: None,
         set: |options, value| (!value.is_empty()).then(|| options.log_writes = Some(value.into())),
     },
+    Key {
+        name: "host-cache",
+        takes: "keep|drop|warm",
+        help: "what the host's page cache has of the image when the guest starts: what is there, nothing (it is \
+               written, then dropped), or all of it [keep]",
+        alone: None,
+        set: |options, value| {
+            options.host_cache = HostCache::ALL.into_iter().find(|wish| wish.name() == value)?;
+            Some(())
+        },
+    },
 ];
 
 fn on_off(value: &str) -> Option<bool> {
@@ -357,6 +394,7 @@ impl DiskOptions {
             bounce_always: false,
             fault: None,
             log_writes: None,
+            host_cache: HostCache::Keep,
         }
     }
 
@@ -433,7 +471,7 @@ mod tests {
     fn every_key_is_understood() {
         let text = "a.img,cache=unsafe,readonly,serial=x y,queue-size=64,block-size=4096,discard=off,\
                     bounce=always,format=raw,engine=io_uring,stable=group,buffers=fixed,poll-us=7,batch=9,\
-                     transport=mmio,queues=16,fault=fail:read:nth=2+seed=3,log-writes=a.log";
+                     transport=mmio,queues=16,fault=fail:read:nth=2+seed=3,log-writes=a.log,host-cache=warm";
         let expected = DiskOptions {
             path: "a.img".into(),
             cache: CachePolicy::by_name("unsafe").unwrap(),
@@ -453,6 +491,7 @@ mod tests {
             bounce_always: true,
             fault: Some("fail:read:nth=2+seed=3".parse().unwrap()),
             log_writes: Some("a.log".into()),
+            host_cache: HostCache::Warm,
         };
         assert_eq!(text.parse(), Ok(expected));
     }
@@ -464,6 +503,7 @@ mod tests {
             (",cache=none", "PATH"),
             ("a,cache=fast", "none|writethrough|writeback|directsync|unsafe"),
             ("a,cache", "cache takes"),
+            ("a,host-cache=cold", "keep|drop|warm"),
             ("a,cash=none", "unknown key 'cash'"),
             ("a,queue-size=3", "power of two"),
             ("a,queue-size=2048", "power of two"),

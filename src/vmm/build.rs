@@ -14,10 +14,11 @@ use vmm_sys_util::eventfd::EventFd;
 use super::job::{self, JobEnd};
 use super::stop::OpenDisk;
 use super::wiring::{self, Wired};
-use super::{Config, ConsoleTarget, VmmError, host};
+use super::{Config, ConsoleTarget, VmmError, host, watch};
 use crate::blk::BlockDevice;
 use crate::boot::{self, Guest, cmdline};
 use crate::bus::Bus;
+use crate::console::ConsoleDevice;
 use crate::devices::console::{ConsoleOutput, Panicked, Stopping};
 use crate::devices::exit::{ExitPort, Pvpanic};
 use crate::devices::power::{ACPI_LEN, AcpiRegisters, I8042, I8042_LEN};
@@ -29,6 +30,8 @@ use crate::kvm::run_page::RunPage;
 use crate::kvm::{self, msrs};
 use crate::layout;
 use crate::mem::{self, Ram};
+use crate::observe::control;
+use crate::observe::guest::GuestEnd;
 use crate::pci::root::{ConfigPorts, PORTS_LEN};
 use crate::vcpu::{Exits, Vcpu};
 use crate::virtio::{Transport, VirtioDevice};
@@ -48,6 +51,8 @@ pub struct Machine {
     pub serial: SerialEnd,
     /// What is heard of the guest's command, until it runs.
     pub job: Option<JobEnd>,
+    /// Where the guest is asked for its view, until the observation begins.
+    pub observed: Option<GuestEnd>,
     /// What the CPUs have come out of KVM for.
     pub exits: Arc<Exits>,
     /// To be set when the end begins.
@@ -82,14 +87,8 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
     let mut ports = ports(&serial)?;
     laps.end("RAM and VM");
     let mut devices = block_devices(config, &disks, &ram)?;
-    let job = match &config.job {
-        None => None,
-        Some(_) => {
-            let (console, job) = job::console().map_err(host("use the standard streams for the command"))?;
-            devices.push((Box::new(console), config.transport));
-            Some(job)
-        }
-    };
+    let ConsoleEnds { device, job, observed } = console_device(config)?;
+    devices.extend(device.map(|device| (Box::new(device) as Box<dyn VirtioDevice>, config.transport)));
     let Wired { mmio, transports, announced, root } = wiring::connect(&vm, &ram, devices)?;
     if let Some(root) = &root {
         let configuration = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(root))));
@@ -116,7 +115,28 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
     }
     laps.end("CPUs");
     log::info!("built in {}", laps.in_words());
-    Ok(Machine { vcpus, transports, disks, serial, job, exits, stopping, _vm: vm, _ram: ram })
+    Ok(Machine { vcpus, transports, disks, serial, job, observed, exits, stopping, _vm: vm, _ram: ram })
+}
+
+/// The console device, and our ends of its ports.
+#[derive(Default)]
+struct ConsoleEnds {
+    device: Option<ConsoleDevice>,
+    job: Option<JobEnd>,
+    observed: Option<GuestEnd>,
+}
+
+/// The console device, if anything needs one: a command's streams, the port of an observation.
+fn console_device(config: &Config) -> Result<ConsoleEnds, VmmError> {
+    let observed = config.observe.as_ref().map(|_| watch::port()).transpose();
+    let (port, observed) = observed.map_err(host("make a pipe"))?.unzip();
+    if config.job.is_some() {
+        let (device, job) = job::console(port).map_err(host("use the standard streams for the command"))?;
+        return Ok(ConsoleEnds { device: Some(device), job: Some(job), observed });
+    }
+    let device = port.map(|port| ConsoleDevice::new(vec![port])).transpose();
+    let device = device.map_err(host("start a thread for the console"))?;
+    Ok(ConsoleEnds { device, job: None, observed })
 }
 
 /// Where the time before the guest goes, for `-v`.
@@ -161,6 +181,7 @@ fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
             options.poll_us.get_or_insert(0);
         }
         let image = Arc::new(Image::open(&options)?);
+        control::apply(options.host_cache, &image)?;
         log::info!("{}", image.banner());
         for warning in image.warnings() {
             log::warn!("{warning}");

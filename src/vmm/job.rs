@@ -33,8 +33,8 @@ pub struct Times {
     pub command: Duration,
 }
 
-/// The device for a command's streams, and the end that hears of it.
-pub fn console() -> io::Result<(ConsoleDevice, JobEnd)> {
+/// The device for a command's streams and for `more`, and the end that hears of the command.
+pub fn console(more: Option<PortConfig>) -> io::Result<(ConsoleDevice, JobEnd)> {
     let (messages, to_us) = io::pipe()?;
     let (from_us, answers) = io::pipe()?;
     let output = |fd: OwnedFd| {
@@ -45,12 +45,14 @@ pub fn console() -> io::Result<(ConsoleDevice, JobEnd)> {
     let (stdout, stdout_error) = output(dup(&io::stdout())?)?;
     let (stderr, stderr_error) = output(dup(&io::stderr())?)?;
     let port = |name, source, sink, after_others| PortConfig { name, source, sink, after_others };
-    let device = ConsoleDevice::new(vec![
+    let mut ports = vec![
         port("org.minivmm.stdin", Some(stdin()?), None, false),
         port("org.minivmm.stdout", None, Some(stdout), false),
         port("org.minivmm.stderr", None, Some(stderr), false),
         port("org.minivmm.control", Some(Source::new(from_us)?), Some(Sink::new(to_us)?), true),
-    ])?;
+    ];
+    ports.extend(more);
+    let device = ConsoleDevice::new(ports)?;
     let outputs = [("standard output", stdout_error), ("standard error", stderr_error)];
     let end = JobEnd {
         messages: OwnedFd::from(messages).into(),

@@ -6,7 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -140,27 +140,32 @@ pub enum StatsReport {
     Json(PathBuf, File),
 }
 
+/// Empties the file at `path`, which may be any but a disk of this VM, if it is `free`.
+pub fn open_report(path: &Path, disks: &[OpenDisk], free: fn(&File) -> io::Result<bool>) -> io::Result<File> {
+    let file = OpenOptions::new().create(true).write(true).truncate(false).open(path)?;
+    let found = file.metadata()?;
+    for disk in disks {
+        let image = disk.image.file().metadata()?;
+        if (image.dev(), image.ino()) == (found.dev(), found.ino()) {
+            return Err(io::Error::other("it is a disk image of this VM"));
+        }
+    }
+    if !free(&file)? {
+        return Err(io::Error::other("another minivmm writes to it"));
+    }
+    // A pipe or a device has no length to be cut.
+    if found.is_file() {
+        file.set_len(0)?;
+    }
+    Ok(file)
+}
+
 impl StatsReport {
     /// Empties the file, if it is one and no disk.
     pub fn open(target: &StatsTarget, disks: &[OpenDisk]) -> Result<Self, VmmError> {
         let StatsTarget::Json(path) = target else { return Ok(Self::Stderr) };
-        let open = || {
-            let file = OpenOptions::new().create(true).write(true).truncate(false).open(path)?;
-            let found = file.metadata()?;
-            for disk in disks {
-                let image = disk.image.file().metadata()?;
-                if (image.dev(), image.ino()) == (found.dev(), found.ino()) {
-                    return Err(io::Error::other("it is a disk image of this VM"));
-                }
-            }
-            // A pipe or a device has no length to be cut.
-            if found.is_file() {
-                file.set_len(0)?;
-            }
-            Ok(file)
-        };
         let refused = |source| VmmError::Stats { path: path.clone(), source };
-        open().map(|file| Self::Json(path.clone(), file)).map_err(refused)
+        open_report(path, disks, |_| Ok(true)).map(|file| Self::Json(path.clone(), file)).map_err(refused)
     }
 
     /// Tells how it stands with the disks, and what the CPUs have come out of KVM for.

@@ -12,6 +12,7 @@ mod console;
 mod disk;
 mod endings;
 mod machine;
+mod observe;
 mod start;
 mod stats;
 mod syncs;

@@ -1,0 +1,351 @@
+//! What the host's page cache holds of a file: cachestat(2), or mincore(2) where that is missing.
+//!
+//! Owns the two system calls and the search for the file below an overlay, whose own pages are the upper
+//! or lower file's. Changes nothing: looking brings no page in and pushes none out.
+
+use std::borrow::Borrow;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::explain::Place;
+
+/// cachestat(2), the same number on every architecture (Linux 6.5).
+const SYS_CACHESTAT: libc::c_long = 451;
+/// mincore is asked for so many bytes at once: a byte of answer a page.
+const WINDOW_BYTES: u64 = 1 << 30;
+
+/// struct cachestat_range of the kernel. A length of 0 is to the end of the file.
+#[repr(C)]
+struct Range {
+    offset: u64,
+    length: u64,
+}
+
+/// struct cachestat of the kernel, in pages.
+#[repr(C)]
+#[derive(Debug, Default)]
+struct Found {
+    cached: u64,
+    dirty: u64,
+    writeback: u64,
+    evicted: u64,
+    recently_evicted: u64,
+}
+
+/// Who has told of a cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Means {
+    /// cachestat(2): all figures.
+    Cachestat,
+    /// mincore(2): cached pages alone.
+    Mincore,
+}
+
+/// Pages of a file in the host's page cache. What the host cannot tell is `None`, never 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Residency {
+    /// Bytes of a page.
+    pub page_bytes: u64,
+    /// Pages that are in the cache.
+    pub cached: u64,
+    /// Of those, pages that are newer than the disk.
+    pub dirty: Option<u64>,
+    /// Of those, pages on their way to the disk.
+    pub writeback: Option<u64>,
+    /// Pages that were in the cache, and of which the kernel still knows.
+    pub evicted: Option<u64>,
+    /// Of those, pages evicted so lately that bringing them back would show a cache that is too small.
+    pub recently_evicted: Option<u64>,
+    /// Who has told.
+    pub means: Means,
+}
+
+/// Why a cache cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum CacheError {
+    /// cachestat(2) is there, and refuses.
+    #[error(
+        "cachestat(2) of {path} is refused: only whoever owns a file or may write it is told of its cache"
+    )]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// As the kernel says it.
+        source: io::Error,
+    },
+    /// mincore(2), which tells whoever may not write a file that all of it is there.
+    #[error("this kernel has no cachestat(2) (Linux 6.5 has it), and mincore(2) of {path} tells nothing")]
+    Mincore {
+        /// The file.
+        path: PathBuf,
+        /// As the kernel says it.
+        source: io::Error,
+    },
+}
+
+impl Residency {
+    /// Of all of `file`, a regular file or a block device. On an overlay it is of the file below.
+    pub fn of(file: &File) -> Result<Self, CacheError> {
+        Watched::new(file).look()
+    }
+
+    /// Bytes in the cache.
+    pub fn cached_bytes(&self) -> u64 {
+        self.bytes(self.cached)
+    }
+
+    /// So many pages in bytes.
+    pub fn bytes(&self, pages: u64) -> u64 {
+        pages.saturating_mul(self.page_bytes)
+    }
+}
+
+/// A file whose cache is looked at again and again: what is below an overlay is found once.
+#[derive(Debug)]
+pub struct Watched<F> {
+    file: F,
+    path: PathBuf,
+    below: Below,
+}
+
+#[derive(Debug)]
+enum Below {
+    /// The file has pages of its own.
+    Own,
+    /// On an overlay, and this is the file that has them.
+    File(File),
+    /// On an overlay, and the file that has them is out of reach. A mapping of the overlay's file is
+    /// one of that file, so that mincore(2) sees it.
+    OutOfReach,
+}
+
+impl<F: Borrow<File>> Watched<F> {
+    /// `file`, and what has its pages.
+    pub fn new(file: F) -> Self {
+        let own = file.borrow();
+        let link = format!("/proc/self/fd/{}", own.as_raw_fd());
+        let path = fs::read_link(&link).unwrap_or_else(|_| link.into());
+        let place = Place::of_file(own);
+        let below = if place.file_system != "overlay" || !is_regular(own) {
+            Below::Own
+        } else {
+            below_overlay(own, &path, &place).map_or(Below::OutOfReach, Below::File)
+        };
+        Self { file, path, below }
+    }
+
+    /// All of it.
+    pub fn look(&self) -> Result<Residency, CacheError> {
+        self.look_at(0, 0)
+    }
+
+    /// `length` bytes from `offset` on; to the end where `length` is 0.
+    pub fn look_at(&self, offset: u64, length: u64) -> Result<Residency, CacheError> {
+        let asked = match &self.below {
+            Below::Own => Some(self.file.borrow()),
+            Below::File(file) => Some(file),
+            Below::OutOfReach => None,
+        };
+        let refused = match asked.map(|file| cachestat(file, offset, length)) {
+            Some(Ok(found)) => return Ok(found),
+            Some(Err(error)) if is_missing(&error) => None,
+            Some(Err(error)) => Some(error),
+            None => None,
+        };
+        match (mincore(self.file.borrow(), offset, length), refused) {
+            (Ok(found), _) => Ok(found),
+            (Err(_), Some(source)) => Err(CacheError::Refused { path: self.path.clone(), source }),
+            (Err(source), None) => Err(CacheError::Mincore { path: self.path.clone(), source }),
+        }
+    }
+}
+
+/// The kernel is too old, or a filter of system calls does not know this one.
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EOPNOTSUPP))
+}
+
+fn page_bytes() -> u64 {
+    // SAFETY: sysconf takes a number and touches no memory.
+    u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
+fn cachestat(file: &File, offset: u64, length: u64) -> io::Result<Residency> {
+    let range = Range { offset, length };
+    let mut found = Found::default();
+    // SAFETY: the kernel reads one range and writes one answer, both as its header lays them out, and
+    // both live for the length of the call.
+    let result =
+        unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut found, 0u32) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Residency {
+        page_bytes: page_bytes(),
+        cached: found.cached,
+        dirty: Some(found.dirty),
+        writeback: Some(found.writeback),
+        evicted: Some(found.evicted),
+        recently_evicted: Some(found.recently_evicted),
+        means: Means::Cachestat,
+    })
+}
+
+/// A mapping that nobody reads.
+struct Mapping {
+    at: *mut libc::c_void,
+    bytes: usize,
+}
+
+impl Mapping {
+    fn new(file: &File, offset: u64, bytes: usize) -> io::Result<Self> {
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: a new mapping at a place of the kernel's choice, of a descriptor that is open.
+        let at = unsafe {
+            let flags = libc::MAP_SHARED;
+            libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_NONE, flags, file.as_raw_fd(), offset)
+        };
+        if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(Self { at, bytes }) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, of this length, and nobody has a pointer into it.
+        unsafe { libc::munmap(self.at, self.bytes) };
+    }
+}
+
+fn mincore(file: &File, offset: u64, length: u64) -> io::Result<Residency> {
+    if !may_be_told(file)? {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    let page = page_bytes();
+    let end = match length {
+        0 => size(file)?,
+        length => size(file)?.min(offset.saturating_add(length)),
+    };
+    let (mut at, mut cached) = (offset / page * page, 0u64);
+    while at < end {
+        let bytes = usize::try_from((end - at).min(WINDOW_BYTES)).map_err(io::Error::other)?;
+        let mapping = Mapping::new(file, at, bytes)?;
+        let pages = bytes.div_ceil(usize::try_from(page).map_err(io::Error::other)?);
+        let mut answer = vec![0u8; pages];
+        // SAFETY: the mapping is `bytes` long, and the answer has a byte for each of its pages.
+        if unsafe { libc::mincore(mapping.at, bytes, answer.as_mut_ptr()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        cached += answer.iter().map(|byte| u64::from(byte & 1)).sum::<u64>();
+        at += WINDOW_BYTES;
+    }
+    Ok(Residency {
+        page_bytes: page,
+        cached,
+        dirty: None,
+        writeback: None,
+        evicted: None,
+        recently_evicted: None,
+        means: Means::Mincore,
+    })
+}
+
+/// Since Linux 5.2 mincore says "there" of every page to whoever neither owns the file nor may write it.
+fn may_be_told(file: &File) -> io::Result<bool> {
+    // SAFETY: geteuid cannot fail, and touches no memory.
+    let me = unsafe { libc::geteuid() };
+    if me == 0 || file.metadata()?.uid() == me {
+        return Ok(true);
+    }
+    let path = std::ffi::CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    // SAFETY: `path` is a string with its terminator, which the kernel only reads.
+    Ok(unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::W_OK, libc::AT_EACCESS) } == 0)
+}
+
+fn is_regular(file: &File) -> bool {
+    file.metadata().is_ok_and(|found| found.is_file())
+}
+
+/// Bytes of a file or a block device.
+pub(super) fn size(file: &File) -> io::Result<u64> {
+    let found = file.metadata()?;
+    if found.is_file() {
+        return Ok(found.len());
+    }
+    // SAFETY: lseek touches no memory. A device's offset is nobody's: images are read and written at
+    // offsets of each call's own.
+    let end = unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_END) };
+    u64::try_from(end).map_err(|_| io::Error::last_os_error())
+}
+
+/// The upper file, or the one of the first lower layer that has it, if it can be opened and is the same.
+fn below_overlay(file: &File, path: &Path, place: &Place) -> Option<File> {
+    let inside = path.strip_prefix(&place.mount_point).ok()?;
+    let option = |name: &str| place.options.iter().filter_map(|option| option.strip_prefix(name)).collect();
+    let upper: Vec<&str> = option("upperdir=");
+    let lower: Vec<&str> = option("lowerdir=");
+    let lower_plus: Vec<&str> = option("lowerdir+=");
+    let layers =
+        upper.into_iter().chain(lower.into_iter().flat_map(|dirs| dirs.split(':'))).chain(lower_plus);
+    let own = file.metadata().ok()?;
+    for layer in layers {
+        let candidate = Path::new(&unescape(layer)).join(inside);
+        // Neither a device nor a FIFO is opened by mistake.
+        let Some(found) = fs::symlink_metadata(&candidate).ok().filter(fs::Metadata::is_file) else {
+            continue;
+        };
+        let times = |of: &fs::Metadata| (of.len(), of.mtime(), of.mtime_nsec());
+        if times(&found) == times(&own) {
+            return File::open(candidate).ok();
+        }
+        return None;
+    }
+    None
+}
+
+/// overlay's options have backslashes before colons and commas.
+fn unescape(text: &str) -> OsString {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut from = text.bytes().peekable();
+    while let Some(byte) = from.next() {
+        let escaped = byte == b'\\' && from.peek().is_some_and(|next| matches!(next, b':' | b',' | b'\\'));
+        bytes.extend(if escaped { from.next() } else { Some(byte) });
+    }
+    OsString::from_vec(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn mincore_tells_as_many_pages_as_cachestat() {
+        let mut file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        file.write_all(&vec![7; 100_000]).unwrap();
+        let asked = cachestat(&file, 0, 0);
+        let counted = mincore(&file, 0, 0).unwrap();
+        assert_eq!(counted.cached_bytes(), 100_000u64.next_multiple_of(page_bytes()));
+        assert_eq!((counted.dirty, counted.evicted, counted.means), (None, None, Means::Mincore));
+        match asked {
+            Ok(found) => assert_eq!(found.cached, counted.cached),
+            Err(error) => assert!(is_missing(&error), "{error}"),
+        }
+        let part = mincore(&file, 5 * page_bytes(), page_bytes()).unwrap();
+        assert_eq!(part.cached, 1);
+    }
+
+    #[test]
+    fn paths_of_layers_lose_their_backslashes() {
+        for (text, path) in
+            [("/a/b", "/a/b"), ("/a\\:b\\,c", "/a:b,c"), ("/a\\b", "/a\\b"), ("/a\\\\b", "/a\\b")]
+        {
+            assert_eq!(unescape(text), OsString::from(path));
+        }
+    }
+}

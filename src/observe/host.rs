@@ -1,0 +1,119 @@
+//! What the host's disk below an image does, and what this process makes it do.
+//!
+//! Owns the reading of /sys/dev/block/MAJ:MIN/stat (Documentation/block/stat.rst) and /proc/self/io.
+//! The first counts for everybody on that disk, the second for all disks of this VM: neither is one
+//! image's alone, and docs/observing.md says what that means.
+
+use std::fs;
+use std::path::PathBuf;
+
+use crate::disk::Image;
+use crate::explain::{Layer, Place, below};
+
+/// A sector of stat's, whatever the disk's own is.
+const SECTOR_BYTES: u64 = 512;
+
+/// The disk of the host on which an image lies.
+#[derive(Debug, Clone)]
+pub struct HostDisk {
+    name: String,
+    stat: PathBuf,
+}
+
+/// What a disk has done since it was there: I/Os that have ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskIo {
+    /// Reads, after merging.
+    pub reads: u64,
+    /// Their bytes.
+    pub read_bytes: u64,
+    /// Writes, after merging.
+    pub writes: u64,
+    /// Their bytes.
+    pub written_bytes: u64,
+    /// FLUSHes, which concurrent syncs share. `None` before Linux 5.5. A disk without a write cache is
+    /// sent none, and stays at 0.
+    pub flushes: Option<u64>,
+}
+
+impl HostDisk {
+    /// The disk below `image`: the whole disk where it is on a partition. Below device-mapper and md,
+    /// which count no FLUSHes, the first disk that does; of a mirror that is one leg.
+    pub fn of(image: &Image) -> Option<Self> {
+        let layers = below(image, &Place::of(image));
+        let real = |layer: &&Layer| !["dm-", "md"].iter().any(|prefix| layer.name.starts_with(prefix));
+        let name = layers.iter().find(real).or(layers.first())?.name.clone();
+        Some(Self { stat: format!("/sys/block/{name}/stat").into(), name })
+    }
+
+    /// Its name in the kernel.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it has done so far.
+    pub fn io(&self) -> Option<DiskIo> {
+        parse_stat(&fs::read_to_string(&self.stat).ok()?)
+    }
+}
+
+fn parse_stat(text: &str) -> Option<DiskIo> {
+    let fields: Vec<u64> = text.split_whitespace().map_while(|field| field.parse().ok()).collect();
+    let field = |number: usize| fields.get(number - 1).copied();
+    Some(DiskIo {
+        reads: field(1)?,
+        read_bytes: field(3)?.saturating_mul(SECTOR_BYTES),
+        writes: field(5)?,
+        written_bytes: field(7)?.saturating_mul(SECTOR_BYTES),
+        flushes: field(16),
+    })
+}
+
+/// What this process has caused, all disks and files together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ProcessIo {
+    /// Bytes that had to come from a disk, read-ahead included. What the page cache had is not in it.
+    pub read_bytes: u64,
+    /// Bytes of pages made dirty, and of O_DIRECT writes.
+    pub written_bytes: u64,
+}
+
+impl ProcessIo {
+    /// Until now; nothing where the kernel does not account for it (CONFIG_TASK_IO_ACCOUNTING).
+    pub fn now() -> Option<Self> {
+        parse_io(&fs::read_to_string("/proc/self/io").ok()?)
+    }
+}
+
+fn parse_io(text: &str) -> Option<ProcessIo> {
+    let value = |name: &str| {
+        let mut lines = text.lines().filter_map(|line| line.split_once(": "));
+        lines.find(|(key, _)| *key == name)?.1.parse().ok()
+    };
+    Some(ProcessIo { read_bytes: value("read_bytes")?, written_bytes: value("write_bytes")? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_fields_of_stat_are_those_of_its_documentation() {
+        let text = " 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17\n";
+        let io =
+            DiskIo { reads: 1, read_bytes: 3 * 512, writes: 5, written_bytes: 7 * 512, flushes: Some(16) };
+        assert_eq!(parse_stat(text), Some(io));
+        let old = "1 2 3 4 5 6 7 8 9 10 11";
+        assert_eq!(parse_stat(old), Some(DiskIo { flushes: None, ..io }));
+        assert_eq!(parse_stat("1 2 3"), None);
+        assert_eq!(parse_stat(""), None);
+    }
+
+    #[test]
+    fn io_of_a_process_is_what_went_to_a_disk() {
+        let text = "rchar: 1\nwchar: 2\nsyscr: 3\nsyscw: 4\nread_bytes: 4096\nwrite_bytes: 8192\n\
+                    cancelled_write_bytes: 0\n";
+        assert_eq!(parse_io(text), Some(ProcessIo { read_bytes: 4096, written_bytes: 8192 }));
+        assert_eq!(parse_io("rchar: 1\n"), None);
+    }
+}

@@ -1,0 +1,158 @@
+//! A memory limit for experiments: a cgroup v2 of this process's own, with memory.max.
+//!
+//! Owns its making, its filling and its end. The limit is on everything that the process uses: guest
+//! memory that has been touched, and the page cache that it brings in.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why there is no limit.
+#[derive(Debug, thiserror::Error)]
+pub enum LimitError {
+    /// No cgroup v2, or one without this controller.
+    #[error(
+        "this host has no cgroup v2 with a memory controller (cgroup v1 has it, or the kernel was built without; \
+         systemd.unified_cgroup_hierarchy=1 on the kernel's command line gives it to v2)"
+    )]
+    NoController,
+    /// It is there, and this process may not use it.
+    #[error(
+        "cannot {what} {path} (as root it can be; or start minivmm by `systemd-run --user --scope -p Delegate=yes`)"
+    )]
+    Refused {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Nowhere can a child have the controller.
+    #[error(
+        "cgroup {0} has processes of its own and gives its children no memory controller (cgroup v2: no internal \
+         processes); start minivmm by `systemd-run --user --scope -p Delegate=yes`"
+    )]
+    NoPlace(PathBuf),
+}
+
+/// This process in a cgroup of its own, until dropped.
+#[derive(Debug)]
+pub struct MemoryLimit {
+    group: PathBuf,
+    before: PathBuf,
+}
+
+impl MemoryLimit {
+    /// Limits this process, and its children from now on, to so many bytes of memory. Swap is not used
+    /// instead, where that can be said.
+    pub fn of_this_process(bytes: u64) -> Result<Self, LimitError> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let (root, before) = own_group(&mounts, &own).ok_or(LimitError::NoController)?;
+        let parent = find_parent(&root, &before)?;
+        let group = parent.join(format!("minivmm-{}", std::process::id()));
+        // One of a process that had our number and was killed; it has no processes.
+        let _ = fs::remove_dir(&group);
+        fs::create_dir(&group).map_err(refused("make the cgroup", &group))?;
+        let limit = Self { group, before };
+        limit.write("memory.max", bytes)?;
+        // A kernel without swap has no such file.
+        let _ = fs::write(limit.group.join("memory.swap.max"), "0");
+        limit.write("cgroup.procs", u64::from(std::process::id()))?;
+        Ok(limit)
+    }
+
+    /// The cgroup: memory.current, memory.stat and memory.pressure in it tell how it is used.
+    pub fn group(&self) -> &Path {
+        &self.group
+    }
+
+    fn write(&self, file: &str, value: u64) -> Result<(), LimitError> {
+        let path = self.group.join(file);
+        fs::write(&path, value.to_string()).map_err(refused("write to", &path))
+    }
+}
+
+impl Drop for MemoryLimit {
+    fn drop(&mut self) {
+        // A group with processes cannot be removed; one that stays behind limits nobody.
+        let _ = fs::write(self.before.join("cgroup.procs"), std::process::id().to_string());
+        let _ = fs::remove_dir(&self.group);
+    }
+}
+
+fn refused(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LimitError {
+    let path = path.to_owned();
+    move |source| LimitError::Refused { what, path, source }
+}
+
+/// Where cgroup v2 is mounted, and this process's own group in it.
+fn own_group(mounts: &str, own: &str) -> Option<(PathBuf, PathBuf)> {
+    let mount = mounts.lines().find_map(|line| {
+        let (mount, kind) = line.split_once(" - ")?;
+        kind.starts_with("cgroup2 ").then(|| mount.split(' ').nth(4))?
+    })?;
+    let group = own.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let root = PathBuf::from(mount);
+    let own = root.join(group);
+    Some((root, own))
+}
+
+/// A group whose children have the memory controller: our own, or, as a group with processes may not
+/// hand it on, the one above it.
+fn find_parent(root: &Path, own: &Path) -> Result<PathBuf, LimitError> {
+    let has = |group: &Path, file: &str| {
+        let text = fs::read_to_string(group.join(file)).unwrap_or_default();
+        text.split_whitespace().any(|controller| controller == "memory")
+    };
+    if !has(root, "cgroup.controllers") {
+        return Err(LimitError::NoController);
+    }
+    let hands_on = |group: &Path| has(group, "cgroup.subtree_control");
+    let above = own.parent().filter(|_| own != root);
+    if let Some(group) = [Some(own), above].into_iter().flatten().find(|group| hands_on(group)) {
+        return Ok(group.to_owned());
+    }
+    // The root may have both processes and controllers; a delegated group may be empty but for us.
+    for group in [Some(own), above].into_iter().flatten().filter(|group| has(group, "cgroup.controllers")) {
+        let file = group.join("cgroup.subtree_control");
+        match fs::write(&file, "+memory") {
+            Ok(()) => return Ok(group.to_owned()),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+            Err(error) => return Err(refused("write to", &file)(error)),
+        }
+    }
+    Err(LimitError::NoPlace(own.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_own_group_is_found_below_the_mount() {
+        let mounts = "30 23 0:26 / /proc rw - proc proc rw\n31 23 0:27 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n";
+        let found = own_group(mounts, "1:cpu:/x\n0::/user.slice/a.scope\n").unwrap();
+        assert_eq!(found.1, Path::new("/sys/fs/cgroup/user.slice/a.scope"));
+        assert_eq!(own_group(mounts, "0::/\n").unwrap().1, Path::new("/sys/fs/cgroup/"));
+        assert_eq!(own_group("30 23 0:26 / /c rw - cgroup cgroup rw,memory\n", "0::/\n"), None);
+        assert_eq!(own_group(mounts, "4:memory:/x\n"), None);
+    }
+
+    #[test]
+    fn the_parent_is_one_that_hands_the_controller_on() {
+        let tree = tempfile::tempdir().unwrap();
+        let root = tree.path();
+        let own = root.join("slice/scope");
+        fs::create_dir_all(&own).unwrap();
+        let put = |group: &Path, file: &str, text: &str| fs::write(group.join(file), text).unwrap();
+        assert!(matches!(find_parent(root, &own), Err(LimitError::NoController)));
+        put(root, "cgroup.controllers", "cpu memory\n");
+        assert!(matches!(find_parent(root, &own), Err(LimitError::NoPlace(_))));
+        put(&root.join("slice"), "cgroup.subtree_control", "memory pids\n");
+        assert_eq!(find_parent(root, &own).unwrap(), root.join("slice"));
+        put(&own, "cgroup.subtree_control", "memory\n");
+        assert_eq!(find_parent(root, &own).unwrap(), own);
+    }
+}

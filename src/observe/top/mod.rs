@@ -1,0 +1,111 @@
+//! `minivmm top FILE`: an observation as it grows, on a terminal or as lines.
+//!
+//! Owns the choice between the two, and the loop. [`follow`] reads the file, [`view`] says how a moment
+//! looks. Nothing is asked of the minivmm that writes the file: whoever may read it may look.
+
+pub mod follow;
+pub mod view;
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
+
+use follow::{Follower, NotAnObservation};
+use view::History;
+
+/// How often the file is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Why an observation cannot be shown.
+#[derive(Debug, thiserror::Error)]
+pub enum TopError {
+    /// The file cannot be read.
+    #[error("cannot read the observation {path}")]
+    Read {
+        /// The file.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is another kind of file.
+    #[error("{path} is no observation")]
+    Other {
+        /// The file.
+        path: String,
+        /// Why.
+        source: NotAnObservation,
+    },
+    /// It cannot be shown.
+    #[error("cannot use the terminal")]
+    Terminal(#[source] io::Error),
+}
+
+/// Shows `path`: on a terminal until the user has seen enough, elsewhere as lines, to its end.
+pub fn run(path: &Path) -> Result<(), TopError> {
+    let name = path.display().to_string();
+    let file = File::open(path).map_err(|source| TopError::Read { path: name.clone(), source })?;
+    let mut follower = Follower::new(file);
+    // Before the screen is taken, so that an error is seen.
+    let mut history = History::default();
+    look(&mut follower, &mut history, &name)?;
+    if !io::stdout().is_terminal() {
+        return print(follower, history, &name);
+    }
+    let mut terminal = ratatui::try_init().map_err(TopError::Terminal)?;
+    let shown = show(&mut terminal, follower, history, &name);
+    ratatui::restore();
+    shown
+}
+
+/// Takes what has come. Whether anything may still come.
+fn look(follower: &mut Follower, history: &mut History, name: &str) -> Result<bool, TopError> {
+    // Asked first: what the writer wrote before it ended is then read below.
+    let goes_on = follower.is_written();
+    let rows = follower.read().map_err(|source| TopError::Read { path: name.to_owned(), source })?;
+    let rows = rows.map_err(|source| TopError::Other { path: name.to_owned(), source })?;
+    rows.into_iter().for_each(|row| history.take(row));
+    Ok(goes_on)
+}
+
+fn print(mut follower: Follower, mut history: History, name: &str) -> Result<(), TopError> {
+    let mut out = io::stdout().lock();
+    loop {
+        let goes_on = look(&mut follower, &mut history, name)?;
+        for line in history.take_lines() {
+            match writeln!(out, "{line}") {
+                // A reader that has gone, as `head` does, has seen enough.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+                written => written.map_err(TopError::Terminal)?,
+            }
+        }
+        if !goes_on {
+            return Ok(());
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+fn show(
+    terminal: &mut ratatui::DefaultTerminal,
+    mut follower: Follower,
+    mut history: History,
+    name: &str,
+) -> Result<(), TopError> {
+    loop {
+        let goes_on = look(&mut follower, &mut history, name)?;
+        history.take_lines();
+        terminal.draw(|frame| view::draw(frame, &history, name, goes_on)).map_err(TopError::Terminal)?;
+        if event::poll(LOOK).map_err(TopError::Terminal)?
+            && let Event::Key(key) = event::read().map_err(TopError::Terminal)?
+            && key.kind == KeyEventKind::Press
+        {
+            let interrupt = key.modifiers.contains(KeyModifiers::CONTROL) && key.code == KeyCode::Char('c');
+            if interrupt || matches!(key.code, KeyCode::Char('q') | KeyCode::Esc) {
+                return Ok(());
+            }
+        }
+    }
+}
