@@ -66,6 +66,8 @@ pub struct DiskOptions {
     pub fault: Option<FaultSpec>,
     /// Where every write, discard and flush of the host's is recorded.
     pub log_writes: Option<PathBuf>,
+    /// Latencies are measured. No key: `--stats` turns it on.
+    pub timed: bool,
 }
 
 /// Which engine executes a disk's host operations.
@@ -357,6 +359,7 @@ impl DiskOptions {
             bounce_always: false,
             fault: None,
             log_writes: None,
+            timed: false,
         }
     }
 
@@ -453,6 +456,7 @@ mod tests {
             bounce_always: true,
             fault: Some("fail:read:nth=2+seed=3".parse().unwrap()),
             log_writes: Some("a.log".into()),
+            timed: false,
         };
         assert_eq!(text.parse(), Ok(expected));
     }

@@ -160,6 +160,7 @@ fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
         if crowded {
             options.poll_us.get_or_insert(0);
         }
+        options.timed = config.stats.is_some();
         let image = Arc::new(Image::open(&options)?);
         log::info!("{}", image.banner());
         for warning in image.warnings() {
