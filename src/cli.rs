@@ -104,7 +104,8 @@ pub struct Args {
     /// At the end, tell of each disk what was asked, done and at risk: on stderr, or as JSON to FILE
     ///
     /// Bytes at risk are those that the guest was told are written and that a crash of the host may
-    /// still lose.
+    /// still lose. Latencies are measured only with this option. SIGUSR1 tells the same at any time:
+    /// on stderr, or by replacing FILE.
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
     stats: Option<Option<PathBuf>>,
 

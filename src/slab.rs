@@ -32,6 +32,11 @@ fn parts(number: u64) -> (usize, u32) {
     (index as usize, turn)
 }
 
+/// The place of a number's value: below the most values that there were at the same time.
+pub fn slot(number: u64) -> usize {
+    parts(number).0
+}
+
 impl<T> Slab<T> {
     /// How many values there are.
     pub fn len(&self) -> usize {

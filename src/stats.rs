@@ -1,18 +1,23 @@
 //! Statistics of a run: the same figures as JSON for programs and as text for people.
 //!
-//! Owns the schema and its version (`docs/statistics.md`) and the words; the figures are counted in
-//! [`crate::disk`]. Fields may be added under the same version; whoever removes one or changes what
+//! Owns the schema and its version (`docs/statistics.md`); [`print`] has the words. The figures are counted
+//! in [`crate::disk`]. Fields may be added under the same version; whoever removes one or changes what
 //! it means raises it.
 
-use std::fmt::{self, Write};
+mod print;
+
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::Serialize;
 
 use crate::disk::Image;
-use crate::disk::monitor::SyncTimes;
+use crate::disk::counters::Counters;
+use crate::disk::latency::{Kind, KindSummary, Latencies};
+use crate::disk::queue_stats::QueueStats;
+use crate::disk::times::Summary;
 
 /// The version of the schema.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -53,11 +58,30 @@ struct DiskStats {
     stable: &'static str,
     queues: u16,
     requests: Requests,
+    bytes: AskedBytes,
+    in_flight: InFlight,
     host_calls: HostCalls,
+    shared_syncs: u64,
     transfers: Transfers,
     durability: Durability,
     faults: Faults,
     write_log: Option<Log>,
+    /// `None` where they were not wanted.
+    latency_ns: Option<LatencyFigures>,
+    per_queue: Vec<QueueFigures>,
+}
+
+/// One queue of a disk.
+#[derive(Debug, Serialize)]
+struct QueueFigures {
+    index: usize,
+    requests: Requests,
+    bytes: AskedBytes,
+    in_flight: InFlight,
+    host_operations: HostOperations,
+    shared_syncs: u64,
+    transfers: Transfers,
+    latency_ns: Option<LatencyFigures>,
 }
 
 /// As the guest asked.
@@ -69,6 +93,32 @@ struct Requests {
     discard: u64,
     write_zeroes: u64,
     errors: u64,
+}
+
+/// Bytes of the requests, as the guest asked.
+#[derive(Debug, Serialize)]
+struct AskedBytes {
+    read: u64,
+    write: u64,
+    discard: u64,
+    write_zeroes: u64,
+}
+
+/// Requests that the disk has and has not answered.
+#[derive(Debug, Serialize)]
+struct InFlight {
+    now: u64,
+    max: u64,
+}
+
+/// As the host was asked for a queue's requests.
+#[derive(Debug, Serialize)]
+struct HostOperations {
+    preadv: u64,
+    pwritev: u64,
+    pwritev_dsync: u64,
+    fdatasync: u64,
+    fallocate: u64,
 }
 
 /// As the host was asked, the syncs of start and end included.
@@ -132,7 +182,51 @@ struct Times {
     mean: u64,
     p50: u64,
     p99: u64,
+    p99_9: u64,
     max: u64,
+}
+
+/// Latencies by kind of request.
+#[derive(Debug, Serialize)]
+struct LatencyFigures {
+    read: Option<PhaseFigures>,
+    write: Option<PhaseFigures>,
+    flush: Option<PhaseFigures>,
+    discard: Option<PhaseFigures>,
+    write_zeroes: Option<PhaseFigures>,
+}
+
+/// From moment to moment, and the whole.
+#[derive(Debug, Serialize)]
+struct PhaseFigures {
+    doorbell_to_popped: Times,
+    popped_to_submitted: Times,
+    submitted_to_host_done: Option<Times>,
+    host_done_to_interrupt: Times,
+    total: Times,
+}
+
+impl LatencyFigures {
+    fn of(found: &Latencies) -> Self {
+        let of = |kind| found.summary(kind).as_ref().map(phases);
+        Self {
+            read: of(Kind::Read),
+            write: of(Kind::Write),
+            flush: of(Kind::Flush),
+            discard: of(Kind::Discard),
+            write_zeroes: of(Kind::WriteZeroes),
+        }
+    }
+
+    fn kinds(&self) -> [(&'static str, Option<&PhaseFigures>); 5] {
+        [
+            ("read", self.read.as_ref()),
+            ("write", self.write.as_ref()),
+            ("FLUSH", self.flush.as_ref()),
+            ("discard", self.discard.as_ref()),
+            ("write-zeroes", self.write_zeroes.as_ref()),
+        ]
+    }
 }
 
 impl Stats {
@@ -156,9 +250,13 @@ impl Stats {
     }
 }
 
+fn at(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
 fn disk(name: String, image: &Image) -> DiskStats {
     let counters = &image.counters;
-    let at = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    let queues = image.queue_stats();
     DiskStats {
         name,
         path: image.path().display().to_string(),
@@ -167,13 +265,11 @@ fn disk(name: String, image: &Image) -> DiskStats {
         engine: image.engine_in_use(),
         stable: image.stable().name(),
         queues: image.queues(),
-        requests: Requests {
-            read: at(&counters.reads),
-            write: at(&counters.writes),
-            flush: at(&counters.flushes),
-            discard: at(&counters.discards),
-            write_zeroes: at(&counters.write_zeroes),
-            errors: at(&counters.errors),
+        requests: requests(counters),
+        bytes: bytes(counters),
+        in_flight: InFlight {
+            now: queues.iter().map(|queue| queue.in_flight()).sum(),
+            max: queues.iter().map(|queue| queue.in_flight_max()).sum(),
         },
         host_calls: HostCalls {
             preadv: at(&counters.preadvs),
@@ -184,7 +280,8 @@ fn disk(name: String, image: &Image) -> DiskStats {
             fallocate: at(&counters.fallocates),
             io_uring_enter: at(&counters.io_uring_enters),
         },
-        transfers: Transfers { bounced: at(&counters.bounces), continued: at(&counters.continued) },
+        shared_syncs: at(&counters.shared_syncs),
+        transfers: transfers(counters),
         durability: durability(image),
         faults: Faults {
             failed: at(&counters.faults_failed),
@@ -198,6 +295,69 @@ fn disk(name: String, image: &Image) -> DiskStats {
             entries: log.entries(),
             error: log.error().map(|error| error.to_string()),
         }),
+        latency_ns: latencies_of_all(&queues).as_ref().map(LatencyFigures::of),
+        per_queue: queues.iter().enumerate().map(|(index, stats)| queue(index, stats)).collect(),
+    }
+}
+
+fn latencies_of_all(queues: &[Arc<QueueStats>]) -> Option<Latencies> {
+    queues.iter().filter_map(|queue| queue.latencies()).reduce(|mut sum, more| {
+        sum.add(&more);
+        sum
+    })
+}
+
+fn queue(index: usize, stats: &QueueStats) -> QueueFigures {
+    let counters = &stats.counters;
+    QueueFigures {
+        index,
+        requests: requests(counters),
+        bytes: bytes(counters),
+        in_flight: InFlight { now: stats.in_flight(), max: stats.in_flight_max() },
+        host_operations: HostOperations {
+            preadv: at(&counters.preadvs),
+            pwritev: at(&counters.pwritevs),
+            pwritev_dsync: at(&counters.pwritevs_dsync),
+            fdatasync: at(&counters.fdatasyncs),
+            fallocate: at(&counters.fallocates),
+        },
+        shared_syncs: at(&counters.shared_syncs),
+        transfers: transfers(counters),
+        latency_ns: stats.latencies().as_ref().map(LatencyFigures::of),
+    }
+}
+
+fn requests(counters: &Counters) -> Requests {
+    Requests {
+        read: at(&counters.reads),
+        write: at(&counters.writes),
+        flush: at(&counters.flushes),
+        discard: at(&counters.discards),
+        write_zeroes: at(&counters.write_zeroes),
+        errors: at(&counters.errors),
+    }
+}
+
+fn bytes(counters: &Counters) -> AskedBytes {
+    AskedBytes {
+        read: at(&counters.read_bytes),
+        write: at(&counters.write_bytes),
+        discard: at(&counters.discard_bytes),
+        write_zeroes: at(&counters.write_zeroes_bytes),
+    }
+}
+
+fn transfers(counters: &Counters) -> Transfers {
+    Transfers { bounced: at(&counters.bounces), continued: at(&counters.continued) }
+}
+
+fn phases(found: &KindSummary) -> PhaseFigures {
+    PhaseFigures {
+        doorbell_to_popped: times(&found.doorbell_to_popped),
+        popped_to_submitted: times(&found.popped_to_submitted),
+        submitted_to_host_done: found.submitted_to_host_done.as_ref().map(times),
+        host_done_to_interrupt: times(&found.host_done_to_interrupt),
+        total: times(&found.total),
     }
 }
 
@@ -218,172 +378,12 @@ fn durability(image: &Image) -> Durability {
     }
 }
 
-fn times(found: &SyncTimes) -> Times {
-    let &SyncTimes { count, min, mean, p50, p99, max } = found;
-    let [min, mean, p50, p99, max] = [min, mean, p50, p99, max].map(nanos);
-    Times { count, min, mean, p50, p99, max }
+fn times(found: &Summary) -> Times {
+    let &Summary { count, min, mean, p50, p99, p99_9, max } = found;
+    let [min, mean, p50, p99, p99_9, max] = [min, mean, p50, p99, p99_9, max].map(nanos);
+    Times { count, min, mean, p50, p99, p99_9, max }
 }
 
 fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
-impl fmt::Display for Stats {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.disks.is_empty() {
-            f.write_str("no disks\n")?;
-        }
-        let exits = &self.exits;
-        writeln!(
-            f,
-            "exits: {} reads and {} writes of registers, {} and {} of ports, {} others",
-            exits.mmio_read, exits.mmio_write, exits.port_read, exits.port_write, exits.other
-        )?;
-        self.disks.iter().try_for_each(|disk| disk.fmt(f))
-    }
-}
-
-impl fmt::Display for DiskStats {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let readonly = if self.readonly { ", readonly" } else { "" };
-        let (engine, stable, queues) = (self.engine, self.stable, self.queues);
-        writeln!(
-            f,
-            "{}: {}, cache={}, engine={engine}, stable={stable}, queues={queues}{readonly}",
-            self.name, self.path, self.cache
-        )?;
-        let asked = &self.requests;
-        writeln!(
-            f,
-            "  requests       {} reads, {} writes, {} FLUSHes, {} discards, {} write-zeroes; {} failed",
-            asked.read, asked.write, asked.flush, asked.discard, asked.write_zeroes, asked.errors
-        )?;
-        let calls = &self.host_calls;
-        writeln!(
-            f,
-            "  host calls     {} preadv, {} pwritev, {} with DSYNC, {} fdatasync, {} fallocate",
-            calls.preadv, calls.pwritev, calls.pwritev_dsync, calls.fdatasync, calls.fallocate
-        )?;
-        if calls.io_uring_enter > 0 {
-            writeln!(f, "  io_uring       {} calls of io_uring_enter for them", calls.io_uring_enter)?;
-        }
-        if let Some(times) = &self.durability.fdatasync_ns {
-            writeln!(f, "  fdatasync      {times}")?;
-        }
-        let Faults { failed, delayed, shortened, torn, lost } = self.faults;
-        if failed + delayed + shortened + torn + lost > 0 {
-            writeln!(
-                f,
-                "  faults         {failed} failed, {delayed} delayed, {shortened} shortened, {torn} torn, {lost} lost, \
-                 on purpose"
-            )?;
-        }
-        if let Some(log) = &self.write_log {
-            writeln!(f, "  write log      {} entries in {}", log.entries, log.path)?;
-        }
-        writeln!(f, "  bytes at risk  {}", at_risk(&self.durability, self.cache)?)
-    }
-}
-
-/// What is at risk, and whether it ever ceases to be.
-fn at_risk(found: &Durability, cache: &str) -> Result<String, fmt::Error> {
-    let mut text = format!("{} now, {} at most", Bytes(found.bytes_at_risk), Bytes(found.bytes_at_risk_max));
-    if let Some(bytes) = found.bytes_at_risk_at_guest_end {
-        write!(text, ", {} when the guest ended", Bytes(bytes))?;
-    }
-    if found.oldest_at_risk_ns_max > 0 {
-        write!(text, "; the oldest for {} at most", Time(found.oldest_at_risk_ns_max))?;
-    }
-    if let Some(error) = &found.sync_error {
-        let bytes = Bytes(found.bytes_at_risk);
-        write!(
-            text,
-            "\n                 A sync has failed ({error}): the {bytes} may be lost, and stay at risk"
-        )?;
-    }
-    if !found.honours_flush && found.volatile_bytes_acknowledged > 0 {
-        write!(
-            text,
-            "\n                 cache={cache} makes nothing stable: this only grows ({} FLUSHes were ignored)",
-            found.flushes_ignored
-        )?;
-    }
-    Ok(text)
-}
-
-impl fmt::Display for Times {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let &Self { count, min, mean, p50, p99, max } = self;
-        let [min, mean, p50, p99, max] = [min, mean, p50, p99, max].map(Time);
-        write!(f, "{count} timed: min {min}, mean {mean}, p50 {p50}, p99 {p99}, max {max}")
-    }
-}
-
-/// Bytes, as people read them.
-struct Bytes(u64);
-
-impl fmt::Display for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let scale = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
-        match scale.into_iter().find(|&(_, shift)| self.0 >> shift > 0) {
-            None => write!(f, "{} bytes", self.0),
-            Some((unit, shift)) if self.0.is_multiple_of(1 << shift) => {
-                write!(f, "{} {unit}", self.0 >> shift)
-            }
-            Some((unit, shift)) => {
-                // Rounded up: what is at risk is never made to look less.
-                let tenths = (u128::from(self.0) * 10).div_ceil(1 << shift);
-                write!(f, "{}.{} {unit}", tenths / 10, tenths % 10)
-            }
-        }
-    }
-}
-
-/// Nanoseconds, to three digits or so.
-struct Time(u64);
-
-impl fmt::Display for Time {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(nanos) = *self;
-        let (unit, scale) = match nanos {
-            0..1_000 => return write!(f, "{nanos} ns"),
-            1_000..1_000_000 => ("us", 1_000),
-            1_000_000..1_000_000_000 => ("ms", 1_000_000),
-            _ => ("s", 1_000_000_000),
-        };
-        let (whole, tenths) = (nanos / scale, nanos % scale * 10 / scale);
-        if whole < 100 { write!(f, "{whole}.{tenths} {unit}") } else { write!(f, "{whole} {unit}") }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_are_short_and_risk_is_never_rounded_down() {
-        for (bytes, text) in [
-            (0, "0 bytes"),
-            (1023, "1023 bytes"),
-            (4096, "4 KiB"),
-            (4097, "4.1 KiB"),
-            (3 << 20, "3 MiB"),
-            ((3 << 20) + 1, "3.1 MiB"),
-            ((1 << 30) - 1, "1024.0 MiB"),
-            (u64::MAX, "16777216.0 TiB"),
-        ] {
-            assert_eq!(Bytes(bytes).to_string(), text);
-        }
-        for (nanos, text) in [
-            (999, "999 ns"),
-            (1_000, "1.0 us"),
-            (99_990, "99.9 us"),
-            (100_000, "100 us"),
-            (1_500_000, "1.5 ms"),
-            (2_000_000_000, "2.0 s"),
-            (u64::MAX, "18446744073 s"),
-        ] {
-            assert_eq!(Time(nanos).to_string(), text);
-        }
-    }
 }

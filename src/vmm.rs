@@ -194,14 +194,14 @@ pub fn run(config: &Config) -> Result<Ending, VmmError> {
     let _limit = config.host_memory_limit.map(MemoryLimit::of_this_process).transpose()?;
     let mut machine = build::build(config)?;
     let open = |target| stop::StatsReport::open(target, &machine.disks);
-    let report = config.stats.as_ref().map(open).transpose()?;
+    let mut report = config.stats.as_ref().map(open).transpose()?;
     let mut run = Run::new(&mut machine, &signals, config)?;
-    let ended = run.start(&mut machine).and_then(|()| run.supervise());
+    let ended = run.start(&mut machine).and_then(|()| run.supervise(&mut || tell(report.as_mut(), &machine)));
     let stopped = run.stop(&machine);
     let observed = std::mem::replace(&mut run.observed, Ok(()));
     // What the guest said last may have come to us only when its device was stopped.
     let ended = ended.and_then(|ending| run.with_command(ending));
-    let reported = report.map_or(Ok(()), |report| report.write(&machine.disks, &machine.exits));
+    let reported = report.as_mut().map_or(Ok(()), |report| report.write(&machine.disks, &machine.exits));
     let reported = match (reported, observed) {
         (Ok(()), observed) => observed,
         (Err(error), observed) => Err(moreover(error, observed.err())),
@@ -214,6 +214,21 @@ pub fn run(config: &Config) -> Result<Ending, VmmError> {
         (Ok(ending), Ok(())) => reported.map(|()| ending),
         (Ok(_), Err(error)) => Err(moreover(error.into(), reported.err())),
         (Err(error), stopped) => Err(moreover(moreover(error, stopped.err()), reported.err())),
+    }
+}
+
+/// The statistics as they are now, wherever they go at the end; to standard error where nobody has said.
+fn tell(report: Option<&mut stop::StatsReport>, machine: &Machine) {
+    let written = match report {
+        Some(report) => report.write(&machine.disks, &machine.exits),
+        None => stop::StatsReport::Stderr.write(&machine.disks, &machine.exits),
+    };
+    if let Err(error) = written {
+        // The VM goes on; what is written at its end may do better.
+        log::error!(
+            "{error}: {}",
+            std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default()
+        );
     }
 }
 
@@ -295,8 +310,8 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Waits for what ends the VM, and moves input meanwhile.
-    fn supervise(&mut self) -> Result<Ending, VmmError> {
+    /// Waits for what ends the VM, and moves input meanwhile; `tell` tells the statistics.
+    fn supervise(&mut self, tell: &mut dyn FnMut()) -> Result<Ending, VmmError> {
         let mut retry = false;
         loop {
             let left = self.deadline.map(|at| at.saturating_duration_since(Instant::now()));
@@ -315,7 +330,7 @@ impl<'a> Run<'a> {
             if told && let Some(job) = &mut self.job {
                 job.listen();
             }
-            if let Some(ending) = signal.then(|| self.take_signals()).flatten() {
+            if let Some(ending) = signal.then(|| self.take_signals(tell)).flatten() {
                 return Ok(ending);
             }
             if report && let Some(report) = self.reports.take() {
@@ -335,12 +350,13 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn take_signals(&self) -> Option<Ending> {
+    fn take_signals(&self, tell: &mut dyn FnMut()) -> Option<Ending> {
         while let Some(signal) = self.signals.take() {
             match (signal, &self.raw_mode) {
                 (libc::SIGCONT, Some(raw_mode)) => raw_mode.renew(),
-                (libc::SIGCONT, None) => {}
-                _ => return Some(Ending::Signal(signal)),
+                (libc::SIGUSR1, _) => tell(),
+                _ if events::is_ending(signal) => return Some(Ending::Signal(signal)),
+                _ => {}
             }
         }
         None

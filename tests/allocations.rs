@@ -13,10 +13,10 @@ use common::driver::*;
 use common::images::TestImage;
 use common::turns::{Driver, Turns};
 use minivmm::blk::worker::QueueWorker;
-use minivmm::disk::Image;
 use minivmm::disk::blocking::BlockingEngine;
 use minivmm::disk::engine::Engine;
 use minivmm::disk::uring::UringEngine;
+use minivmm::disk::{DiskOptions, Image};
 
 const BATCH: u16 = 32;
 const QUEUE: u16 = 256;
@@ -185,8 +185,11 @@ fn queue(image: &Arc<Image>, by: By, features: u64) -> Option<Turns> {
 #[test]
 fn a_request_allocates_nothing_in_steady_state() {
     let image = TestImage::new(1 << 20);
-    for mode in ["none", "writethrough", "unsafe"] {
-        let opened = image.open(mode);
+    let modes =
+        [("none", false), ("writethrough", false), ("unsafe", false), ("none", true), ("writethrough", true)];
+    for (mode, timed) in modes {
+        let options = DiskOptions { timed, ..image.options(mode) };
+        let opened = Arc::new(Image::open(&options).unwrap());
         for below in BELOW {
             for features in [F_INDIRECT, F_INDIRECT | F_EVENT_IDX] {
                 for shape in shapes() {
@@ -196,7 +199,7 @@ fn a_request_allocates_nothing_in_steady_state() {
                     let allowed = if matches!(below.0, By::Nobody) { 0 } else { GROWTHS };
                     assert!(
                         seen <= allowed,
-                        "{seen} allocations by {requests} requests: {mode}, {below:?}, {shape:?}"
+                        "{seen} allocations by {requests} requests: {mode}, timed {timed}, {below:?}, {shape:?}"
                     );
                 }
             }

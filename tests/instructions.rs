@@ -32,12 +32,17 @@ use random::Random;
 use rings::{FEATURES, Kind, QUEUE_SIZE, Rings};
 use vmm_sys_util::eventfd::EventFd;
 
-/// What is measured: its name in the file, the direction, requests a turn.
-const LOADS: [(&str, Kind, u16); 4] = [
-    ("read-4k-d1", Kind::Read, 1),
-    ("read-4k-d32", Kind::Read, 32),
-    ("write-4k-d1", Kind::Write, 1),
-    ("write-4k-d32", Kind::Write, 32),
+/// What is measured: its name in the file, the direction, requests a turn, whether latencies are measured
+/// as with `--stats`.
+const LOADS: [(&str, Kind, u16, bool); 8] = [
+    ("read-4k-d1", Kind::Read, 1, false),
+    ("read-4k-d32", Kind::Read, 32, false),
+    ("write-4k-d1", Kind::Write, 1, false),
+    ("write-4k-d32", Kind::Write, 32, false),
+    ("read-4k-d1-stats", Kind::Read, 1, true),
+    ("read-4k-d32-stats", Kind::Read, 32, true),
+    ("write-4k-d1-stats", Kind::Write, 1, true),
+    ("write-4k-d32-stats", Kind::Write, 32, true),
 ];
 const BLOCK_BYTES: u32 = 4096;
 const IMAGE_BLOCKS: u64 = 1 << 18;
@@ -118,8 +123,8 @@ fn minivmm_counted_turn(worker: &mut QueueWorker<'_>) {
 }
 
 /// Runs a load; the allocations within the counted turns, those of the first eighth left out.
-fn run_load(kind: Kind, depth: u16) -> u64 {
-    let options = DiskOptions::new("simulated");
+fn run_load(kind: Kind, depth: u16, timed: bool) -> u64 {
+    let options = DiskOptions { timed, ..DiskOptions::new("simulated") };
     let alignment = Alignment { memory: 512, offset: 512, found_by: "the test" };
     let geometry =
         Geometry { capacity_sectors: IMAGE_BLOCKS * 8, logical_block: 512, physical_block: 4096, alignment };
@@ -159,8 +164,8 @@ fn run_load(kind: Kind, depth: u16) -> u64 {
 #[test]
 fn a_load_for_callgrind() {
     let Ok(name) = std::env::var(LOAD_VARIABLE) else { return };
-    let &(_, kind, depth) = LOADS.iter().find(|load| load.0 == name).unwrap();
-    println!("{ALLOCATED}{}", run_load(kind, depth));
+    let &(_, kind, depth, timed) = LOADS.iter().find(|load| load.0 == name).unwrap();
+    println!("{ALLOCATED}{}", run_load(kind, depth, timed));
 }
 
 /// What a request of one load takes.

@@ -6,6 +6,7 @@
 pub mod config;
 pub mod poll;
 pub mod request;
+mod stopwatch;
 pub mod worker;
 
 use std::io;

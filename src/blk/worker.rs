@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::poll::Poller;
 use super::request::{self, Frame, HEADER_BYTES, Header, ID_BYTES, Limits, Request, Status};
+use super::stopwatch::Stopwatch;
 use crate::disk::Image;
 use crate::disk::engine::Wake;
 use crate::disk::machine::{Completion, Disk, Op};
@@ -71,6 +72,8 @@ pub struct QueueWorker<'a> {
     taken: Taken,
     errors: &'a mut RateLimit,
     poller: Poller,
+    /// Where latencies are wanted.
+    stopwatch: Option<Stopwatch>,
 }
 
 impl<'a> QueueWorker<'a> {
@@ -78,6 +81,7 @@ impl<'a> QueueWorker<'a> {
     /// again and again could log without end (R18).
     pub fn new(job: Job, disk: &'a mut Disk, errors: &'a mut RateLimit) -> Self {
         let image = Arc::clone(disk.image());
+        let stopwatch = Stopwatch::begin(disk);
         Self {
             job,
             disk,
@@ -86,6 +90,7 @@ impl<'a> QueueWorker<'a> {
             taken: Taken::default(),
             errors,
             poller: Poller::new(Duration::ZERO),
+            stopwatch,
         }
     }
 
@@ -196,10 +201,18 @@ impl<'a> QueueWorker<'a> {
         };
         let owed = Owed { head, status_addr, room, data_bytes };
         match parsed {
-            Ok((op, _)) => self.disk.submit(self.pending.insert(owed), op),
+            Ok((op, _)) => self.submit(owed, op),
             Err(Answer { status, .. }) => finish(&mut self.job, &owed, status)?,
         }
         Ok(())
+    }
+
+    fn submit(&mut self, owed: Owed, op: Op) {
+        let id = self.pending.insert(owed);
+        if let (Some(watch), Some(woke)) = (&mut self.stopwatch, self.disk.woke_at()) {
+            watch.pops(id, &op, woke);
+        }
+        self.disk.submit(id, op);
     }
 
     /// Reads header and payload, once, and makes an operation of them.
@@ -252,6 +265,7 @@ impl<'a> QueueWorker<'a> {
     /// Answers what the disk has done; then shows the driver all of it, by one store, and tells it,
     /// at most once.
     fn answer(&mut self) -> Result<(), TurnError> {
+        let heard = self.note_submitted();
         for Completion { id, result } in self.disk.take_completions() {
             let mut owed = self.pending.remove(id).ok_or(TurnError::Lost(id))?;
             let status = match result {
@@ -265,11 +279,24 @@ impl<'a> QueueWorker<'a> {
                 }
             };
             finish(&mut self.job, &owed, status)?;
+            if let (Some(watch), Some(heard)) = (&mut self.stopwatch, heard) {
+                watch.answers(id, heard);
+            }
         }
         if self.job.ring.publish() {
             self.job.interrupt.queue(self.job.index);
         }
+        if let Some(watch) = &mut self.stopwatch {
+            watch.publishes();
+        }
         Ok(())
+    }
+
+    /// Notes what was handed to the host since it was last called; when the host was last heard of.
+    fn note_submitted(&mut self) -> Option<Instant> {
+        let watch = self.stopwatch.as_mut()?;
+        self.disk.take_submitted().for_each(|(id, at)| watch.submits(id, at));
+        self.disk.woke_at()
     }
 }
 

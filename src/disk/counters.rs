@@ -22,6 +22,34 @@ macro_rules! counters {
     };
 }
 
+/// Operations that the host's kernel is asked for by the same call.
+#[derive(Debug, Clone, Copy)]
+pub enum HostKind {
+    /// preadv.
+    Read,
+    /// pwritev.
+    Write,
+    /// pwritev2 with RWF_DSYNC.
+    DsyncWrite,
+    /// fdatasync.
+    Fdatasync,
+    /// fallocate.
+    Fallocate,
+}
+
+impl HostKind {
+    /// That of an operation.
+    pub fn of(op: &HostOp) -> Self {
+        match op {
+            HostOp::Readv { .. } => HostKind::Read,
+            HostOp::Writev { dsync: false, .. } => HostKind::Write,
+            HostOp::Writev { dsync: true, .. } => HostKind::DsyncWrite,
+            HostOp::Fdatasync => HostKind::Fdatasync,
+            HostOp::PunchHole { .. } | HostOp::ZeroRange { .. } => HostKind::Fallocate,
+        }
+    }
+}
+
 counters! {
     /// Reads that the guest asked for.
     reads,
@@ -35,12 +63,18 @@ counters! {
     flushes,
     /// DISCARDs that the guest asked for.
     discards,
+    /// Bytes of all their ranges.
+    discard_bytes,
     /// WRITE_ZEROES that the guest asked for.
     write_zeroes,
+    /// Bytes of all their ranges.
+    write_zeroes_bytes,
     /// Requests that were answered with an error.
     errors,
     /// FLUSHes that were answered without a sync (unsafe).
     flushes_ignored,
+    /// Fdatasyncs that a queue's FLUSHes and stable writes share.
+    shared_syncs,
     /// Reads: calls of preadv, or entries of the ring.
     preadvs,
     /// Writes without RWF_DSYNC: calls of pwritev, or entries of the ring.
@@ -75,14 +109,14 @@ impl Counters {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The counter of such an operation.
-    pub fn of(&self, op: &HostOp) -> &AtomicU64 {
-        match op {
-            HostOp::Readv { .. } => &self.preadvs,
-            HostOp::Writev { dsync: false, .. } => &self.pwritevs,
-            HostOp::Writev { dsync: true, .. } => &self.pwritevs_dsync,
-            HostOp::Fdatasync => &self.fdatasyncs,
-            HostOp::PunchHole { .. } | HostOp::ZeroRange { .. } => &self.fallocates,
+    /// The counter of such operations.
+    pub fn of(&self, kind: HostKind) -> &AtomicU64 {
+        match kind {
+            HostKind::Read => &self.preadvs,
+            HostKind::Write => &self.pwritevs,
+            HostKind::DsyncWrite => &self.pwritevs_dsync,
+            HostKind::Fdatasync => &self.fdatasyncs,
+            HostKind::Fallocate => &self.fallocates,
         }
     }
 

@@ -12,7 +12,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use super::cache::CachePolicy;
@@ -24,6 +24,7 @@ use super::latch::SyncLatch;
 use super::lock;
 use super::monitor::{Monitor, SyncEnd};
 use super::options::{DiskOptions, EngineChoice, POLL_US, SERIAL_MAX};
+use super::queue_stats::QueueStats;
 use super::stable::StableBy;
 use super::writelog::WriteLog;
 pub use problem::{ImageError, ImageProblem};
@@ -51,8 +52,11 @@ pub struct Image {
     dsync_is_one_flush: bool,
     /// The engine that does the I/O, once it is chosen.
     engine_in_use: OnceLock<&'static str>,
-    /// What has been done so far.
-    pub counters: Counters,
+    /// What has been done so far, by all queues.
+    pub counters: Arc<Counters>,
+    /// What each queue has done.
+    queue_stats: Mutex<Vec<Arc<QueueStats>>>,
+    timed: bool,
     /// The first sync error.
     pub latch: SyncLatch,
     /// What is written and not yet stable.
@@ -165,7 +169,9 @@ impl Image {
             poll: Duration::from_micros(u64::from(options.poll_us.unwrap_or(POLL_US))),
             dsync_is_one_flush,
             engine_in_use: OnceLock::new(),
-            counters: Counters::default(),
+            counters: Arc::default(),
+            queue_stats: Mutex::default(),
+            timed: options.timed,
             latch: SyncLatch::default(),
             monitor: Monitor::default(),
             faults: options.fault.clone().map(|spec| Arc::new(Faults::new(spec))),
@@ -241,6 +247,18 @@ impl Image {
     /// It is chosen, for all queues.
     pub(super) fn engine_is(&self, name: &'static str) {
         let _ = self.engine_in_use.set(name);
+    }
+
+    /// The figures of one more queue, which come after those of the others.
+    pub(super) fn add_queue(&self) -> Arc<QueueStats> {
+        let stats = Arc::new(QueueStats::new(Arc::clone(&self.counters), self.timed));
+        self.queue_stats.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&stats));
+        stats
+    }
+
+    /// The figures of each queue, in their order.
+    pub fn queue_stats(&self) -> Vec<Arc<QueueStats>> {
+        self.queue_stats.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// How writes are made stable.

@@ -19,26 +19,29 @@
 //! ```
 
 mod begin;
+mod figures;
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use super::cache::WriteCache;
-use super::counters::Counters;
+use super::counters::HostKind;
 use super::engine::{Ended, Engine, HostOp, Wake};
 use super::flight::{Flight, Next, OpenSync, Stage, Success, Who};
 use super::image::Image;
 use super::latch::Ticket;
 use super::monitor::{SyncEnd, SyncStart};
 pub use super::op::{Completion, DiskError, Op};
+use super::queue_stats::QueueStats;
 pub use super::stable::StableBy;
 use super::stable::{Group, Member};
 use super::transfer::{Transfer, bounce_buffers};
 use crate::mem::BufferPool;
 use crate::mutants::{self, Mutant, is_on};
 use crate::slab::Slab;
+use figures::Moments;
 
 /// The state machine of one queue of one disk.
 pub struct Disk {
@@ -62,6 +65,8 @@ pub struct Disk {
     /// Successes that count only when other syncs have been judged.
     held: Vec<(Ticket, Success)>,
     done: Vec<Completion>,
+    stats: Arc<QueueStats>,
+    moments: Option<Moments>,
 }
 
 impl Disk {
@@ -72,6 +77,8 @@ impl Disk {
         engine: Box<dyn Engine>,
         stable_by: StableBy,
     ) -> Self {
+        let stats = image.add_queue();
+        let moments = stats.is_timed().then(Moments::begin);
         Self {
             pool: bounce_buffers(&image),
             image,
@@ -88,6 +95,8 @@ impl Disk {
             ended: Vec::new(),
             held: Vec::new(),
             done: Vec::new(),
+            stats,
+            moments,
         }
     }
 
@@ -154,6 +163,7 @@ impl Disk {
         let wake = if self.may_sleep(wake) { wake } else { Wake::Now };
         let mut ended = std::mem::take(&mut self.ended);
         let waited = self.engine.wait(wake, &mut ended);
+        self.woke_now();
         for end in ended.drain(..) {
             self.advance(end);
         }
@@ -226,7 +236,7 @@ impl Disk {
             if alone {
                 self.group.ends_write();
             }
-            match transfer.next_window(&self.image, &mut self.pool) {
+            match transfer.next_window(&self.image, &self.stats, &mut self.pool) {
                 Ok(op) => self.issue(token, op),
                 Err(error) => self.abandon(token, error),
             }
@@ -247,6 +257,7 @@ impl Disk {
     fn start_shared_sync(&mut self) {
         if self.group.is_due() {
             self.group.starts();
+            self.stats.count(|counters| &counters.shared_syncs);
             self.take_off(Flight::new(None, Stage::GroupSync), HostOp::Fdatasync);
             if is_on(Mutant::GroupDoneAtStart) {
                 let members = self.group.ends();
@@ -266,22 +277,6 @@ impl Disk {
                 at += 1;
             }
         }
-    }
-
-    fn count(&self, op: &Op) {
-        let counters = &self.image.counters;
-        match op {
-            Op::Read(range, _) => counters.read_bytes.fetch_add(range.bytes(), Ordering::Relaxed),
-            Op::Write(range, _) => counters.write_bytes.fetch_add(range.bytes(), Ordering::Relaxed),
-            Op::Flush | Op::Discard(_) | Op::WriteZeroes(_) => 0,
-        };
-        Counters::count(match op {
-            Op::Read(..) => &counters.reads,
-            Op::Write(..) => &counters.writes,
-            Op::Flush => &counters.flushes,
-            Op::Discard(_) => &counters.discards,
-            Op::WriteZeroes(_) => &counters.write_zeroes,
-        });
     }
 
     fn take_off(&mut self, flight: Flight, first: HostOp) {
@@ -304,12 +299,14 @@ impl Disk {
 
     fn feed_engine(&mut self) {
         while let Some((token, op)) = self.waiting.pop_front() {
-            let counter = self.image.counters.of(&op);
+            let kind = HostKind::of(&op);
+            let now = self.moments.is_some().then(Instant::now);
             // Open before the engine may begin it.
             let sync = self.open_sync(&op);
             match self.engine.submit(token, op) {
                 Ok(()) => {
-                    Counters::count(counter);
+                    self.stats.count(|counters| counters.of(kind));
+                    self.note_submitted(token, now);
                     if let Some(flight) = self.in_flight.get_mut(token) {
                         flight.sync = sync;
                     }
@@ -498,7 +495,7 @@ impl Disk {
         match result {
             Ok(count) => {
                 self.dsync_worked |= transfer.dsync;
-                transfer.advance(count as u64, &self.image, &mut self.pool)
+                transfer.advance(count as u64, &self.image, &self.stats, &mut self.pool)
             }
             Err(source)
                 if transfer.dsync
@@ -510,7 +507,7 @@ impl Disk {
                 log::info!("disk: no RWF_DSYNC on this file; stable writes use fdatasync");
                 self.has_dsync = false;
                 transfer.dsync = false;
-                transfer.next_window(&self.image, &mut self.pool).map(Some)
+                transfer.next_window(&self.image, &self.stats, &mut self.pool).map(Some)
             }
             Err(source) => {
                 if transfer.dsync && !is_on(Mutant::SyncErrorForgotten) {
@@ -524,10 +521,11 @@ impl Disk {
 
     fn complete(&mut self, id: Option<u64>, result: Result<(), DiskError>) {
         if result.is_err() {
-            Counters::count(&self.image.counters.errors);
+            self.stats.count(|counters| &counters.errors);
         }
         mutants::count_write();
         if let Some(id) = id {
+            self.stats.ends();
             self.done.push(Completion { id, result });
         }
     }

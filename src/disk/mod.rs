@@ -1,5 +1,5 @@
 //! One host image: open flags, locking, geometry, alignment, cache policy, engines, the first sync
-//! error, counters, bytes at risk.
+//! error, counters, latencies, bytes at risk.
 //!
 //! Knows nothing of virtio or KVM. [`machine::Disk`] is the one state machine between requests and
 //! host operations, the same above every [`engine::Engine`]; [`cache`] says what a mode means;
@@ -17,12 +17,15 @@ mod format;
 pub mod geometry;
 pub mod image;
 pub mod latch;
+pub mod latency;
 mod lock;
 pub mod machine;
 pub mod monitor;
 pub mod op;
 pub mod options;
+pub mod queue_stats;
 pub mod stable;
+pub mod times;
 mod transfer;
 pub mod uring;
 pub mod writelog;

@@ -13,16 +13,10 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use hdrhistogram::Histogram;
+use super::times::{Summary, Times};
 
 /// Most spans whose age is told apart; with more syncs in flight an age may come out too high.
 const SPANS_MAX: usize = 64;
-/// The longest time that the histogram tells apart.
-const SYNC_MAX: Duration = Duration::from_secs(3600);
-/// The shortest.
-const SYNC_MIN: Duration = Duration::from_nanos(1);
-/// Significant decimal digits of its figures.
-const SYNC_DIGITS: u8 = 2;
 
 /// The monitor of one image; all its queues report to it.
 #[derive(Debug, Default)]
@@ -67,25 +61,9 @@ pub struct Snapshot {
     pub at_risk_bytes_at_end: Option<u64>,
     /// Whether a sync has failed: what is at risk stays at risk, and may be lost already.
     pub sync_failed: bool,
-    /// Times of the fdatasyncs that ended, well or not, if there was any.
-    pub syncs: Option<SyncTimes>,
-}
-
-/// Times of fdatasyncs, each from being handed to the engine to its end.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SyncTimes {
-    /// How many.
-    pub count: u64,
-    /// The shortest.
-    pub min: Duration,
-    /// Their sum by their number.
-    pub mean: Duration,
-    /// Half took no longer.
-    pub p50: Duration,
-    /// 99 of 100 took no longer.
-    pub p99: Duration,
-    /// The longest.
-    pub max: Duration,
+    /// Times of the fdatasyncs that ended, well or not, if there was any: each from being handed to the
+    /// engine to its end.
+    pub syncs: Option<Summary>,
 }
 
 impl Monitor {
@@ -196,7 +174,7 @@ impl Line {
 
     fn sync_ends(&mut self, start: SyncStart, end: SyncEnd, now: Instant) {
         if end != SyncEnd::Void {
-            let times = self.times.get_or_insert_with(Times::new);
+            let times = self.times.get_or_insert_default();
             times.record(now.saturating_duration_since(start.at));
         }
         match end {
@@ -253,55 +231,6 @@ impl Line {
             syncs: self.times.as_ref().map(Times::summary),
         }
     }
-}
-
-/// Times of fdatasyncs. Allocated at the first one, some 18 KiB, and never grown.
-#[derive(Debug)]
-struct Times {
-    count: u64,
-    sum: Duration,
-    min: Duration,
-    max: Duration,
-    /// In nanoseconds. `None` only if its bounds were wrong, which a test excludes.
-    histogram: Option<Histogram<u32>>,
-}
-
-impl Times {
-    fn new() -> Self {
-        let histogram = Histogram::new_with_bounds(nanos(SYNC_MIN), nanos(SYNC_MAX), SYNC_DIGITS).ok();
-        Self { count: 0, sum: Duration::ZERO, min: Duration::MAX, max: Duration::ZERO, histogram }
-    }
-
-    fn record(&mut self, took: Duration) {
-        self.count += 1;
-        self.sum = self.sum.saturating_add(took);
-        self.min = self.min.min(took);
-        self.max = self.max.max(took);
-        if let Some(histogram) = &mut self.histogram {
-            histogram.saturating_record(nanos(took));
-        }
-    }
-
-    fn summary(&self) -> SyncTimes {
-        // The histogram rounds up; nothing took longer than the longest.
-        let quantile = |part| {
-            let found = self.histogram.as_ref().map(|found| found.value_at_quantile(part));
-            found.map_or(self.max, |found| Duration::from_nanos(found).clamp(self.min, self.max))
-        };
-        let mean = self.sum.as_nanos().checked_div(u128::from(self.count)).unwrap_or(0);
-        SyncTimes {
-            count: self.count,
-            min: self.min,
-            mean: Duration::from_nanos(u64::try_from(mean).unwrap_or(u64::MAX)),
-            p50: quantile(0.5),
-            p99: quantile(0.99),
-            max: self.max,
-        }
-    }
-}
-
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -479,25 +408,5 @@ mod tests {
         line.sync_ends(start, Stable, Instant::now());
         let found = line.snapshot(Instant::now());
         assert_eq!((found.at_risk_bytes, found.at_risk_bytes_max), (7, u64::MAX));
-    }
-
-    #[test]
-    fn times_are_right_to_two_digits() {
-        let mut times = Times::new();
-        assert!(times.histogram.is_some(), "its bounds are right");
-        for millis in 1..=1000 {
-            times.record(Duration::from_millis(millis));
-        }
-        times.record(SYNC_MAX * 2);
-        let found = times.summary();
-        assert_eq!((found.count, found.min, found.max), (1001, Duration::from_millis(1), SYNC_MAX * 2));
-        for (found, exact) in [(found.p50, 501.0), (found.p99, 991.0)] {
-            let millis = found.as_secs_f64() * 1000.0;
-            assert!((millis / exact - 1.0).abs() < 0.01, "{millis} for {exact}");
-        }
-        let mut one = Times::new();
-        one.record(Duration::from_nanos(3));
-        let found = one.summary();
-        assert_eq!([found.min, found.mean, found.p50, found.p99, found.max], [Duration::from_nanos(3); 5]);
     }
 }

@@ -68,6 +68,8 @@ pub struct DiskOptions {
     pub log_writes: Option<PathBuf>,
     /// What the host's cache has of the image when the guest starts.
     pub host_cache: HostCache,
+    /// Latencies are measured. No key: `--stats` turns it on.
+    pub timed: bool,
 }
 
 /// What becomes of the host's cache of an image before the guest starts.
@@ -395,6 +397,7 @@ impl DiskOptions {
             fault: None,
             log_writes: None,
             host_cache: HostCache::Keep,
+            timed: false,
         }
     }
 
@@ -492,6 +495,7 @@ mod tests {
             fault: Some("fail:read:nth=2+seed=3".parse().unwrap()),
             log_writes: Some("a.log".into()),
             host_cache: HostCache::Warm,
+            timed: false,
         };
         assert_eq!(text.parse(), Ok(expected));
     }

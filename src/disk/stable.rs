@@ -119,6 +119,11 @@ impl Group {
         (self.urgent, self.own_waits) = (false, false);
     }
 
+    /// Whom the running sync is for, without our own.
+    pub(super) fn running(&self) -> impl Iterator<Item = u64> + '_ {
+        self.running.iter().flatten().copied().flatten()
+    }
+
     /// The sync has ended; whom it was for. Give the list back with [`Group::recycle`].
     pub(super) fn ends(&mut self) -> Vec<Member> {
         self.running.take().unwrap_or_default()

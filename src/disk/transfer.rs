@@ -5,10 +5,10 @@
 
 use std::io;
 
-use super::counters::Counters;
 use super::engine::HostOp;
 use super::image::Image;
 use super::machine::DiskError;
+use super::queue_stats::QueueStats;
 use crate::mem::{BufferPool, Iov};
 use crate::mutants::{Mutant, is_on};
 
@@ -55,6 +55,7 @@ impl Transfer {
         &mut self,
         count: u64,
         image: &Image,
+        stats: &QueueStats,
         pool: &mut BufferPool,
     ) -> Result<Option<HostOp>, DiskError> {
         let bytes = self.iov.bytes();
@@ -75,17 +76,22 @@ impl Transfer {
             if self.write && is_on(Mutant::ShortWriteOk) {
                 return Ok(None);
             }
-            Counters::count(&image.counters.continued);
+            stats.count(|counters| &counters.continued);
         }
         self.done += moved;
         if self.done == bytes {
             return Ok(None);
         }
-        self.next_window(image, pool).map(Some)
+        self.next_window(image, stats, pool).map(Some)
     }
 
     /// The host operation for the next part, through a bounce buffer if it must be.
-    pub(super) fn next_window(&mut self, image: &Image, pool: &mut BufferPool) -> Result<HostOp, DiskError> {
+    pub(super) fn next_window(
+        &mut self,
+        image: &Image,
+        stats: &QueueStats,
+        pool: &mut BufferPool,
+    ) -> Result<HostOp, DiskError> {
         let alignment = image.geometry().alignment;
         let mut window = self.iov.part(self.done, TRANSFER_MAX, PIECES_MAX);
         self.bounce = None;
@@ -93,7 +99,7 @@ impl Transfer {
         // What a log records must be what was written, whatever the guest does to its memory meanwhile.
         let recorded = self.write && image.write_log().is_some();
         if recorded || image.policy().direct && (image.bounce_always() || !fits) {
-            window = self.bounce(image, pool)?;
+            window = self.bounce(stats, pool)?;
             self.bounce = Some(window.clone());
         }
         self.asked = window.bytes();
@@ -105,7 +111,7 @@ impl Transfer {
         })
     }
 
-    fn bounce(&self, image: &Image, pool: &mut BufferPool) -> Result<Iov, DiskError> {
+    fn bounce(&self, stats: &QueueStats, pool: &mut BufferPool) -> Result<Iov, DiskError> {
         let part = self.iov.part(self.done, BOUNCE_MAX, usize::MAX);
         let copy = if self.write {
             pool.take_copy(&part)
@@ -113,7 +119,7 @@ impl Transfer {
             usize::try_from(part.bytes()).map_err(io::Error::other).and_then(|bytes| pool.take_zeroed(bytes))
         };
         let bounce = copy.map_err(|source| DiskError::Host { what: "allocating a bounce buffer", source })?;
-        Counters::count(&image.counters.bounces);
+        stats.count(|counters| &counters.bounces);
         Ok(bounce)
     }
 }

@@ -180,6 +180,7 @@ fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
         if crowded {
             options.poll_us.get_or_insert(0);
         }
+        options.timed = config.stats.is_some();
         let image = Arc::new(Image::open(&options)?);
         control::apply(options.host_cache, &image)?;
         log::info!("{}", image.banner());

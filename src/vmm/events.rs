@@ -73,7 +73,15 @@ impl AsRawFd for Reports {
 /// Signals that end the VM in order.
 const ENDING: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 
-/// The ending signals, and SIGCONT, as something to read: blocked in this thread and in all that it
+/// Signals that end nothing: the terminal is ours again; the statistics are wanted.
+const HARMLESS: [libc::c_int; 2] = [libc::SIGCONT, libc::SIGUSR1];
+
+/// Whether this signal ends the VM, or whatever keeps it from ending.
+pub fn is_ending(signal: libc::c_int) -> bool {
+    ENDING.contains(&signal)
+}
+
+/// The ending signals, SIGCONT and SIGUSR1, as something to read: blocked in this thread and in all that it
 /// starts, for as long as this lives.
 pub struct Signals {
     fd: OwnedFd,
@@ -90,7 +98,7 @@ impl Signals {
         // read; the other calls take numbers.
         unsafe {
             libc::sigemptyset(set.as_mut_ptr());
-            for signal in ENDING.into_iter().chain([libc::SIGCONT]) {
+            for signal in ENDING.into_iter().chain(HARMLESS) {
                 if signal != libc::SIGHUP || !is_ignored(signal) {
                     libc::sigaddset(set.as_mut_ptr(), signal);
                 }

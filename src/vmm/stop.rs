@@ -3,8 +3,8 @@
 //! Owns the waiting for each, and its limits. A host whose disk hangs must not hang us without a
 //! word: past the limit we say who still holds the I/O, and fail.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
-use super::events::Signals;
+use super::events::{Signals, is_ending};
 use super::{StatsTarget, VmmError};
 use crate::disk::Image;
 use crate::kvm::run_page::RunPage;
@@ -169,7 +169,7 @@ impl StatsReport {
     }
 
     /// Tells how it stands with the disks, and what the CPUs have come out of KVM for.
-    pub fn write(self, disks: &[OpenDisk], exits: &Exits) -> Result<(), VmmError> {
+    pub fn write(&mut self, disks: &[OpenDisk], exits: &Exits) -> Result<(), VmmError> {
         let at = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let exits = ExitStats {
             mmio_read: at(&exits.mmio_reads),
@@ -182,15 +182,35 @@ impl StatsReport {
         match self {
             Self::Stderr => {
                 // Whoever reads it may be gone, which is no failure of the VM.
-                let _ = write!(io::stderr(), "{stats}");
+                let _ = io::stderr().write_all(stats.to_string().as_bytes());
                 Ok(())
             }
             Self::Json(path, file) => {
-                let write = stats.write_json(io::BufWriter::new(file));
-                write.map_err(|source| VmmError::Stats { path, source })
+                replace(path, file, &stats).map_err(|source| VmmError::Stats { path: path.clone(), source })
             }
         }
     }
+}
+
+/// Puts new statistics in the place of the old ones. Whoever reads the file while we write finds the one
+/// or the other, whole: a new file takes the old one's name. Only where that cannot be (a pipe, a symbolic
+/// link, a directory that takes no new file) is it written to as it is.
+fn replace(path: &Path, file: &mut File, stats: &Stats) -> io::Result<()> {
+    if !file.metadata()?.is_file() {
+        return stats.write_json(io::BufWriter::new(&*file));
+    }
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let is_link = fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink());
+    let next = tempfile::Builder::new().prefix(".minivmm-stats-").tempfile_in(parent);
+    let (Ok(next), false) = (next, is_link) else {
+        file.set_len(0)?;
+        file.rewind()?;
+        return stats.write_json(io::BufWriter::new(&*file));
+    };
+    next.as_file().set_permissions(file.metadata()?.permissions())?;
+    stats.write_json(io::BufWriter::new(next.as_file()))?;
+    *file = next.persist(path).map_err(|error| error.error)?;
+    Ok(())
 }
 
 /// Waits until `done`; one more signal from the user means that they do not want to wait.
@@ -204,7 +224,7 @@ fn wait_until(
     let mut said = false;
     while !done() {
         let waited = begin.elapsed();
-        let gave_up = said && signals.take().is_some_and(|signal| signal != libc::SIGCONT);
+        let gave_up = said && signals.take().is_some_and(is_ending);
         if gave_up || limit.is_some_and(|limit| waited >= limit) {
             return Err(StopError::Stuck { what: what.into() });
         }

@@ -1,8 +1,10 @@
-//! `--stats` of a real run against what strace has seen.
+//! `--stats` of a real run against what strace has seen, and told at a signal.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, ChildStdout, Command, Stdio};
 
 use serde_json::Value;
 
@@ -111,4 +113,157 @@ fn statistics_that_cannot_be_written_are_refused_before_the_guest_runs() {
         assert!(ran.log.contains(reason) && ran.console.is_empty(), "{path}: {}", ran.log);
         image.must_hold(&Image::before(), path);
     }
+}
+
+#[test]
+fn the_json_counts_the_calls_of_io_uring_that_strace_counts() {
+    if !kvm() {
+        return;
+    }
+    if Command::new("strace").arg("-V").output().is_err() {
+        skip("strace is not installed, host calls are not counted");
+        return;
+    }
+    for mode in MODES {
+        let what = mode.name;
+        let image = Image::new();
+        let (log, json) = (image.path.with_extension("strace"), image.path.with_extension("json"));
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-e", "trace=io_uring_enter", "-o"]).arg(&log).arg(binary());
+        start(&mut strace, Entry::Elf, "scenario=io");
+        strace.args(["--console", "stdio", "--timeout", "60"]);
+        strace.arg(format!("--stats={}", json.display()));
+        strace.arg("--disk").arg(image.disk(&format!("cache={what}")));
+        run(&mut strace, b"").expect(exit(0x20), what);
+        let found: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+        if found["disks"][0]["engine"] == "sync" {
+            skip("no io_uring here");
+            return;
+        }
+        // A call that lasts is in two lines, of which the second does not have the parenthesis.
+        let calls = fs::read_to_string(&log).unwrap().matches(" io_uring_enter(").count();
+        assert_eq!(found["disks"][0]["host_calls"]["io_uring_enter"], calls, "{what}");
+    }
+}
+
+/// A guest that prints what is typed, and what has been heard of it.
+struct Echo {
+    child: Child,
+    console: BufReader<ChildStdout>,
+    _watchdog: Watchdog,
+}
+
+impl Echo {
+    fn start(more: &[&str]) -> Self {
+        let mut command = minivmm();
+        start(&mut command, Entry::Elf, "scenario=echo").args(["--console", "stdio", "--timeout", "60"]);
+        let io = Stdio::piped;
+        let mut child = command.args(more).stdin(io()).stdout(io()).stderr(io()).spawn().unwrap();
+        let watchdog = Watchdog::over(&child);
+        let mut console = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("until q") {
+            line.clear();
+            assert_ne!(console.read_line(&mut line).unwrap(), 0, "the guest has not come so far");
+        }
+        Self { child, console, _watchdog: watchdog }
+    }
+
+    fn signal(&self) {
+        kill(i32::try_from(self.child.id()).unwrap(), libc::SIGUSR1);
+    }
+
+    /// The guest is there as before.
+    fn answers(&mut self) {
+        self.child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+        let mut echoed = [0];
+        self.console.read_exact(&mut echoed).unwrap();
+        assert_eq!(echoed, *b"x");
+    }
+
+    fn end(mut self) -> String {
+        self.child.stdin.as_mut().unwrap().write_all(b"q").unwrap();
+        let output = self.child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(exit(0x21)), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    }
+}
+
+#[test]
+fn sigusr1_replaces_the_json_as_a_whole_and_the_guest_goes_on() {
+    if !kvm() {
+        return;
+    }
+    let image = Image::new();
+    let path = image.path.with_extension("json");
+    fs::write(&path, "old").unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+    let disk = image.disk("cache=writeback,queues=2");
+    let mut guest = Echo::start(&[&format!("--stats={}", path.display()), "--disk", &disk]);
+    let mut before = fs::metadata(&path).unwrap().ino();
+    assert_eq!(fs::read(&path).unwrap(), b"", "the file begins empty");
+    let mut exits = 0;
+    for _ in 0..3 {
+        guest.signal();
+        let found: Value = loop {
+            // Another file has the name: it is whole from the first moment.
+            if fs::metadata(&path).unwrap().ino() != before {
+                break serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+            }
+            std::thread::yield_now();
+        };
+        before = fs::metadata(&path).unwrap().ino();
+        assert_eq!(found["disks"][0]["per_queue"].as_array().unwrap().len(), 2, "{found:#}");
+        assert!(found["disks"][0]["latency_ns"].is_object(), "{found:#}");
+        let now = found["exits"]["port_write"].as_u64().unwrap();
+        assert!(now > exits, "{now} after {exits}");
+        exits = now;
+        guest.answers();
+    }
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o640, "as it was");
+    assert_eq!(guest.end(), "", "nothing else is said");
+    let last: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    assert!(last["exits"]["port_write"].as_u64().unwrap() > exits, "the end is told too");
+    let others = fs::read_dir(path.parent().unwrap()).unwrap().count();
+    assert_eq!(others, 2, "the image and the statistics, and no file of passage");
+}
+
+#[test]
+fn sigusr1_tells_the_statistics_on_standard_error_with_and_without_the_option() {
+    if !kvm() {
+        return;
+    }
+    for options in [&["--stats"][..], &[]] {
+        let image = Image::new();
+        let disk = image.disk("cache=none");
+        let mut guest = Echo::start(&[&["--disk", &disk], options].concat());
+        guest.signal();
+        guest.answers();
+        // The signal was there before the first byte was, so it has been seen to.
+        let log = guest.end();
+        let told = log.matches("bytes at risk").count();
+        assert_eq!(told, 1 + options.len(), "{options:?}: {log}");
+    }
+}
+
+#[test]
+fn statistics_at_a_symbolic_link_or_a_pipe_go_where_it_leads() {
+    if !kvm() {
+        return;
+    }
+    let image = Image::new();
+    let directory = scratch();
+    let (target, link) = (directory.path().join("target"), directory.path().join("link"));
+    fs::write(&target, "longer than nothing").unwrap();
+    std::os::unix::fs::symlink(&target, &link).unwrap();
+    let disk = image.disk("cache=none");
+    let stats = format!("--stats={}", link.display());
+    run_plain(Entry::Elf, "scenario=io", &[&stats, "--disk", &disk]).expect(exit(0x20), "a link");
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    let found: Value = serde_json::from_slice(&fs::read(&target).unwrap()).unwrap();
+    assert_eq!(found["disks"][0]["requests"]["write"], 1);
+    let ran = run_plain(Entry::Elf, "scenario=io", &["--stats=/dev/stderr", "--disk", &disk]);
+    let log = ran.expect(exit(0x20), "a pipe").log;
+    let found: Value = serde_json::from_str(&log).unwrap();
+    assert_eq!(found["disks"][0]["requests"]["write"], 1);
 }

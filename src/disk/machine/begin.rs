@@ -4,7 +4,6 @@
 //! ways to a stable write. All that follows is the business of [`super`].
 
 use super::Disk;
-use crate::disk::counters::Counters;
 use crate::disk::erase::{Erase, ZeroedRange};
 use crate::disk::flight::{Next, Stage};
 use crate::disk::geometry::SectorRange;
@@ -46,7 +45,7 @@ impl Disk {
                 Ok((Stage::Sync, Next::Done(Ok(()))))
             }
             Op::Flush if !self.cache.policy().honour_flush => {
-                Counters::count(&self.image.counters.flushes_ignored);
+                self.stats.count(|counters| &counters.flushes_ignored);
                 Ok((Stage::Sync, Next::Done(Ok(()))))
             }
             Op::Flush => {
@@ -70,7 +69,7 @@ impl Disk {
         } else if way.later {
             Next::Later
         } else {
-            Next::Op(transfer.next_window(&self.image, &mut self.pool)?)
+            Next::Op(transfer.next_window(&self.image, &self.stats, &mut self.pool)?)
         };
         Ok((Stage::Transfer(transfer), next))
     }
