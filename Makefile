@@ -30,9 +30,9 @@ build:
 PACKAGES := gcc make libc6-dev xz-utils zstd bzip2 cpio e2fsprogs strace fio openssh-client python3 \
 	lz4 flex bison bc libelf-dev shellcheck tmux acpica-tools procps
 
-# What only the tests need: the peer that the auditor and --explain are compared with, and what counts
-# instructions.
-TEST_PACKAGES := qemu-system-x86 valgrind
+# What only the tests need: the peer that the auditor and --explain are compared with, what counts
+# instructions, and the database that a loss of power is tried on.
+TEST_PACKAGES := qemu-system-x86 valgrind sqlite3
 
 deps:
 	@guest-images/install-packages $(PACKAGES)
@@ -91,7 +91,8 @@ lint: deps
 	@cargo clippy --release --locked --all-targets --features mutants --quiet -- -D warnings
 	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo \
 		guest-images/install-packages guest-images/emuhost guest-images/boot-times guest-images/build-guest \
-		guest-images/build-host guest-images/build-small-kernel guest-images/bench/build.sh guest-images/pack-qemu .ci/run
+		guest-images/build-host guest-images/build-small-kernel guest-images/bench/build.sh guest-images/pack-qemu .ci/run \
+		examples/crash/*.sh examples/crash/*/*.sh
 	@command -v cargo-deny >/dev/null || cargo install --quiet --debug --locked cargo-deny
 	@cargo deny --log-level error check bans licenses sources
 

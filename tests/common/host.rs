@@ -183,20 +183,59 @@ impl Place {
 
     /// Puts a file there.
     pub fn put(&self, name: &str, bytes: &[u8]) {
+        let local = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(local.path(), bytes).unwrap();
+        self.push(local.path(), name);
+    }
+
+    /// The same with one of this machine's files; holes stay holes.
+    #[allow(dead_code, reason = "each test file uses its part")]
+    pub fn push(&self, local: &Path, name: &str) {
         let target = format!("{}/{name}", self.path);
-        match self.host {
-            Host::Direct => std::fs::write(target, bytes).unwrap(),
-            Host::Emulated(Emulated { dir: host, .. }) => {
-                let local = tempfile::NamedTempFile::new().unwrap();
-                std::fs::write(local.path(), bytes).unwrap();
-                let pushed = run(Command::new(tree("guest-images/emuhost"))
-                    .arg("push")
-                    .arg(host)
-                    .arg(local.path())
-                    .arg(target));
-                assert_eq!(pushed.status, 0, "{}", pushed.stderr);
-            }
+        let Host::Emulated(host) = self.host else {
+            std::fs::copy(local, target).unwrap();
+            return;
+        };
+        host.transfer("push", local, Path::new(&target));
+    }
+
+    /// Gets a file from there.
+    #[allow(dead_code, reason = "each test file uses its part")]
+    pub fn pull(&self, name: &str, local: &Path) {
+        let source = format!("{}/{name}", self.path);
+        let Host::Emulated(host) = self.host else {
+            std::fs::copy(source, local).unwrap();
+            return;
+        };
+        host.transfer("pull", Path::new(&source), local);
+    }
+
+    /// One of this machine's programs and its libraries, under the same paths.
+    #[allow(dead_code, reason = "each test file uses its part")]
+    pub fn bring(&self, program: &str) {
+        if matches!(self.host, Host::Direct) {
+            return;
         }
+        let libraries = run(Command::new("ldd").arg(program));
+        assert_eq!(libraries.status, 0, "{}", libraries.stderr);
+        let paths = libraries.stdout.split_whitespace().filter(|word| word.starts_with('/'));
+        let archive = tempfile::NamedTempFile::new().unwrap();
+        let packed = run(Command::new("tar")
+            .args(["--dereference", "-C", "/", "-cf"])
+            .arg(archive.path())
+            .args(std::iter::once(program).chain(paths).map(|path| path.trim_start_matches('/'))));
+        assert_eq!(packed.status, 0, "{}", packed.stderr);
+        self.push(archive.path(), "program.tar");
+        let unpacked = self.sh("tar x -C / -f program.tar && rm program.tar");
+        assert_eq!(unpacked.status, 0, "{}", unpacked.stderr);
+    }
+}
+
+impl Emulated {
+    fn transfer(&self, verb: &str, source: &Path, target: &Path) {
+        let done =
+            run(Command::new(tree("guest-images/emuhost")).arg(verb).arg(&self.dir).arg(source).arg(target));
+        assert_eq!(done.status, 0, "{}", done.stderr);
     }
 }
 
