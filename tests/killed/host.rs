@@ -67,12 +67,15 @@ impl GuestLog {
     fn of(mut child: Child) -> Self {
         let (claim, text) = (Arc::<Mutex<Claim>>::default(), Arc::<Mutex<String>>::default());
         let (theirs, their_text) = (Arc::clone(&claim), Arc::clone(&text));
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
         let reader = std::thread::spawn(move || {
+            let mut line = Vec::new();
             // What was heard before the end of the host counts; a line cut in two does not.
-            for line in lines.map_while(Result::ok) {
-                their_text.lock().unwrap().push_str(&(line.clone() + "\n"));
-                theirs.lock().unwrap().hear(&line);
+            while output.read_until(b'\n', &mut line).is_ok() && line.ends_with(b"\n") {
+                let text = String::from_utf8_lossy(&line).into_owned();
+                line.clear();
+                theirs.lock().unwrap().hear(&text);
+                their_text.lock().unwrap().push_str(&text);
             }
         });
         Self { child, claim, text, reader }
