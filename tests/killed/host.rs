@@ -81,10 +81,12 @@ impl GuestLog {
         Self { child, claim, text, reader }
     }
 
-    /// Waits for the first records; a guest that never writes is a failure of the harness.
-    pub fn wait_for_record(&self, mode: &str) {
+    /// Waits for the first records, with `promised` for some that are promised; a guest that never writes is
+    /// a failure of the harness.
+    pub fn wait_for_record(&self, mode: &str, promised: bool) {
         let begin = Instant::now();
-        while self.claim.lock().unwrap().written == 0 {
+        let is_there = |claim: Claim| if promised { claim.promised() > 0 } else { claim.written > 0 };
+        while !is_there(*self.claim.lock().unwrap()) {
             assert!(begin.elapsed() < PATIENCE, "{mode}: nothing written:\n{}", self.text.lock().unwrap());
             std::thread::sleep(Duration::from_millis(100));
         }

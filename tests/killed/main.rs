@@ -97,7 +97,7 @@ fn trial(kind: Kind, wait: Duration) -> Vec<(&'static str, Claim, Found)> {
     let flush_every = if kind.load.flushes { FLUSH_EVERY } else { 0 };
     let logs: Vec<_> = modes.iter().map(|mode| emulated.guest(mode, flush_every)).collect();
     for (mode, log) in modes.iter().zip(&logs) {
-        log.wait_for_record(mode);
+        log.wait_for_record(mode, kind.load.flushes);
     }
     std::thread::sleep(wait);
     if kind.victim == Victim::Vmm {
