@@ -137,6 +137,27 @@ fn sqlite_keeps_every_row_it_has_promised_where_its_manual_says_so() {
         assert!(one_less || failure.starts_with("promised: row 0; "), "{failure}");
         assert!(failure.contains("rows.db-journal"), "{failure}");
     }
-    // The controls: rows lost, and a broken index.
+    // The control: rows lost, and a broken database.
     recorded.fails_with(3, &["the last one is row", "integrity_check: "]);
+}
+
+/// `emuhost run -- minivmm --add PROGRAM`: both are programs, and share libraries.
+#[test]
+fn two_programs_with_the_same_library_are_brought_into_an_emulated_host() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = r#"set -euo pipefail
+. guest-images/lib/common.sh
+. guest-images/lib/emuhost-vm.sh
+HOST_BUILD=$1
+: >"$1/sonames"
+stage_libraries "$1/stage" /usr/bin/sqlite3
+stage_libraries "$1/stage" /usr/bin/sqlite3"#;
+    let output = Command::new("bash")
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .args(["-c", script, "emuhost"])
+        .arg(dir.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(dir.path().join("stage/lib/libsqlite3.so.0").exists());
 }

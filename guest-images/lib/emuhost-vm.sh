@@ -61,7 +61,9 @@ stage_libraries() {
     # ldd fails on a static program, which needs none.
     { ldd "$program" 2>/dev/null || true; } | awk '$2 == "=>" && $3 ~ /^\// { print $1, $3 }' |
         while read -r soname path; do
-            grep -qxF -- "$soname" "$HOST_BUILD/sonames" || place "$path" "$stage/lib/$soname"
+            # Another program that is brought in may have brought it.
+            grep -qxF -- "$soname" "$HOST_BUILD/sonames" || [ -e "$stage/lib/$soname" ] ||
+                place "$path" "$stage/lib/$soname"
         done
 }
 
