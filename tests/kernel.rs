@@ -403,7 +403,7 @@ fn a_signal_or_the_timeout_ends_the_machine_in_order_and_flushed_data_is_there()
         place.sh("rm -f a.img out; truncate -s 32M a.img");
         let command = Boot { kernel: "6.12", args: "--disk a.img,cache=writeback", job }.command(&place);
         let outcome = if signal.is_empty() {
-            place.sh(&format!("{} > out 2> err", command.replace("--timeout 200", "--timeout 40")))
+            place.sh(&format!("{} > out 2> err", command.replace("--timeout 200", "--timeout 60")))
         } else {
             let traced = "strace -f --seccomp-bpf -o trace -e trace=fdatasync sh -c";
             place.sh(&format!(
