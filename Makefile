@@ -2,7 +2,7 @@
 # is missing, or print the line that does.
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test bench bench-bare bench-guest lint deps test-deps clean torture install install-files static deb
+.PHONY: help build run test bench bench-bare bench-guest lint deps test-deps clean torture fuzz fuzz-merge install install-files static deb
 
 include guest-images/guest.mk
 
@@ -21,13 +21,14 @@ help: ## lists the commands
 	@echo "make static       a static binary, for any Linux: $(static_binary)"
 	@echo "make deb          a Debian package of it, in target/debian"
 	@echo "make torture      the long suites"
+	@echo "make fuzz         the fuzzers in turn: TARGET=, SECONDS= for each; make fuzz-merge keeps what is new"
 	@echo "make clean        removes what was built"
 
 build:
 	@cargo build --release --locked
 
 # Debian's packages that the rest needs: what is missing is installed, by root or with sudo.
-PACKAGES := gcc make libc6-dev xz-utils zstd bzip2 cpio e2fsprogs strace fio openssh-client python3 \
+PACKAGES := gcc g++ make libc6-dev xz-utils zstd bzip2 cpio e2fsprogs strace fio openssh-client python3 \
 	lz4 flex bison bc libelf-dev shellcheck tmux acpica-tools procps
 
 # What only the tests need: the peer that the auditor and --explain are compared with, what counts
@@ -86,13 +87,17 @@ torture: test-deps build guest emuhost
 	@MINIVMM_TRIALS=$(or $(TRIALS),10) MINIVMM_BESIDE_QEMU=1 cargo test --release --locked --test killed -- --nocapture --test-threads 1
 	@MINIVMM_SEEDS=$(or $(SEEDS),5000000) cargo test --release --locked --features mutants --test durability -- --nocapture
 
+# libFuzzer with AddressSanitizer on what guests and files say (docs/fuzzing.md).
+fuzz fuzz-merge: deps
+	@SECONDS_EACH=$(or $(SECONDS),60) fuzz/run $(if $(filter fuzz,$@),fuzz,merge) $(TARGET)
+
 lint: deps
 	@cargo fmt --all -- --check
 	@cargo clippy --release --locked --all-targets --features mutants --quiet -- -D warnings
 	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo \
 		guest-images/install-packages guest-images/emuhost guest-images/boot-times guest-images/build-guest \
 		guest-images/build-host guest-images/build-small-kernel guest-images/bench/build.sh guest-images/pack-qemu .ci/run \
-		examples/crash/*.sh examples/crash/*/*.sh
+		fuzz/run examples/crash/*.sh examples/crash/*/*.sh
 	@command -v cargo-deny >/dev/null || cargo install --quiet --debug --locked cargo-deny
 	@cargo deny --log-level error check bans licenses sources
 
