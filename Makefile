@@ -2,7 +2,7 @@
 # is missing, or print the line that does.
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test bench bench-bare bench-guest lint deps test-deps clean torture fuzz fuzz-merge install install-files static deb
+.PHONY: help build run test bench bench-bare bench-guest lint deps test-deps clean torture fuzz fuzz-merge miri install install-files static deb
 
 include guest-images/guest.mk
 
@@ -22,6 +22,7 @@ help: ## lists the commands
 	@echo "make deb          a Debian package of it, in target/debian"
 	@echo "make torture      the long suites"
 	@echo "make fuzz         the fuzzers in turn: TARGET=, SECONDS= for each; make fuzz-merge keeps what is new"
+	@echo "make miri         the unsafe code over guest memory under Miri, where a nightly has it"
 	@echo "make clean        removes what was built"
 
 build:
@@ -90,6 +91,12 @@ torture: test-deps build guest emuhost
 # libFuzzer with AddressSanitizer on what guests and files say (docs/fuzzing.md).
 fuzz fuzz-merge: deps
 	@SECONDS_EACH=$(or $(SECONDS),60) fuzz/run $(if $(filter fuzz,$@),fuzz,merge) $(TARGET)
+
+# The unsafe code over guest memory under Miri, where a nightly toolchain with that component is installed.
+miri:
+	@cargo +nightly miri --version >/dev/null 2>&1 || \
+		{ echo "error: no Miri here: rustup toolchain install nightly --component miri rust-src" >&2; exit 1; }
+	@MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --locked --test unsafe_memory
 
 lint: deps
 	@cargo fmt --all -- --check

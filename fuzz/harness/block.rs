@@ -157,7 +157,7 @@ impl Machine {
 
     fn step(&mut self, input: &mut Input<'_>) {
         let queue = u16::try_from(input.below(usize::from(self.queues))).unwrap();
-        match input.below(20) {
+        match input.below(21) {
             0 => self.bring_up(input),
             1..=6 => {
                 self.submit(input, queue);
@@ -191,6 +191,7 @@ impl Machine {
                 self.host.lock().decide(queue.into(), &[HELD; 4]);
             }
             18 => self.quiesce(),
+            19 => self.storm(input, queue),
             _ => self.stop_something(input),
         }
     }
@@ -257,6 +258,19 @@ impl Machine {
     fn ring(&mut self, queue: u16) {
         self.grant();
         self.registers.notify(queue);
+    }
+
+    /// The same chains again and again, those in flight among them (R8), and doorbells (R17).
+    fn storm(&mut self, input: &mut Input<'_>, queue: u16) {
+        let (heads, rounds) = (input.bytes(4).to_vec(), input.below(24));
+        for _ in 0..rounds {
+            let Some(config) = self.config(queue) else { return };
+            for head in &heads {
+                self.put_available(config, queue, u16::from(*head) % config.size as u16);
+            }
+            self.ring(queue);
+            self.look();
+        }
     }
 
     /// Any access: it may reset the device, take a queue back, or start a driver.
@@ -360,8 +374,6 @@ impl Machine {
         if resets != self.resets {
             self.resets = resets;
             self.finish_lanes(|_| true);
-            self.notes.broken.store(false, Ordering::SeqCst);
-            self.notes.failed.store(false, Ordering::SeqCst);
         }
         let stopped = std::mem::take(&mut *self.notes.stopped.lock().unwrap());
         self.finish_lanes(|index| stopped.contains(&index));

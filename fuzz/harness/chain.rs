@@ -126,7 +126,8 @@ fn configurations(memory: &Memory, input: &mut Input<'_>) {
 }
 
 fn write_something(memory: &mut Memory, input: &mut Input<'_>, size: u16) {
-    match input.below(8) {
+    match input.below(9) {
+        8 => write_request(memory, input, size),
         0 => {
             let at = u64::from(input.u16());
             let bytes = input.bytes(32).to_vec();
@@ -186,6 +187,25 @@ fn write_something(memory: &mut Memory, input: &mut Input<'_>, size: u16) {
             bytes.extend(next.to_le_bytes());
             memory.put(table + 16 * index as u64, &bytes);
         }
+    }
+}
+
+/// A whole request at the first descriptors, as drivers make them.
+fn write_request(memory: &mut Memory, input: &mut Input<'_>, size: u16) {
+    let (kind, bytes) =
+        input.pick(&[(0_u32, 512_u32), (1, 512), (1, 1024), (4, 0), (8, 20), (11, 16), (13, 32)]);
+    let sector = if input.once_in(4) { input.edgy() } else { input.below(70) as u64 };
+    memory.put(0x100, &[kind.to_le_bytes(), [0; 4]].concat());
+    memory.put(0x108, &sector.to_le_bytes());
+    memory.put(0x208, &[8, 0, 0, 0, 0, 0, 0, 0]);
+    let flags = if matches!(kind, 0 | 8) { 3 } else { 1 };
+    let parts = [(0x100_u64, 16_u32, 1_u16), (0x200, bytes, flags), (0x300, 1, 2)];
+    for (index, (addr, len, flags)) in (0_u16..size).zip(parts) {
+        let mut bytes = addr.to_le_bytes().to_vec();
+        bytes.extend(len.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend((index + 1).to_le_bytes());
+        memory.put(DESCRIPTORS + 16 * u64::from(index), &bytes);
     }
 }
 

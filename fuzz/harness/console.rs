@@ -375,7 +375,6 @@ impl Machine {
             self.resets = resets;
             self.lanes.iter_mut().for_each(|lane| *lane = None);
             self.avail = [0; QUEUES as usize];
-            self.notes.broken.store(false, Ordering::SeqCst);
         }
         for index in std::mem::take(&mut *self.notes.stopped.lock().unwrap()) {
             self.lanes[usize::from(index)] = None;

@@ -21,6 +21,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// So often a worker may come back to its engine in one step, for each operation that it is given.
 const WAITS_MAX: u64 = 8;
 
+/// Entries of the largest queue.
+pub const QUEUE_SIZE_MAX: usize = 64;
+
 /// What a worker's thread is at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Posture {
@@ -339,7 +342,11 @@ impl Engine for Simulated {
         }
         let decision = queue.decisions.pop_front().unwrap_or(0);
         queue.given += 1;
+        let is_crowded = queue.operations.len() > QUEUE_SIZE_MAX + 1;
         queue.operations.push(Operation { token, op: op.clone(), held: decision & HELD != 0, decision });
+        if is_crowded {
+            state.violated(|| "R23: more operations in flight than the largest queue has requests".into());
+        }
         state.check(&op);
         Ok(())
     }

@@ -103,6 +103,9 @@ impl VirtioDevice for Spy {
 
     fn reset(&mut self) {
         self.inner.reset();
+        // Whoever comes next may break it again, before anybody looks.
+        self.notes.broken.store(false, Ordering::SeqCst);
+        self.notes.failed.store(false, Ordering::SeqCst);
         self.notes.resets.fetch_add(1, Ordering::SeqCst);
     }
 }
