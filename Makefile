@@ -2,7 +2,7 @@
 # is missing, or print the line that does.
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test bench bench-bare bench-guest lint deps test-deps clean torture fuzz fuzz-merge miri install install-files static deb
+.PHONY: help build run test bench bench-bare bench-guest lint deps test-deps clean torture fuzz fuzz-merge fuzz-coverage asan miri install install-files static deb
 
 include guest-images/guest.mk
 
@@ -21,7 +21,9 @@ help: ## lists the commands
 	@echo "make static       a static binary, for any Linux: $(static_binary)"
 	@echo "make deb          a Debian package of it, in target/debian"
 	@echo "make torture      the long suites"
-	@echo "make fuzz         the fuzzers in turn: TARGET=, SECONDS= for each; make fuzz-merge keeps what is new"
+	@echo "make fuzz         the fuzzers in turn: TARGET=, SECONDS= for each; make fuzz-merge keeps what is new,"
+	@echo "                  make fuzz-coverage counts lines"
+	@echo "make asan         the device's suites with AddressSanitizer"
 	@echo "make miri         the unsafe code over guest memory under Miri, where a nightly has it"
 	@echo "make clean        removes what was built"
 
@@ -29,7 +31,7 @@ build:
 	@cargo build --release --locked
 
 # Debian's packages that the rest needs: what is missing is installed, by root or with sudo.
-PACKAGES := gcc g++ make libc6-dev xz-utils zstd bzip2 cpio e2fsprogs strace fio openssh-client python3 \
+PACKAGES := gcc make libc6-dev xz-utils zstd bzip2 cpio e2fsprogs strace fio openssh-client python3 \
 	lz4 flex bison bc libelf-dev shellcheck tmux acpica-tools procps
 
 # What only the tests need: the peer that the auditor and --explain are compared with, what counts
@@ -88,9 +90,19 @@ torture: test-deps build guest emuhost
 	@MINIVMM_TRIALS=$(or $(TRIALS),10) MINIVMM_BESIDE_QEMU=1 cargo test --release --locked --test killed -- --nocapture --test-threads 1
 	@MINIVMM_SEEDS=$(or $(SEEDS),5000000) cargo test --release --locked --features mutants --test durability -- --nocapture
 
-# libFuzzer with AddressSanitizer on what guests and files say (docs/fuzzing.md).
-fuzz fuzz-merge: deps
+# libFuzzer with AddressSanitizer on what guests and files say (docs/fuzzing.md); coverage needs an llvm-cov of
+# the compiler's LLVM.
+fuzz fuzz-merge:
+	@guest-images/install-packages gcc g++ libc6-dev
 	@SECONDS_EACH=$(or $(SECONDS),60) fuzz/run $(if $(filter fuzz,$@),fuzz,merge) $(TARGET)
+
+fuzz-coverage:
+	@guest-images/install-packages llvm-$$(rustc -vV | sed -n 's/^LLVM version: \([0-9]*\).*/\1/p')
+	@fuzz/run coverage $(TARGET)
+
+# The suites of the device with AddressSanitizer, io_uring included.
+asan: deps
+	@fuzz/run asan
 
 # The unsafe code over guest memory under Miri, where a nightly toolchain with that component is installed.
 miri:
