@@ -6,7 +6,7 @@
 
 mod requests;
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use minivmm::blk::BlockDevice;
@@ -53,29 +53,34 @@ pub fn over_mmio(data: &[u8]) {
 
 pub fn over_pci(data: &[u8]) {
     run(data, |spy, memory| {
-        let sink = Box::new(Messages::default());
+        let sent = Arc::<AtomicU64>::default();
+        let sink = Box::new(Messages { routed: Vec::new(), sent: Arc::clone(&sent) });
         let function = PciTransport::new(spy, memory.ram.clone(), PLACE, sink).unwrap();
         let function = Arc::new(Mutex::new(function));
         let on_bus: Arc<Mutex<dyn PciFunction>> = Arc::clone(&function) as _;
         let root = Arc::new(PciRoot::new([on_bus]));
-        Box::new(Pci { function, ports: ConfigPorts::new(Arc::clone(&root)), ecam: Ecam(root) })
+        Box::new(Pci { function, ports: ConfigPorts::new(Arc::clone(&root)), ecam: Ecam(root), sent })
     });
 }
 
 /// Takes messages, and looks that none is sent that was not routed before.
-#[derive(Default)]
-struct Messages(Vec<Option<Message>>);
+struct Messages {
+    routed: Vec<Option<Message>>,
+    sent: Arc<AtomicU64>,
+}
 
 impl MessageSink for Messages {
     fn route(&mut self, vector: u16, message: Message) -> std::io::Result<()> {
         assert!(vector < 17, "no such vector: {vector}");
-        self.0.resize(17, None);
-        self.0[usize::from(vector)] = Some(message);
+        self.routed.resize(17, None);
+        self.routed[usize::from(vector)] = Some(message);
         Ok(())
     }
 
     fn send(&self, vector: u16) -> std::io::Result<()> {
-        assert!(self.0.get(usize::from(vector)).is_some_and(Option::is_some), "sent before it was routed");
+        let routed = self.routed.get(usize::from(vector));
+        assert!(routed.is_some_and(Option::is_some), "sent before it was routed");
+        self.sent.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
 }
@@ -482,8 +487,10 @@ impl Machine {
             self.put_descriptor(config.descriptors, index, part, index < 2, index + 1);
         }
         self.put_available(config, 0, 0);
+        self.registers.interrupted();
         self.ring(0);
         self.look();
+        assert!(self.registers.interrupted(), "a good driver is not interrupted");
         let lane = self.lanes[0].as_ref().expect("the queue is still whole");
         assert_eq!(lane.owed(), 0, "a good request does not come back");
         self.memory.get(STATUSES, 1).unwrap()[0]

@@ -21,9 +21,6 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// So often a worker may come back to its engine in one step, for each operation that it is given.
 const WAITS_MAX: u64 = 8;
 
-/// Entries of the largest queue.
-pub const QUEUE_SIZE_MAX: usize = 64;
-
 /// What a worker's thread is at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Posture {
@@ -44,6 +41,8 @@ struct Operation {
 
 struct Queue {
     posture: Posture,
+    /// Entries, while there is a driver.
+    size: usize,
     operations: Vec<Operation>,
     decisions: VecDeque<u8>,
     wake: Arc<EventFd>,
@@ -114,6 +113,7 @@ impl Host {
         let queue = state.queues.len();
         state.queues.push(Queue {
             posture: Posture::Parked,
+            size: 0,
             operations: Vec::new(),
             decisions: VecDeque::new(),
             wake: Arc::clone(&wake),
@@ -124,9 +124,11 @@ impl Host {
         Box::new(Simulated { host: Arc::clone(self), queue, wake })
     }
 
-    /// Queue `queue` is handed over, or was not.
-    pub fn starts(&self, queue: usize, does: bool) {
-        self.lock().queues[queue].posture = if does { Posture::Working } else { Posture::Parked };
+    /// Queue `queue`, of so many entries, is handed over, or was not.
+    pub fn starts(&self, queue: usize, size: u32, does: bool) {
+        let queue = &mut self.lock().queues[queue];
+        queue.posture = if does { Posture::Working } else { Posture::Parked };
+        queue.size = size as usize;
     }
 
     /// Waits until no worker works; what each is at.
@@ -342,10 +344,11 @@ impl Engine for Simulated {
         }
         let decision = queue.decisions.pop_front().unwrap_or(0);
         queue.given += 1;
-        let is_crowded = queue.operations.len() > QUEUE_SIZE_MAX + 1;
+        // One a request, and a sync that several share.
+        let is_crowded = queue.operations.len() > queue.size + 1;
         queue.operations.push(Operation { token, op: op.clone(), held: decision & HELD != 0, decision });
         if is_crowded {
-            state.violated(|| "R23: more operations in flight than the largest queue has requests".into());
+            state.violated(|| "R23: more operations in flight than the queue has entries".into());
         }
         state.check(&op);
         Ok(())

@@ -6,6 +6,7 @@ use minivmm::virtio::Transport;
 use minivmm::virtio::mmio::MmioTransport;
 use minivmm::virtio::pci::{NOTIFY, PciTransport};
 use minivmm::virtio::queue::QueueConfig;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::input::Input;
@@ -49,6 +50,10 @@ pub trait Registers {
     fn notify(&mut self, queue: u16);
     /// Any access that a guest can make.
     fn attack(&mut self, input: &mut Input<'_>);
+    /// Asks for interrupts, as a driver does after each reset.
+    fn map_interrupts(&mut self, queues: u16);
+    /// Whether the driver was interrupted since this was last asked.
+    fn interrupted(&mut self) -> bool;
     /// Whatever was done to it, registers are reached again.
     fn recover(&mut self);
     fn transport(&mut self, then: &mut dyn FnMut(&mut dyn Transport));
@@ -69,6 +74,7 @@ pub fn bring_up(registers: &mut dyn Registers, features: u64, queues: &[(u16, Qu
     if registers.get(Register::Status) & 8 == 0 {
         return false;
     }
+    registers.map_interrupts(queues.last().map_or(0, |(last, _)| last + 1));
     for (index, config) in queues {
         registers.set(Register::QueueSel, (*index).into());
         registers.set(Register::QueueSize, config.size.into());
@@ -122,6 +128,16 @@ impl Registers for Mmio {
         access(&mut self.0, offset, &bytes[..width], input.flag());
     }
 
+    /// There is one line, and it is always there.
+    fn map_interrupts(&mut self, _: u16) {}
+
+    fn interrupted(&mut self) -> bool {
+        let mut status = [0; 4];
+        self.0.read(0x060, &mut status);
+        self.0.write(0x064, &status);
+        status[0] & 1 != 0
+    }
+
     fn recover(&mut self) {}
 
     fn transport(&mut self, then: &mut dyn FnMut(&mut dyn Transport)) {
@@ -143,6 +159,8 @@ fn access(device: &mut dyn BusDevice, offset: u64, bytes: &[u8], write: bool) {
 pub const PLACE: u64 = 0xd100_8000;
 const DEVICE: u64 = 0x2000;
 const TABLE: u64 = 0x4000;
+/// Message control, in the last of the capabilities.
+const MSIX_CONTROL: u64 = 0x98 + 2;
 /// Configuration space of device 1, in ECAM.
 const FUNCTION: u64 = 1 << 15;
 
@@ -150,6 +168,8 @@ pub struct Pci {
     pub function: Arc<Mutex<PciTransport>>,
     pub ports: ConfigPorts,
     pub ecam: Ecam,
+    /// Messages that were sent.
+    pub sent: Arc<AtomicU64>,
 }
 
 impl Pci {
@@ -216,6 +236,29 @@ impl Registers for Pci {
                 access(&mut self.ports, 4 + (input.u8() & 3) as u64, &bytes[..width], write);
             }
         }
+    }
+
+    /// Every event a vector of its own, none of them masked.
+    fn map_interrupts(&mut self, queues: u16) {
+        for vector in 0..=u64::from(queues) {
+            let entry = TABLE + 16 * vector;
+            self.with(|function| {
+                function.write(entry, &0xfee0_0000_u64.to_le_bytes());
+                function.write(entry + 8, &vector.to_le_bytes());
+            });
+        }
+        self.ecam.write(FUNCTION + MSIX_CONTROL, &0x8000_u16.to_le_bytes());
+        self.with(|function| {
+            function.write(0x10, &0_u16.to_le_bytes());
+            for queue in 0..queues {
+                function.write(0x16, &queue.to_le_bytes());
+                function.write(0x1a, &(queue + 1).to_le_bytes());
+            }
+        });
+    }
+
+    fn interrupted(&mut self) -> bool {
+        self.sent.swap(0, Ordering::SeqCst) > 0
     }
 
     /// As a driver would that finds the function somewhere else, or switched off.

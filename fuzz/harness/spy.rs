@@ -79,9 +79,9 @@ impl VirtioDevice for Spy {
             Arc::new(Heard { inner: Arc::clone(&parts.interrupt), notes: Arc::clone(&self.notes) });
         let features = parts.features;
         let start = |does| {
-            for (index, _) in &queues {
+            for (index, config) in &queues {
                 if let Some(host) = &self.host {
-                    host.starts(usize::from(*index), does);
+                    host.starts(usize::from(*index), config.size, does);
                 }
             }
         };
