@@ -133,7 +133,7 @@ from := $(binary)
 strip :=
 zsh := site-functions
 install-files: $(manual)/minivmm.1
-	@install -D -m 755 $(strip) $(from) $(installed)/bin/minivmm
+	@install -D -m 755 $(strip) -t $(installed)/bin $(from) $(from)-tools
 	@install -d $(installed)/share/man/man1 $(installed)/share/doc/minivmm
 	@install -m 644 $(manual)/*.1 $(installed)/share/man/man1
 	@install -D -m 644 $(manual)/minivmm.bash $(installed)/share/bash-completion/completions/minivmm
