@@ -85,10 +85,14 @@ bench-guest: test-deps build guest
 		$(if $(ONLY),--only $(ONLY)) $(if $(WHO),--who $(WHO)) $(if $(MODES),--modes $(MODES)) $(if $(QUICK),--quick) $(ARGS)
 
 # The long suites: every combination of killed hosts and lost power TRIALS times (five minutes each), the same
-# with QEMU, hundreds of times as many seeds of the durability proof.
+# with QEMU, hundreds of times as many seeds of the durability proof; half an hour of soak on this machine's KVM,
+# and five minutes of it in the emulated host (SOAK= seconds, in place of either).
 torture: test-deps build guest emuhost
 	@MINIVMM_TRIALS=$(or $(TRIALS),10) MINIVMM_BESIDE_QEMU=1 cargo test --release --locked --test killed -- --nocapture --test-threads 1
 	@MINIVMM_SEEDS=$(or $(SEEDS),5000000) cargo test --release --locked --features mutants --test durability -- --nocapture
+	@case $$(guest-images/which-host) in directly*) \
+		MINIVMM_SOAK_SECONDS=$(or $(SOAK),1800) cargo test --release --locked --test soak -- --nocapture ;; esac
+	@MINIVMM_HOST=emulated MINIVMM_SOAK_SECONDS=$(or $(SOAK),300) cargo test --release --locked --test soak -- --nocapture
 
 # libFuzzer with AddressSanitizer on what guests and files say (docs/fuzzing.md); coverage needs an llvm-cov of
 # the compiler's LLVM.
@@ -157,7 +161,7 @@ from := $(binary)
 strip :=
 zsh := site-functions
 install-files: $(manual)/minivmm.1
-	@install -D -m 755 $(strip) $(from) $(installed)/bin/minivmm
+	@install -D -m 755 $(strip) -t $(installed)/bin $(from) $(from)-tools
 	@install -d $(installed)/share/man/man1 $(installed)/share/doc/minivmm
 	@install -m 644 $(manual)/*.1 $(installed)/share/man/man1
 	@install -D -m 644 $(manual)/minivmm.bash $(installed)/share/bash-completion/completions/minivmm

@@ -8,6 +8,7 @@ pub mod command;
 mod crash;
 mod find_guest;
 mod help;
+pub mod process;
 mod size;
 
 use std::path::PathBuf;

@@ -23,7 +23,7 @@
 //! | [`pci`] | configuration space, host bridge, MSI-X | virtio, KVM |
 //! | [`disk`] | one host image: flags, locking, policy, engines, sticky error | virtio, KVM |
 //! | [`layout`], [`mem`] | the address map; guest memory and pieces of it | everything |
-//! | [`ratelimit`], [`slab`], [`text`], [`mutants`] | quiet logs; private numbers; wrapped lines; deliberate mistakes | everything |
+//! | [`ratelimit`], [`slab`], [`text`], [`program`], [`mutants`] | quiet logs; private numbers; wrapped lines; where the binaries lie; deliberate mistakes | everything |
 //!
 //! One write, there and back, is told in `docs/architecture.md`.
 
@@ -44,6 +44,7 @@ pub mod mem;
 pub mod mutants;
 pub mod observe;
 pub mod pci;
+pub mod program;
 pub mod ratelimit;
 pub mod slab;
 pub mod stats;

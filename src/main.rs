@@ -1,24 +1,19 @@
 //! minivmm's binary: arguments in, a machine run, its exit status out.
 //!
 //! Owns the order: what went wrong is told in one place, once, with its chain of causes
-//! (`cli::command`).
+//! (`cli::command`). What runs no guest of its own is minivmm-tools' (`tools.rs`), to which it is handed
+//! over: a VMM that has none of it in its memory is smaller by a fifth.
 
-use std::io::Write;
-use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use anyhow::{Context, Result};
-use minivmm::cli::{Args, CrashArgs, ExitStatus, Task, command};
-use minivmm::crash::log::WriteLog;
-use minivmm::crash::{campaign, list};
+use minivmm::cli::process::{print, start_logging, told};
+use minivmm::cli::{Args, ExitStatus, Task, command};
 use minivmm::disk::DiskOptions;
 use minivmm::job::status::StatusFile;
-use minivmm::observe::top;
 use minivmm::vmm::{self, Ending};
-use minivmm::{check, explain};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::flag;
+use minivmm::{check, explain, program};
 
 fn main() {
     let args = Args::of_process();
@@ -27,19 +22,12 @@ fn main() {
 }
 
 fn run(args: Args) -> ExitStatus {
-    let told = match args.task() {
-        Task::Run => return run_guest(args),
-        Task::Check { json, quiet } => run_check(json, quiet),
-        Task::Explain { disks, json } => explain_disks(&disks, json),
-        Task::Log { log, json } => list_log(&log, json),
-        Task::Top { observation } => show_observation(&observation),
-        Task::Crash(args) => crash(*args),
-    };
-    told.unwrap_or_else(|error| {
-        // Whoever reads it may be gone; the status still says it.
-        let _ = writeln!(std::io::stderr(), "error: {error:#}");
-        ExitStatus::Failure
-    })
+    match args.task() {
+        Task::Run => run_guest(args),
+        Task::Check { json, quiet } => told(run_check(json, quiet)),
+        Task::Explain { disks, json } => told(explain_disks(&disks, json)),
+        Task::Log { .. } | Task::Top { .. } | Task::Crash(_) => told(hand_over()),
+    }
 }
 
 fn run_guest(args: Args) -> ExitStatus {
@@ -73,57 +61,12 @@ fn explain_disks(disks: &[DiskOptions], json: bool) -> Result<ExitStatus> {
     Ok(ExitStatus::Success)
 }
 
-fn list_log(path: &Path, json: bool) -> Result<ExitStatus> {
-    let log = WriteLog::open(path)?;
-    print(&if json { list::to_json(&log)? } else { list::to_text(&log) })?;
-    Ok(ExitStatus::Success)
-}
-
-fn show_observation(path: &Path) -> Result<ExitStatus> {
-    top::run(path)?;
-    Ok(ExitStatus::Success)
-}
-
-fn crash(args: CrashArgs) -> Result<ExitStatus> {
-    let json = args.json;
-    let options = args.options();
-    if let Some(out) = &options.write {
-        print(&campaign::write_image(&options, out)?)?;
-        return Ok(ExitStatus::Success);
-    }
-    // A second signal ends it at once.
-    let (stop, signal) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-    for number in [SIGHUP, SIGINT, SIGTERM] {
-        let value = usize::try_from(number).unwrap_or_default();
-        flag::register_conditional_shutdown(number, 128 + number, Arc::clone(&stop))?;
-        flag::register(number, Arc::clone(&stop))?;
-        flag::register_usize(number, Arc::clone(&signal), value)?;
-    }
-    let report = campaign::run(&options, &stop)?;
-    print(&if json { report.to_json()? } else { report.to_text() })?;
-    Ok(match i32::try_from(signal.load(Ordering::SeqCst)) {
-        Ok(signal) if signal > 0 => ExitStatus::Signal(signal),
-        _ if report.failures.is_empty() => ExitStatus::Success,
-        _ => ExitStatus::NotGood,
+/// The other binary, in the place of this one, with the same arguments.
+fn hand_over() -> Result<ExitStatus> {
+    let tools = program::beside(program::TOOLS).context("this program's own file is not known")?;
+    let error = Command::new(&tools).args(std::env::args_os().skip(1)).exec();
+    let path = tools.display();
+    Err(error).with_context(|| {
+        format!("cannot start {path}, which `make build` and `make install` put beside minivmm")
     })
-}
-
-/// To standard output, all of it. A reader that has gone, as `head` does, is no error.
-fn print(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    match writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(error).context("cannot write to standard output")
-        }
-        _ => Ok(()),
-    }
-}
-
-fn start_logging(level: log::LevelFilter) {
-    env_logger::Builder::new()
-        .filter_level(level)
-        .format(|buffer, record| {
-            writeln!(buffer, "minivmm: {}: {}", record.level().as_str().to_lowercase(), record.args())
-        })
-        .init();
 }

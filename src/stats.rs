@@ -255,7 +255,7 @@ fn at(counter: &AtomicU64) -> u64 {
 }
 
 fn disk(name: String, image: &Image) -> DiskStats {
-    let counters = &image.counters;
+    let counters = &image.counters();
     let queues = image.queue_stats();
     DiskStats {
         name,
@@ -362,11 +362,11 @@ fn phases(found: &KindSummary) -> PhaseFigures {
 }
 
 fn durability(image: &Image) -> Durability {
-    let found = image.monitor.snapshot();
+    let (found, counters) = (image.monitor.snapshot(), image.counters());
     Durability {
         honours_flush: image.policy().honour_flush,
-        flushes_asked: image.counters.flushes.load(Ordering::Relaxed),
-        flushes_ignored: image.counters.flushes_ignored.load(Ordering::Relaxed),
+        flushes_asked: at(&counters.flushes),
+        flushes_ignored: at(&counters.flushes_ignored),
         volatile_bytes_acknowledged: found.acknowledged_bytes,
         bytes_at_risk: found.at_risk_bytes,
         bytes_at_risk_max: found.at_risk_bytes_max,

@@ -230,7 +230,7 @@ fn short_transfers_are_continued_to_the_last_byte() {
         assert_eq!(rig.write_sectors(24, &data), OK, "{mode}");
         assert_eq!(rig.read_sectors(24, 65536), (OK, data.clone()), "{mode}");
         assert_eq!(image.content()[24 * 512..24 * 512 + 65536], data, "{mode}");
-        assert!(rig.image.counters.continued.load(Ordering::Relaxed) > 0);
+        assert!(rig.image.counters().continued.load(Ordering::Relaxed) > 0);
     }
 }
 
@@ -306,7 +306,7 @@ fn the_end_is_an_fdatasync_except_where_flushes_are_ignored() {
         let image = TestImage::new(IMAGE_BYTES);
         let opened = image.open(policy.name);
         opened.close().unwrap();
-        let syncs = opened.counters.fdatasyncs.load(Ordering::Relaxed);
+        let syncs = opened.counters().fdatasyncs.load(Ordering::Relaxed);
         assert_eq!(syncs, u64::from(policy.honour_flush), "{}", policy.name);
     }
 }

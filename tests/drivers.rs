@@ -318,7 +318,7 @@ impl Machine {
     }
 
     fn counter(&self, name: &str) -> u64 {
-        self.image.counters.snapshot().into_iter().find(|counter| counter.0 == name).unwrap().1
+        self.image.counters().snapshot().into_iter().find(|counter| counter.0 == name).unwrap().1
     }
 }
 

@@ -189,9 +189,9 @@ fn a_flush_on_one_queue_covers_what_is_complete_on_all() {
                 }
                 let at_risk = image.monitor.snapshot().at_risk_bytes;
                 assert_eq!(at_risk, if image.policy().write_cache { 4 * 4096 } else { 0 }, "{what}");
-                let before = image.counters.fdatasyncs.load(Ordering::Relaxed);
+                let before = image.counters().fdatasyncs.load(Ordering::Relaxed);
                 assert_eq!(many.flush(flushing), OK, "{what}");
-                assert_eq!(image.counters.fdatasyncs.load(Ordering::Relaxed), before + 1, "{what}");
+                assert_eq!(image.counters().fdatasyncs.load(Ordering::Relaxed), before + 1, "{what}");
                 assert_eq!(image.monitor.snapshot().at_risk_bytes, 0, "{what}");
                 if let Some(pages) = dirty_pages(&image) {
                     assert_eq!(pages, 0, "{what}: dirty in the host's page cache");
@@ -256,7 +256,7 @@ fn whoever_works_syncs_when_the_guest_turns_its_write_cache_off() {
             many.rig.set_writeback(0);
             // No doorbell of the driver's.
             until("nobody syncs", || image.monitor.snapshot().at_risk_bytes == 0);
-            assert_eq!(image.counters.fdatasyncs.load(Ordering::Relaxed), 1, "{engine} {enabled:?}");
+            assert_eq!(image.counters().fdatasyncs.load(Ordering::Relaxed), 1, "{engine} {enabled:?}");
         }
     }
 }
@@ -362,7 +362,7 @@ fn held(
     until("queue 1 syncs", || gate.someone_waits());
     many.submit(0, FLUSH, 0, None);
     let syncs = || image.monitor.snapshot().syncs.map_or(0, |syncs| syncs.count);
-    until("queue 0 syncs", || image.counters.fdatasyncs.load(Ordering::Relaxed) == 2);
+    until("queue 0 syncs", || image.counters().fdatasyncs.load(Ordering::Relaxed) == 2);
     // The wait that ends the fdatasync, and the one that holds it.
     until("queue 0 holds", || wakes.lock().unwrap().len() >= 3);
     assert_eq!(syncs(), 0, "neither counts yet");

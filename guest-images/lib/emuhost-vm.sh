@@ -76,6 +76,11 @@ stage_common() {
     if [ -n "$BINARY" ]; then
         place "$BINARY" "$stage/bin/minivmm"
         stage_libraries "$stage" "$BINARY"
+        # What minivmm hands over to lies beside it.
+        if [ -x "$BINARY-tools" ]; then
+            place "$BINARY-tools" "$stage/bin/minivmm-tools"
+            stage_libraries "$stage" "$BINARY-tools"
+        fi
     fi
     for name in . 6.12 6.1 small own; do
         for file in vmlinuz bzImage vmlinux initrd.cpio; do

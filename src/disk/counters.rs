@@ -14,6 +14,11 @@ macro_rules! counters {
         }
 
         impl Counters {
+            /// Adds those of `other`, as they are now.
+            pub(super) fn add(&self, other: &Self) {
+                $(self.$name.fetch_add(other.$name.load(Ordering::Relaxed), Ordering::Relaxed);)+
+            }
+
             /// Every counter's name and value, in the order of their definition.
             pub fn snapshot(&self) -> Vec<(&'static str, u64)> {
                 vec![$((stringify!($name), self.$name.load(Ordering::Relaxed)),)+]

@@ -52,8 +52,8 @@ pub struct Image {
     dsync_is_one_flush: bool,
     /// The engine that does the I/O, once it is chosen.
     engine_in_use: OnceLock<&'static str>,
-    /// What has been done so far, by all queues.
-    pub counters: Arc<Counters>,
+    /// What is no queue's business: the ring's calls, faults, the last sync.
+    pub(super) beside_queues: Counters,
     /// What each queue has done.
     queue_stats: Mutex<Vec<Arc<QueueStats>>>,
     timed: bool,
@@ -169,7 +169,7 @@ impl Image {
             poll: Duration::from_micros(u64::from(options.poll_us.unwrap_or(POLL_US))),
             dsync_is_one_flush,
             engine_in_use: OnceLock::new(),
-            counters: Arc::default(),
+            beside_queues: Counters::default(),
             queue_stats: Mutex::default(),
             timed: options.timed,
             latch: SyncLatch::default(),
@@ -251,9 +251,17 @@ impl Image {
 
     /// The figures of one more queue, which come after those of the others.
     pub(super) fn add_queue(&self) -> Arc<QueueStats> {
-        let stats = Arc::new(QueueStats::new(Arc::clone(&self.counters), self.timed));
+        let stats = Arc::new(QueueStats::new(self.timed));
         self.queue_stats.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&stats));
         stats
+    }
+
+    /// What has been done so far, by all queues.
+    pub fn counters(&self) -> Counters {
+        let sum = Counters::default();
+        sum.add(&self.beside_queues);
+        self.queue_stats().iter().for_each(|queue| sum.add(&queue.counters));
+        sum
     }
 
     /// The figures of each queue, in their order.
@@ -362,7 +370,7 @@ impl Image {
         if !self.is_synced_at_both_ends() {
             return Ok(());
         }
-        Counters::count(&self.counters.fdatasyncs);
+        Counters::count(&self.beside_queues.fdatasyncs);
         let start = self.monitor.sync_starts();
         let logged = self.write_log.as_ref().map(|log| (log, log.sync_starts()));
         let result = self.file.sync_data().inspect_err(|error| self.latch.set(error));

@@ -1,11 +1,10 @@
-//! What one queue of a disk has done: its share of the disk's counters, its requests in flight and
-//! their latencies.
+//! What one queue of a disk has done: its counters, its requests in flight and their latencies.
 //!
-//! Owns the counting in both places. The worker of the queue is the only one that counts here, so that
+//! Owns the counting; the disk's figures are sums, made when somebody asks. The worker of the queue is the only one that counts here, so that
 //! no two CPUs contend for it; whoever reports looks at it from outside.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::counters::Counters;
 use super::latency::{Latencies, Moments};
@@ -15,8 +14,6 @@ use super::latency::{Latencies, Moments};
 pub struct QueueStats {
     /// Its own counters. Those of what is not a queue's business (io_uring_enter, faults) stay 0 here.
     pub counters: Counters,
-    /// The disk's, of all its queues.
-    disk: Arc<Counters>,
     in_flight: AtomicU64,
     in_flight_max: AtomicU64,
     latencies: Option<Mutex<Latencies>>,
@@ -24,17 +21,16 @@ pub struct QueueStats {
 
 impl QueueStats {
     /// Nothing yet; `timed` if latencies are wanted.
-    pub fn new(disk: Arc<Counters>, timed: bool) -> Self {
+    pub fn new(timed: bool) -> Self {
         Self {
             counters: Counters::default(),
-            disk,
             in_flight: AtomicU64::new(0),
             in_flight_max: AtomicU64::new(0),
             latencies: timed.then(Mutex::default),
         }
     }
 
-    /// One more, for the queue and for the disk.
+    /// One more.
     pub(super) fn count(&self, counter: impl Fn(&Counters) -> &AtomicU64) {
         self.count_many(1, counter);
     }
@@ -44,7 +40,6 @@ impl QueueStats {
         let own = counter(&self.counters);
         // One writer: no need for the processor's lock.
         own.store(own.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
-        counter(&self.disk).fetch_add(more, Ordering::Relaxed);
     }
 
     /// A request has come.

@@ -146,7 +146,7 @@ impl UringEngine {
     /// The one system call: submits what is queued, waits for at least `want` ends.
     fn enter(&mut self, want: usize) -> io::Result<()> {
         self.enable()?;
-        Counters::count(&self.image.counters.io_uring_enters);
+        Counters::count(&self.image.beside_queues.io_uring_enters);
         match self.ring.submit_and_wait(want) {
             Ok(_) => Ok(()),
             // A signal, or ends that must be taken first: both are seen to by trying again.

@@ -85,7 +85,7 @@ pub struct Requests {
 impl Requests {
     fn of(image: &Image) -> Self {
         let at = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let counters = &image.counters;
+        let counters = image.counters();
         Self {
             reads: at(&counters.reads),
             read_bytes: at(&counters.read_bytes),
@@ -186,7 +186,7 @@ impl Disk {
             cache: self.image.policy().name,
             residency,
             requests,
-            syncs: self.image.counters.fdatasyncs.load(Ordering::Relaxed),
+            syncs: self.image.counters().fdatasyncs.load(Ordering::Relaxed),
             at_risk_bytes: self.image.monitor.snapshot().at_risk_bytes,
             host_disk: self.host.as_ref().map(|(disk, _)| disk.name().to_owned()),
             host_io,

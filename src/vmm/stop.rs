@@ -117,7 +117,7 @@ pub fn close(disks: &[OpenDisk], signals: &Signals) -> Result<(), StopError> {
         let what = format!("the last fdatasync of {}", disk.path.display());
         wait_until(|| work.is_finished(), &what, None, signals)?;
         let result = work.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
-        log::info!("{}: {}", disk.path.display(), disk.image.counters.summary());
+        log::info!("{}: {}", disk.path.display(), disk.image.counters().summary());
         if let Err(source) = result {
             log::error!("{}: the last fdatasync failed: {source}", disk.path.display());
             failed = Err(StopError::Sync { path: disk.path.clone(), source });

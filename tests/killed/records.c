@@ -2,8 +2,8 @@
  * Writes numbered, checksummed records to a disk, one at a time past the guest's own cache, and says
  * what is written and what is flushed, so that whoever has heard it can hold the disk to it.
  *
- * Usage: records DEVICE FLUSH_EVERY SECONDS. FLUSH_EVERY 0 never asks for a flush. Record n is a block of
- * 4 KiB at block (n * 7919) mod blocks, each block at most once: "RECORDMV", n, its block and a CRC-32 of
+ * Usage: records DEVICE FLUSH_EVERY SECONDS [FIRST]. FLUSH_EVERY 0 never asks for a flush. The first FIRST MiB are
+ * not touched; of what follows, record n is a block of 4 KiB at block (n * 7919) mod blocks, each block at most once: "RECORDMV", n, its block and a CRC-32 of
  * all before it, little endian; the rest is n again and again. On standard output, a line each:
  *   declares back|through   what the disk says of its write cache
  *   w N                     records 1 to N are written (said every eighth, and at a flush)
@@ -61,17 +61,18 @@ static void declare(const char *device)
 
 int main(int argc, char **argv)
 {
-	if (argc != 4)
+	if (argc != 4 && argc != 5)
 		return 2;
+	off_t first = argc == 5 ? (off_t)(strtoull(argv[4], NULL, 10) << 20) : 0;
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	uint64_t flush_every = strtoull(argv[2], NULL, 10);
 	double until = now() + atof(argv[3]);
 	int fd = open(argv[1], O_RDWR | O_DIRECT);
 	off_t bytes = fd < 0 ? -1 : lseek(fd, 0, SEEK_END);
-	if (bytes < BLOCK)
+	if (bytes < first + BLOCK)
 		die(argv[1]);
 	declare(argv[1]);
-	uint64_t blocks = (uint64_t)bytes / BLOCK, n = 0;
+	uint64_t blocks = (uint64_t)(bytes - first) / BLOCK, n = 0;
 	unsigned char *block = aligned_alloc(BLOCK, BLOCK);
 	while (n < blocks && now() < until) {
 		n++;
@@ -82,7 +83,7 @@ int main(int argc, char **argv)
 		memcpy(block + 16, &at, 8);
 		uint32_t sum = crc32(block, 24);
 		memcpy(block + 24, &sum, 4);
-		if (pwrite(fd, block, BLOCK, (off_t)(at * BLOCK)) != BLOCK)
+		if (pwrite(fd, block, BLOCK, first + (off_t)(at * BLOCK)) != BLOCK)
 			die("pwrite");
 		int flushes = flush_every && n % flush_every == 0;
 		if (n % SAID_EVERY == 0 || flushes)

@@ -1,9 +1,30 @@
 //! What a guest has said, and what is found of it (records.c has the grammar and the layout).
 
 use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
 
 const BLOCK: usize = 4096;
 const MAGIC: &[u8; 8] = b"RECORDMV";
+
+/// The guests' program, static.
+pub fn program() -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let build = || {
+        let program =
+            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("records-{}", env!("CARGO_CRATE_NAME")));
+        let made = Command::new("gcc")
+            .args(["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o"])
+            .arg(&program)
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/killed/records.c"))
+            .status()
+            .unwrap();
+        assert!(made.success());
+        program
+    };
+    BUILT.get_or_init(build).clone()
+}
 
 /// What a guest has said.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]

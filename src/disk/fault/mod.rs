@@ -229,7 +229,7 @@ impl Engine for FaultEngine {
         // An operation is counted once, however often it is handed over.
         let plan = match self.refused.take() {
             Some((refused, plan)) if refused == token => plan,
-            _ => self.faults.plan(&op, &self.image.counters),
+            _ => self.faults.plan(&op, &self.image.beside_queues),
         };
         if !plan.delay.is_zero() {
             let act = self.act(op, plan.fate);
