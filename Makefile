@@ -2,7 +2,7 @@
 # is missing, or print the line that does.
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test bench bench-bare bench-guest lint deps test-deps clean torture install install-files static deb
+.PHONY: help build run test bench bench-bare bench-guest lint deps test-deps clean torture fuzz fuzz-merge fuzz-coverage asan miri install install-files static deb
 
 include guest-images/guest.mk
 
@@ -21,6 +21,10 @@ help: ## lists the commands
 	@echo "make static       a static binary, for any Linux: $(static_binary)"
 	@echo "make deb          a Debian package of it, in target/debian"
 	@echo "make torture      the long suites"
+	@echo "make fuzz         the fuzzers in turn: TARGET=, SECONDS= for each; make fuzz-merge keeps what is new,"
+	@echo "                  make fuzz-coverage counts lines"
+	@echo "make asan         the device's suites with AddressSanitizer"
+	@echo "make miri         the unsafe code over guest memory under Miri, where a nightly has it"
 	@echo "make clean        removes what was built"
 
 build:
@@ -90,13 +94,33 @@ torture: test-deps build guest emuhost
 		MINIVMM_SOAK_SECONDS=$(or $(SOAK),1800) cargo test --release --locked --test soak -- --nocapture ;; esac
 	@MINIVMM_HOST=emulated MINIVMM_SOAK_SECONDS=$(or $(SOAK),300) cargo test --release --locked --test soak -- --nocapture
 
+# libFuzzer with AddressSanitizer on what guests and files say (docs/fuzzing.md); coverage needs an llvm-cov of
+# the compiler's LLVM.
+fuzz fuzz-merge:
+	@guest-images/install-packages gcc g++ libc6-dev
+	@SECONDS_EACH=$(or $(SECONDS),60) fuzz/run $(if $(filter fuzz,$@),fuzz,merge) $(TARGET)
+
+fuzz-coverage:
+	@guest-images/install-packages llvm-$$(rustc -vV | sed -n 's/^LLVM version: \([0-9]*\).*/\1/p')
+	@fuzz/run coverage $(TARGET)
+
+# The suites of the device with AddressSanitizer, io_uring included.
+asan: deps
+	@fuzz/run asan
+
+# The unsafe code over guest memory under Miri, where a nightly toolchain with that component is installed.
+miri:
+	@cargo +nightly miri --version >/dev/null 2>&1 || \
+		{ echo "error: no Miri here: rustup toolchain install nightly --component miri rust-src" >&2; exit 1; }
+	@MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --locked --test unsafe_memory
+
 lint: deps
 	@cargo fmt --all -- --check
 	@cargo clippy --release --locked --all-targets --features mutants --quiet -- -D warnings
 	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo \
 		guest-images/install-packages guest-images/emuhost guest-images/boot-times guest-images/build-guest \
 		guest-images/build-host guest-images/build-small-kernel guest-images/bench/build.sh guest-images/pack-qemu .ci/run \
-		examples/crash/*.sh examples/crash/*/*.sh
+		fuzz/run examples/crash/*.sh examples/crash/*/*.sh
 	@command -v cargo-deny >/dev/null || cargo install --quiet --debug --locked cargo-deny
 	@cargo deny --log-level error check bans licenses sources
 

@@ -90,14 +90,18 @@ pub fn map_ram(regions: &[(u64, u64)]) -> Result<Ram, RamError> {
 fn map_region(base: u64, bytes: u64) -> Result<GuestRegionMmap<()>, RamError> {
     let failed = |source| RamError::Map { bytes, source };
     let len = usize::try_from(bytes).map_err(|e| failed(io::Error::other(e)))?;
+    // Miri (`make miri`) maps memory too, but knows neither of these.
+    let lazily = if cfg!(miri) { 0 } else { libc::MAP_NORESERVE };
+    let advices =
+        if cfg!(miri) { &[][..] } else { &[(libc::MADV_DONTFORK, true), (libc::MADV_HUGEPAGE, false)] };
     let region = MmapRegion::build(
         None,
         len,
         libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | lazily,
     )
     .map_err(|e| failed(io::Error::other(e)))?;
-    for (advice, needed) in [(libc::MADV_DONTFORK, true), (libc::MADV_HUGEPAGE, false)] {
+    for &(advice, needed) in advices {
         // SAFETY: the range is exactly the mapping made above, which `region` keeps alive.
         let result = unsafe { libc::madvise(region.as_ptr().cast(), len, advice) };
         if result != 0 && needed {

@@ -237,7 +237,7 @@ fn only_the_machine_itself_names_the_kvm_crates() {
 #[test]
 fn every_file_opens_with_what_it_owns() {
     let mut wrong = Vec::new();
-    for (path, content) in [rust_files("src"), rust_files("tests"), rust_files("benches")].concat() {
+    for (path, content) in ["src", "tests", "benches", "fuzz"].map(rust_files).concat() {
         let first = content.lines().next().unwrap_or_default();
         if !first.starts_with("//! ") {
             wrong.push(format!("{path}: does not open with //! and what it owns"));
@@ -249,7 +249,7 @@ fn every_file_opens_with_what_it_owns() {
 #[test]
 fn nothing_is_left_for_later_and_no_test_is_switched_off() {
     let mut wrong = Vec::new();
-    for (path, content) in [rust_files("src"), rust_files("tests"), rust_files("benches")].concat() {
+    for (path, content) in ["src", "tests", "benches", "fuzz"].map(rust_files).concat() {
         for (line, text) in content.lines().enumerate().map(|(at, line)| (at + 1, line)) {
             for (a, b) in NEVER.iter().filter(|(a, b)| text.contains(&format!("{a}{b}"))) {
                 wrong.push(format!("{path}:{line}: {a}{b}"));
@@ -262,7 +262,9 @@ fn nothing_is_left_for_later_and_no_test_is_switched_off() {
 #[test]
 fn a_file_can_be_read_in_one_sitting() {
     let mut wrong = Vec::new();
-    for (directory, most) in [("src", LINES_MAX), ("tests", TEST_LINES_MAX), ("benches", LINES_MAX)] {
+    for (directory, most) in
+        [("src", LINES_MAX), ("tests", TEST_LINES_MAX), ("benches", LINES_MAX), ("fuzz", LINES_MAX)]
+    {
         for (path, content) in rust_files(directory) {
             let lines = content.lines().count();
             if lines > most {
@@ -282,7 +284,8 @@ fn scripts_and_tests_name_no_url() {
         name == "Makefile"
             || name.ends_with(".mk")
             || name.ends_with(".sh")
-            || [".ci", "guest-images", "tests"].into_iter().any(inside) && !name.ends_with(".md")
+            || [".ci", "guest-images", "tests", "fuzz"].into_iter().any(inside)
+                && ![".md", ".lock"].iter().any(|ending| name.ends_with(ending))
     }
     let (plain, secure) = (format!("http:{}", "//"), format!("https:{}", "//"));
     let mut wrong = Vec::new();

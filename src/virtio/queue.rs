@@ -153,6 +153,8 @@ pub struct Ring {
     size: u16,
     indirect: bool,
     event_idx: bool,
+    /// As the driver has said it.
+    config: QueueConfig,
     /// Where indirect tables are found; and it keeps what the three parts point to.
     ram: Ram,
 }
@@ -202,6 +204,7 @@ impl Ring {
             size,
             indirect: features & feature::INDIRECT_DESC != 0,
             event_idx: features & feature::EVENT_IDX != 0,
+            config: *config,
             ram: ram.clone(),
         })
     }
@@ -209,6 +212,11 @@ impl Ring {
     /// Number of descriptors.
     pub fn size(&self) -> u16 {
         self.size
+    }
+
+    /// Where the parts of the queue are, as the driver has said it.
+    pub fn config(&self) -> &QueueConfig {
+        &self.config
     }
 
     /// The next available chain, if there is one, in memory of its own.
