@@ -21,6 +21,7 @@ use crate::boot::cmdline;
 use crate::disk::{DiskOptions, TransportChoice};
 use crate::job::{self, JobError};
 use crate::kvm::failure;
+use crate::sandbox;
 use crate::vmm::{Config, ConsoleTarget, Ending, ObserveTarget, StatsTarget};
 use command::{CommandArgs, ConsoleTaken};
 
@@ -106,7 +107,7 @@ pub struct Args {
     ///
     /// Bytes at risk are those that the guest was told are written and that a crash of the host may
     /// still lose. Latencies are measured only with this option. SIGUSR1 tells the same at any time:
-    /// on stderr, or by replacing FILE.
+    /// on stderr, or by writing FILE anew.
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
     stats: Option<Option<PathBuf>>,
 
@@ -126,6 +127,14 @@ pub struct Args {
     /// By a cgroup v2 of its own, where that is permitted.
     #[arg(long, value_name = "SIZE", value_parser = size::memory, help_heading = help::MACHINE)]
     host_memory_limit: Option<u64>,
+
+    /// Give up, before the guest runs, what a VMM does not need: on, log, or off
+    ///
+    /// on: no path can be opened, no program started; each thread has a list of the system calls that it may
+    /// make, and one that is not on it ends minivmm with status 125 and is named. log: such a call is named and
+    /// made. What each may, and why, is in docs/security.md.
+    #[arg(long, value_name = "on|log|off", default_value = "on", value_parser = sandbox_mode, help_heading = help::MACHINE)]
+    sandbox: sandbox::Mode,
 
     /// Say more (twice: much more)
     #[arg(short, long, action = ArgAction::Count, help_heading = help::RUNNING)]
@@ -234,6 +243,10 @@ fn cpus(text: &str) -> Result<u8, String> {
 
 fn transport(text: &str) -> Result<TransportChoice, String> {
     TransportChoice::by_name(text).ok_or_else(|| "it is pci or mmio".into())
+}
+
+fn sandbox_mode(text: &str) -> Result<sandbox::Mode, String> {
+    sandbox::Mode::by_name(text).ok_or_else(|| "it is on, log or off".into())
 }
 
 fn console(text: &str) -> Result<ConsoleTarget, String> {
@@ -362,6 +375,7 @@ impl Args {
             stats: self.stats.map(|file| file.map_or(StatsTarget::Stderr, StatsTarget::Json)),
             observe: self.observe.map(|path| ObserveTarget { path, interval: self.observe_interval }),
             host_memory_limit: self.host_memory_limit,
+            sandbox: self.sandbox,
             job: self.job.into_job().map(|job| job::archive(&job)).transpose()?,
         })
     }

@@ -22,6 +22,7 @@
 //! | [`console`] | virtio-console: ports, their control messages, the host's streams | KVM, transports |
 //! | [`pci`] | configuration space, host bridge, MSI-X | virtio, KVM |
 //! | [`disk`] | one host image: flags, locking, policy, engines, sticky error | virtio, KVM |
+//! | [`sandbox`] | what every thread gives up before the guest runs | everything |
 //! | [`layout`], [`mem`] | the address map; guest memory and pieces of it | everything |
 //! | [`ratelimit`], [`slab`], [`text`], [`program`], [`mutants`] | quiet logs; private numbers; wrapped lines; where the binaries lie; deliberate mistakes | everything |
 //!
@@ -46,6 +47,7 @@ pub mod observe;
 pub mod pci;
 pub mod program;
 pub mod ratelimit;
+pub mod sandbox;
 pub mod slab;
 pub mod stats;
 pub mod terminal;

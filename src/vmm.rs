@@ -32,6 +32,7 @@ use crate::kvm::failure::Failure;
 use crate::mem::RamError;
 use crate::observe::control::ControlError;
 use crate::observe::limit::{LimitError, MemoryLimit};
+use crate::sandbox::{self, Role, SandboxError, Ticket};
 use crate::terminal::{self, Input, RawMode};
 use crate::vcpu::{End, Vcpu};
 use build::Machine;
@@ -39,7 +40,7 @@ use events::{Report, Reporter, Reports, Signals};
 use input::{Console, READ_BYTES_MAX, Wish};
 use job::JobEnd;
 pub use job::Times;
-use stop::{StopError, VcpuThread};
+use stop::{Ender, StopError, VcpuThread};
 use watch::Watch;
 
 /// What machine, with what guest.
@@ -71,6 +72,8 @@ pub struct Config {
     pub host_memory_limit: Option<u64>,
     /// The archive of a command that is the guest's only job.
     pub job: Option<Vec<u8>>,
+    /// What the threads give up before the guest runs.
+    pub sandbox: sandbox::Mode,
 }
 
 /// Where the statistics go at the end.
@@ -160,6 +163,8 @@ pub enum VmmError {
     #[error("cannot write the observation to {path}")]
     Observe { path: PathBuf, source: io::Error },
     #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    #[error(transparent)]
     HostCache(#[from] ControlError),
     #[error("--host-memory-limit cannot be had")]
     Limit(#[from] LimitError),
@@ -192,11 +197,14 @@ pub fn run(config: &Config) -> Result<Ending, VmmError> {
         );
     }
     let _limit = config.host_memory_limit.map(MemoryLimit::of_this_process).transpose()?;
+    sandbox::arm(config.sandbox)?;
+    let ticket = Ticket::new(Role::Main);
     let mut machine = build::build(config)?;
     let open = |target| stop::StatsReport::open(target, &machine.disks);
     let mut report = config.stats.as_ref().map(open).transpose()?;
     let mut run = Run::new(&mut machine, &signals, config)?;
-    let ended = run.start(&mut machine).and_then(|()| run.supervise(&mut || tell(report.as_mut(), &machine)));
+    let ended =
+        run.start(&mut machine, ticket).and_then(|()| run.supervise(&mut || tell(report.as_mut(), &machine)));
     let stopped = run.stop(&machine);
     let observed = std::mem::replace(&mut run.observed, Ok(()));
     // What the guest said last may have come to us only when its device was stopped.
@@ -251,6 +259,7 @@ struct Run<'a> {
     signals: &'a Signals,
     reports: Reports,
     threads: Vec<VcpuThread>,
+    ender: Ender,
     serial: build::SerialEnd,
     stdin: File,
     console: Console,
@@ -275,6 +284,7 @@ impl<'a> Run<'a> {
             signals,
             reports: Reports::new().map_err(host("make an eventfd"))?,
             threads: Vec::new(),
+            ender: Ender::start().map_err(host("start a thread for the end"))?,
             serial: machine.serial.clone(),
             stdin: stdin.into(),
             console: Console::new(kind),
@@ -293,20 +303,27 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn start(&mut self, machine: &mut Machine) -> Result<(), VmmError> {
-        // Farther away than the clock counts is never.
-        self.begin = Instant::now();
-        self.deadline = self.timeout.and_then(|timeout| self.begin.checked_add(timeout));
+    /// Starts the CPUs. None runs before every thread, this one by its `ticket`, is in the sandbox.
+    fn start(&mut self, machine: &mut Machine, ticket: Ticket) -> Result<(), VmmError> {
         for vcpu in machine.vcpus.drain(..) {
             let reporter = self.reports.reporter().map_err(host("make an eventfd"))?;
             let page = Arc::clone(&vcpu.page);
             let stopping = machine.stopping.clone();
+            let theirs = Ticket::new(Role::Vcpu);
             let thread = thread::Builder::new()
                 .name(format!("vcpu{}", vcpu.id))
-                .spawn(move || run_vcpu(vcpu, reporter, &|| stopping.is_set()))
+                .spawn(move || {
+                    theirs.enter();
+                    sandbox::wait_for_all();
+                    run_vcpu(vcpu, reporter, &|| stopping.is_set());
+                })
                 .map_err(host("start a thread for a CPU"))?;
             self.threads.push(VcpuThread { thread, page });
         }
+        // Farther away than the clock counts is never.
+        self.begin = Instant::now();
+        self.deadline = self.timeout.and_then(|timeout| self.begin.checked_add(timeout));
+        ticket.enter();
         Ok(())
     }
 
@@ -435,10 +452,10 @@ impl<'a> Run<'a> {
             let _ = vcpu.thread.join();
         }
         self.raw_mode = None;
-        stop::drain(&machine.transports, self.signals)?;
+        stop::drain(&self.ender, &machine.transports, self.signals)?;
         // As the guest has left it: what is dirty still is.
         self.observed = self.watch.take().map_or(Ok(()), Watch::end);
-        stop::close(&machine.disks, self.signals)
+        stop::close(&self.ender, &machine.disks, self.signals)
     }
 }
 

@@ -6,24 +6,25 @@ use std::path::{Path, PathBuf};
 
 /// Which modules of the crate each module may name. Dependencies point down; a module may always
 /// name itself. `None`: everything.
-const LAYERS: [(&str, Option<&[&str]>); 23] = [
+const LAYERS: [(&str, Option<&[&str]>); 24] = [
     ("main", None),
     ("tools", None),
     ("cli", None),
     ("vmm", None),
     ("check", None),
     ("stats", Some(&["disk"])),
+    ("sandbox", Some(&["terminal"])),
     ("vcpu", Some(&["kvm", "bus", "mem", "layout", "ratelimit"])),
     ("kvm", Some(&["bus", "pci", "mem", "layout", "ratelimit"])),
     ("boot", Some(&["mem", "layout"])),
     ("crash", Some(&["disk", "blk", "mem", "ratelimit"])),
     ("study", Some(&["disk", "blk", "crash", "observe", "mem", "ratelimit"])),
-    ("observe", Some(&["disk", "explain"])),
+    ("observe", Some(&["disk", "explain", "sandbox"])),
     ("explain", Some(&["blk", "virtio", "disk", "mem", "text"])),
-    ("blk", Some(&["virtio", "disk", "mem", "ratelimit", "slab"])),
-    ("console", Some(&["virtio", "mem", "ratelimit"])),
+    ("blk", Some(&["virtio", "disk", "mem", "ratelimit", "slab", "sandbox"])),
+    ("console", Some(&["virtio", "mem", "ratelimit", "sandbox"])),
     ("job", Some(&[])),
-    ("disk", Some(&["mem", "ratelimit", "slab", "mutants"])),
+    ("disk", Some(&["mem", "ratelimit", "slab", "mutants", "sandbox"])),
     ("virtio", Some(&["bus", "pci", "mem", "ratelimit"])),
     ("pci", Some(&["bus", "mem", "layout", "ratelimit"])),
     ("devices", Some(&["bus", "layout", "ratelimit"])),

@@ -20,6 +20,7 @@ use crate::disk::engine::Wake;
 use crate::disk::machine::{Completion, Disk, Op};
 use crate::mem::{self, Iov, Ram, Segment};
 use crate::ratelimit::RateLimit;
+use crate::sandbox::{Role, Ticket};
 use crate::slab::Slab;
 use crate::virtio::Interrupt;
 use crate::virtio::queue::{Chain, Ring, RingError};
@@ -427,7 +428,9 @@ impl WorkerThread {
         let mailbox = Arc::new(Mailbox { state: Mutex::new(State::Parked), changed: Condvar::new() });
         let theirs = Arc::clone(&mailbox);
         let builder = std::thread::Builder::new().name(name).stack_size(STACK_BYTES);
+        let ticket = Ticket::new(Role::Worker);
         let thread = builder.spawn(move || {
+            ticket.enter();
             let at_the_end = EndsWithThread(&theirs);
             work(at_the_end.0, disk);
         })?;

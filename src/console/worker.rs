@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::PortConfig;
 use super::live::Live;
 use crate::ratelimit::RateLimit;
+use crate::sandbox::{Role, Ticket};
 use crate::virtio::Activation;
 use crate::warn_limited;
 
@@ -52,7 +53,11 @@ impl WorkerThread {
             errors: RateLimit::for_guest_errors(),
             live: None,
         };
-        let thread = std::thread::Builder::new().name("console".into()).spawn(move || worker.work())?;
+        let ticket = Ticket::new(Role::Console);
+        let thread = std::thread::Builder::new().name("console".into()).spawn(move || {
+            ticket.enter();
+            worker.work();
+        })?;
         Ok(Self { orders: Some(orders), wake, thread: Some(thread) })
     }
 

@@ -3,6 +3,7 @@
 //! Owns what is said: the reason, the registers, the instruction, and what to do about it.
 
 use std::fmt;
+use std::sync::OnceLock;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
@@ -155,11 +156,15 @@ impl Reason {
     }
 }
 
-/// The processor's virtualization extension, vmx or svm, as /proc/cpuinfo names it.
+/// The processor's virtualization extension, vmx or svm, as /proc/cpuinfo names it. Looked at once: a VM looks
+/// before its guest runs, since afterwards nothing can be opened.
 pub fn hardware() -> Option<&'static str> {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = info.lines().find(|line| line.starts_with("flags"))?;
-    ["vmx", "svm"].into_iter().find(|name| flags.split_whitespace().any(|flag| flag == *name))
+    static FOUND: OnceLock<Option<&str>> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let flags = info.lines().find(|line| line.starts_with("flags"))?;
+        ["vmx", "svm"].into_iter().find(|name| flags.split_whitespace().any(|flag| flag == *name))
+    })
 }
 
 impl std::error::Error for Failure {}

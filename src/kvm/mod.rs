@@ -73,6 +73,8 @@ pub fn open(cpus: u8) -> Result<Kvm, KvmError> {
     if usize::from(cpus) > max {
         return Err(KvmError::TooManyCpus { asked: cpus, max });
     }
+    // For the message of a guest that fails.
+    let _ = failure::hardware();
     Ok(kvm)
 }
 

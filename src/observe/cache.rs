@@ -111,6 +111,8 @@ pub struct Watched<F> {
     file: F,
     path: PathBuf,
     below: Below,
+    /// Whether mincore(2) tells this process the truth.
+    is_told: bool,
 }
 
 #[derive(Debug)]
@@ -136,7 +138,8 @@ impl<F: Borrow<File>> Watched<F> {
         } else {
             below_overlay(own, &path, &place).map_or(Below::OutOfReach, Below::File)
         };
-        Self { file, path, below }
+        let is_told = may_be_told(own).unwrap_or(false);
+        Self { file, path, below, is_told }
     }
 
     /// All of it.
@@ -157,7 +160,12 @@ impl<F: Borrow<File>> Watched<F> {
             Some(Err(error)) => Some(error),
             None => None,
         };
-        match (mincore(self.file.borrow(), offset, length), refused) {
+        let seen = if self.is_told {
+            mincore(self.file.borrow(), offset, length)
+        } else {
+            Err(io::ErrorKind::PermissionDenied.into())
+        };
+        match (seen, refused) {
             (Ok(found), _) => Ok(found),
             (Err(_), Some(source)) => Err(CacheError::Refused { path: self.path.clone(), source }),
             (Err(source), None) => Err(CacheError::Mincore { path: self.path.clone(), source }),
@@ -222,9 +230,6 @@ impl Drop for Mapping {
 }
 
 fn mincore(file: &File, offset: u64, length: u64) -> io::Result<Residency> {
-    if !may_be_told(file)? {
-        return Err(io::ErrorKind::PermissionDenied.into());
-    }
     let page = page_bytes();
     let end = match length {
         0 => size(file)?,

@@ -4,8 +4,10 @@
 //! The first counts for everybody on that disk, the second for all disks of this VM: neither is one
 //! image's alone, and docs/observing.md says what that means.
 
-use std::fs;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use crate::disk::Image;
 use crate::explain::{Layer, Place, below};
@@ -17,7 +19,7 @@ const SECTOR_BYTES: u64 = 512;
 #[derive(Debug, Clone)]
 pub struct HostDisk {
     name: String,
-    stat: PathBuf,
+    stat: Arc<File>,
 }
 
 /// What a disk has done since it was there: I/Os that have ended.
@@ -43,7 +45,9 @@ impl HostDisk {
         let layers = below(image, &Place::of(image));
         let real = |layer: &&Layer| !["dm-", "md"].iter().any(|prefix| layer.name.starts_with(prefix));
         let name = layers.iter().find(real).or(layers.first())?.name.clone();
-        Some(Self { stat: format!("/sys/block/{name}/stat").into(), name })
+        // Opened once: with the sandbox nothing can be opened later.
+        let stat = Arc::new(File::open(format!("/sys/block/{name}/stat")).ok()?);
+        Some(Self { stat, name })
     }
 
     /// Its name in the kernel.
@@ -53,7 +57,7 @@ impl HostDisk {
 
     /// What it has done so far.
     pub fn io(&self) -> Option<DiskIo> {
-        parse_stat(&fs::read_to_string(&self.stat).ok()?)
+        parse_stat(&anew(&self.stat).ok()?)
     }
 }
 
@@ -78,11 +82,33 @@ pub struct ProcessIo {
     pub written_bytes: u64,
 }
 
-impl ProcessIo {
-    /// Until now; nothing where the kernel does not account for it (CONFIG_TASK_IO_ACCOUNTING).
-    pub fn now() -> Option<Self> {
-        parse_io(&fs::read_to_string("/proc/self/io").ok()?)
+/// Where the kernel accounts for this process.
+#[derive(Debug)]
+pub struct Accounts(File);
+
+impl Accounts {
+    /// This process's; nothing where the kernel does not account for it (CONFIG_TASK_IO_ACCOUNTING).
+    pub fn of_this_process() -> Option<Self> {
+        File::open("/proc/self/io").ok().map(Self)
     }
+
+    /// Until now.
+    pub fn now(&self) -> Option<ProcessIo> {
+        parse_io(&anew(&self.0).ok()?)
+    }
+}
+
+/// A small file of the kernel's, which it writes anew for everybody who reads from its beginning.
+fn anew(file: &File) -> io::Result<String> {
+    let mut bytes = [0; 1024];
+    let mut used = 0;
+    while let Some(rest) = bytes.get_mut(used..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, used as u64)? {
+            0 => break,
+            count => used += count,
+        }
+    }
+    Ok(String::from_utf8_lossy(bytes.get(..used).unwrap_or_default()).into_owned())
 }
 
 fn parse_io(text: &str) -> Option<ProcessIo> {

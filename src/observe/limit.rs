@@ -3,8 +3,8 @@
 //! Owns its making, its filling and its end. The limit is on everything that the process uses: guest
 //! memory that has been touched, and the page cache that it brings in.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 /// Why there is no limit.
@@ -40,7 +40,17 @@ pub enum LimitError {
 #[derive(Debug)]
 pub struct MemoryLimit {
     group: PathBuf,
-    before: PathBuf,
+    /// cgroup.procs of the group that we come from: with the sandbox nothing can be opened at the end.
+    back: Option<File>,
+    remover: Option<Remover>,
+}
+
+/// A process of its own, outside the group, that removes it when we are gone, however we go.
+#[derive(Debug)]
+struct Remover {
+    process: libc::pid_t,
+    /// Its other end is readable, and at its end, when we let go of it or are killed.
+    alive: Option<PipeWriter>,
 }
 
 impl MemoryLimit {
@@ -55,7 +65,10 @@ impl MemoryLimit {
         // One of a process that had our number and was killed; it has no processes.
         let _ = fs::remove_dir(&group);
         fs::create_dir(&group).map_err(refused("make the cgroup", &group))?;
-        let limit = Self { group, before };
+        let back = OpenOptions::new().write(true).open(before.join("cgroup.procs")).ok();
+        let remover =
+            Remover::start(&group).map_err(refused("start a process that removes the cgroup", &group))?;
+        let limit = Self { group, back, remover: Some(remover) };
         limit.write("memory.max", bytes)?;
         // A kernel without swap has no such file.
         let _ = fs::write(limit.group.join("memory.swap.max"), "0");
@@ -77,8 +90,50 @@ impl MemoryLimit {
 impl Drop for MemoryLimit {
     fn drop(&mut self) {
         // A group with processes cannot be removed; one that stays behind limits nobody.
-        let _ = fs::write(self.before.join("cgroup.procs"), std::process::id().to_string());
-        let _ = fs::remove_dir(&self.group);
+        if let Some(back) = &mut self.back {
+            let _ = back.write_all(std::process::id().to_string().as_bytes());
+        }
+        drop(self.remover.take());
+    }
+}
+
+/// How often the group is looked at while it still has a process that ends.
+const LOOK: std::time::Duration = std::time::Duration::from_millis(10);
+const LOOKS_MAX: u32 = 1000;
+
+impl Remover {
+    /// Starts it. No other thread may run yet: it goes on with a copy of this one.
+    fn start(group: &Path) -> io::Result<Self> {
+        let (ours, alive) = io::pipe()?;
+        // SAFETY: this process has one thread, so that the copy is in no lock that nobody would give back.
+        match unsafe { libc::fork() } {
+            -1 => Err(io::Error::last_os_error()),
+            0 => {
+                drop(alive);
+                remove_when_ended(ours, group);
+                // SAFETY: ends the copy, without what our own end would do.
+                unsafe { libc::_exit(0) }
+            }
+            process => Ok(Self { process, alive: Some(alive) }),
+        }
+    }
+}
+
+fn remove_when_ended(mut alive: PipeReader, group: &Path) {
+    let _ = alive.read(&mut [0]);
+    for _ in 0..LOOKS_MAX {
+        match fs::remove_dir(group) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(LOOK),
+            _ => return,
+        }
+    }
+}
+
+impl Drop for Remover {
+    fn drop(&mut self) {
+        self.alive = None;
+        // SAFETY: waits for a child of ours; its status is not asked for.
+        unsafe { libc::waitpid(self.process, std::ptr::null_mut(), 0) };
     }
 }
 

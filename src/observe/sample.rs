@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::cache::{Residency, Watched};
 use super::guest::{GuestDisk, GuestEnd, GuestView};
-use super::host::{DiskIo, HostDisk, ProcessIo};
+use super::host::{Accounts, DiskIo, HostDisk, ProcessIo};
 use crate::disk::Image;
 
 /// So long a guest's answer is waited for.
@@ -101,7 +101,7 @@ impl Requests {
 pub struct Looker {
     begun: Instant,
     disks: Vec<Disk>,
-    process: Option<ProcessIo>,
+    process: Option<(Accounts, ProcessIo)>,
     guest: Option<GuestEnd>,
     /// The guest's page cache when it first told of it.
     guest_first_bytes: Option<u64>,
@@ -138,7 +138,8 @@ impl Looker {
         };
         Self {
             disks: images.into_iter().zip('a'..='z').map(disk).collect(),
-            process: ProcessIo::now(),
+            process: Accounts::of_this_process()
+                .and_then(|accounts| accounts.now().map(|now| (accounts, now))),
             guest,
             guest_first_bytes: None,
             begun: Instant::now(),
@@ -149,9 +150,12 @@ impl Looker {
     pub fn look(&mut self, running: bool) -> Sample {
         let guest = self.look_at_guest(running);
         let disks: Vec<_> = self.disks.iter_mut().map(|disk| disk.look(guest.as_ref())).collect();
-        let process = self.process.zip(ProcessIo::now()).map(|(then, now)| ProcessIo {
-            read_bytes: now.read_bytes.saturating_sub(then.read_bytes),
-            written_bytes: now.written_bytes.saturating_sub(then.written_bytes),
+        let process = self.process.as_ref().and_then(|(accounts, then)| {
+            let now = accounts.now()?;
+            Some(ProcessIo {
+                read_bytes: now.read_bytes.saturating_sub(then.read_bytes),
+                written_bytes: now.written_bytes.saturating_sub(then.written_bytes),
+            })
         });
         let asked = disks.iter().map(|disk| disk.requests.read_bytes).sum();
         let host_hit_share = process.and_then(|io| hit_share(asked, io.read_bytes));

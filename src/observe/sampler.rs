@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::csv;
 use super::sample::Looker;
+use crate::sandbox::{Role, Ticket};
 
 /// An observation that runs.
 #[derive(Debug)]
@@ -26,7 +27,9 @@ impl Observer {
         to.write_all(csv::header().as_bytes())?;
         to.write_all(csv::lines(&looker.look(false)).as_bytes())?;
         let (stop, stopped) = mpsc::channel();
+        let ticket = Ticket::new(Role::Observe);
         let work = move || {
+            ticket.enter();
             let mut next = Instant::now() + interval;
             loop {
                 let running = match stopped.recv_timeout(next.saturating_duration_since(Instant::now())) {

@@ -3,21 +3,24 @@
 //! Owns the waiting for each, and its limits. A host whose disk hangs must not hang us without a
 //! word: past the limit we say who still holds the I/O, and fail.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::fs::FlockOperation;
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use super::events::{Signals, is_ending};
 use super::{StatsTarget, VmmError};
 use crate::disk::Image;
 use crate::kvm::run_page::RunPage;
+use crate::sandbox::{Role, Ticket};
 use crate::stats::{ExitStats, Stats};
 use crate::vcpu::Exits;
 use crate::virtio::Transport;
@@ -72,6 +75,57 @@ pub struct VcpuThread {
     pub page: Arc<RunPage>,
 }
 
+/// The thread that does at the end what may hang, so that the main thread can say so. It is there from the
+/// beginning: a guest that runs lets no thread be started any more.
+pub struct Ender(Sender<Box<dyn FnOnce() + Send>>);
+
+/// What it has been given to do.
+struct Work<T> {
+    answer: Receiver<T>,
+    /// Once there is one; `None` in it if the thread panicked.
+    answered: Option<Option<T>>,
+}
+
+impl Ender {
+    /// Starts the thread. It goes with this, or with the process if it hangs.
+    pub fn start() -> io::Result<Self> {
+        let (orders, received) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
+        let ticket = Ticket::new(Role::End);
+        thread::Builder::new().name("end".into()).spawn(move || {
+            ticket.enter();
+            for order in received {
+                order();
+            }
+        })?;
+        Ok(Self(orders))
+    }
+
+    fn begin<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Work<T> {
+        let (done, answer) = mpsc::channel();
+        // A thread that is gone drops the channel, which is an answer.
+        let _ = self.0.send(Box::new(move || _ = done.send(work())));
+        Work { answer, answered: None }
+    }
+}
+
+impl<T> Work<T> {
+    fn is_finished(&mut self) -> bool {
+        if self.answered.is_none() {
+            self.answered = match self.answer.try_recv() {
+                Ok(answer) => Some(Some(answer)),
+                Err(TryRecvError::Disconnected) => Some(None),
+                Err(TryRecvError::Empty) => None,
+            };
+        }
+        self.answered.is_some()
+    }
+
+    /// What came of it, when it is finished.
+    fn result(self) -> Option<T> {
+        self.answered.flatten()
+    }
+}
+
 /// A disk: where it is, and the image itself.
 pub struct OpenDisk {
     /// For messages.
@@ -98,25 +152,29 @@ pub fn stop_vcpus(threads: &[VcpuThread], signals: &Signals) -> Result<(), StopE
 }
 
 /// Stops every device: when this returns without error no I/O is in flight.
-pub fn drain(transports: &[Arc<Mutex<dyn Transport>>], signals: &Signals) -> Result<(), StopError> {
+pub fn drain(
+    ender: &Ender,
+    transports: &[Arc<Mutex<dyn Transport>>],
+    signals: &Signals,
+) -> Result<(), StopError> {
     let mine = transports.to_vec();
-    let work = thread::Builder::new().name("drain".into()).spawn(move || {
+    let mut work = ender.begin(move || {
         for transport in &mine {
             transport.lock().unwrap_or_else(PoisonError::into_inner).stop();
         }
-    })?;
+    });
     wait_until(|| work.is_finished(), "the disks' I/O in flight", Some(DRAIN_MAX), signals)
 }
 
 /// Closes every image: the last fdatasync, which may have much to write and has no limit but a signal.
-pub fn close(disks: &[OpenDisk], signals: &Signals) -> Result<(), StopError> {
+pub fn close(ender: &Ender, disks: &[OpenDisk], signals: &Signals) -> Result<(), StopError> {
     let mut failed = Ok(());
     for disk in disks {
         let image = Arc::clone(&disk.image);
-        let work = thread::Builder::new().name("close".into()).spawn(move || image.close())?;
+        let mut work = ender.begin(move || image.close());
         let what = format!("the last fdatasync of {}", disk.path.display());
         wait_until(|| work.is_finished(), &what, None, signals)?;
-        let result = work.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
+        let result = work.result().unwrap_or_else(|| Err(io::Error::other("the thread panicked")));
         log::info!("{}: {}", disk.path.display(), disk.image.counters().summary());
         if let Err(source) = result {
             log::error!("{}: the last fdatasync failed: {source}", disk.path.display());
@@ -186,31 +244,29 @@ impl StatsReport {
                 Ok(())
             }
             Self::Json(path, file) => {
-                replace(path, file, &stats).map_err(|source| VmmError::Stats { path: path.clone(), source })
+                replace(file, &stats).map_err(|source| VmmError::Stats { path: path.clone(), source })
             }
         }
     }
 }
 
-/// Puts new statistics in the place of the old ones. Whoever reads the file while we write finds the one
-/// or the other, whole: a new file takes the old one's name. Only where that cannot be (a pipe, a symbolic
-/// link, a directory that takes no new file) is it written to as it is.
-fn replace(path: &Path, file: &mut File, stats: &Stats) -> io::Result<()> {
+/// Puts new statistics in the place of the old ones, in the file that is open: with the sandbox no other can
+/// be made. A lock (flock(2)) keeps readers that take one too from half of it.
+fn replace(file: &mut File, stats: &Stats) -> io::Result<()> {
     if !file.metadata()?.is_file() {
         return stats.write_json(io::BufWriter::new(&*file));
     }
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let is_link = fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink());
-    let next = tempfile::Builder::new().prefix(".minivmm-stats-").tempfile_in(parent);
-    let (Ok(next), false) = (next, is_link) else {
-        file.set_len(0)?;
-        file.rewind()?;
-        return stats.write_json(io::BufWriter::new(&*file));
-    };
-    next.as_file().set_permissions(file.metadata()?.permissions())?;
-    stats.write_json(io::BufWriter::new(next.as_file()))?;
-    *file = next.persist(path).map_err(|error| error.error)?;
-    Ok(())
+    let mut text = Vec::new();
+    stats.write_json(&mut text)?;
+    // On a file system without locks there is nothing better.
+    let locked = rustix::fs::flock(&*file, FlockOperation::LockExclusive).is_ok();
+    file.set_len(0)?;
+    file.rewind()?;
+    let written = file.write_all(&text);
+    if locked {
+        let _ = rustix::fs::flock(&*file, FlockOperation::Unlock);
+    }
+    written
 }
 
 /// Waits until `done`; one more signal from the user means that they do not want to wait.

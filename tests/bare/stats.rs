@@ -190,7 +190,7 @@ impl Echo {
 }
 
 #[test]
-fn sigusr1_replaces_the_json_as_a_whole_and_the_guest_goes_on() {
+fn sigusr1_renews_the_json_under_a_lock_and_the_guest_goes_on() {
     if !kvm() {
         return;
     }
@@ -200,19 +200,25 @@ fn sigusr1_replaces_the_json_as_a_whole_and_the_guest_goes_on() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
     let disk = image.disk("cache=writeback,queues=2");
     let mut guest = Echo::start(&[&format!("--stats={}", path.display()), "--disk", &disk]);
-    let mut before = fs::metadata(&path).unwrap().ino();
+    let inode = fs::metadata(&path).unwrap().ino();
+    let mut before = Vec::new();
     assert_eq!(fs::read(&path).unwrap(), b"", "the file begins empty");
     let mut exits = 0;
     for _ in 0..3 {
         guest.signal();
         let found: Value = loop {
-            // Another file has the name: it is whole from the first moment.
-            if fs::metadata(&path).unwrap().ino() != before {
-                break serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+            let mut file = fs::File::open(&path).unwrap();
+            rustix::fs::flock(&file, rustix::fs::FlockOperation::LockShared).unwrap();
+            let mut now = Vec::new();
+            file.read_to_end(&mut now).unwrap();
+            // Under a reader's lock it is the old one or the new one, whole.
+            if now != before {
+                before = now;
+                break serde_json::from_slice(&before).unwrap();
             }
+            drop(file);
             std::thread::yield_now();
         };
-        before = fs::metadata(&path).unwrap().ino();
         assert_eq!(found["disks"][0]["per_queue"].as_array().unwrap().len(), 2, "{found:#}");
         assert!(found["disks"][0]["latency_ns"].is_object(), "{found:#}");
         let now = found["exits"]["port_write"].as_u64().unwrap();
@@ -220,7 +226,8 @@ fn sigusr1_replaces_the_json_as_a_whole_and_the_guest_goes_on() {
         exits = now;
         guest.answers();
     }
-    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o640, "as it was");
+    let found = fs::metadata(&path).unwrap();
+    assert_eq!((found.mode() & 0o777, found.ino()), (0o640, inode), "the same file");
     assert_eq!(guest.end(), "", "nothing else is said");
     let last: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     assert!(last["exits"]["port_write"].as_u64().unwrap() > exits, "the end is told too");

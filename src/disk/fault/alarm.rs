@@ -10,6 +10,8 @@ use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::sandbox::{Role, Ticket};
+
 /// One thread's clock.
 pub(super) struct Alarm {
     shared: Arc<Shared>,
@@ -59,7 +61,11 @@ impl Alarm {
     pub(super) fn start() -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let mine = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name("fault-delays".into()).spawn(move || mine.run())?;
+        let ticket = Ticket::new(Role::Delays);
+        let thread = std::thread::Builder::new().name("fault-delays".into()).spawn(move || {
+            ticket.enter();
+            mine.run();
+        })?;
         Ok(Self { shared, thread: Some(thread) })
     }
 

@@ -60,7 +60,8 @@ impl FaultEngine {
             inner,
             image: Arc::clone(image),
             faults: Arc::clone(faults),
-            alarm: None,
+            // Before the guest runs: afterwards no thread can be started.
+            alarm: faults.may_delay().then(Alarm::start).and_then(Result::ok),
             refused: None,
             held: BinaryHeap::new(),
             ops: HashMap::new(),

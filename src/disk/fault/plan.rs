@@ -57,6 +57,11 @@ impl Faults {
         &self.spec
     }
 
+    /// Whether any operation can be held.
+    pub(super) fn may_delay(&self) -> bool {
+        self.spec.rules.iter().any(|rule| matches!(rule.action, Action::Delay(_)))
+    }
+
     /// What the rules say of the next operation: all delays together, and the first of the rest.
     pub(super) fn plan(&self, op: &HostOp, counters: &Counters) -> Plan {
         let mut plan = Plan { delay: Duration::ZERO, fate: None };

@@ -1,0 +1,54 @@
+//! Landlock: no path, no TCP port, no process outside, for this thread and those that it starts.
+//!
+//! Owns the one ruleset, which has no rule. Descriptors that are open stay as they are: images, standard
+//! streams, reports. A kernel without Landlock (before 5.13, or not in its `lsm=` list) is no error, since the
+//! filter of system calls already lets nothing be opened; it is said once.
+
+use std::sync::Once;
+
+use landlock::{ABI, Access, AccessFs, AccessNet, Compatible, Ruleset, RulesetAttr, RulesetStatus, Scope};
+
+use super::SandboxError;
+
+/// The newest that is asked for. What the kernel does not know is left out by the library.
+const NEWEST: ABI = ABI::V6;
+
+/// Gives up every path.
+pub fn leave() -> Result<(), SandboxError> {
+    static TOLD: Once = Once::new();
+    let status = ruleset().map_err(|error| SandboxError::Refused {
+        what: "give up the file system (Landlock)",
+        source: std::io::Error::other(error),
+    })?;
+    if status.ruleset == RulesetStatus::NotEnforced {
+        TOLD.call_once(|| {
+            log::info!("this kernel has no Landlock: that nothing is opened rests on the filter of system calls alone");
+        });
+    }
+    Ok(())
+}
+
+fn ruleset() -> Result<landlock::RestrictionStatus, landlock::RulesetError> {
+    Ruleset::default()
+        .set_compatibility(landlock::CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(NEWEST))?
+        .handle_access(AccessNet::from_all(NEWEST))?
+        .scope(Scope::from_all(NEWEST))?
+        .create()?
+        .restrict_self()
+}
+
+/// The version of Landlock that this kernel has; 0 where it has none.
+pub fn version() -> i64 {
+    const VERSION_FLAG: u32 = 1;
+    // SAFETY: with this flag the call reads no memory and answers with a number (landlock_create_ruleset(2)).
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<libc::c_void>(),
+            0usize,
+            VERSION_FLAG,
+        )
+    };
+    answer.max(0)
+}

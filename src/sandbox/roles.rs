@@ -1,0 +1,247 @@
+//! Which thread may make which system call, and why: the sandbox's one table.
+//!
+//! Owns it. `docs/security.md` shows it, and `tests/sandbox.rs` compares the two and runs guests under
+//! strace. What is not here is trapped. A call that a change needs is found by `--sandbox=log`.
+
+use std::ffi::c_int;
+
+/// What a thread of a VM is there for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Waits for events, hands the serial port its input, tells the statistics, stops the machine.
+    Main,
+    /// Runs a CPU of the guest.
+    Vcpu,
+    /// Serves a queue of a disk.
+    Worker,
+    /// Serves the console device.
+    Console,
+    /// Looks at the caches (`--observe`).
+    Observe,
+    /// Drains the devices and closes the images at the end.
+    End,
+    /// Wakes a worker whose faults on purpose are late.
+    Delays,
+}
+
+/// When a call passes.
+#[derive(Debug, Clone, Copy)]
+pub enum When {
+    /// Whatever its arguments.
+    Always,
+    /// ioctl: these requests alone.
+    Request(&'static [(&'static str, u32)]),
+    /// fcntl: these commands alone.
+    Command(&'static [(&'static str, c_int)]),
+    /// mmap, mprotect: memory that cannot be executed.
+    NotExecutable,
+    /// tgkill: threads of this process alone.
+    ThisProcess,
+}
+
+/// A row of the table.
+#[derive(Debug, Clone, Copy)]
+pub struct Call {
+    /// Its name in the manual.
+    pub name: &'static str,
+    /// Its number on x86-64.
+    pub number: i64,
+    /// When it passes.
+    pub when: When,
+    /// What it is needed for.
+    pub reason: &'static str,
+}
+
+macro_rules! calls {
+    ($($name:ident $when:expr, $reason:literal;)*) => {
+        &[$(Call { name: stringify!($name), number: number::$name, when: $when, reason: $reason }),*]
+    };
+}
+
+/// The numbers, under the names of the manual.
+#[allow(non_upper_case_globals, reason = "the names are the manual's")]
+mod number {
+    macro_rules! numbers {
+        ($($name:ident $libc:ident)*) => { $(pub const $name: i64 = libc::$libc;)* };
+    }
+    numbers! {
+        brk SYS_brk  clock_gettime SYS_clock_gettime  clock_nanosleep SYS_clock_nanosleep  close SYS_close
+        exit SYS_exit  exit_group SYS_exit_group  fallocate SYS_fallocate  fcntl SYS_fcntl
+        fdatasync SYS_fdatasync  flock SYS_flock  fstat SYS_fstat  ftruncate SYS_ftruncate  futex SYS_futex
+        getpid SYS_getpid  getrandom SYS_getrandom  gettid SYS_gettid  io_uring_enter SYS_io_uring_enter
+        io_uring_register SYS_io_uring_register  ioctl SYS_ioctl  lseek SYS_lseek  madvise SYS_madvise
+        mincore SYS_mincore  mmap SYS_mmap  mprotect SYS_mprotect  mremap SYS_mremap  munmap SYS_munmap
+        poll SYS_poll  ppoll SYS_ppoll  pread64 SYS_pread64  preadv SYS_preadv  preadv2 SYS_preadv2
+        pwrite64 SYS_pwrite64  pwritev SYS_pwritev  pwritev2 SYS_pwritev2  read SYS_read  readv SYS_readv
+        restart_syscall SYS_restart_syscall  rt_sigaction SYS_rt_sigaction  rt_sigprocmask SYS_rt_sigprocmask
+        rt_sigreturn SYS_rt_sigreturn  sched_yield SYS_sched_yield  sigaltstack SYS_sigaltstack
+        statx SYS_statx  tgkill SYS_tgkill  wait4 SYS_wait4  write SYS_write  writev SYS_writev
+    }
+    /// Newer than the tables of some C libraries.
+    pub const cachestat: i64 = 451;
+}
+
+use When::{Always, Command, NotExecutable, Request, ThisProcess};
+
+/// KVM's requests, as `linux/kvm.h` numbers them.
+const KVM_RUN: (&str, u32) = ("KVM_RUN", 0xae80);
+const KVM_GET_REGS: (&str, u32) = ("KVM_GET_REGS", 0x8090_ae81);
+const KVM_GET_SREGS: (&str, u32) = ("KVM_GET_SREGS", 0x8138_ae83);
+const KVM_TRANSLATE: (&str, u32) = ("KVM_TRANSLATE", 0xc018_ae85);
+const KVM_SET_GSI_ROUTING: (&str, u32) = ("KVM_SET_GSI_ROUTING", 0x4008_ae6a);
+const KVM_IRQFD: (&str, u32) = ("KVM_IRQFD", 0x4020_ae76);
+/// A terminal's, as `asm-generic/ioctls.h` numbers them.
+const TCGETS: (&str, u32) = ("TCGETS", 0x5401);
+const TCSETS: (&str, u32) = ("TCSETS", 0x5402);
+/// A block device's, as `linux/fs.h` numbers them.
+const BLKDISCARD: (&str, u32) = ("BLKDISCARD", 0x1277);
+const BLKZEROOUT: (&str, u32) = ("BLKZEROOUT", 0x127f);
+
+const GETFL: (&str, c_int) = ("F_GETFL", libc::F_GETFL);
+const SETFL: (&str, c_int) = ("F_SETFL", libc::F_SETFL);
+
+/// What every thread needs: memory, locks, messages, its end.
+const ALL: &[Call] = calls! {
+    write Always, "messages on standard error; eventfds";
+    futex Always, "locks";
+    mmap NotExecutable, "memory";
+    munmap Always, "memory that is given back";
+    mremap Always, "memory that grows";
+    mprotect NotExecutable, "memory of the allocator's";
+    madvise Always, "memory that is given back; a stack at the end of a thread";
+    brk Always, "memory";
+    rt_sigprocmask Always, "a thread's end; signals to a thread";
+    rt_sigreturn Always, "the end of a signal's handler";
+    rt_sigaction Always, "a fatal signal that is handed on when the terminal is put back";
+    sigaltstack Always, "a thread's end";
+    sched_yield Always, "locks";
+    clock_gettime Always, "time, where the vDSO has none";
+    getrandom Always, "hash tables";
+    getpid Always, "a thread that ends the process (abort)";
+    gettid Always, "the same";
+    tgkill ThisProcess, "the signal that stops a CPU; abort";
+    restart_syscall Always, "a call that SIGSTOP has interrupted";
+    ioctl Request(&[TCGETS, TCSETS]), "the terminal, put back when something panics";
+    close Always, "a descriptor whose owner goes";
+    exit Always, "a thread's end";
+    exit_group Always, "the process's end";
+};
+
+const MAIN: &[Call] = calls! {
+    poll Always, "waiting for events";
+    ppoll Always, "waiting for events";
+    read Always, "signals, eventfds, standard input";
+    clock_nanosleep Always, "waiting for the end of threads";
+    fstat Always, "the statistics' file";
+    statx Always, "the statistics' file";
+    flock Always, "the statistics' file: a reader sees all of it";
+    ftruncate Always, "the statistics' file";
+    lseek Always, "the statistics' file";
+    fcntl Command(&[GETFL, SETFL]), "streams that are put back as they were";
+    wait4 Always, "the process that removes the memory limit's cgroup";
+    io_uring_enter Always, "rings that end";
+};
+
+const VCPU: &[Call] = calls! {
+    ioctl Request(&[KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_TRANSLATE, KVM_SET_GSI_ROUTING, KVM_IRQFD]),
+        "the guest; its registers and instructions when it failed; interrupts by message";
+    read Always, "eventfds";
+    poll Always, "a console whose reader is slow";
+    ppoll Always, "a console whose reader is slow";
+    clock_nanosleep Always, "a guest that waits for a device";
+};
+
+const WORKER: &[Call] = calls! {
+    io_uring_enter Always, "requests, and waiting for their ends";
+    io_uring_register Always, "a ring begins; its registered files are let go";
+    read Always, "the doorbell";
+    poll Always, "waiting for the doorbell";
+    ppoll Always, "waiting for the doorbell";
+    preadv Always, "reads";
+    preadv2 Always, "reads of what the page cache has";
+    pread64 Always, "reads around a piece that is not aligned";
+    pwritev Always, "writes";
+    pwritev2 Always, "writes that are stable when they end (RWF_DSYNC)";
+    pwrite64 Always, "zeroes";
+    fdatasync Always, "FLUSH";
+    fallocate Always, "DISCARD, WRITE_ZEROES";
+    ioctl Request(&[BLKDISCARD, BLKZEROOUT]), "the same on a block device";
+    fcntl Command(&[GETFL, SETFL]), "a doorbell that the ring waits for";
+    fstat Always, "how long the image is";
+    statx Always, "how long the image is";
+    lseek Always, "where a file has holes";
+    clock_nanosleep Always, "faults on purpose that are late";
+};
+
+const CONSOLE: &[Call] = calls! {
+    poll Always, "waiting for doorbells and streams";
+    ppoll Always, "waiting for doorbells and streams";
+    read Always, "eventfds, streams";
+    readv Always, "what the host says";
+    writev Always, "what the guest says";
+    fcntl Command(&[GETFL, SETFL]), "streams that are put back as they were";
+};
+
+const OBSERVE: &[Call] = calls! {
+    cachestat Always, "the host's cache of an image";
+    mincore Always, "the same on older kernels";
+    pread64 Always, "the host's disk; this process's I/O";
+    read Always, "the guest's answers";
+    poll Always, "waiting for the guest's answers";
+    ppoll Always, "waiting for the guest's answers";
+    fstat Always, "how long an image is";
+    statx Always, "how long an image is";
+    lseek Always, "how long a block device is";
+};
+
+const END: &[Call] = calls! {
+    fdatasync Always, "the last sync of an image";
+    io_uring_enter Always, "rings that end";
+    read Always, "eventfds";
+    pwrite64 Always, "the end of a write log";
+    ioctl Request(&[KVM_SET_GSI_ROUTING, KVM_IRQFD]), "interrupts that end";
+};
+
+const DELAYS: &[Call] = &[];
+
+impl Role {
+    /// All of them, in their order.
+    pub const ALL: [Role; 7] =
+        [Self::Main, Self::Vcpu, Self::Worker, Self::Console, Self::Observe, Self::End, Self::Delays];
+
+    /// As messages and the documentation have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Main => "main",
+            Self::Vcpu => "vcpu",
+            Self::Worker => "worker",
+            Self::Console => "console",
+            Self::Observe => "observe",
+            Self::End => "end",
+            Self::Delays => "fault-delays",
+        }
+    }
+
+    /// What this role may besides what all may.
+    pub fn own(self) -> &'static [Call] {
+        match self {
+            Self::Main => MAIN,
+            Self::Vcpu => VCPU,
+            Self::Worker => WORKER,
+            Self::Console => CONSOLE,
+            Self::Observe => OBSERVE,
+            Self::End => END,
+            Self::Delays => DELAYS,
+        }
+    }
+
+    /// What all may.
+    pub fn common() -> &'static [Call] {
+        ALL
+    }
+
+    /// All that this role may. A call that is in it twice may be made for either reason.
+    pub fn calls(self) -> impl Iterator<Item = &'static Call> {
+        ALL.iter().chain(self.own())
+    }
+}
