@@ -13,6 +13,7 @@ mod disk;
 mod endings;
 mod machine;
 mod observe;
+mod sandbox;
 mod start;
 mod stats;
 mod syncs;

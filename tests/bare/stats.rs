@@ -147,14 +147,14 @@ fn the_json_counts_the_calls_of_io_uring_that_strace_counts() {
 }
 
 /// A guest that prints what is typed, and what has been heard of it.
-struct Echo {
+pub struct Echo {
     child: Child,
     console: BufReader<ChildStdout>,
     _watchdog: Watchdog,
 }
 
 impl Echo {
-    fn start(more: &[&str]) -> Self {
+    pub fn start(more: &[&str]) -> Self {
         let mut command = minivmm();
         start(&mut command, Entry::Elf, "scenario=echo").args(["--console", "stdio", "--timeout", "60"]);
         let io = Stdio::piped;
@@ -173,15 +173,19 @@ impl Echo {
         kill(i32::try_from(self.child.id()).unwrap(), libc::SIGUSR1);
     }
 
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The guest is there as before.
-    fn answers(&mut self) {
+    pub fn answers(&mut self) {
         self.child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
         let mut echoed = [0];
         self.console.read_exact(&mut echoed).unwrap();
         assert_eq!(echoed, *b"x");
     }
 
-    fn end(mut self) -> String {
+    pub fn end(mut self) -> String {
         self.child.stdin.as_mut().unwrap().write_all(b"q").unwrap();
         let output = self.child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(exit(0x21)), "{output:?}");

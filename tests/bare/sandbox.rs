@@ -1,0 +1,136 @@
+//! The sandbox of a whole VM: what each thread has given up, and that no thread calls what its row lacks.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::process::Command;
+
+use minivmm::sandbox::Role;
+
+use crate::machine::*;
+use crate::stats::Echo;
+
+/// A thread of the VM by its name.
+fn role(name: &str) -> Role {
+    match name {
+        "minivmm" => Role::Main,
+        "console" => Role::Console,
+        "observe" => Role::Observe,
+        "end" => Role::End,
+        "fault-delays" => Role::Delays,
+        name if name.starts_with("vcpu") => Role::Vcpu,
+        _ => Role::Worker,
+    }
+}
+
+/// The value of a line of /proc/PID/task/TID/status.
+fn field<'a>(status: &'a str, name: &str) -> &'a str {
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    line.unwrap_or_else(|| panic!("no {name} in {status}")).trim()
+}
+
+#[test]
+fn every_thread_of_a_running_machine_has_given_up_what_it_does_not_need() {
+    if !kvm() {
+        return;
+    }
+    let image = Image::new();
+    let csv = image.path.with_extension("csv");
+    let disk = image.disk("cache=none,queues=2,fault=delay=1ms:flush");
+    for (mode, filtered, privileged) in [("on", "2", false), ("log", "2", true), ("off", "0", true)] {
+        let mut guest =
+            Echo::start(&["--sandbox", mode, "--disk", &disk, "--observe", &csv.display().to_string()]);
+        guest.answers();
+        let mut roles = BTreeSet::new();
+        for task in fs::read_dir(format!("/proc/{}/task", guest.id())).unwrap() {
+            let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+            let name = field(&status, "Name");
+            roles.insert(role(name).name());
+            assert_eq!(field(&status, "Seccomp"), filtered, "{mode} {name}");
+            assert_eq!(field(&status, "NoNewPrivs"), if mode == "off" { "0" } else { "1" }, "{mode} {name}");
+            let none = "0000000000000000";
+            if !privileged {
+                for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+                    assert_eq!(field(&status, set), none, "{mode} {name} {set}");
+                }
+            }
+        }
+        let expected = ["console", "end", "fault-delays", "main", "observe", "vcpu", "worker"];
+        assert_eq!(roles.into_iter().collect::<Vec<_>>(), expected, "{mode}");
+        if mode == "on" {
+            let limits = fs::read_to_string(format!("/proc/{}/limits", guest.id())).unwrap();
+            let limit = |name: &str| {
+                let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
+                line[name.len()..].split_whitespace().next().unwrap().parse::<u64>().unwrap()
+            };
+            assert_eq!((limit("Max core file size"), limit("Max processes")), (0, 0), "{limits}");
+            let highest = fs::read_dir("/proc/self/fd").unwrap().count() as u64;
+            assert!(limit("Max open files") < 512 + highest, "{limits}");
+        }
+        assert_eq!(guest.end(), "", "{mode}: nothing was forbidden");
+    }
+}
+
+/// Per thread's name: the calls after it has entered.
+fn calls_in_the_sandbox(log: &str) -> BTreeMap<String, BTreeSet<String>> {
+    let (mut names, mut entered, mut found) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
+    for line in log.lines() {
+        let Some((thread, what)) = line.split_once(' ') else { continue };
+        let what = what.trim_start();
+        if let Some(name) = what.strip_prefix("prctl(PR_SET_NAME, \"") {
+            names.insert(thread.to_owned(), name.split('"').next().unwrap().to_owned());
+        }
+        let Some((call, _)) = what.split_once('(') else { continue };
+        let is_name = call.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        if !is_name || what.starts_with("<...") {
+            continue;
+        }
+        let name = names.get(thread).map_or("minivmm", String::as_str);
+        if entered.contains(thread) {
+            found.entry(name.to_owned()).or_insert_with(BTreeSet::new).insert(call.to_owned());
+        }
+        if call == "seccomp" || what.starts_with("prctl(PR_SET_SECCOMP") {
+            entered.insert(thread.to_owned());
+        }
+    }
+    found
+}
+
+#[test]
+fn under_strace_no_thread_calls_what_its_row_lacks() {
+    if !kvm() {
+        return;
+    }
+    if Command::new("strace").arg("-V").output().is_err() {
+        skip("strace is not installed");
+        return;
+    }
+    for keys in [
+        "cache=none,engine=io_uring",
+        "cache=writeback,engine=sync",
+        "cache=directsync,engine=sync",
+        "cache=writethrough",
+    ] {
+        let image = Image::new();
+        let (log, csv) = (image.path.with_extension("strace"), image.path.with_extension("csv"));
+        let json = image.path.with_extension("json");
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-qq", "-o"]).arg(&log).arg(binary());
+        start(&mut strace, Entry::Elf, "scenario=io").args(["--console", "stdio", "--timeout", "60"]);
+        strace.args(["--disk", &image.disk(keys), "--observe"]).arg(&csv);
+        strace.arg(format!("--stats={}", json.display()));
+        run(&mut strace, b"").expect(exit(0x20), keys);
+        let found = calls_in_the_sandbox(&fs::read_to_string(&log).unwrap());
+        for needed in ["minivmm", "vcpu0", "end", "observe"] {
+            assert!(found.contains_key(needed), "{keys}: {needed} is not among {:?}", found.keys());
+        }
+        for (name, calls) in found {
+            let role = role(&name);
+            for call in &calls {
+                // Older than cachestat(2), strace has its number.
+                let call = if call == "syscall_0x1c3" { "cachestat" } else { call };
+                assert!(role.calls().any(|row| row.name == call), "{keys}: {name} has called {call}");
+            }
+            println!("{keys}: {name}: {calls:?}");
+        }
+    }
+}
