@@ -15,6 +15,7 @@
 //! | [`boot`] | kernel, initrd, command line, zero page, CPU state, ACPI | devices' insides |
 //! | [`bus`], [`devices`] | port and MMIO dispatch; serial, power, RTC | KVM |
 //! | [`virtio`] | device trait, register core, mmio and pci transports, virtqueues | blocks, files |
+//! | [`lab`] | a boot of a real guest as an experiment, images, the machine told, fio, rounds | KVM, devices |
 //! | [`crash`] | write logs, and the disks that a loss of power could have left | guests, KVM |
 //! | [`observe`] | what the caches hold, what the host's disk does; both before a run and during it | guests' insides, KVM |
 //! | [`explain`] | what a disk will do, told without doing it | KVM |
@@ -39,6 +40,7 @@ pub mod disk;
 pub mod explain;
 pub mod job;
 pub mod kvm;
+pub mod lab;
 pub mod layout;
 pub mod mem;
 pub mod mutants;
