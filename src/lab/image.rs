@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::extents::Layout;
+use crate::disk::cache::CachePolicy;
 use crate::disk::options::HostCache;
+use crate::disk::{DiskOptions, Image};
 use crate::observe::Residency;
-use crate::observe::cache::CacheError;
 use crate::observe::control::{ControlProblem, drop_cache, warm_cache};
 
 /// So much is written at once.
@@ -57,6 +58,9 @@ pub enum ImageError {
         /// Bytes without a place.
         gaps: u64,
     },
+    /// It cannot be had, or a VM has it.
+    #[error("it cannot be filled")]
+    Disk(#[from] crate::disk::ImageError),
     /// All was to stop.
     #[error("stopped while {0} was written; what there is of it is not whole")]
     Interrupted(PathBuf),
@@ -112,16 +116,23 @@ pub fn make(
     made
 }
 
-/// Gives every gap of the image at `path` its place on the disk. What can be read of it stays as it is.
+/// Gives every gap of the image at `path` its place on the disk. What can be read of it stays as it is. It is
+/// locked meanwhile: what a VM wrote to a gap would be lost.
 pub fn fill(path: &Path, progress: Progress<'_>, stop: &AtomicBool) -> Result<Layout, ImageError> {
+    let mut disk = DiskOptions::new(path);
+    // Whatever it holds stays as it is.
+    disk.force_raw = true;
+    disk.cache = CachePolicy::by_name("writeback").unwrap_or(disk.cache);
+    let _locked = Image::open(&disk)?;
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).open(path).map_err(host("open for writing", path))?;
     let layout = Layout::of(&file).map_err(host("find the extents of", path))?;
     write(path, &file, &layout.gaps, Content::Zeroes, progress, stop)
 }
 
-/// What is in the host's cache of the image at `path` afterwards, verified; how much that is.
-pub fn settle(path: &Path, wish: HostCache) -> Result<Result<Residency, CacheError>, SettleError> {
+/// Brings the host's cache of the image at `path` into that state, verified; what it has then, where that can be
+/// seen.
+pub fn settle(path: &Path, wish: HostCache) -> Result<Option<Residency>, SettleError> {
     let failed = |problem| SettleError { wish, path: path.to_owned(), source: problem };
     let opening = |source| failed(ControlProblem::Host { what: "opening it", source });
     let file = File::open(path).map_err(opening)?;
@@ -131,7 +142,7 @@ pub fn settle(path: &Path, wish: HostCache) -> Result<Result<Residency, CacheErr
         HostCache::Warm => warm_cache(&file),
     }
     .map_err(failed)?;
-    Ok(Residency::of(&file))
+    Ok(Residency::of(&file).ok())
 }
 
 /// Why the host's cache of an image is not as it was wished.
@@ -255,6 +266,9 @@ mod tests {
         let filled = fill(&path, &mut |more| told += more, &NEVER).unwrap();
         assert!(filled.is_written() && told > 2 * MIB && told < 3 * MIB, "{filled:?}, {told}");
         assert!(std::fs::read(&path).unwrap() == before);
+        let in_use = Image::open(&DiskOptions::new(&path)).unwrap();
+        assert!(matches!(fill(&path, &mut |_| {}, &NEVER), Err(ImageError::Disk(_))));
+        drop(in_use);
     }
 
     #[test]
