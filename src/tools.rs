@@ -70,14 +70,17 @@ fn measure(args: BenchArgs) -> Result<ExitStatus> {
     // What cannot be written is an error before the hour that it takes.
     let place = || options.json.as_deref().unwrap_or(Path::new("")).display().to_string();
     let failed = || format!("cannot write the report to {}", place());
-    let json = options.json.as_deref().map(File::create).transpose().with_context(failed)?;
+    // An older report stays until there is a new one.
+    let created = |path: &Path| File::options().write(true).create(true).truncate(false).open(path);
+    let json = options.json.as_deref().map(created).transpose().with_context(failed)?;
     let signals = Signals::taken()?;
     let report = match bench::run::run(&options, &signals.stop) {
         Err(BenchError::Interrupted) => return Ok(signals.status().unwrap_or(ExitStatus::Failure)),
         other => other?,
     };
     if let Some(mut file) = json {
-        writeln!(file, "{}", report.to_json()?).with_context(failed)?;
+        let text = report.to_json()?;
+        file.set_len(0).and_then(|()| writeln!(file, "{text}")).with_context(failed)?;
     }
     if report.has_figures() {
         print(&report.to_text())?;

@@ -3,7 +3,7 @@
 //!
 //! Owns the refusals. Nothing of an image that was there before is written over without a word for it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use super::Options;
@@ -78,8 +78,8 @@ pub fn prepare(
         return Err(PrepareError::NoConsent { jobs: writing.join(", "), image: path.clone() });
     }
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let directory = directory.unwrap_or(std::path::Path::new("."));
-    let host = Host::look(directory).map_err(|source| PrepareError::Host(directory.to_owned(), source))?;
+    let place = if is_there { path } else { directory.unwrap_or(Path::new(".")) };
+    let host = Host::look(place).map_err(|source| PrepareError::Host(place.to_owned(), source))?;
     if host.fio.is_none() {
         return Err(PrepareError::NoFio);
     }
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn nobodys_data_is_written_over_and_no_image_with_holes_is_measured() {
-        if Host::look(std::path::Path::new("/")).unwrap().fio.is_none() {
+        if Host::look(Path::new("/")).unwrap().fio.is_none() {
             println!("skipped: there is no fio here");
             return;
         }

@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::jobs::Job;
 use super::prepare::{self, PrepareError, Written};
@@ -16,7 +16,7 @@ use super::{Options, warn};
 use crate::disk::cache::CachePolicy;
 use crate::disk::{DiskOptions, Image};
 use crate::lab::fio::{self, FioError, Summary};
-use crate::lab::{Boot, BootError, DiskSpec, How, Outcome, image};
+use crate::lab::{Boot, BootError, DiskSpec, How, Outcome, boot, image};
 
 /// Where the job file is in the guest.
 const GUEST_FILE: &str = "/tmp/bench.fio";
@@ -31,6 +31,10 @@ pub enum BenchError {
     Prepare(#[from] PrepareError),
     #[error(transparent)]
     Boot(#[from] BootError),
+    #[error(
+        "Linux guests do not run here ({0}); in this project's tree `make bench-modes` takes an emulated host then"
+    )]
+    NoLinux(String),
     #[error("the guest did not run {job} in cache={mode} (status {status}): {said}")]
     Guest { job: String, mode: &'static str, status: i32, said: String },
     #[error("the guest had not ended {job} in cache={mode} after {seconds} s")]
@@ -49,6 +53,9 @@ pub enum BenchError {
 
 /// Runs everything. What went wrong in its midst is in the report; before it, an error.
 pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report, BenchError> {
+    if let Some(verdict) = boot::why_no_linux(stop)? {
+        return Err(BenchError::NoLinux(verdict));
+    }
     let bar = bar();
     let prepared = prepare::prepare(options, &mut |step| writing(&bar, options, step), stop);
     bar.finish_and_clear();
@@ -88,7 +95,7 @@ fn rounds(
 ) -> Result<(), BenchError> {
     let steps = options.rounds * plan.iter().map(|(_, who)| who.len()).sum::<usize>();
     let bar = bar();
-    bar.set_length(steps as u64);
+    begin(&bar, steps as u64, "{bar:30} {pos}/{len} {msg}, {left} left");
     let mut outcome = Ok(());
     'all: for round in 0..options.rounds {
         for (at, (job, who)) in plan.iter().enumerate() {
@@ -215,25 +222,30 @@ fn on_host(options: &Options, competitor: &Competitor, stop: &AtomicBool) -> Res
 
 /// On a terminal; elsewhere nothing.
 fn bar() -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(5));
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}, {eta} left") {
-        bar.set_style(style);
+    ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(5))
+}
+
+/// It is known how much there is to do.
+fn begin(bar: &ProgressBar, length: u64, template: &str) {
+    let left = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+        let _ = match state.pos() {
+            0 => out.write_str("?"),
+            _ => write!(out, "{:#}", HumanDuration(state.eta())),
+        };
+    };
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.with_key("left", left));
     }
+    bar.set_length(length);
     // The time left goes down between two steps, too.
     bar.enable_steady_tick(Duration::from_secs(1));
-    bar
 }
 
 fn writing(bar: &ProgressBar, options: &Options, step: Written) {
     match step {
         Written::Of(bytes) => {
-            if let Ok(style) =
-                ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {msg}, {eta} left")
-            {
-                bar.set_style(style);
-            }
+            begin(bar, bytes, "{bar:30} {bytes}/{total_bytes} {msg}, {left} left");
             bar.set_message(format!("written to {}", options.disk.path.display()));
-            bar.set_length(bytes);
         }
         Written::More(bytes) => bar.inc(bytes),
     }

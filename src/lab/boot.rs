@@ -24,6 +24,11 @@ const SCRIPT: &str = "/tmp/job";
 /// The guest has ended by then, or is ended by us.
 const BEYOND: Duration = Duration::from_secs(15);
 
+/// `minivmm check` takes less than a second, and an emulated one a few.
+const CHECK_MAX: Duration = Duration::from_secs(60);
+/// Its exit status where Linux guests do not run.
+const CHECK_SAYS_NO: i32 = 1;
+
 /// A disk of the guest: vda, vdb, ... in their order.
 #[derive(Debug, Clone)]
 pub struct DiskSpec {
@@ -203,6 +208,16 @@ impl Boot {
         }
         command.args(["--", "sh", SCRIPT]);
     }
+}
+
+/// Why no Linux guest runs here, if none does: a boot would only be waited for. As `minivmm check` says it.
+pub fn why_no_linux(stop: &AtomicBool) -> Result<Option<String>, BootError> {
+    let name = program::beside(program::VMM).unwrap_or_else(|_| program::VMM.into());
+    let mut command = Command::new(&name);
+    command.args(["check", "--quiet"]);
+    let ended = child::run(&mut command, CHECK_MAX, stop);
+    let ended = ended.map_err(|source| BootError::Start { program: name, source })?;
+    Ok((ended.how == How::ByItself && ended.status == CHECK_SAYS_NO).then(|| ended.stdout.trim().to_owned()))
 }
 
 fn joined(before: &str, path: &Path, behind: &str) -> OsString {

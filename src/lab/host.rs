@@ -4,15 +4,16 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
 use std::time::SystemTime;
 
 use serde::Serialize;
 
-use crate::explain::{Layer, Place, below_device};
+use crate::explain::{Device, Layer, Place, below_device};
 
-/// The machine, and what is below a directory of it.
+/// The machine, and what is below a place on it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Host {
     /// This program's version.
@@ -73,10 +74,16 @@ impl Meaning {
 }
 
 impl Host {
-    /// This machine, and what is below `directory`.
-    pub fn look(directory: &Path) -> io::Result<Self> {
-        let place = Place::of_file(&File::open(directory)?);
-        let disks = place.device.map(below_device).unwrap_or_default();
+    /// This machine, and what is below `path`: an image, a directory for images, or a block device, whose file
+    /// system is only that of its node.
+    pub fn look(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        let (found, place) = (file.metadata()?, Place::of_file(&file));
+        let device = match found.file_type().is_block_device() {
+            true => Some(Device::from_number(found.rdev())),
+            false => place.device,
+        };
+        let disks = device.map(below_device).unwrap_or_default();
         let cpuinfo = read("/proc/cpuinfo");
         let hypervisor = hypervisor();
         Ok(Self {
