@@ -4,6 +4,7 @@
 //! keys are `disk`'s, in the table from which the help is made. Manual page and completions are made
 //! from the same definitions (`examples/manual.rs`).
 
+mod bench;
 pub mod command;
 mod crash;
 mod find_guest;
@@ -25,6 +26,7 @@ use crate::sandbox;
 use crate::vmm::{Config, ConsoleTarget, Ending, ObserveTarget, StatsTarget};
 use command::{CommandArgs, ConsoleTaken};
 
+pub use bench::BenchArgs;
 pub use crash::CrashArgs;
 pub use find_guest::GuestNotFound;
 
@@ -190,6 +192,12 @@ enum Command {
     /// such disk is made, in a scratch file, and checked. Exit status: 0 where all were good, 1 where some
     /// were not.
     Crash(Box<CrashArgs>),
+    /// Measure a disk in cache modes: fio in the guest, beside the same job on this host
+    ///
+    /// Each run begins with an image that is all written and a host's cache whose state is made for it; each
+    /// job that writes ends with a sync. Figures that cannot be the disk's are told, with the reason
+    /// (docs/benchmarking.md).
+    Bench(Box<BenchArgs>),
 }
 
 /// What the user wants.
@@ -218,6 +226,8 @@ pub enum Task {
     },
     /// Disks after a loss of power checked.
     Crash(Box<CrashArgs>),
+    /// A disk measured.
+    Bench(Box<BenchArgs>),
     /// These disks explained.
     Explain {
         /// Which.
@@ -301,6 +311,7 @@ impl Args {
             Some(Command::Top { observation }) => Task::Top { observation: observation.clone() },
             Some(Command::Log { log, json }) => Task::Log { log: log.clone(), json: *json },
             Some(Command::Crash(crash)) => Task::Crash(crash.clone()),
+            Some(Command::Bench(bench)) => Task::Bench(bench.clone()),
             None if self.explain => Task::Explain { disks: disks(&self.disks, self.cpus), json: self.json },
             None => Task::Run,
         }

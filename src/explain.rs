@@ -21,8 +21,8 @@ use crate::disk::geometry::SECTOR;
 use crate::disk::{DiskOptions, Image, ImageError};
 
 pub use dry_run::{Answer, Driver};
-pub use layers::{Layer, below};
-pub use place::Place;
+pub use layers::{Layer, below, below_device};
+pub use place::{Device, Place};
 pub use print::to_text;
 
 /// All that is known beforehand about one disk. `docs/explain.md` tells the keys.

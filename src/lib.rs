@@ -15,6 +15,8 @@
 //! | [`boot`] | kernel, initrd, command line, zero page, CPU state, ACPI | devices' insides |
 //! | [`bus`], [`devices`] | port and MMIO dispatch; serial, power, RTC | KVM |
 //! | [`virtio`] | device trait, register core, mmio and pci transports, virtqueues | blocks, files |
+//! | [`lab`] | a boot of a real guest as an experiment, images, the machine told, fio, rounds | KVM, devices |
+//! | [`bench`] | fio in a guest beside its host, and which figures are no disk's | KVM, devices |
 //! | [`crash`] | write logs, and the disks that a loss of power could have left | guests, KVM |
 //! | [`observe`] | what the caches hold, what the host's disk does; both before a run and during it | guests' insides, KVM |
 //! | [`explain`] | what a disk will do, told without doing it | KVM |
@@ -28,6 +30,7 @@
 //!
 //! One write, there and back, is told in `docs/architecture.md`.
 
+pub mod bench;
 pub mod blk;
 pub mod boot;
 pub mod bus;
@@ -40,6 +43,7 @@ pub mod disk;
 pub mod explain;
 pub mod job;
 pub mod kvm;
+pub mod lab;
 pub mod layout;
 pub mod mem;
 pub mod mutants;

@@ -3,13 +3,16 @@
 //!
 //! Owns as little as `main.rs`: which tool it is, its signals, its exit status.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use minivmm::bench::{self, BenchError};
 use minivmm::cli::process::{print, start_logging, told};
-use minivmm::cli::{Args, CrashArgs, ExitStatus, Task};
+use minivmm::cli::{Args, BenchArgs, CrashArgs, ExitStatus, Task};
 use minivmm::crash::log::WriteLog;
 use minivmm::crash::{campaign, list};
 use minivmm::observe::top;
@@ -27,6 +30,7 @@ fn run(args: &Args) -> Result<ExitStatus> {
         Task::Log { log, json } => list_log(&log, json),
         Task::Top { observation } => show_observation(&observation),
         Task::Crash(args) => crash(*args),
+        Task::Bench(args) => measure(*args),
         Task::Run | Task::Check { .. } | Task::Explain { .. } => {
             bail!("that is minivmm's: give it these arguments")
         }
@@ -51,19 +55,65 @@ fn crash(args: CrashArgs) -> Result<ExitStatus> {
         print(&campaign::write_image(&options, out)?)?;
         return Ok(ExitStatus::Success);
     }
-    // A second signal ends it at once.
-    let (stop, signal) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-    for number in [SIGHUP, SIGINT, SIGTERM] {
-        let value = usize::try_from(number).unwrap_or_default();
-        flag::register_conditional_shutdown(number, 128 + number, Arc::clone(&stop))?;
-        flag::register(number, Arc::clone(&stop))?;
-        flag::register_usize(number, Arc::clone(&signal), value)?;
-    }
-    let report = campaign::run(&options, &stop)?;
+    let signals = Signals::taken()?;
+    let report = campaign::run(&options, &signals.stop)?;
     print(&if json { report.to_json()? } else { report.to_text() })?;
-    Ok(match i32::try_from(signal.load(Ordering::SeqCst)) {
-        Ok(signal) if signal > 0 => ExitStatus::Signal(signal),
+    Ok(match signals.status() {
+        Some(status) => status,
         _ if report.failures.is_empty() => ExitStatus::Success,
         _ => ExitStatus::NotGood,
     })
+}
+
+fn measure(args: BenchArgs) -> Result<ExitStatus> {
+    let options = args.options();
+    // What cannot be written is an error before the hour that it takes.
+    let place = || options.json.as_deref().unwrap_or(Path::new("")).display().to_string();
+    let failed = || format!("cannot write the report to {}", place());
+    // An older report stays until there is a new one.
+    let created = |path: &Path| File::options().write(true).create(true).truncate(false).open(path);
+    let json = options.json.as_deref().map(created).transpose().with_context(failed)?;
+    let signals = Signals::taken()?;
+    let report = match bench::run::run(&options, &signals.stop) {
+        Err(BenchError::Interrupted) => return Ok(signals.status().unwrap_or(ExitStatus::Failure)),
+        other => other?,
+    };
+    if let Some(mut file) = json {
+        let text = report.to_json()?;
+        file.set_len(0).and_then(|()| writeln!(file, "{text}")).with_context(failed)?;
+    }
+    if report.has_figures() {
+        print(&report.to_text())?;
+    }
+    match (&report.error, signals.status()) {
+        (Some(error), _) => bail!("{error}"),
+        (None, Some(status)) => Ok(status),
+        (None, None) => Ok(ExitStatus::Success),
+    }
+}
+
+/// The signals that stop a tool, which then tells what it has.
+struct Signals {
+    stop: Arc<AtomicBool>,
+    last: Arc<AtomicUsize>,
+}
+
+impl Signals {
+    /// From here on they are ours. A second one ends us at once.
+    fn taken() -> Result<Self> {
+        let (stop, last) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        for number in [SIGHUP, SIGINT, SIGTERM] {
+            let value = usize::try_from(number).unwrap_or_default();
+            flag::register_conditional_shutdown(number, 128 + number, Arc::clone(&stop))?;
+            flag::register(number, Arc::clone(&stop))?;
+            flag::register_usize(number, Arc::clone(&last), value)?;
+        }
+        Ok(Self { stop, last })
+    }
+
+    /// The status that says which came, if one did.
+    fn status(&self) -> Option<ExitStatus> {
+        let signal = i32::try_from(self.last.load(Ordering::SeqCst)).unwrap_or_default();
+        (signal > 0).then_some(ExitStatus::Signal(signal))
+    }
 }

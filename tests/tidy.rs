@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Which modules of the crate each module may name. Dependencies point down; a module may always
 /// name itself. `None`: everything.
-const LAYERS: [(&str, Option<&[&str]>); 24] = [
+const LAYERS: [(&str, Option<&[&str]>); 26] = [
     ("main", None),
     ("tools", None),
     ("cli", None),
@@ -18,7 +18,9 @@ const LAYERS: [(&str, Option<&[&str]>); 24] = [
     ("kvm", Some(&["bus", "pci", "mem", "layout", "ratelimit"])),
     ("boot", Some(&["mem", "layout"])),
     ("crash", Some(&["disk", "blk", "mem", "ratelimit"])),
-    ("study", Some(&["disk", "blk", "crash", "observe", "mem", "ratelimit"])),
+    ("bench", Some(&["lab", "disk", "explain", "text"])),
+    ("study", Some(&["lab", "disk", "blk", "crash", "observe", "explain", "mem", "ratelimit", "text"])),
+    ("lab", Some(&["disk", "observe", "explain", "program"])),
     ("observe", Some(&["disk", "explain", "sandbox"])),
     ("explain", Some(&["blk", "virtio", "disk", "mem", "text"])),
     ("blk", Some(&["virtio", "disk", "mem", "ratelimit", "slab", "sandbox"])),

@@ -129,7 +129,7 @@ impl CrashArgs {
     }
 }
 
-fn count(text: &str) -> Result<usize, String> {
+pub(super) fn count(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&count| count > 0).ok_or_else(|| "it is a number from 1 on".to_owned())
 }
 

@@ -27,6 +27,8 @@ Examples:
       keep in a.csv what host and guest cache of it; `minivmm top a.csv` shows it
   minivmm --explain --disk disk.img,cache=writethrough
       which system calls that will make, without running anything
+  minivmm bench --disk scratch.img --size 1G --modes none,writeback
+      fio in the guest and on this host; says which figures are a cache's
   minivmm --disk a.img --disk b.img,readonly,serial=archive --memory 2G --cpus 2
       two disks, /dev/vda and /dev/vdb
   minivmm --disk disk.img,cache=none -- fio --name=t --filename=/dev/vda --rw=randread --direct=1
@@ -78,7 +80,7 @@ pub fn improve(mut error: clap::Error) -> clap::Error {
         format!("to give the guest a disk: --disk {word}")
     } else {
         format!(
-            "a command for the guest stands behind --: minivmm [OPTIONS] -- {word}; minivmm's own are 'check', 'log', 'crash' and 'top'"
+            "a command for the guest stands behind --: minivmm [OPTIONS] -- {word}; minivmm's own are 'bench', 'check', 'crash', 'log' and 'top'"
         )
     };
     error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));

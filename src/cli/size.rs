@@ -28,6 +28,15 @@ pub fn memory(text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
+/// An image.
+pub fn disk(text: &str) -> Result<u64, String> {
+    match bytes(text)? {
+        bytes if bytes < MIB => Err("it is less than 1M; a number without a letter counts bytes".into()),
+        bytes if !bytes.is_multiple_of(4096) => Err("it is no multiple of 4K".into()),
+        bytes => Ok(bytes),
+    }
+}
+
 /// `text` in bytes.
 fn bytes(text: &str) -> Result<u64, String> {
     let wrong = || "it is a number, with K, M, G or T behind it: 512M, 4G".to_string();
@@ -60,6 +69,16 @@ mod tests {
             ("1T", 1 << 40),
         ] {
             assert_eq!(memory(text), Ok(bytes), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_image_has_whole_blocks() {
+        assert_eq!(disk("1G"), Ok(GIB));
+        assert_eq!(disk("1028K"), Ok(1028 * KIB));
+        for (text, word) in [("64", "less than 1M"), ("1048577", "multiple of 4K"), ("1.5G", "512M")] {
+            let error = disk(text).unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
         }
     }
 

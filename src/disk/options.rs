@@ -446,7 +446,7 @@ impl FromStr for DiskOptions {
 }
 
 /// Splits at single commas; two in a row are one comma of the text.
-fn split_at_commas(text: &str) -> Vec<String> {
+pub fn split_at_commas(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {

@@ -44,10 +44,13 @@ pub fn below(image: &Image, place: &Place) -> Vec<Layer> {
     } else {
         place.device
     };
+    device.map(below_device).unwrap_or_default()
+}
+
+/// `device`, and the disks below it.
+pub fn below_device(device: Device) -> Vec<Layer> {
     let mut layers = Vec::new();
-    if let Some(device) = device {
-        descend(Path::new("/sys/dev/block"), device, &mut layers, 0);
-    }
+    descend(Path::new("/sys/dev/block"), device, &mut layers, 0);
     layers
 }
 

@@ -1,0 +1,60 @@
+//! `minivmm bench`: fio in a guest in several cache modes, beside the same job on the host, so that the
+//! figures are a disk's or are said not to be (docs/benchmarking.md).
+//!
+//! Owns the protocol: which jobs it takes ([`jobs`]), who runs them ([`who`]), what is refused before anything
+//! runs ([`prepare`]), in which order and state all runs ([`run`]), which figures cannot be a disk's
+//! ([`warn`]), and how it is told ([`report`], [`table`]).
+
+pub mod jobs;
+mod prepare;
+pub mod report;
+pub mod run;
+mod table;
+#[cfg(test)]
+mod tests;
+pub mod warn;
+pub mod who;
+
+use std::path::PathBuf;
+
+use crate::disk::DiskOptions;
+use crate::disk::cache::CachePolicy;
+use crate::disk::options::HostCache;
+
+pub use jobs::{Job, JobError};
+pub use prepare::PrepareError;
+pub use report::Report;
+pub use run::BenchError;
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The image, and what its keys mean.
+    pub disk: DiskOptions,
+    /// The same keys as they were given, for minivmm.
+    pub keys: Vec<String>,
+    /// The cache modes.
+    pub modes: Vec<&'static CachePolicy>,
+    /// A job file of fio's; ours where there is none.
+    pub jobs: Option<PathBuf>,
+    /// Only the jobs of these names; all where there are none.
+    pub only: Vec<String>,
+    /// How large the image is to be where there is none yet.
+    pub size_bytes: Option<u64>,
+    /// Gaps of the image may be written to, with the zeroes that they read as.
+    pub fill: bool,
+    /// Jobs may write over what is in the image.
+    pub destroy: bool,
+    /// How often everything runs.
+    pub rounds: usize,
+    /// How long a job runs, in seconds; what the job file says where not given, or ten.
+    pub seconds: Option<u64>,
+    /// What the host's cache has of the image before each run.
+    pub host_cache: HostCache,
+    /// The guest's memory.
+    pub memory_bytes: u64,
+    /// Its CPUs.
+    pub cpus: u8,
+    /// Where the report goes as JSON, besides.
+    pub json: Option<PathBuf>,
+}

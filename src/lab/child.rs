@@ -1,0 +1,134 @@
+//! A child process, to its end, its time's end or ours.
+//!
+//! Owns its group, the order to stop (SIGTERM, and SIGKILL when that is not heeded) and what it said.
+
+use std::io::{self, Read};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+
+/// How often it is looked whether all is to stop.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// What is told to end gets so long: a VM drains its disks meanwhile.
+const GRACE: Duration = Duration::from_secs(20);
+
+/// Why a child has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    /// By itself.
+    ByItself,
+    /// All was to stop.
+    Interrupted,
+    /// Its time was over.
+    Late,
+}
+
+/// A child that has ended, and what it said.
+#[derive(Debug)]
+pub struct Ended {
+    /// Its exit status, or 128 and the signal that has killed it.
+    pub status: i32,
+    /// What ended it.
+    pub how: How,
+    /// Its standard output.
+    pub stdout: String,
+    /// Its standard error.
+    pub stderr: String,
+}
+
+/// Runs `command` without input, in a process group of its own: a Ctrl-C on our terminal is ours to pass on.
+/// Of its group nothing is left afterwards.
+pub fn run(command: &mut Command, limit: Duration, stop: &AtomicBool) -> io::Result<Ended> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    let mut child = command.spawn()?;
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    std::thread::scope(|scope| {
+        let stdout = scope.spawn(|| read_all(stdout));
+        let stderr = scope.spawn(|| read_all(stderr));
+        let waited = wait(child, limit, stop);
+        let said = |reader: std::thread::ScopedJoinHandle<'_, String>| reader.join().unwrap_or_default();
+        let (stdout, stderr) = (said(stdout), said(stderr));
+        let (status, how) = waited?;
+        let status = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
+        Ok(Ended { status, how, stdout, stderr })
+    })
+}
+
+/// What cannot be read is not worth losing the rest.
+fn read_all(from: Option<impl Read>) -> String {
+    let mut bytes = Vec::new();
+    if let Some(mut from) = from {
+        let _ = from.read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn wait(mut child: Child, limit: Duration, stop: &AtomicBool) -> io::Result<(ExitStatus, How)> {
+    let group = Pid::from_child(&child);
+    let never = AtomicBool::new(false);
+    let mut how = watch(group, Instant::now() + limit, stop);
+    if !matches!(how, Ok(How::ByItself)) {
+        let _ = kill_process_group(group, Signal::TERM);
+        // Neither a second signal nor another deadline changes why it ends.
+        if let Err(error) = watch(group, Instant::now() + GRACE, &never) {
+            how = how.and(Err(error));
+        }
+    }
+    // Also whatever it has left running; the group's number is its own until it is waited for.
+    let _ = kill_process_group(group, Signal::KILL);
+    Ok((child.wait()?, how?))
+}
+
+/// Until the process has ended by itself, or must not go on.
+fn watch(process: Pid, deadline: Instant, stop: &AtomicBool) -> io::Result<How> {
+    let pidfd = pidfd_open(process, PidfdFlags::empty())?;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now()).min(LOOK_EVERY);
+        let left = Timespec { tv_sec: 0, tv_nsec: i64::from(left.subsec_nanos()) };
+        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) => return Ok(How::ByItself),
+            Err(errno) => return Err(errno.into()),
+        }
+        if stop.load(Ordering::Relaxed) {
+            return Ok(How::Interrupted);
+        }
+        if Instant::now() >= deadline {
+            return Ok(How::Late);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sh(script: &str, limit: Duration, stop: &AtomicBool) -> Ended {
+        run(Command::new("sh").args(["-c", script]), limit, stop).unwrap()
+    }
+
+    #[test]
+    fn what_it_said_and_how_it_ended_is_told() {
+        let never = AtomicBool::new(false);
+        let ended = sh("echo out; echo err >&2; exit 7", Duration::from_secs(60), &never);
+        assert_eq!((ended.status, ended.how), (7, How::ByItself));
+        assert_eq!((ended.stdout.as_str(), ended.stderr.as_str()), ("out\n", "err\n"));
+        let ended = sh("kill -USR1 $$", Duration::from_secs(60), &never);
+        assert_eq!((ended.status, ended.how), (128 + libc::SIGUSR1, How::ByItself));
+    }
+
+    #[test]
+    fn it_is_told_to_end_and_what_it_left_running_ends_too() {
+        let never = AtomicBool::new(false);
+        // A child in the background holds the pipes: if it were left, this would last a minute.
+        let script = "trap 'echo told; exit 3' TERM; sleep 60 & echo begun; wait";
+        let ended = sh(script, Duration::from_millis(500), &never);
+        assert_eq!((ended.status, ended.how, ended.stdout.as_str()), (3, How::Late, "begun\ntold\n"));
+        let ended = sh("exec sleep 60", Duration::from_secs(60), &AtomicBool::new(true));
+        assert_eq!((ended.status, ended.how), (128 + libc::SIGTERM, How::Interrupted));
+    }
+}
