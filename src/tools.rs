@@ -9,10 +9,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Result, bail};
 use minivmm::cli::process::{print, start_logging, told};
-use minivmm::cli::{Args, CrashArgs, ExitStatus, Task};
+use minivmm::cli::{Args, CrashArgs, ExitStatus, StudyArgs, Task};
 use minivmm::crash::log::WriteLog;
 use minivmm::crash::{campaign, list};
 use minivmm::observe::top;
+use minivmm::study;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
@@ -27,6 +28,7 @@ fn run(args: &Args) -> Result<ExitStatus> {
         Task::Log { log, json } => list_log(&log, json),
         Task::Top { observation } => show_observation(&observation),
         Task::Crash(args) => crash(*args),
+        Task::Study(args) => run_study(args),
         Task::Run | Task::Check { .. } | Task::Explain { .. } => {
             bail!("that is minivmm's: give it these arguments")
         }
@@ -51,7 +53,26 @@ fn crash(args: CrashArgs) -> Result<ExitStatus> {
         print(&campaign::write_image(&options, out)?)?;
         return Ok(ExitStatus::Success);
     }
-    // A second signal ends it at once.
+    let (stop, signal) = stop_on_signals()?;
+    let report = campaign::run(&options, &stop)?;
+    print(&if json { report.to_json()? } else { report.to_text() })?;
+    Ok(match caught(&signal) {
+        Some(signal) => signal,
+        None if report.failures.is_empty() => ExitStatus::Success,
+        None => ExitStatus::NotGood,
+    })
+}
+
+fn run_study(args: StudyArgs) -> Result<ExitStatus> {
+    let (stop, signal) = stop_on_signals()?;
+    let options = args.options();
+    let report = study::run::run(&options, &stop)?;
+    print(&format!("{}\n{}", report.to_text(), options.out.join(study::run::PAGE).display()))?;
+    Ok(caught(&signal).unwrap_or(ExitStatus::Success))
+}
+
+/// What a signal sets, and which one it was. A second one ends the process at once.
+fn stop_on_signals() -> Result<(Arc<AtomicBool>, Arc<AtomicUsize>)> {
     let (stop, signal) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     for number in [SIGHUP, SIGINT, SIGTERM] {
         let value = usize::try_from(number).unwrap_or_default();
@@ -59,11 +80,10 @@ fn crash(args: CrashArgs) -> Result<ExitStatus> {
         flag::register(number, Arc::clone(&stop))?;
         flag::register_usize(number, Arc::clone(&signal), value)?;
     }
-    let report = campaign::run(&options, &stop)?;
-    print(&if json { report.to_json()? } else { report.to_text() })?;
-    Ok(match i32::try_from(signal.load(Ordering::SeqCst)) {
-        Ok(signal) if signal > 0 => ExitStatus::Signal(signal),
-        _ if report.failures.is_empty() => ExitStatus::Success,
-        _ => ExitStatus::NotGood,
-    })
+    Ok((stop, signal))
+}
+
+fn caught(signal: &AtomicUsize) -> Option<ExitStatus> {
+    let signal = i32::try_from(signal.load(Ordering::SeqCst)).ok()?;
+    (signal > 0).then_some(ExitStatus::Signal(signal))
 }

@@ -4,11 +4,11 @@
 //! The first counts for everybody on that disk, the second for all disks of this VM: neither is one
 //! image's alone, and docs/observing.md says what that means.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::PathBuf;
 
 use crate::disk::Image;
-use crate::explain::{Layer, Place, below};
+use crate::explain::{Layer, Place, below, below_device};
 
 /// A sector of stat's, whatever the disk's own is.
 const SECTOR_BYTES: u64 = 512;
@@ -40,10 +40,18 @@ impl HostDisk {
     /// The disk below `image`: the whole disk where it is on a partition. Below device-mapper and md,
     /// which count no FLUSHes, the first disk that does; of a mirror that is one leg.
     pub fn of(image: &Image) -> Option<Self> {
-        let layers = below(image, &Place::of(image));
+        Self::lowest(&below(image, &Place::of(image)))
+    }
+
+    fn lowest(layers: &[Layer]) -> Option<Self> {
         let real = |layer: &&Layer| !["dm-", "md"].iter().any(|prefix| layer.name.starts_with(prefix));
         let name = layers.iter().find(real).or(layers.first())?.name.clone();
         Some(Self { stat: format!("/sys/block/{name}/stat").into(), name })
+    }
+
+    /// The same below a file that is no open image.
+    pub fn below(file: &File) -> Option<Self> {
+        Self::lowest(&below_device(Place::of_file(file).device?))
     }
 
     /// Its name in the kernel.
