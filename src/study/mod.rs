@@ -9,6 +9,7 @@
 
 pub mod experiment;
 pub mod figures;
+pub mod guest;
 pub mod machine;
 pub mod page;
 pub mod plot;
@@ -18,13 +19,38 @@ pub mod run;
 pub mod steps;
 pub mod verdict;
 
+pub mod a1;
+pub mod a2;
+pub mod t01;
+pub mod t02;
+pub mod t03;
+pub mod t04;
+pub mod t05;
+pub mod t06;
+pub mod t07;
+pub mod t08;
 pub mod t09;
 pub mod t10;
+pub mod t11;
 
 use experiment::Experiment;
 
 /// All experiments, in the order of the page.
-pub static EXPERIMENTS: [&Experiment; 2] = [&t09::EXPERIMENT, &t10::EXPERIMENT];
+pub static EXPERIMENTS: [&Experiment; 13] = [
+    &t01::EXPERIMENT,
+    &t02::EXPERIMENT,
+    &t03::EXPERIMENT,
+    &t04::EXPERIMENT,
+    &t05::EXPERIMENT,
+    &t06::EXPERIMENT,
+    &t07::EXPERIMENT,
+    &t08::EXPERIMENT,
+    &t09::EXPERIMENT,
+    &t10::EXPERIMENT,
+    &t11::EXPERIMENT,
+    &a1::EXPERIMENT,
+    &a2::EXPERIMENT,
+];
 
 /// The experiment of that name.
 pub fn by_id(id: &str) -> Option<&'static Experiment> {

@@ -3,7 +3,7 @@
 //! Owns the claim, the prediction and the figures' meaning. The host's half is `steps::host::mechanisms`;
 //! what the modes make of them is seen in the step of writes.
 
-use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
+use super::experiment::{Bound, Experiment, Kind, MODES, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, value};
 use super::plot::Plot;
 
@@ -62,7 +62,7 @@ pub static EXPERIMENT: Experiment = Experiment {
     confounds: "A disk\u{2019}s counters count for everybody who uses it. A disk without a volatile write cache is sent no FLUSH; one with \
                 FUA may get a FUA write in the place of a write and a FLUSH: there the third question does not tell the mechanisms \
                 apart, the first two still do. A file system may commit its journal meanwhile.",
-    steps: &["mechanisms"],
+    steps: &["mechanisms", "writes"],
     measures: &[
         Measure {
             name: "differences",
@@ -131,14 +131,90 @@ pub static EXPERIMENT: Experiment = Experiment {
                 expect(FSYNC, Bound::Between(1.0, 4.0)),
             ],
         },
+        Measure {
+            name: "mode-resident",
+            title: "The guest writes sixteen blocks: bytes of the image in the host\u{2019}s cache",
+            unit: "KiB",
+            kind: Kind::Bytes,
+            how: "fio, 4 KiB each, direct=1, no sync; cachestat afterwards, the cache dropped before.",
+            rules: &[],
+            control: false,
+            predictions: &[
+                expect("none", Bound::about(0.0, 0.0)),
+                expect("directsync", Bound::about(0.0, 0.0)),
+                expect("writethrough", Bound::about(4.0 * WRITTEN, 0.0)),
+                expect("writeback", Bound::about(4.0 * WRITTEN, 0.0)),
+                expect("unsafe", Bound::about(4.0 * WRITTEN, 0.0)),
+            ],
+        },
+        Measure {
+            name: "mode-stable",
+            title: "The same: writes that were stable when the guest was told that they are done",
+            unit: "of 16",
+            kind: Kind::Count,
+            how: "minivmm\u{2019}s counter of writes with RWF_DSYNC, or its fdatasyncs where it shares those.",
+            rules: &[],
+            control: false,
+            predictions: &[
+                expect("none", Bound::about(0.0, 0.0)),
+                expect("directsync", Bound::about(WRITTEN, 0.0)),
+                expect("writethrough", Bound::about(WRITTEN, 0.0)),
+                expect("writeback", Bound::about(0.0, 0.0)),
+                expect("unsafe", Bound::about(0.0, 0.0)),
+            ],
+        },
+        Measure {
+            name: "mode-flushes",
+            title: "The guest writes sixteen blocks, a sync after each: fdatasyncs of minivmm",
+            unit: "",
+            kind: Kind::Count,
+            how: "fio with fdatasync=1 (which syncs after all but the last). A guest that sees no write cache sends no FLUSH; in unsafe they are \
+                  counted and not done.",
+            rules: &[],
+            control: false,
+            predictions: &[
+                expect("none", Bound::Between(WRITTEN - 1.0, WRITTEN + 1.0)),
+                expect("directsync", Bound::about(0.0, 0.0)),
+                expect("writethrough", Bound::about(0.0, 0.0)),
+                expect("writeback", Bound::Between(WRITTEN - 1.0, WRITTEN + 1.0)),
+                expect("unsafe", Bound::about(0.0, 0.0)),
+            ],
+        },
     ],
     measured,
     plots,
 };
 
+/// The guest's part with one disk.
+pub fn script(mode: &str, device: &str) -> String {
+    let job = |name: &str, option: &str| {
+        format!(
+            "ask drop {device}; ask stats T10.{mode}.{name}.before {device}
+job T10.{mode}.{name} {device} --rw=write --bs=4k --direct=1 --size=64k {option}
+ask stats T10.{mode}.{name}.after {device}; ask look T10.{mode}.{name}.after {device}\n"
+        )
+    };
+    job("plain", "") + &job("synced", "--fdatasync=1")
+}
+
+fn of_mode(step: &Record, mode: &str) -> Vec<Measured> {
+    let mut found = Vec::new();
+    let grown = |job: &str, what: &str| {
+        let name = format!("T10.{mode}.{job}");
+        step.grown(&format!("{name}.before.{what}"), &format!("{name}.after.{what}"))
+    };
+    let resident = step.get(&format!("T10.{mode}.plain.after.cached"));
+    found.extend(value("mode-resident", mode, resident.map(|bytes| bytes / 1024.0)));
+    let stable =
+        grown("plain", "dsync-writes").zip(grown("plain", "fdatasyncs")).map(|(dsync, syncs)| dsync + syncs);
+    found.extend(value("mode-stable", mode, stable));
+    found.extend(value("mode-flushes", mode, grown("synced", "fdatasyncs")));
+    found
+}
+
 fn measured(step: &Record) -> Vec<Measured> {
     let all = |mechanism: &str, what: &str| step.all(&format!("T10.{mechanism}.{what}")).to_vec();
-    let mut found = Vec::new();
+    let mut found: Vec<Measured> = MODES.into_iter().flat_map(|mode| of_mode(step, mode)).collect();
     for mechanism in &MECHANISMS {
         for (measure, what) in [("resident", "resident"), ("dirty", "dirty"), ("flushes", "all.disk-flushes")]
         {
@@ -161,7 +237,9 @@ fn measured(step: &Record) -> Vec<Measured> {
 }
 
 fn plots(steps: &[Record]) -> Vec<Plot> {
-    let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
+    let Some(step) = steps.iter().find(|step| step.error.is_none() && step.step == "mechanisms") else {
+        return Vec::new();
+    };
     let curve = |what: &'static str| {
         MECHANISMS.iter().enumerate().filter_map(move |(at, mechanism)| {
             step.get(&format!("T10.{}.{what}", mechanism.name)).map(|found| (at as f64, found))

@@ -161,18 +161,18 @@ pub fn judge(answers: &[(String, Answer)], blind: &[String]) -> Verdict {
         (true, false, true) => Outcome::Refuted,
         _ => Outcome::Inconclusive,
     };
-    let rest = if open.is_empty() { String::new() } else { format!("; open: {}", open.join(", ")) };
+    let rest = if open.is_empty() { String::new() } else { format!(". Open: {}", open.join("; ")) };
     let words = match outcome {
         Outcome::Confirmed => "confirmed".to_owned(),
         Outcome::Refuted => "refuted".to_owned(),
-        Outcome::InPart => format!("confirmed for these only: {}{rest}", true_of.join(", ")),
+        Outcome::InPart => format!("confirmed for these only: {}{rest}", true_of.join("; ")),
         Outcome::Inconclusive if !blind.is_empty() => {
             format!("inconclusive here: a control has failed ({})", blind.join(", "))
         }
         Outcome::Inconclusive => {
             let part = match (true_of.is_empty(), false_of.is_empty()) {
-                (false, _) => format!("; so far true of {}", true_of.join(", ")),
-                (_, false) => format!("; so far not true of {}", false_of.join(", ")),
+                (false, _) => format!(". So far true of {}", true_of.join("; ")),
+                (_, false) => format!(". So far not true of {}", false_of.join("; ")),
                 _ => String::new(),
             };
             format!("inconclusive here{part}{rest}")

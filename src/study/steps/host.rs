@@ -22,14 +22,16 @@ const PAGE: usize = 4096;
 const ALIGNMENT: usize = 4096;
 
 /// Memory that O_DIRECT takes.
-struct Aligned(Vec<u8>);
+pub struct Aligned(Vec<u8>);
 
 impl Aligned {
-    fn new(bytes: usize, value: u8) -> Self {
+    /// So many bytes of that value.
+    pub fn new(bytes: usize, value: u8) -> Self {
         Self(vec![value; bytes + ALIGNMENT])
     }
 
-    fn bytes(&self) -> &[u8] {
+    /// The bytes, on such a boundary.
+    pub fn bytes(&self) -> &[u8] {
         let start = self.0.as_ptr().align_offset(ALIGNMENT);
         self.0.get(start..start + self.0.len() - ALIGNMENT).unwrap_or_default()
     }

@@ -3,7 +3,12 @@
 //!
 //! Owns the list, and what all steps have at hand. What each experiment wants of a step is in its own file.
 
+pub mod crash;
 pub mod host;
+pub mod pressure;
+pub mod reads;
+pub mod stable;
+pub mod writes;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -24,8 +29,15 @@ pub struct Step {
 }
 
 /// All, in their order.
-static STEPS: [Step; 2] =
-    [Step { name: "dirty", run: host::dirty }, Step { name: "mechanisms", run: host::mechanisms }];
+static STEPS: [Step; 7] = [
+    Step { name: "dirty", run: host::dirty },
+    Step { name: "mechanisms", run: host::mechanisms },
+    Step { name: "reads", run: reads::reads },
+    Step { name: "writes", run: writes::writes },
+    Step { name: "stable", run: stable::stable },
+    Step { name: "crash", run: crash::crash },
+    Step { name: "pressure", run: pressure::pressure },
+];
 
 /// Those that these experiments need.
 pub fn of(experiments: &[&Experiment]) -> Vec<&'static Step> {
@@ -36,6 +48,8 @@ pub fn of(experiments: &[&Experiment]) -> Vec<&'static Step> {
 /// What a step works with.
 #[derive(Debug)]
 pub struct Bench<'a> {
+    /// Where everything goes.
+    pub out: PathBuf,
     /// Where images lie.
     pub images: PathBuf,
     /// Whether jobs are to be small.
@@ -51,7 +65,7 @@ impl<'a> Bench<'a> {
     pub fn new(out: &Path, quick: bool, experiments: Vec<String>, stop: &'a AtomicBool) -> Result<Self> {
         let images = out.join("images");
         fs::create_dir_all(&images).with_context(|| format!("cannot make {}", images.display()))?;
-        Ok(Self { images, quick, experiments, stop })
+        Ok(Self { out: out.to_owned(), images, quick, experiments, stop })
     }
 
     /// Whether the experiment is wanted.
