@@ -2,7 +2,7 @@
 # is missing, or print the line that does.
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test bench bench-bare bench-guest lint deps test-deps clean torture fuzz fuzz-merge fuzz-coverage asan miri install install-files static deb
+.PHONY: help build run test bench bench-bare bench-guest study lint deps test-deps clean torture fuzz fuzz-merge fuzz-coverage asan miri install install-files static deb
 
 include guest-images/guest.mk
 
@@ -12,6 +12,7 @@ help: ## lists the commands
 	@echo "make bench        the device path beside fio on this machine: QUICK=1, ROUNDS=, SECONDS=, ONLY=, FULL=1"
 	@echo "make bench-bare   a guest of our own beside QEMU's on this machine's KVM: QUICK=1, ROUNDS=, ONLY="
 	@echo "make bench-guest  fio in the test guest under minivmm and QEMU, boots to init: QUICK=1, ROUNDS=, ONLY=, WHO=, MODES="
+	@echo "make study        what was said of disk caching in 2008, measured, as a page: QUICK=1, OUT=study, ONLY=, ROUNDS="
 	@echo "make lint         formatting, clippy, licences and sources of the dependencies, shell scripts"
 	@echo "make build        target/release/minivmm"
 	@echo "make guest        the test guest's kernel and initramfs, in guest-images/build"
@@ -84,6 +85,12 @@ bench-guest: test-deps build guest
 	@cargo bench --quiet --locked --bench guest -- $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
 		$(if $(ONLY),--only $(ONLY)) $(if $(WHO),--who $(WHO)) $(if $(MODES),--modes $(MODES)) $(if $(QUICK),--quick) $(ARGS)
 
+# The claims of 2008 as experiments (docs/study.md): ten minutes with QUICK=1, else an hour or more. Here, or in the
+# emulated host.
+study: deps build guest
+	@case $$(guest-images/which-host) in directly*) ;; *) $(MAKE) --no-print-directory emuhost ;; esac
+	@QUICK="$(QUICK)" OUT="$(OUT)" ONLY="$(ONLY)" ROUNDS="$(ROUNDS)" guest-images/study
+
 # The long suites: every combination of killed hosts and lost power TRIALS times (five minutes each), the same
 # with QEMU, hundreds of times as many seeds of the durability proof; half an hour of soak on this machine's KVM,
 # and five minutes of it in the emulated host (SOAK= seconds, in place of either).
@@ -117,7 +124,7 @@ miri:
 lint: deps
 	@cargo fmt --all -- --check
 	@cargo clippy --release --locked --all-targets --features mutants --quiet -- -D warnings
-	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo \
+	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo guest-images/study \
 		guest-images/install-packages guest-images/emuhost guest-images/boot-times guest-images/build-guest \
 		guest-images/build-host guest-images/build-small-kernel guest-images/bench/build.sh guest-images/pack-qemu .ci/run \
 		fuzz/run examples/crash/*.sh examples/crash/*/*.sh

@@ -25,18 +25,24 @@ fn steps() -> Vec<Record> {
     for mode in MODES {
         for mib in [0.0, 4.0, 8.0] {
             let cached = if ["none", "directsync"].contains(&mode) { 0.0 } else { mib };
-            for (what, value) in [("guest", mib), ("asked", mib), ("host.cached", cached), ("host.at", mib / 4.0)] {
+            for (what, value) in
+                [("guest", mib), ("asked", mib), ("host.cached", cached), ("host.at", mib / 4.0)]
+            {
                 reads.put(&format!("T1.{mode}.{what}"), value * 1048576.0);
             }
         }
     }
     let mut dirty = Record::new("dirty", 1);
-    for (stage, cached, pages) in
-        [("clean", 0.0, 0.0), ("written", 2048.0, 2048.0), ("let-go", 2048.0, 0.0), ("let-go-again", 0.0, 0.0)]
-    {
+    for (stage, cached, pages) in [
+        ("clean", 0.0, 0.0),
+        ("written", 2048.0, 2048.0),
+        ("let-go", 2048.0, 0.0),
+        ("let-go-again", 0.0, 0.0),
+    ] {
         dirty.put(&format!("T9.{stage}.cached"), cached);
         dirty.put(&format!("T9.{stage}.dirty"), pages);
     }
+    dirty.put("T9.let-go.disk-written-bytes", 0.0);
     let failed = Record { error: Some("it <failed> & \"so\"".into()), ..Record::new("writes", 1) };
     vec![reads, dirty, failed]
 }
@@ -54,7 +60,8 @@ fn elements(html: &str) -> HashSet<String> {
     while let Some(at) = rest.find('<') {
         let end = at + rest[at..].find('>').unwrap_or_else(|| panic!("an open < in {}", &rest[at..]));
         let tag = &rest[at + 1..end];
-        let name: String = tag.trim_start_matches('/').chars().take_while(char::is_ascii_alphanumeric).collect();
+        let name: String =
+            tag.trim_start_matches('/').chars().take_while(char::is_ascii_alphanumeric).collect();
         rest = &rest[end + 1..];
         if tag.starts_with('!') {
             continue;
@@ -96,7 +103,12 @@ fn the_page_is_sound_and_needs_nothing_else() {
     ] {
         assert!(!html.contains(what), "{what} in the page: {why}");
     }
-    for text in ["it &lt;failed&gt; &amp; &quot;so&quot;", "prefers-color-scheme", "width=device-width", "Copy the table"] {
+    for text in [
+        "it &lt;failed&gt; &amp; &quot;so&quot;",
+        "prefers-color-scheme",
+        "width=device-width",
+        "Copy the table",
+    ] {
         assert!(html.contains(text), "{text} is missing");
     }
     for experiment in EXPERIMENTS {
@@ -107,7 +119,8 @@ fn the_page_is_sound_and_needs_nothing_else() {
 #[test]
 fn coordinates_of_pictures_are_numbers_within_them() {
     let html = page(&report(steps()));
-    let pictures: Vec<&str> = html.split("<svg ").skip(1).map(|rest| rest.split("</svg>").next().unwrap()).collect();
+    let pictures: Vec<&str> =
+        html.split("<svg ").skip(1).map(|rest| rest.split("</svg>").next().unwrap()).collect();
     assert!(pictures.len() >= 3, "{}", pictures.len());
     for picture in pictures {
         for (name, most) in [("x1", 400.0), ("x2", 400.0), ("cx", 400.0), ("y1", 400.0), ("cy", 400.0)] {
@@ -126,7 +139,10 @@ fn verdicts_follow_from_the_figures_and_from_nothing_else() {
         (found.claims[0].verdict.outcome, found.claims[0].verdict.true_of.clone())
     };
     let good = report(steps());
-    assert_eq!(outcome(&good, "T1"), (Outcome::InPart, ["writethrough", "writeback", "unsafe"].map(String::from).to_vec()));
+    assert_eq!(
+        outcome(&good, "T1"),
+        (Outcome::InPart, ["writethrough", "writeback", "unsafe"].map(String::from).to_vec())
+    );
     assert_eq!(outcome(&good, "T9").0, Outcome::Confirmed);
     assert_eq!(outcome(&good, "T3").0, Outcome::Inconclusive, "it was not measured");
     // Nothing measured, nothing said.
@@ -157,7 +173,12 @@ fn every_claim_is_judged_by_some_rule_and_every_case_has_a_prediction() {
         assert!(ids.insert(experiment.id) && by_id(experiment.id).is_some());
         for (claim, quote) in experiment.claims.iter().enumerate() {
             let mut rules = experiment.measures.iter().flat_map(|measure| measure.rules);
-            assert!(rules.any(|rule| rule.claim == claim), "{}: nothing decides {}", experiment.id, quote.text);
+            assert!(
+                rules.any(|rule| rule.claim == claim),
+                "{}: nothing decides {}",
+                experiment.id,
+                quote.text
+            );
         }
         for measure in experiment.measures {
             assert!(!measure.predictions.is_empty(), "{} {}", experiment.id, measure.name);
@@ -220,7 +241,8 @@ fn what_needs_no_guest_runs_anywhere_and_goes_on_where_it_was() {
 #[test]
 fn with_guests_residencies_are_what_was_predicted_and_an_ended_run_goes_on() {
     let place = host::Host::get().place();
-    let study = "MINIVMM_GUEST=${GUESTS:-$MINIVMM_GUEST} minivmm study --quick --only T1,T9 --rounds 1 --out out";
+    let study =
+        "MINIVMM_GUEST=${GUESTS:-$MINIVMM_GUEST} minivmm study --quick --only T1,T9 --rounds 1 --out out";
     // Ended in its first guest: what was done before is kept, page and JSON are there.
     let ended = place.sh(&format!(
         "{study} & child=$!

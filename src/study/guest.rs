@@ -13,6 +13,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -58,7 +59,7 @@ const SILENCE: Duration = Duration::from_secs(240);
 /// How often it is looked whether all is to end.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// New statistics are there within this.
-const STATS_PATIENCE: Duration = Duration::from_secs(5);
+const STATS_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A disk of the guest.
 #[derive(Debug)]
@@ -112,7 +113,7 @@ impl Guest {
     pub fn run(&self, bench: &Bench<'_>, record: &mut Record, others: Others<'_>) -> Result<Left> {
         let place = tempfile::Builder::new().prefix("minivmm-study-").tempdir()?;
         let mut talk = Talk::begin(self, &place, bench)?;
-        let ended = talk.to_the_end(bench, record, others);
+        let ended = talk.listen(bench, record, others);
         let status = talk.end(ended.is_err());
         if let Err(error) = ended {
             let said = talk.said();
@@ -209,7 +210,7 @@ impl Talk {
         }
     }
 
-    fn to_the_end(&mut self, bench: &Bench<'_>, record: &mut Record, others: Others<'_>) -> Result<()> {
+    fn listen(&mut self, bench: &Bench<'_>, record: &mut Record, others: Others<'_>) -> Result<()> {
         while let Some(line) = self.line(bench)? {
             if let Some(figure) = line.strip_prefix('=') {
                 let (name, value) = figure.split_once(' ').context("said a figure without a value")?;
@@ -307,13 +308,14 @@ impl Talk {
     /// The device's counters now: minivmm replaces its file when it gets SIGUSR1.
     fn stats(&self, name: &str, device: &str, record: &mut Record) -> Result<()> {
         let path = self.place.join("stats.json");
-        let before = fs::read(&path).unwrap_or_default();
+        // Figures may be the same as before, the file is another.
+        let which = || fs::metadata(&path).map(|file| (file.ino(), file.mtime(), file.mtime_nsec())).ok();
+        let before = which();
         kill_process(Pid::from_child(&self.child), Signal::USR1)?;
         let until = Instant::now() + STATS_PATIENCE;
         loop {
-            let now = fs::read(&path).unwrap_or_default();
-            if now != before
-                && let Ok(stats) = serde_json::from_slice::<Value>(&now)
+            if which() != before
+                && let Ok(stats) = serde_json::from_slice::<Value>(&fs::read(&path).unwrap_or_default())
             {
                 put_stats(name, device, &stats, record);
                 return Ok(());

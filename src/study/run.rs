@@ -3,6 +3,7 @@
 //! Owns repetitions and the budget. The first repetition is always whole; what a quick run has no time
 //! for are further ones.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -145,10 +146,12 @@ fn replace(path: &Path, text: &str) -> Result<()> {
     written.with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Steps and time left: a bar on a terminal, elsewhere a line a step.
+/// Steps and time left: a bar on a terminal, elsewhere a line a step. The time is what the steps that were
+/// done now took; those that were done before say nothing of this hour.
 struct Progress {
     bar: ProgressBar,
     is_terminal: bool,
+    measured: Cell<(u32, f64)>,
 }
 
 impl Progress {
@@ -156,29 +159,42 @@ impl Progress {
         let is_terminal = std::io::stderr().is_terminal();
         let target = if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(steps), target);
-        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} steps, {eta} left: {msg}") {
+        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} steps, {msg}") {
             bar.set_style(style);
         }
         bar.enable_steady_tick(Duration::from_millis(500));
-        Self { bar, is_terminal }
+        Self { bar, is_terminal, measured: Cell::new((0, 0.0)) }
     }
 
     fn begin(&self, step: &str, round: u32, rounds: u32) {
-        self.bar.set_message(format!("{step}, repetition {round} of at most {rounds}"));
+        self.bar.set_message(format!("{}: {step}, repetition {round} of at most {rounds}", self.left()));
+    }
+
+    /// In words.
+    fn left(&self) -> String {
+        let (steps, seconds) = self.measured.get();
+        let rest = self.bar.length().unwrap_or_default().saturating_sub(self.bar.position());
+        match (steps, rest) {
+            (_, 0) => "the last one".to_owned(),
+            (0, _) => "time left not known yet".to_owned(),
+            _ => format!("{} left at most", minutes(seconds / f64::from(steps) * rest as f64)),
+        }
     }
 
     fn done(&self, record: Option<&Record>) {
         self.bar.inc(1);
         let Some(record) = record else { return };
+        let (steps, seconds) = self.measured.get();
+        self.measured.set((steps + 1, seconds + record.seconds));
         let told = record.error.as_deref().unwrap_or("done");
         let line = format!(
-            "{}/{} {} (repetition {}): {told}, {:.1} s; {} s left at most",
+            "{}/{} {} (repetition {}): {told}, {:.1} s; {}",
             self.bar.position(),
             self.bar.length().unwrap_or_default(),
             record.step,
             record.round,
             record.seconds,
-            self.bar.eta().as_secs(),
+            self.left(),
         );
         if !self.is_terminal {
             eprintln!("{line}");
@@ -190,4 +206,8 @@ impl Progress {
     fn end(&self) {
         self.bar.finish_and_clear();
     }
+}
+
+fn minutes(seconds: f64) -> String {
+    if seconds < 100.0 { format!("{seconds:.0} s") } else { format!("{:.0} min", seconds / 60.0) }
 }

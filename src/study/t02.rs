@@ -60,7 +60,7 @@ pub static EXPERIMENT: Experiment = Experiment {
     ],
     what: "The guest writes 64 records of 4 KiB, with a sync after every fourth, and works on an ext4: files written, synced, renamed, \
            directories made and removed. Each disk has a write log of what minivmm has done and what it has called stable. For every \
-           point of the log the rule of `minivmm crash` says which disks a loss of power could leave: of the records the worst is \
+           point of the log the rule of \u{201c}minivmm crash\u{201d} says which disks a loss of power could leave: of the records the worst is \
            taken, of the ext4 some are made, recovered by e2fsck -p, and must then be sound.",
     confounds: "The power is not cut here: what could be left is derived from what was really done, assuming that a host\u{2019}s fdatasync that \
                 has succeeded is to be believed, and that of all else any part may be gone (docs/crash-testing.md). For the cached modes \

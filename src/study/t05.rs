@@ -26,7 +26,8 @@ pub static EXPERIMENT: Experiment = Experiment {
     )],
     what: "The guest writes blocks of 16 KiB at random places, past its own cache and without a sync, for some seconds: on a disk in none \
            and on one in writeback, each first alone and then beside a process that takes 72 MiB, holds them, and gives them back, again \
-           and again. VM, page cache and that process are in one cgroup of 272 MiB. How many writes each moment has had is observed.",
+           and again. VM, page cache and that process are in one cgroup of 272 MiB, whose cache is full of \
+           another file when that begins. How many writes each moment has had is observed.",
     confounds: "A cgroup is a small host, not a host: the limit on its dirty pages is its own. A moment is a second; a quick run has 10 of them \
                 in each phase, a full one 60. The processor is shared with the process beside the guest, in both modes.",
     steps: &["pressure"],

@@ -136,7 +136,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             title: "The guest writes sixteen blocks: bytes of the image in the host\u{2019}s cache",
             unit: "KiB",
             kind: Kind::Bytes,
-            how: "fio, 4 KiB each, direct=1, no sync; cachestat afterwards, the cache dropped before.",
+            how: "dd, 4 KiB each, oflag=direct, no sync; cachestat afterwards, the cache dropped before.",
             rules: &[],
             control: false,
             predictions: &[
@@ -187,14 +187,18 @@ pub static EXPERIMENT: Experiment = Experiment {
 
 /// The guest's part with one disk.
 pub fn script(mode: &str, device: &str) -> String {
-    let job = |name: &str, option: &str| {
+    let around = |name: &str, work: &str| {
         format!(
             "ask drop {device}; ask stats T10.{mode}.{name}.before {device}
-job T10.{mode}.{name} {device} --rw=write --bs=4k --direct=1 --size=64k {option}
+{work}
 ask stats T10.{mode}.{name}.after {device}; ask look T10.{mode}.{name}.after {device}\n"
         )
     };
-    job("plain", "") + &job("synced", "--fdatasync=1")
+    let plain =
+        format!("dd if=/dev/zero of=/dev/{device} bs=4k count={WRITES} oflag=direct 2>/dev/null || exit 97");
+    let synced =
+        format!("job T10.{mode}.synced {device} --rw=write --bs=4k --direct=1 --size=64k --fdatasync=1");
+    around("plain", &plain) + &around("synced", &synced)
 }
 
 fn of_mode(step: &Record, mode: &str) -> Vec<Measured> {

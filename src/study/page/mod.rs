@@ -59,7 +59,7 @@ fn summary(html: &mut String, report: &Report) {
     if !report.complete {
         html.push_str("<p class=\"in-part\">The run was ended before all was measured: what is missing is told as such.</p>");
     }
-    html.push_str("<div class=\"scroll\"><table><thead><tr><th></th><th>Claim</th><th>Said by</th><th>Verdict</th><th>Predictions held</th></tr></thead><tbody>");
+    html.push_str("<div class=\"scroll\"><table><thead><tr><th></th><th>Claim</th><th>Verdict</th><th>Predictions held</th></tr></thead><tbody>");
     for experiment in &report.experiments {
         for claim in &experiment.claims {
             let (held, failed, open) = counted(experiment);
@@ -71,16 +71,27 @@ fn summary(html: &mut String, report: &Report) {
             };
             let _ = write!(
                 html,
-                "<tr><td><a href=\"#{id}\">{id}</a></td><td class=\"long\">{}</td><td>{}</td><td class=\"long {}\">{}</td><td class=\"n\">{held}{rest}</td></tr>",
+                "<tr><td><a href=\"#{id}\">{id}</a></td><td class=\"claim\">{}<br><span class=\"dim\">\u{201c}{}\u{201d} {}</span></td>\
+                 <td class=\"claim {}\">{}</td><td class=\"n\">{held}{rest}</td></tr>",
                 escape(experiment.title),
+                escape(&beginning(claim.quote.text)),
                 escape(claim.quote.author),
                 claim.verdict.outcome.class(),
-                escape(&claim.verdict.words),
+                escape(&capital(&claim.verdict.words)),
                 id = experiment.id,
             );
         }
     }
     html.push_str("</tbody></table></div>");
+}
+
+/// The first words of a claim.
+fn beginning(text: &str) -> String {
+    const LETTERS: usize = 60;
+    match text.char_indices().skip(LETTERS).find(|(_, letter)| *letter == ' ') {
+        Some((at, _)) => format!("{} \u{2026}", text.get(..at).unwrap_or(text)),
+        None => text.to_owned(),
+    }
 }
 
 fn counted(experiment: &Judged) -> (usize, usize, usize) {

@@ -65,7 +65,7 @@ pub fn crash(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-/// An ext4 that a crash is to be survived by; nothing where the host has no mke2fs.
+/// An ext4 that a crash is to be survived by; nothing where the host has no mkfs.ext4.
 fn ext4(bench: &Bench<'_>) -> Result<Option<PathBuf>> {
     let path = bench.images.join("crash-ext4.img");
     if path.exists() {
@@ -73,21 +73,21 @@ fn ext4(bench: &Bench<'_>) -> Result<Option<PathBuf>> {
     }
     let part = path.with_extension("part");
     fs::File::create(&part)?.set_len(EXT4_MIB << 20)?;
-    let mut command = Command::new("mke2fs");
-    command.args(["-q", "-F", "-t", "ext4", "-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0"]);
+    let mut command = Command::new("mkfs.ext4");
+    command.args(["-q", "-F", "-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0"]);
     match command.arg(&part).output() {
         Ok(output) if output.status.success() => {
             fs::rename(&part, &path)?;
             Ok(Some(path))
         }
-        Ok(output) => bail!("mke2fs: {}", String::from_utf8_lossy(&output.stderr).trim()),
+        Ok(output) => bail!("mkfs.ext4: {}", String::from_utf8_lossy(&output.stderr).trim()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             log::warn!(
-                "no mke2fs on this host (Debian's package e2fsprogs): what becomes of an ext4 is not measured"
+                "no mkfs.ext4 on this host (Debian's package e2fsprogs): what becomes of an ext4 is not measured"
             );
             Ok(None)
         }
-        Err(error) => Err(error).context("cannot start mke2fs"),
+        Err(error) => Err(error).context("cannot start mkfs.ext4"),
     }
 }
 

@@ -51,6 +51,8 @@ fn let_go(file: &File) -> Result<()> {
 pub fn dirty(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     let path = bench.image("dirty", t09::BYTES)?;
     let file = open(&path)?;
+    let disk = HostDisk::below(&file);
+    let io = || disk.as_ref().and_then(HostDisk::io);
     let data = vec![0x5a; 1 << 20];
     for repetition in 0..t09::REPETITIONS {
         drop_cache(&file)?;
@@ -72,6 +74,7 @@ pub fn dirty(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
         look(record, "read")?;
         let_go(&file)?;
         look(record, "clean")?;
+        let before = io();
         for at in (0..t09::BYTES).step_by(data.len()) {
             file.write_all_at(&data, at).context("writing")?;
         }
@@ -81,6 +84,7 @@ pub fn dirty(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
         }
         let_go(&file)?;
         look(record, "let-go")?;
+        put_io(record, "T9.let-go", before, io());
         file.sync_data().context("fdatasync")?;
         look(record, "synced")?;
         let_go(&file)?;

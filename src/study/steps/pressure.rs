@@ -4,7 +4,8 @@
 //! Owns the cgroup, the hog and the order of the jobs. Everything is in one cgroup v2 with a limit, this
 //! process too while the step lasts: a small host within the host, which nobody else notices.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,6 +25,8 @@ const MIB: usize = 1 << 20;
 const GUEST_MIB: u64 = 160;
 /// What the limit leaves for page cache, hog and us.
 const REST_MIB: u64 = 112;
+/// More than that.
+const FILL_MIB: u64 = 160;
 /// As much is taken, held and given back by turns.
 const HOG_MIB: usize = 72;
 const HELD: Duration = Duration::from_millis(500);
@@ -45,11 +48,15 @@ pub fn pressure(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
         script: script(bench, seconds, image_mib),
         interval: Duration::from_secs(1),
     };
+    bench.image("pressure-fill", FILL_MIB << 20)?;
     let limit =
         MemoryLimit::of_this_process((GUEST_MIB + REST_MIB) << 20).context("there is no memory limit")?;
     let group = limit.group().to_owned();
+    let filler = bench.images.join("pressure-fill.img");
     let mut hog: Option<Hog> = None;
     let mut others = |words: &[&str], record: &mut Record| match *words {
+        // Read by us, in the group: a host's cache that is full, of pages that nobody needs.
+        ["fill"] => fill(&filler),
         ["hog", "on", name] => {
             record.put(&format!("{name}.limit-hits.before"), limit_hits(&group));
             hog = Some(Hog::start());
@@ -84,7 +91,7 @@ fn script(bench: &Bench<'_>, seconds: u64, image_mib: u64) -> String {
         for phase in PHASES {
             let name = format!("P.{mode}.{phase}");
             let (on, off) = match phase {
-                "pressed" => (format!("ask hog on {name}; "), format!("; ask hog off {name}")),
+                "pressed" => (format!("ask fill; ask hog on {name}; "), format!("; ask hog off {name}")),
                 _ => (String::new(), String::new()),
             };
             script += &format!(
@@ -101,13 +108,27 @@ fn script(bench: &Bench<'_>, seconds: u64, image_mib: u64) -> String {
             script += &format!(
                 "fio --name=w --thread --ioengine=psync --filename=/dev/{device} --rw=randwrite --bs=16k --direct=1 --norandommap=1 \
                  --size={size}m --time_based --runtime={} >/dev/null 2>&1 &
-ask hog on {name}; sleep 1\n{}ask hog off {name}; wait; ask drop {device}\n",
+ask fill; ask hog on {name}; sleep 1\n{}ask hog off {name}; wait; ask drop {device}\n",
                 seconds + 4,
                 job(&name, "vda")
             );
         }
     }
     script
+}
+
+/// Reads all of it through the page cache, as far as that has room.
+fn fill(path: &Path) -> Result<()> {
+    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let mut piece = vec![0; MIB];
+    let mut at = 0;
+    loop {
+        let count = file.read_at(&mut piece, at).context("reading")?;
+        if count == 0 {
+            return Ok(());
+        }
+        at += count as u64;
+    }
 }
 
 /// How often something in the group had to wait for the limit, or reclaim for it.
