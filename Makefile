@@ -2,7 +2,7 @@
 # is missing, or print the line that does.
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test bench bench-bare bench-guest bench-modes lint deps test-deps clean torture fuzz fuzz-merge fuzz-coverage asan miri install install-files static deb
+.PHONY: help build run test bench bench-bare bench-guest bench-modes study lint deps test-deps clean torture fuzz fuzz-merge fuzz-coverage asan miri install install-files static deb
 
 include guest-images/guest.mk
 
@@ -13,6 +13,7 @@ help: ## lists the commands
 	@echo "make bench-bare   a guest of our own beside QEMU's on this machine's KVM: QUICK=1, ROUNDS=, ONLY="
 	@echo "make bench-guest  fio in the test guest under minivmm and QEMU, boots to init: QUICK=1, ROUNDS=, ONLY=, WHO=, MODES="
 	@echo "make bench-modes  \`minivmm bench\`, here or in the emulated host: MODES=, JOBS=, ONLY=, ROUNDS=, SECONDS=, SIZE=, ARGS="
+	@echo "make study        what was said of disk caching in 2008, measured, as a page: QUICK=1, OUT=study, ONLY=, ROUNDS="
 	@echo "make lint         formatting, clippy, licences and sources of the dependencies, shell scripts"
 	@echo "make build        target/release/minivmm"
 	@echo "make guest        the test guest's kernel and initramfs, in guest-images/build"
@@ -90,6 +91,12 @@ bench-modes: deps build guest
 	@MODES='$(MODES)' JOBS='$(JOBS)' ONLY='$(ONLY)' ROUNDS='$(ROUNDS)' SECONDS_EACH='$(SECONDS)' SIZE='$(SIZE)' \
 		guest-images/bench-modes $(ARGS)
 
+# The claims of 2008 as experiments (docs/study.md): ten minutes with QUICK=1, else an hour or more. Here, or in the
+# emulated host.
+study: deps build guest
+	@case $$(guest-images/which-host) in directly*) ;; *) $(MAKE) --no-print-directory emuhost ;; esac
+	@QUICK="$(QUICK)" OUT="$(OUT)" ONLY="$(ONLY)" ROUNDS="$(ROUNDS)" guest-images/study
+
 # The long suites: every combination of killed hosts and lost power TRIALS times (five minutes each), the same
 # with QEMU, hundreds of times as many seeds of the durability proof; half an hour of soak on this machine's KVM,
 # and five minutes of it in the emulated host (SOAK= seconds, in place of either).
@@ -123,7 +130,7 @@ miri:
 lint: deps
 	@cargo fmt --all -- --check
 	@cargo clippy --release --locked --all-targets --features mutants --quiet -- -D warnings
-	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo guest-images/bench-modes \
+	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo guest-images/bench-modes guest-images/study \
 		guest-images/install-packages guest-images/emuhost guest-images/boot-times guest-images/build-guest \
 		guest-images/build-host guest-images/build-small-kernel guest-images/bench/build.sh guest-images/pack-qemu .ci/run \
 		fuzz/run examples/crash/*.sh examples/crash/*/*.sh

@@ -11,6 +11,7 @@ mod find_guest;
 mod help;
 pub mod process;
 mod size;
+mod study;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -29,6 +30,7 @@ use command::{CommandArgs, ConsoleTaken};
 pub use bench::BenchArgs;
 pub use crash::CrashArgs;
 pub use find_guest::GuestNotFound;
+pub use study::StudyArgs;
 
 /// A minimal KVM hypervisor whose virtio-blk can be trusted.
 ///
@@ -198,6 +200,12 @@ enum Command {
     /// job that writes ends with a sync. Figures that cannot be the disk's are told, with the reason
     /// (docs/benchmarking.md).
     Bench(Box<BenchArgs>),
+    /// Measure what was said of disk caching in 2008, claim by claim
+    ///
+    /// Boots the test guest with disks in all modes, again and again; a full run takes an hour or more, a
+    /// quick one ten minutes. Leaves a page (study.html) and JSON (study.json), also when it is ended by a
+    /// signal; the same command goes on where it was. See docs/study.md.
+    Study(StudyArgs),
 }
 
 /// What the user wants.
@@ -228,6 +236,8 @@ pub enum Task {
     Crash(Box<CrashArgs>),
     /// A disk measured.
     Bench(Box<BenchArgs>),
+    /// Claims measured.
+    Study(StudyArgs),
     /// These disks explained.
     Explain {
         /// Which.
@@ -312,6 +322,7 @@ impl Args {
             Some(Command::Log { log, json }) => Task::Log { log: log.clone(), json: *json },
             Some(Command::Crash(crash)) => Task::Crash(crash.clone()),
             Some(Command::Bench(bench)) => Task::Bench(bench.clone()),
+            Some(Command::Study(study)) => Task::Study(study.clone()),
             None if self.explain => Task::Explain { disks: disks(&self.disks, self.cpus), json: self.json },
             None => Task::Run,
         }

@@ -10,6 +10,7 @@
 //! | [`vmm`] | builds the machine in order, runs it, stops it in order | |
 //! | [`job`] | a command for the guest: its archive, libraries, messages, status file | KVM, devices |
 //! | [`terminal`] | the terminal's raw mode, and its restoration | |
+//! | [`study`] | claims of 2008 as experiments, judged, as a page and JSON | KVM |
 //! | [`stats`] | figures of a run as JSON and text | how they are counted |
 //! | [`vcpu`], [`kvm`] | the KVM_RUN loop, irqfd, ioeventfd, CPUID, MSRs | virtio, disks |
 //! | [`boot`] | kernel, initrd, command line, zero page, CPU state, ACPI | devices' insides |
@@ -54,6 +55,7 @@ pub mod ratelimit;
 pub mod sandbox;
 pub mod slab;
 pub mod stats;
+pub mod study;
 pub mod terminal;
 pub mod text;
 pub mod vcpu;

@@ -26,7 +26,9 @@ fn run(args: Args) -> ExitStatus {
         Task::Run => run_guest(args),
         Task::Check { json, quiet } => told(run_check(json, quiet)),
         Task::Explain { disks, json } => told(explain_disks(&disks, json)),
-        Task::Log { .. } | Task::Top { .. } | Task::Crash(_) | Task::Bench(_) => told(hand_over()),
+        Task::Log { .. } | Task::Top { .. } | Task::Crash(_) | Task::Bench(_) | Task::Study(_) => {
+            told(hand_over())
+        }
     }
 }
 

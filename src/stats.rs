@@ -180,7 +180,11 @@ struct Times {
     count: u64,
     min: u64,
     mean: u64,
+    p10: u64,
+    p25: u64,
     p50: u64,
+    p75: u64,
+    p90: u64,
     p99: u64,
     p99_9: u64,
     max: u64,
@@ -379,9 +383,10 @@ fn durability(image: &Image) -> Durability {
 }
 
 fn times(found: &Summary) -> Times {
-    let &Summary { count, min, mean, p50, p99, p99_9, max } = found;
-    let [min, mean, p50, p99, p99_9, max] = [min, mean, p50, p99, p99_9, max].map(nanos);
-    Times { count, min, mean, p50, p99, p99_9, max }
+    let &Summary { count, min, mean, p10, p25, p50, p75, p90, p99, p99_9, max } = found;
+    let [min, mean, p10, p25, p50, p75, p90, p99, p99_9, max] =
+        [min, mean, p10, p25, p50, p75, p90, p99, p99_9, max].map(nanos);
+    Times { count, min, mean, p10, p25, p50, p75, p90, p99, p99_9, max }
 }
 
 fn nanos(duration: Duration) -> u64 {

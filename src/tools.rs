@@ -12,10 +12,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use anyhow::{Context, Result, bail};
 use minivmm::bench::{self, BenchError};
 use minivmm::cli::process::{print, start_logging, told};
-use minivmm::cli::{Args, BenchArgs, CrashArgs, ExitStatus, Task};
+use minivmm::cli::{Args, BenchArgs, CrashArgs, ExitStatus, StudyArgs, Task};
 use minivmm::crash::log::WriteLog;
 use minivmm::crash::{campaign, list};
 use minivmm::observe::top;
+use minivmm::study;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
@@ -31,6 +32,7 @@ fn run(args: &Args) -> Result<ExitStatus> {
         Task::Top { observation } => show_observation(&observation),
         Task::Crash(args) => crash(*args),
         Task::Bench(args) => measure(*args),
+        Task::Study(args) => run_study(args),
         Task::Run | Task::Check { .. } | Task::Explain { .. } => {
             bail!("that is minivmm's: give it these arguments")
         }
@@ -63,6 +65,14 @@ fn crash(args: CrashArgs) -> Result<ExitStatus> {
         _ if report.failures.is_empty() => ExitStatus::Success,
         _ => ExitStatus::NotGood,
     })
+}
+
+fn run_study(args: StudyArgs) -> Result<ExitStatus> {
+    let signals = Signals::taken()?;
+    let options = args.options();
+    let report = study::run::run(&options, &signals.stop)?;
+    print(&format!("{}\n{}", report.to_text(), options.out.join(study::run::PAGE).display()))?;
+    Ok(signals.status().unwrap_or(ExitStatus::Success))
 }
 
 fn measure(args: BenchArgs) -> Result<ExitStatus> {

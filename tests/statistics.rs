@@ -97,7 +97,8 @@ fn every_request_has_its_latency_and_the_phases_are_the_whole_in_every_mode() {
                     }
                     let times = &latency[phase];
                     assert_eq!(number(&times["count"]), count, "{what}: {kind} {phase}");
-                    let order = ["min", "p50", "p99", "p99_9", "max"].map(|name| number(&times[name]));
+                    let order = ["min", "p10", "p25", "p50", "p75", "p90", "p99", "p99_9", "max"]
+                        .map(|name| number(&times[name]));
                     assert!(order.is_sorted(), "{what}: {kind} {phase} {order:?}");
                     sum += number(&times["mean"]);
                 }

@@ -19,7 +19,10 @@ const LAYERS: [(&str, Option<&[&str]>); 26] = [
     ("boot", Some(&["mem", "layout"])),
     ("crash", Some(&["disk", "blk", "mem", "ratelimit"])),
     ("bench", Some(&["lab", "disk", "explain", "text"])),
-    ("study", Some(&["lab", "disk", "blk", "crash", "observe", "explain", "mem", "ratelimit", "text"])),
+    (
+        "study",
+        Some(&["lab", "disk", "blk", "crash", "observe", "explain", "mem", "program", "ratelimit", "text"]),
+    ),
     ("lab", Some(&["disk", "observe", "explain", "program"])),
     ("observe", Some(&["disk", "explain", "sandbox"])),
     ("explain", Some(&["blk", "virtio", "disk", "mem", "text"])),

@@ -34,8 +34,16 @@ pub struct Summary {
     pub min: Duration,
     /// Their sum by their number.
     pub mean: Duration,
+    /// A tenth took no longer.
+    pub p10: Duration,
+    /// A quarter took no longer.
+    pub p25: Duration,
     /// Half took no longer.
     pub p50: Duration,
+    /// Three quarters took no longer.
+    pub p75: Duration,
+    /// Nine tenths took no longer.
+    pub p90: Duration,
     /// 99 of 100 took no longer.
     pub p99: Duration,
     /// 999 of 1000 took no longer.
@@ -88,7 +96,11 @@ impl Times {
             count: self.count,
             min: of(self.min_ns),
             mean: of(self.sum_ns.checked_div(self.count).unwrap_or(0)),
+            p10: quantile(0.1),
+            p25: quantile(0.25),
             p50: quantile(0.5),
+            p75: quantile(0.75),
+            p90: quantile(0.9),
             p99: quantile(0.99),
             p99_9: quantile(0.999),
             max: of(self.max_ns),
@@ -114,15 +126,21 @@ mod tests {
         times.record(LONGEST * 2);
         let found = times.summary();
         assert_eq!((found.count, found.min, found.max), (1001, Duration::from_millis(1), LONGEST * 2));
-        for (found, exact) in [(found.p50, 501.0), (found.p99, 991.0), (found.p99_9, 1000.0)] {
+        for (found, exact) in [
+            (found.p10, 101.0),
+            (found.p90, 901.0),
+            (found.p50, 501.0),
+            (found.p99, 991.0),
+            (found.p99_9, 1000.0),
+        ] {
             let millis = found.as_secs_f64() * 1000.0;
             assert!((millis / exact - 1.0).abs() < 0.01, "{millis} for {exact}");
         }
         let mut one = Times::default();
         one.record(Duration::from_nanos(3));
         let found = one.summary();
-        let all = [found.min, found.mean, found.p50, found.p99, found.p99_9, found.max];
-        assert_eq!(all, [Duration::from_nanos(3); 6]);
+        let all = [found.min, found.mean, found.p10, found.p50, found.p99, found.p99_9, found.max];
+        assert_eq!(all, [Duration::from_nanos(3); 7]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crate::disk::Image;
-use crate::explain::{Layer, Place, below};
+use crate::explain::{Layer, Place, below, below_device};
 
 /// A sector of stat's, whatever the disk's own is.
 const SECTOR_BYTES: u64 = 512;
@@ -42,12 +42,20 @@ impl HostDisk {
     /// The disk below `image`: the whole disk where it is on a partition. Below device-mapper and md,
     /// which count no FLUSHes, the first disk that does; of a mirror that is one leg.
     pub fn of(image: &Image) -> Option<Self> {
-        let layers = below(image, &Place::of(image));
+        Self::lowest(&below(image, &Place::of(image)))
+    }
+
+    fn lowest(layers: &[Layer]) -> Option<Self> {
         let real = |layer: &&Layer| !["dm-", "md"].iter().any(|prefix| layer.name.starts_with(prefix));
         let name = layers.iter().find(real).or(layers.first())?.name.clone();
         // Opened once: with the sandbox nothing can be opened later.
         let stat = Arc::new(File::open(format!("/sys/block/{name}/stat")).ok()?);
         Some(Self { stat, name })
+    }
+
+    /// The same below a file that is no open image.
+    pub fn below(file: &File) -> Option<Self> {
+        Self::lowest(&below_device(Place::of_file(file).device?))
     }
 
     /// Its name in the kernel.

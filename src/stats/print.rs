@@ -145,7 +145,7 @@ fn at_risk(found: &Durability, cache: &str) -> Result<String, fmt::Error> {
 
 impl fmt::Display for Times {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let &Self { count, min, mean, p50, p99, p99_9: _, max } = self;
+        let &Self { count, min, mean, p50, p99, max, .. } = self;
         let [min, mean, p50, p99, max] = [min, mean, p50, p99, max].map(Time);
         write!(f, "{count} timed: min {min}, mean {mean}, p50 {p50}, p99 {p99}, max {max}")
     }

@@ -1,0 +1,36 @@
+//! The arguments of `minivmm study`.
+//!
+//! Owns their words; what they mean is `study`'s.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::study::run::Options;
+
+/// A study, as the user types it.
+#[derive(Debug, Clone, Args)]
+pub struct StudyArgs {
+    /// Small jobs, and as many repetitions as ten minutes allow
+    #[arg(long)]
+    quick: bool,
+
+    /// Where page, JSON, the record of the steps and the images go; a run that was ended goes on there
+    #[arg(long, value_name = "DIR", default_value = "study")]
+    out: PathBuf,
+
+    /// These experiments alone: T1,T9
+    #[arg(long, value_name = "ID", value_delimiter = ',')]
+    only: Vec<String>,
+
+    /// So many repetitions of each step [default: 5; with --quick up to 3]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: Option<u32>,
+}
+
+impl StudyArgs {
+    /// What they mean.
+    pub fn options(self) -> Options {
+        Options { out: self.out, quick: self.quick, rounds: self.rounds, only: self.only }
+    }
+}

@@ -1,0 +1,423 @@
+//! A conversation with one guest: its script says what it has done, and asks for what only the host can
+//! do or see, at the very moment at which it matters.
+//!
+//! Owns the words between the two, a line each on the script's standard streams:
+//!
+//! | the guest writes | which means |
+//! |---|---|
+//! | `=NAME VALUE` | a figure |
+//! | `<NAME` ... `>STATUS` | fio's JSON, and its exit status |
+//! | `!WORD ...` | a wish; the host answers `ok` on standard input |
+//!
+//! and the wishes. A boot without a conversation is [`crate::lab::boot`]'s.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::figures::Record;
+use super::steps::{Bench, open};
+use crate::lab::fio;
+use crate::observe::cache::Residency;
+use crate::observe::control::drop_cache;
+use crate::observe::csv::Row;
+use crate::observe::host::HostDisk;
+use crate::program;
+
+/// Before every script.
+const PRELUDE: &str = r#"
+ask() { echo "!$*"; read -r answer || exit 90; [ "$answer" = ok ] || { echo "the host: $answer" >&2; exit 91; }; }
+put() { echo "=$1 $2"; }
+# What the guest's page cache has, in bytes.
+cached() { awk '/^(Cached|Buffers):/ { sum += $2 } END { printf "%d\n", sum * 1024 }' /proc/meminfo; }
+forget() { echo 3 >/proc/sys/vm/drop_caches; }
+# job NAME DEVICE OPTION...
+job() {
+    name=$1; device=$2; shift 2
+    echo "<$name"
+    fio --name=j --thread --ioengine=psync --filename=/dev/$device --invalidate=0 --output-format=json "$@" 2>/tmp/fio-error
+    status=$?
+    echo; echo ">$status"
+    [ $status = 0 ] || { cat /tmp/fio-error >&2; exit 92; }
+}
+"#;
+/// What the last guest has said, and when, in the directory of the run.
+pub const TRANSCRIPT: &str = "guest.log";
+/// A guest that says nothing for so long has hung.
+const SILENCE: Duration = Duration::from_secs(240);
+/// How often it is looked whether all is to end.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// New statistics are there within this.
+const STATS_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A disk of the guest.
+#[derive(Debug)]
+pub struct Disk {
+    /// The image.
+    pub image: PathBuf,
+    /// The cache mode.
+    pub mode: &'static str,
+    /// More keys of `--disk`.
+    pub keys: String,
+}
+
+impl Disk {
+    /// An image in a mode.
+    pub fn new(image: PathBuf, mode: &'static str) -> Self {
+        Self { image, mode, keys: String::new() }
+    }
+}
+
+/// vda, vdb, ...
+pub fn device(at: usize) -> String {
+    let letter = u8::try_from(at).map_or('?', |at| char::from(b'a' + at.min(25)));
+    format!("vd{letter}")
+}
+
+/// A guest, as asked for.
+#[derive(Debug)]
+pub struct Guest {
+    /// vda, vdb, ...
+    pub disks: Vec<Disk>,
+    /// Its memory in MiB.
+    pub memory_mib: u64,
+    /// What it does.
+    pub script: String,
+    /// Between two lines of the observation.
+    pub interval: Duration,
+}
+
+/// What a wish that is no word of the conversation's own does.
+pub type Others<'a> = &'a mut dyn FnMut(&[&str], &mut Record) -> Result<()>;
+
+/// What is left of a guest that has ended well.
+#[derive(Debug)]
+pub struct Left {
+    /// The device's figures (docs/statistics.md).
+    pub stats: Value,
+}
+
+impl Guest {
+    /// Runs it; its figures and curves go into the record.
+    pub fn run(&self, bench: &Bench<'_>, record: &mut Record, others: Others<'_>) -> Result<Left> {
+        let place = tempfile::Builder::new().prefix("minivmm-study-").tempdir()?;
+        let mut talk = Talk::begin(self, &place, bench)?;
+        let ended = talk.listen(bench, record, others);
+        let status = talk.end(ended.is_err());
+        if let Err(error) = ended {
+            let said = talk.said();
+            return Err(error).with_context(|| format!("the guest{said}"));
+        }
+        let status = status?;
+        if status != 0 {
+            bail!("the guest ended with status {status}{}", talk.said());
+        }
+        talk.curves(record);
+        let stats = fs::read(place.path().join("stats.json")).context("its statistics")?;
+        Ok(Left { stats: serde_json::from_slice(&stats).context("its statistics")? })
+    }
+}
+
+/// A time of which curves are wanted.
+#[derive(Debug)]
+struct Span {
+    name: String,
+    device: String,
+    from: f64,
+    to: f64,
+}
+
+struct Talk {
+    child: Child,
+    lines: Receiver<String>,
+    images: Vec<(String, File)>,
+    disk: Option<HostDisk>,
+    place: PathBuf,
+    spans: Vec<Span>,
+    begun: Instant,
+    transcript: File,
+}
+
+impl Talk {
+    fn begin(guest: &Guest, place: &TempDir, bench: &Bench<'_>) -> Result<Self> {
+        let dir = place.path();
+        let script = dir.join("job");
+        fs::write(&script, format!("{PRELUDE}\n{}", guest.script))?;
+        let mut images = Vec::new();
+        let mut command = Command::new(program::beside(program::VMM)?);
+        for (at, disk) in guest.disks.iter().enumerate() {
+            images.push((device(at), open(&disk.image)?));
+            let path = disk.image.display().to_string().replace(',', ",,");
+            command.args(["--disk", &format!("{path},cache={},host-cache=drop{}", disk.mode, disk.keys)]);
+        }
+        let disk = images.first().and_then(|(_, file)| HostDisk::below(file));
+        command
+            .args(["--memory", &format!("{}M", guest.memory_mib), "--quiet", "--timeout", "1200"])
+            .arg(format!("--stats={}", dir.join("stats.json").display()))
+            .arg("--observe")
+            .arg(dir.join("observed.csv"))
+            .args(["--observe-interval", &guest.interval.as_secs_f64().to_string()])
+            .arg("--add")
+            .arg(format!("{}:/tmp/job", script.display()))
+            .args(["--", "sh", "/tmp/job"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(File::create(dir.join("said"))?)
+            .process_group(0);
+        let mut child = command.spawn().context("cannot start minivmm")?;
+        let (send, lines) = channel();
+        let stdout = BufReader::new(child.stdout.take().context("no standard output")?);
+        // It ends with the pipe.
+        std::thread::spawn(move || {
+            for line in stdout.lines().map_while(Result::ok) {
+                if send.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        let (place, spans) = (dir.to_owned(), Vec::new());
+        let transcript = File::create(bench.out.join(TRANSCRIPT))?;
+        Ok(Self { child, lines, images, disk, place, spans, begun: Instant::now(), transcript })
+    }
+
+    /// The next line; nothing at the end.
+    fn line(&self, bench: &Bench<'_>) -> Result<Option<String>> {
+        let until = Instant::now() + SILENCE;
+        loop {
+            match self.lines.recv_timeout(LOOK_EVERY) {
+                Ok(line) => {
+                    writeln!(&self.transcript, "{:9.3} {line}", self.begun.elapsed().as_secs_f64())?;
+                    return Ok(Some(line));
+                }
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) if bench.stop.load(Ordering::SeqCst) => bail!("was ended"),
+                Err(RecvTimeoutError::Timeout) if Instant::now() > until => {
+                    bail!("has said nothing for {} s", SILENCE.as_secs())
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+
+    fn listen(&mut self, bench: &Bench<'_>, record: &mut Record, others: Others<'_>) -> Result<()> {
+        while let Some(line) = self.line(bench)? {
+            if let Some(figure) = line.strip_prefix('=') {
+                let (name, value) = figure.split_once(' ').context("said a figure without a value")?;
+                record.put(name, value.parse().with_context(|| format!("said {figure}"))?);
+            } else if let Some(name) = line.strip_prefix('<') {
+                self.job(name, bench, record)?;
+            } else if let Some(wish) = line.strip_prefix('!') {
+                let words: Vec<&str> = wish.split_whitespace().collect();
+                self.grant(&words, record, others).with_context(|| format!("asked for {wish}"))?;
+                let stdin = self.child.stdin.as_mut().context("no standard input")?;
+                stdin.write_all(b"ok\n").and_then(|()| stdin.flush()).context("cannot be answered")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// fio's answer, to its end.
+    fn job(&self, name: &str, bench: &Bench<'_>, record: &mut Record) -> Result<()> {
+        let mut answer = String::new();
+        loop {
+            let line = self.line(bench)?.context("ended within a job")?;
+            if line.starts_with('>') {
+                break;
+            }
+            answer.push_str(&line);
+            answer.push('\n');
+        }
+        for job in fio::parse(&answer).with_context(|| format!("ran the job {name}"))? {
+            record.put(&format!("{name}.iops"), job.iops());
+            record.put(&format!("{name}.mb-s"), job.mb_s());
+            record.put(&format!("{name}.bytes"), job.bytes() as f64);
+            for side in [&job.read, &job.write].into_iter().flatten() {
+                if let Some(latency) = side.latency {
+                    record.put(&format!("{name}.p99-us"), latency.p99_us);
+                    record.put(&format!("{name}.p999-us"), latency.p999_us);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn image(&self, device: &str) -> Result<&File> {
+        let found = self.images.iter().find(|(name, _)| name == device);
+        Ok(&found.with_context(|| format!("there is no disk {device}"))?.1)
+    }
+
+    fn grant(&mut self, words: &[&str], record: &mut Record, others: Others<'_>) -> Result<()> {
+        match *words {
+            ["look", name, device] => self.look(name, device, record),
+            ["drop", device] => Ok(drop_cache(self.image(device)?)?),
+            ["sync", name, device] => {
+                let begun = Instant::now();
+                self.image(device)?.sync_data()?;
+                record.put(&format!("{name}.sync-seconds"), begun.elapsed().as_secs_f64());
+                Ok(())
+            }
+            ["stats", name, device] => self.stats(name, device, record),
+            ["begin", name, device] => {
+                let from = self.observed_until();
+                self.spans.push(Span { name: name.into(), device: device.into(), from, to: f64::MAX });
+                Ok(())
+            }
+            ["end", name] => {
+                let to = self.observed_until();
+                let span = self.spans.iter_mut().rev().find(|span| span.name == name);
+                span.with_context(|| format!("{name} was not begun"))?.to = to;
+                Ok(())
+            }
+            _ => others(words, record),
+        }
+    }
+
+    /// What the host's cache has of the image now, and what its disk has done.
+    fn look(&self, name: &str, device: &str, record: &mut Record) -> Result<()> {
+        let found = Residency::of(self.image(device)?)?;
+        record.put(&format!("{name}.at"), self.begun.elapsed().as_secs_f64());
+        record.put(&format!("{name}.cached"), found.cached_bytes() as f64);
+        for (what, pages) in [("dirty", found.dirty), ("writeback", found.writeback)] {
+            if let Some(pages) = pages {
+                record.put(&format!("{name}.{what}"), found.bytes(pages) as f64);
+            }
+        }
+        if let Some(io) = self.disk.as_ref().and_then(HostDisk::io) {
+            record.put(&format!("{name}.disk-reads"), io.reads as f64);
+            record.put(&format!("{name}.disk-read-bytes"), io.read_bytes as f64);
+            record.put(&format!("{name}.disk-writes"), io.writes as f64);
+            record.put(&format!("{name}.disk-written-bytes"), io.written_bytes as f64);
+            if let Some(flushes) = io.flushes {
+                record.put(&format!("{name}.disk-flushes"), flushes as f64);
+            }
+        }
+        Ok(())
+    }
+
+    /// The device's counters now: minivmm replaces its file when it gets SIGUSR1.
+    fn stats(&self, name: &str, device: &str, record: &mut Record) -> Result<()> {
+        let path = self.place.join("stats.json");
+        // Figures may be the same as before, the file is another.
+        let which = || fs::metadata(&path).map(|file| (file.ino(), file.mtime(), file.mtime_nsec())).ok();
+        let before = which();
+        kill_process(Pid::from_child(&self.child), Signal::USR1)?;
+        let until = Instant::now() + STATS_PATIENCE;
+        loop {
+            if which() != before
+                && let Ok(stats) = serde_json::from_slice::<Value>(&fs::read(&path).unwrap_or_default())
+            {
+                put_stats(name, device, &stats, record);
+                return Ok(());
+            }
+            if Instant::now() > until {
+                bail!("no statistics came");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn rows(&self) -> Vec<Row> {
+        let text = fs::read_to_string(self.place.join("observed.csv")).unwrap_or_default();
+        let (header, lines) = text.split_once('\n').unwrap_or_default();
+        lines.lines().filter_map(|line| Row::parse(header, line)).collect()
+    }
+
+    /// The time of the newest sample of the observation.
+    fn observed_until(&self) -> f64 {
+        self.rows().last().and_then(|row| row.number("time_s")).unwrap_or(0.0)
+    }
+
+    /// What was observed during the spans: values over the seconds since their beginning.
+    fn curves(&self, record: &mut Record) {
+        let rows = self.rows();
+        for span in &self.spans {
+            let own: Vec<&Row> = rows
+                .iter()
+                .filter(|row| row.text("disk") == span.device)
+                .filter(|row| row.number("time_s").is_some_and(|at| (span.from..=span.to).contains(&at)))
+                .collect();
+            for column in CURVES {
+                let points = own
+                    .iter()
+                    .filter_map(|row| Some((row.number("time_s")? - span.from, row.number(column)?)));
+                record.curves.insert(format!("{}.{column}", span.name), points.collect());
+            }
+        }
+    }
+
+    /// Waits for its end, or brings it about.
+    fn end(&mut self, kill: bool) -> Result<i32> {
+        if kill {
+            let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+        }
+        drop(self.child.stdin.take());
+        Ok(self.child.wait()?.code().unwrap_or(-1))
+    }
+
+    /// The end of what it has said on standard error, for a message.
+    fn said(&self) -> String {
+        let mut said = String::new();
+        if let Ok(mut file) = File::open(self.place.join("said")) {
+            let _ = file.read_to_string(&mut said);
+        }
+        let last: Vec<&str> = said.trim().lines().rev().take(3).collect();
+        match last.is_empty() {
+            true => String::new(),
+            false => format!(": {}", last.into_iter().rev().collect::<Vec<_>>().join(" / ")),
+        }
+    }
+}
+
+impl Drop for Talk {
+    fn drop(&mut self) {
+        // Of one that has ended there is nothing left to kill.
+        if !matches!(self.child.try_wait(), Ok(Some(_))) {
+            let _ = self.end(true);
+        }
+    }
+}
+
+/// Columns of the observation that become curves.
+const CURVES: [&str; 6] = [
+    "host_cached_bytes",
+    "host_dirty_bytes",
+    "guest_cache_growth_bytes",
+    "bytes_at_risk",
+    "writes",
+    "written_bytes",
+];
+
+/// Counters of one disk: `NAME.writes` and so on.
+fn put_stats(name: &str, device: &str, stats: &Value, record: &mut Record) {
+    let disks = stats["disks"].as_array();
+    for disk in disks.into_iter().flatten().filter(|disk| disk["name"] == device) {
+        for (what, value) in [
+            ("reads", &disk["requests"]["read"]),
+            ("writes", &disk["requests"]["write"]),
+            ("flushes", &disk["requests"]["flush"]),
+            ("fdatasyncs", &disk["host_calls"]["fdatasync"]),
+            ("plain-writes", &disk["host_calls"]["pwritev"]),
+            ("dsync-writes", &disk["host_calls"]["pwritev_dsync"]),
+        ] {
+            if let Some(value) = value.as_f64() {
+                record.put(&format!("{name}.{what}"), value);
+            }
+        }
+    }
+}
+
+/// Nothing beyond the conversation's own words.
+pub fn no_others(words: &[&str], _: &mut Record) -> Result<()> {
+    bail!("nobody knows what {} is", words.join(" "))
+}

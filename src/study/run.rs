@@ -1,0 +1,213 @@
+//! The order of a run: which steps, how often, how long yet, and what is left when it is ended.
+//!
+//! Owns repetitions and the budget. The first repetition is always whole; what a quick run has no time
+//! for are further ones.
+
+use std::cell::Cell;
+use std::fs;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::experiment::Experiment;
+use super::figures::Record;
+use super::machine::Machine;
+use super::page::page;
+use super::record::{Header, Journal, VERSION};
+use super::report::{self, Report};
+use super::steps::{self, Bench, Step};
+use super::{EXPERIMENTS, by_id};
+
+/// A full run repeats each step so often.
+pub const ROUNDS: u32 = 5;
+/// A quick one at most so often,
+const QUICK_ROUNDS: u32 = 3;
+/// and begins no repetition that would not end by then.
+const QUICK_BUDGET: Duration = Duration::from_secs(8 * 60);
+/// The documents' names.
+pub const PAGE: &str = "study.html";
+/// The same for programs.
+pub const JSON: &str = "study.json";
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where everything goes.
+    pub out: PathBuf,
+    /// Smaller jobs, and few repetitions.
+    pub quick: bool,
+    /// So many repetitions.
+    pub rounds: Option<u32>,
+    /// These experiments alone; all where there are none.
+    pub only: Vec<String>,
+}
+
+/// Runs what is asked for, as far as `stop` lets it, and leaves page and JSON.
+pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report> {
+    let experiments = wanted(&options.only)?;
+    fs::create_dir_all(&options.out).with_context(|| format!("cannot make {}", options.out.display()))?;
+    let machine =
+        Machine::look(&options.out).with_context(|| format!("cannot look at {}", options.out.display()))?;
+    let header = Header {
+        version: VERSION,
+        quick: options.quick,
+        experiments: experiments.iter().map(|experiment| experiment.id.to_owned()).collect(),
+        machine: machine.identity(),
+    };
+    let mut journal = Journal::open(&options.out, &header)?;
+    let bench = Bench::new(&options.out, options.quick, header.experiments.clone(), stop)?;
+    let plan: Vec<&Step> = steps::of(&experiments);
+    let rounds = options.rounds.unwrap_or(if options.quick { QUICK_ROUNDS } else { ROUNDS });
+    let budget = (options.quick && options.rounds.is_none()).then_some(QUICK_BUDGET);
+    measure(&bench, &plan, rounds, budget, &mut journal)?;
+    let steps = journal.newest();
+    let done = |round| plan.iter().all(|step| journal.has(step.name, round));
+    let whole = (1..=rounds).take_while(|round| done(*round)).count();
+    let run = report::Run {
+        quick: options.quick,
+        rounds: u32::try_from(whole).unwrap_or(rounds),
+        complete: whole > 0 && !stop.load(Ordering::SeqCst),
+    };
+    let report = Report::of(&experiments, machine, steps, &run);
+    replace(&options.out.join(JSON), &report.to_json()?)?;
+    replace(&options.out.join(PAGE), &page(&report))?;
+    Ok(report)
+}
+
+fn wanted(only: &[String]) -> Result<Vec<&'static Experiment>> {
+    for id in only {
+        if by_id(id).is_none() {
+            let all: Vec<_> = EXPERIMENTS.iter().map(|experiment| experiment.id).collect();
+            bail!("there is no experiment {id}: there are {}", all.join(", "));
+        }
+    }
+    let is_wanted = |experiment: &&&Experiment| {
+        only.is_empty() || only.iter().any(|id| id.eq_ignore_ascii_case(experiment.id))
+    };
+    Ok(EXPERIMENTS.iter().filter(is_wanted).copied().collect())
+}
+
+fn measure(
+    bench: &Bench<'_>,
+    plan: &[&Step],
+    rounds: u32,
+    budget: Option<Duration>,
+    journal: &mut Journal,
+) -> Result<()> {
+    let begun = Instant::now();
+    let progress = Progress::new(plan.len() as u64 * u64::from(rounds));
+    for round in 1..=rounds {
+        let round_begun = Instant::now();
+        for step in plan {
+            if bench.stop.load(Ordering::SeqCst) {
+                return Ok(());
+            }
+            if journal.has(step.name, round) {
+                progress.done(None);
+                continue;
+            }
+            progress.begin(step.name, round, rounds);
+            let record = one(bench, step, round);
+            // What was ended in its middle is measured again.
+            if bench.stop.load(Ordering::SeqCst) {
+                return Ok(());
+            }
+            progress.done(Some(&record));
+            journal.add(record)?;
+        }
+        let next = begun.elapsed() + round_begun.elapsed();
+        if budget.is_some_and(|budget| next > budget) {
+            break;
+        }
+    }
+    progress.end();
+    Ok(())
+}
+
+/// A step that fails is told as such; the others go on.
+fn one(bench: &Bench<'_>, step: &Step, round: u32) -> Record {
+    let begun = Instant::now();
+    let mut record = Record::new(step.name, round);
+    if let Err(error) = (step.run)(bench, &mut record) {
+        record.error = Some(format!("the step \u{201c}{}\u{201d} has failed: {error:#}", step.name));
+    }
+    record.seconds = begun.elapsed().as_secs_f64();
+    record
+}
+
+/// Whole or not at all.
+fn replace(path: &Path, text: &str) -> Result<()> {
+    let part = path.with_extension("part");
+    let written = fs::write(&part, text).and_then(|()| fs::rename(&part, path));
+    written.with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Steps and time left: a bar on a terminal, elsewhere a line a step. The time is what the steps that were
+/// done now took; those that were done before say nothing of this hour.
+struct Progress {
+    bar: ProgressBar,
+    is_terminal: bool,
+    measured: Cell<(u32, f64)>,
+}
+
+impl Progress {
+    fn new(steps: u64) -> Self {
+        let is_terminal = std::io::stderr().is_terminal();
+        let target = if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let bar = ProgressBar::with_draw_target(Some(steps), target);
+        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} steps, {msg}") {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(Duration::from_millis(500));
+        Self { bar, is_terminal, measured: Cell::new((0, 0.0)) }
+    }
+
+    fn begin(&self, step: &str, round: u32, rounds: u32) {
+        self.bar.set_message(format!("{}: {step}, repetition {round} of at most {rounds}", self.left()));
+    }
+
+    /// In words.
+    fn left(&self) -> String {
+        let (steps, seconds) = self.measured.get();
+        let rest = self.bar.length().unwrap_or_default().saturating_sub(self.bar.position());
+        match (steps, rest) {
+            (_, 0) => "the last one".to_owned(),
+            (0, _) => "time left not known yet".to_owned(),
+            _ => format!("{} left at most", minutes(seconds / f64::from(steps) * rest as f64)),
+        }
+    }
+
+    fn done(&self, record: Option<&Record>) {
+        self.bar.inc(1);
+        let Some(record) = record else { return };
+        let (steps, seconds) = self.measured.get();
+        self.measured.set((steps + 1, seconds + record.seconds));
+        let told = record.error.as_deref().unwrap_or("done");
+        let line = format!(
+            "{}/{} {} (repetition {}): {told}, {:.1} s; {}",
+            self.bar.position(),
+            self.bar.length().unwrap_or_default(),
+            record.step,
+            record.round,
+            record.seconds,
+            self.left(),
+        );
+        if !self.is_terminal {
+            eprintln!("{line}");
+        } else if record.error.is_some() {
+            self.bar.println(line);
+        }
+    }
+
+    fn end(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+fn minutes(seconds: f64) -> String {
+    if seconds < 100.0 { format!("{seconds:.0} s") } else { format!("{:.0} min", seconds / 60.0) }
+}

@@ -1,0 +1,82 @@
+//! The step of stable writes: one guest with disks of their own for each job, for A1, A2 and the latencies.
+//!
+//! Owns its size and order. Disks of their own because the device's figures are of all that a disk has done.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use serde_json::Value;
+
+use super::Bench;
+use crate::study::experiment::MODES;
+use crate::study::figures::Record;
+use crate::study::guest::{Disk, Guest, device, no_others};
+use crate::study::{a1, a2};
+
+const IMAGE_MIB: u64 = 32;
+
+/// Does it.
+pub fn stable(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
+    let mut disks = Vec::new();
+    let mut script = String::new();
+    let mut add = |name: String, mode: &'static str, part: &dyn Fn(&str) -> String| -> Result<()> {
+        let device = device(disks.len());
+        script += &format!("exec 3</dev/{device}\n{}exec 3<&-\n", part(&device));
+        disks.push(Disk::new(bench.image(&name, IMAGE_MIB << 20)?, mode));
+        Ok(())
+    };
+    let times = bench.pick(1, 3);
+    for mode in a1::MODES {
+        if bench.wants("A1") {
+            let appends = bench.pick(128, 2048);
+            add(format!("log-{mode}"), mode, &|device| a1::script(mode, device, appends, times))?;
+        }
+        if bench.wants("A2") {
+            add(format!("bulk-{mode}"), mode, &|device| a2::script(mode, device, bench.pick(16, 32), times))?;
+        }
+    }
+    for mode in MODES {
+        if bench.wants("A1") {
+            let blocks = bench.pick(256, 4096);
+            add(format!("latency-{mode}"), mode, &|device| a1::latency_script(mode, device, blocks))?;
+        }
+    }
+    let names: Vec<String> = disks
+        .iter()
+        .filter_map(|disk| Some(disk.image.file_stem()?.to_string_lossy().into_owned()))
+        .collect();
+    let guest = Guest { disks, memory_mib: 256, script, interval: Duration::from_secs(2) };
+    let left = guest.run(bench, record, &mut no_others)?;
+    for (at, name) in names.iter().enumerate().filter(|(_, name)| name.starts_with("latency-")) {
+        put_latencies(&name.replace("latency-", "L."), &left.stats["disks"][at]["latency_ns"], record);
+    }
+    Ok(())
+}
+
+/// Quantiles of a request's whole time, as a curve of microseconds and parts.
+fn put_latencies(name: &str, latencies: &Value, record: &mut Record) {
+    const QUANTILES: [(&str, f64); 9] = [
+        ("min", 0.0),
+        ("p10", 0.1),
+        ("p25", 0.25),
+        ("p50", 0.5),
+        ("p75", 0.75),
+        ("p90", 0.9),
+        ("p99", 0.99),
+        ("p99_9", 0.999),
+        ("max", 1.0),
+    ];
+    for kind in ["read", "write", "flush"] {
+        let total = &latencies[kind]["total"];
+        let points = QUANTILES
+            .into_iter()
+            .filter_map(|(quantile, part)| Some((total[quantile].as_f64()? / 1e3, part)));
+        let points: Vec<_> = points.collect();
+        if !points.is_empty() {
+            record.curves.insert(format!("{name}.{kind}"), points);
+        }
+        if let Some(count) = total["count"].as_f64() {
+            record.put(&format!("{name}.{kind}.count"), count);
+        }
+    }
+}

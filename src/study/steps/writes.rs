@@ -1,0 +1,94 @@
+//! The step of writes: one guest with a disk in each mode, for T3, T4, T10 and T11.
+//!
+//! Owns its size and order, and the host's own figure that T3 compares with.
+
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::Bench;
+use super::host::Aligned;
+use crate::study::experiment::MODES;
+use crate::study::figures::Record;
+use crate::study::guest::{Disk, Guest, device, no_others};
+use crate::study::{t03, t04, t10, t11};
+
+/// Each image.
+const IMAGE_MIB: u64 = 64;
+const BLOCK: usize = 4096;
+
+/// What the jobs are like.
+#[derive(Debug, Clone, Copy)]
+pub struct Size {
+    /// Each job is repeated so often in one step.
+    pub times: u32,
+    /// Blocks of 4 KiB that a job writes or reads.
+    pub blocks: u64,
+    /// The same where each is followed by a sync.
+    pub synced_blocks: u64,
+}
+
+/// Does it.
+pub fn writes(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
+    let size = bench.pick(
+        Size { times: 1, blocks: 256, synced_blocks: 32 },
+        Size { times: 3, blocks: 8192, synced_blocks: 1024 },
+    );
+    let mut disks = Vec::new();
+    let mut script = String::new();
+    for (at, mode) in MODES.into_iter().enumerate() {
+        let image = bench.image(&format!("write-{mode}"), IMAGE_MIB << 20)?;
+        if mode == "none" && bench.wants("T3") {
+            for _ in 0..size.times {
+                natively(&image, size, record)?;
+            }
+        }
+        disks.push(Disk::new(image, mode));
+        let device = device(at);
+        // A curve of the whole is cut out of the observation.
+        script += &format!("exec 3</dev/{device}; ask begin W.{mode} {device}\n");
+        for (ids, part) in [
+            (&["T10"][..], t10::script(mode, &device)),
+            (&["T3", "T11"][..], t03::script(mode, &device, size)),
+            (&["T4"][..], t04::script(mode, &device, size)),
+        ] {
+            if ids.iter().any(|id| bench.wants(id)) {
+                script += &part;
+            }
+        }
+        script += &format!("ask end W.{mode}; exec 3<&-; forget\n");
+    }
+    let guest = Guest { disks, memory_mib: 320, script, interval: Duration::from_secs(1) };
+    guest.run(bench, record, &mut no_others)?;
+    t11::trim(record);
+    Ok(())
+}
+
+/// The host's own figure: the same blocks, one at a time, O_DIRECT, on the image that a guest gets in none.
+fn natively(path: &Path, size: Size, record: &mut Record) -> Result<()> {
+    let mut options = std::fs::File::options();
+    let file = options.write(true).custom_flags(libc::O_DIRECT).open(path);
+    let file = file.with_context(|| format!("cannot open {} with O_DIRECT", path.display()))?;
+    let data = Aligned::new(BLOCK, 0x33);
+    let blocks = (IMAGE_MIB << 20) / BLOCK as u64;
+    // Far from its neighbours, and no block twice: an odd step visits every block of a power of two.
+    let place = |number: u64| number.wrapping_mul(7919) % blocks * BLOCK as u64;
+    for (sync, count) in
+        [(t03::NO_SYNC, size.blocks), (t03::END, size.blocks), (t03::EACH, size.synced_blocks)]
+    {
+        let begun = Instant::now();
+        for number in 0..count {
+            file.write_all_at(data.bytes(), place(number)).context("writing")?;
+            if sync == t03::EACH {
+                file.sync_data().context("fdatasync")?;
+            }
+        }
+        if sync == t03::END {
+            file.sync_data().context("fdatasync")?;
+        }
+        record.put(&format!("T3.host.{sync}.iops"), count as f64 / begun.elapsed().as_secs_f64());
+    }
+    Ok(())
+}

@@ -1,0 +1,265 @@
+//! What the figures say of a claim.
+//!
+//! Owns the rules of judging, which are the same for all experiments:
+//!
+//! - A figure's place is not its median alone but where it was found: from the least to the greatest value,
+//!   or from the first to the third quartile where there are [`QUARTILES_FROM`] values. All of that must
+//!   be on one side.
+//! - Where the host is emulated, a time or a speed decides nothing. A ratio of speeds decides only if it
+//!   clears its bound [`MARGIN`] times, there and where there are fewer than [`FEW`] values.
+//! - If a control fails, nothing is decided.
+
+use serde::Serialize;
+
+use super::experiment::{Bound, Kind};
+use crate::lab;
+
+/// From so many values on, quartiles stand for them.
+pub const QUARTILES_FROM: usize = 5;
+/// What a ratio of speeds must clear its bound by where it is worth less.
+pub const MARGIN: f64 = 2.0;
+/// Fewer values of a speed than these say nothing of its spread.
+pub const FEW: usize = 3;
+
+/// Several values of one figure.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Spread {
+    /// In the order of measuring.
+    pub values: Vec<f64>,
+    /// Half are not above.
+    pub median: f64,
+    /// Where they were found.
+    pub low: f64,
+    /// Up to here.
+    pub high: f64,
+}
+
+impl Spread {
+    /// Of these values; `None` without any.
+    pub fn of(values: &[f64]) -> Option<Self> {
+        let found = lab::Spread::of(values.iter().copied())?;
+        let (low, high) = match found.count >= QUARTILES_FROM {
+            true => (found.lower_quartile, found.upper_quartile),
+            false => (found.min, found.max),
+        };
+        Some(Self { values: values.to_vec(), median: found.median, low, high })
+    }
+}
+
+/// Whether something is so.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "is", content = "why")]
+pub enum Answer {
+    /// It is.
+    Yes,
+    /// It is not.
+    No,
+    /// Not to be told here, for this reason.
+    Open(String),
+}
+
+/// Whether values of this kind are within the bound.
+pub fn within(found: Option<&Spread>, bound: Bound, kind: Kind, emulated: bool) -> Answer {
+    let open = |why: &str| Answer::Open(why.to_owned());
+    let Some(found) = found else { return open("not measured") };
+    let few = found.values.len() < FEW;
+    match kind {
+        Kind::Speed | Kind::Time if emulated => return open("a time, and the host is emulated"),
+        Kind::Speed | Kind::Time if few => return open("too few runs to know the spread of a time"),
+        _ => {}
+    }
+    let wary = kind == Kind::SpeedRatio && (emulated || few);
+    let (inside, outside) = if wary { sides_with_margin(found, bound) } else { sides(found, bound) };
+    match (inside, outside) {
+        (true, _) => Answer::Yes,
+        (_, true) => Answer::No,
+        _ if wary && emulated => {
+            open("a ratio of speeds that does not clear its bound twice, and the host is emulated")
+        }
+        _ if wary => open("a ratio of speeds that does not clear its bound twice, from few runs"),
+        _ => open("too much spread: values on both sides"),
+    }
+}
+
+/// Whether all of it is inside, and whether all of it is outside.
+fn sides(found: &Spread, bound: Bound) -> (bool, bool) {
+    let (low, high) = (found.low, found.high);
+    let inside = bound.contains(low) && bound.contains(high);
+    let outside = match bound {
+        Bound::AtLeast(least) => high < least,
+        Bound::AtMost(most) => low > most,
+        Bound::Between(least, most) => high < least || low > most,
+    };
+    (inside, outside)
+}
+
+fn sides_with_margin(found: &Spread, bound: Bound) -> (bool, bool) {
+    let (low, high) = (found.low, found.high);
+    match bound {
+        Bound::AtLeast(least) => (low >= least * MARGIN, high < least / MARGIN),
+        Bound::AtMost(most) => (high <= most / MARGIN, low > most * MARGIN),
+        // Nothing is that far inside of both ends.
+        Bound::Between(least, most) => (false, high < least / MARGIN || low > most * MARGIN),
+    }
+}
+
+/// What becomes of a claim.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// True of every case that could be decided, and there was none that could not.
+    Confirmed,
+    /// True of none.
+    Refuted,
+    /// True of some.
+    InPart,
+    /// Not to be told here.
+    Inconclusive,
+}
+
+/// A claim judged.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Verdict {
+    /// What becomes of it.
+    pub outcome: Outcome,
+    /// In words.
+    pub words: String,
+    /// Cases of which it is true.
+    pub true_of: Vec<String>,
+    /// Of which it is not.
+    pub false_of: Vec<String>,
+    /// That could not be decided.
+    pub open: Vec<String>,
+}
+
+/// Judges a claim by the answers for its cases, several a case where several measures decide.
+/// `blind`: controls that have failed.
+pub fn judge(answers: &[(String, Answer)], blind: &[String]) -> Verdict {
+    let mut cases: Vec<&String> = Vec::new();
+    for (case, _) in answers {
+        if !cases.contains(&case) {
+            cases.push(case);
+        }
+    }
+    let (mut true_of, mut false_of, mut open) = (Vec::new(), Vec::new(), Vec::new());
+    for case in cases {
+        let mut of_case = answers.iter().filter(|(name, _)| name == case).map(|(_, answer)| answer);
+        // What is once not so is not so.
+        let list = if of_case.clone().any(|answer| *answer == Answer::No) {
+            &mut false_of
+        } else if of_case.all(|answer| *answer == Answer::Yes) {
+            &mut true_of
+        } else {
+            &mut open
+        };
+        list.push(case.clone());
+    }
+    let outcome = match (true_of.is_empty(), false_of.is_empty(), open.is_empty()) {
+        _ if !blind.is_empty() => Outcome::Inconclusive,
+        (false, false, _) => Outcome::InPart,
+        (false, true, true) => Outcome::Confirmed,
+        (true, false, true) => Outcome::Refuted,
+        _ => Outcome::Inconclusive,
+    };
+    let rest = if open.is_empty() { String::new() } else { format!(". Open: {}", open.join("; ")) };
+    let words = match outcome {
+        Outcome::Confirmed => "confirmed".to_owned(),
+        Outcome::Refuted => "refuted".to_owned(),
+        Outcome::InPart => format!("confirmed for these only: {}{rest}", true_of.join("; ")),
+        Outcome::Inconclusive if !blind.is_empty() => {
+            format!("inconclusive here: a control has failed ({})", blind.join(", "))
+        }
+        Outcome::Inconclusive => {
+            let part = match (true_of.is_empty(), false_of.is_empty()) {
+                (false, _) => format!(". So far true of {}", true_of.join("; ")),
+                (_, false) => format!(". So far not true of {}", false_of.join("; ")),
+                _ => String::new(),
+            };
+            format!("inconclusive here{part}{rest}")
+        }
+    };
+    Verdict { outcome, words, true_of, false_of, open }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(values: &[f64]) -> Option<Spread> {
+        Spread::of(values)
+    }
+
+    fn told(values: &[f64], bound: Bound, kind: Kind, emulated: bool) -> &'static str {
+        match within(at(values).as_ref(), bound, kind, emulated) {
+            Answer::Yes => "yes",
+            Answer::No => "no",
+            Answer::Open(_) => "open",
+        }
+    }
+
+    #[test]
+    fn few_values_stand_with_all_of_them_and_many_with_their_quartiles() {
+        let few = at(&[3.0, 1.0, 2.0]).unwrap();
+        assert_eq!((few.low, few.median, few.high), (1.0, 2.0, 3.0));
+        let many = at(&[100.0, 1.0, 2.0, 3.0, 4.0]).unwrap();
+        assert_eq!((many.low, many.median, many.high), (2.0, 3.0, 4.0));
+        let even = at(&[1.0, 2.0]).unwrap();
+        assert_eq!(even.median, 1.5);
+        assert_eq!(at(&[]), None);
+    }
+
+    #[test]
+    fn a_figure_decides_only_where_its_kind_means_something() {
+        use Bound::{AtLeast, AtMost, Between};
+        for (values, bound, kind, emulated, expected) in [
+            // Counts and residencies decide anywhere, and once is enough.
+            (vec![1.0], AtLeast(0.5), Kind::Share, true, "yes"),
+            (vec![0.1], AtLeast(0.5), Kind::Share, true, "no"),
+            (vec![0.4, 0.6], AtLeast(0.5), Kind::Share, false, "open"),
+            (vec![5.0], Between(1.0, 4.0), Kind::Count, false, "no"),
+            // Times do not where the host is emulated, and not from few runs.
+            (vec![1.0, 1.0, 1.0], AtMost(2.0), Kind::Time, true, "open"),
+            (vec![1.0, 1.0], AtMost(2.0), Kind::Time, false, "open"),
+            (vec![1.0, 1.0, 1.0], AtMost(2.0), Kind::Time, false, "yes"),
+            // Ratios of speeds have to be plain there.
+            (vec![1.3, 1.3, 1.3], AtLeast(1.2), Kind::SpeedRatio, false, "yes"),
+            (vec![1.3, 1.3, 1.3], AtLeast(1.2), Kind::SpeedRatio, true, "open"),
+            (vec![2.5, 2.5, 2.5], AtLeast(1.2), Kind::SpeedRatio, true, "yes"),
+            (vec![0.5, 0.5, 0.5], AtLeast(1.2), Kind::SpeedRatio, true, "no"),
+            (vec![1.3], AtLeast(1.2), Kind::SpeedRatio, false, "open"),
+            (vec![1.0, 1.0, 1.0], Between(0.75, 1.25), Kind::SpeedRatio, true, "open"),
+            (vec![0.3, 0.3, 0.3], Between(0.75, 1.25), Kind::SpeedRatio, true, "no"),
+        ] {
+            assert_eq!(
+                told(&values, bound, kind, emulated),
+                expected,
+                "{values:?} {bound} {kind:?} {emulated}"
+            );
+        }
+        assert_eq!(within(None, AtLeast(0.0), Kind::Count, false), Answer::Open("not measured".into()));
+    }
+
+    #[test]
+    fn a_claim_is_confirmed_refuted_true_of_some_or_open() {
+        let open = || Answer::Open("why".into());
+        for (answers, blind, outcome) in [
+            (vec![("a", Answer::Yes), ("b", Answer::Yes)], "", Outcome::Confirmed),
+            (vec![("a", Answer::No), ("b", Answer::No)], "", Outcome::Refuted),
+            (vec![("a", Answer::Yes), ("b", Answer::No)], "", Outcome::InPart),
+            (vec![("a", Answer::Yes), ("b", Answer::No), ("c", open())], "", Outcome::InPart),
+            (vec![("a", Answer::Yes), ("b", open())], "", Outcome::Inconclusive),
+            (vec![("a", Answer::No), ("b", open())], "", Outcome::Inconclusive),
+            (vec![], "", Outcome::Inconclusive),
+            (vec![("a", Answer::Yes)], "control", Outcome::Inconclusive),
+            // Two measures of one case: both must say so.
+            (vec![("a", Answer::Yes), ("a", Answer::No)], "", Outcome::Refuted),
+            (vec![("a", Answer::Yes), ("a", open())], "", Outcome::Inconclusive),
+            (vec![("a", open()), ("a", Answer::No)], "", Outcome::Refuted),
+        ] {
+            let answers: Vec<_> =
+                answers.into_iter().map(|(case, answer)| (case.to_owned(), answer)).collect();
+            let blind: Vec<String> = blind.split_whitespace().map(str::to_owned).collect();
+            assert_eq!(judge(&answers, &blind).outcome, outcome, "{answers:?}");
+        }
+    }
+}
