@@ -17,7 +17,7 @@ const LAYERS: [(&str, Option<&[&str]>); 25] = [
     ("kvm", Some(&["bus", "pci", "mem", "layout", "ratelimit"])),
     ("boot", Some(&["mem", "layout"])),
     ("crash", Some(&["disk", "blk", "mem", "ratelimit"])),
-    ("bench", Some(&["lab", "disk", "explain", "text"])),
+    ("bench", Some(&["lab", "disk", "explain", "observe", "text"])),
     ("study", Some(&["lab", "disk", "blk", "crash", "observe", "explain", "mem", "ratelimit", "text"])),
     ("lab", Some(&["disk", "observe", "explain", "program"])),
     ("observe", Some(&["disk", "explain"])),
