@@ -72,6 +72,8 @@ fn reads_that_the_hosts_cache_served_are_not_passed_off_as_the_disks() {
     for who in ["host", "host direct=0"] {
         let run = &competitor(&report, who)["rounds"][0];
         assert!(run["fio"]["read"]["ios"].as_u64().unwrap() > 0 && run["device"].is_null(), "{run:#}");
+        // Its figures are looked at with the same eyes.
+        assert_eq!(has(&report, "host-cache", who), who != "host", "{run:#}");
     }
     for words in ["writeback", "host direct=0", "memory's speed, not the disk's", "fewer than 3 rounds"] {
         let told = outcome.stdout.split_whitespace().collect::<Vec<_>>().join(" ");

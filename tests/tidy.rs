@@ -18,7 +18,7 @@ const LAYERS: [(&str, Option<&[&str]>); 26] = [
     ("kvm", Some(&["bus", "pci", "mem", "layout", "ratelimit"])),
     ("boot", Some(&["mem", "layout"])),
     ("crash", Some(&["disk", "blk", "mem", "ratelimit"])),
-    ("bench", Some(&["lab", "disk", "explain", "text"])),
+    ("bench", Some(&["lab", "disk", "explain", "observe", "text"])),
     (
         "study",
         Some(&["lab", "disk", "blk", "crash", "observe", "explain", "mem", "program", "ratelimit", "text"]),

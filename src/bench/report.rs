@@ -18,6 +18,7 @@ use crate::lab::extents::Layout;
 use crate::lab::fio::{Latency, Summary};
 use crate::lab::host::Meaning;
 use crate::lab::{Host, Outcome, Ratio, Spread};
+use crate::observe::Residency;
 
 /// The version of the schema.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -160,7 +161,7 @@ pub struct Run {
     pub seconds: f64,
     /// What fio says.
     pub fio: Summary,
-    /// Of a guest: what the caches did.
+    /// What the caches did.
     pub observed: Option<Observed>,
     /// Of a guest: the device's own figures (`disks[0]` of docs/statistics.md).
     pub device: Option<Value>,
@@ -169,15 +170,15 @@ pub struct Run {
 /// What the caches did in a run.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Observed {
-    /// Of the image in the host's cache when the guest started.
+    /// Of the image in the host's cache when guest or fio started.
     pub host_cached_bytes_before: Option<f64>,
-    /// When it had ended.
+    /// When the job had ended.
     pub host_cached_bytes_after: Option<f64>,
     /// Of those, newer than the disk, or on their way there.
     pub host_dirty_bytes_after: Option<f64>,
-    /// Of the bytes that the guest read, the share that the host had in its cache.
+    /// Of the bytes that were read of the image, the share that the host had in its cache.
     pub host_hit_share: Option<f64>,
-    /// Of the bytes that fio read, the share that never reached the device: the guest had them.
+    /// Of a guest: of the bytes that fio read, the share that never reached the device: the guest had them.
     pub guest_hit_share: Option<f64>,
     /// Of the bytes that fio wrote, the share that never reached the device: overwritten in the guest's cache.
     pub guest_absorbed_share: Option<f64>,
@@ -210,6 +211,28 @@ impl Observed {
             flushes: disk["requests"]["flush"].as_u64(),
             flushes_ignored: disk["durability"]["flushes_ignored"].as_u64(),
             flush_amplification: end("flush_amplification"),
+        }
+    }
+}
+
+impl Observed {
+    /// Of a run on the host, of whose reads so many bytes had to come from a disk.
+    pub fn on_host(
+        before: Option<Residency>,
+        after: Option<Residency>,
+        fio: &Summary,
+        disk_read_bytes: u64,
+    ) -> Self {
+        let dirty = |found: Residency| {
+            Some(found.bytes(found.dirty?.saturating_add(found.writeback.unwrap_or(0))) as f64)
+        };
+        let hits = fio.read.as_ref().map(|side| (1.0 - disk_read_bytes as f64 / side.bytes as f64).max(0.0));
+        Self {
+            host_cached_bytes_before: before.map(|found| found.cached_bytes() as f64),
+            host_cached_bytes_after: after.map(|found| found.cached_bytes() as f64),
+            host_dirty_bytes_after: after.and_then(dirty),
+            host_hit_share: hits,
+            ..Self::default()
         }
     }
 }

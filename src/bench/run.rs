@@ -17,6 +17,7 @@ use crate::disk::cache::CachePolicy;
 use crate::disk::{DiskOptions, Image};
 use crate::lab::fio::{self, FioError, Summary};
 use crate::lab::{Boot, BootError, DiskSpec, How, Outcome, boot, image};
+use crate::observe::Residency;
 
 /// Where the job file is in the guest.
 const GUEST_FILE: &str = "/tmp/bench.fio";
@@ -184,9 +185,13 @@ fn guests_summary(job: &Job, mode: &'static CachePolicy, outcome: &Outcome) -> R
 }
 
 fn first(answer: Result<Vec<Summary>, FioError>, job: &Job, who: &str) -> Result<Summary, BenchError> {
-    let failed = |source| BenchError::Fio { job: job.name.clone(), who: who.to_owned(), source };
     let none = || FioError::Answer { why: "it has no job".into(), answer: String::new() };
-    answer.map_err(failed)?.into_iter().next().ok_or_else(none).map_err(failed)
+    let answer = answer.and_then(|summaries| summaries.into_iter().next().ok_or_else(none));
+    answer.map_err(|source| failed(job, who, source))
+}
+
+fn failed(job: &Job, who: &str, source: FioError) -> BenchError {
+    BenchError::Fio { job: job.name.clone(), who: who.to_owned(), source }
 }
 
 fn on_host(options: &Options, competitor: &Competitor, stop: &AtomicBool) -> Result<Run, BenchError> {
@@ -200,7 +205,7 @@ fn on_host(options: &Options, competitor: &Competitor, stop: &AtomicBool) -> Res
         ..DiskOptions::new(&options.disk.path)
     };
     let locked = Image::open(&disk)?;
-    image::settle(&options.disk.path, options.host_cache)?;
+    let before = image::settle(&options.disk.path, options.host_cache)?;
     let dir = tempfile::tempdir()?;
     // A name without characters that mean something to fio.
     let (link, file) = (dir.path().join("image"), dir.path().join("bench.fio"));
@@ -212,12 +217,16 @@ fn on_host(options: &Options, competitor: &Competitor, stop: &AtomicBool) -> Res
     }
     let started = Instant::now();
     let limit = Duration::from_secs(job.seconds_max());
-    let summary = match fio::on_host(&arguments, limit, stop) {
+    let (summaries, disk_read_bytes) = match fio::on_host_counted(&arguments, limit, stop) {
         Err(FioError::Interrupted) => return Err(BenchError::Interrupted),
-        answer => first(answer, job, &competitor.name)?,
+        Err(source) => return Err(failed(job, &competitor.name, source)),
+        Ok(counted) => counted,
     };
-    drop(locked);
-    Ok(Run { round: 0, seconds: started.elapsed().as_secs_f64(), fio: summary, observed: None, device: None })
+    let seconds = started.elapsed().as_secs_f64();
+    let summary = first(Ok(summaries), job, &competitor.name)?;
+    let after = Residency::of(locked.file()).ok();
+    let observed = Observed::on_host(before, after, &summary, disk_read_bytes);
+    Ok(Run { round: 0, seconds, fio: summary, observed: Some(observed), device: None })
 }
 
 /// On a terminal; elsewhere nothing.

@@ -38,12 +38,16 @@ pub struct Ended {
     pub stdout: String,
     /// Its standard error.
     pub stderr: String,
+    /// Bytes that had to come from a disk for it, as far as the host accounts for them; for whatever else of
+    /// ours has ended meanwhile, too.
+    pub disk_read_bytes: u64,
 }
 
 /// Runs `command` without input, in a process group of its own: a Ctrl-C on our terminal is ours to pass on.
 /// Of its group nothing is left afterwards.
 pub fn run(command: &mut Command, limit: Duration, stop: &AtomicBool) -> io::Result<Ended> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    let before = disk_read_bytes();
     let mut child = command.spawn()?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     std::thread::scope(|scope| {
@@ -54,8 +58,21 @@ pub fn run(command: &mut Command, limit: Duration, stop: &AtomicBool) -> io::Res
         let (stdout, stderr) = (said(stdout), said(stderr));
         let (status, how) = waited?;
         let status = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
-        Ok(Ended { status, how, stdout, stderr })
+        let disk_read_bytes = disk_read_bytes().saturating_sub(before);
+        Ok(Ended { status, how, stdout, stderr, disk_read_bytes })
     })
+}
+
+/// Of all children that have been waited for (getrusage(2), ru_inblock).
+fn disk_read_bytes() -> u64 {
+    const BLOCK_BYTES: u64 = 512;
+    // SAFETY: rusage is plain numbers, for which all zeroes are valid.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes one rusage to the pointer, which is valid for it.
+    if unsafe { libc::getrusage(libc::RUSAGE_CHILDREN, &raw mut usage) } != 0 {
+        return 0;
+    }
+    u64::try_from(usage.ru_inblock).unwrap_or(0).saturating_mul(BLOCK_BYTES)
 }
 
 /// What cannot be read is not worth losing the rest.
@@ -119,6 +136,26 @@ mod tests {
         assert_eq!((ended.stdout.as_str(), ended.stderr.as_str()), ("out\n", "err\n"));
         let ended = sh("kill -USR1 $$", Duration::from_secs(60), &never);
         assert_eq!((ended.status, ended.how), (128 + libc::SIGUSR1, How::ByItself));
+    }
+
+    #[test]
+    fn what_came_from_a_disk_for_it_is_counted() {
+        use crate::observe::control::{drop_cache, warm_cache};
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, vec![7; 8 << 20]).unwrap();
+        let file = std::fs::File::open(&path).unwrap();
+        let read = || {
+            let script = format!("cat '{}' >/dev/null", path.display());
+            sh(&script, Duration::from_secs(60), &AtomicBool::new(false)).disk_read_bytes
+        };
+        drop_cache(&file).unwrap();
+        let cold = read();
+        assert!(cold >= 8 << 20, "{cold}");
+        warm_cache(&file).unwrap();
+        // Other tests' children end meanwhile, but none of them reads so much.
+        let warm = read();
+        assert!(warm < 4 << 20, "{warm}");
     }
 
     #[test]

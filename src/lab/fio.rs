@@ -130,6 +130,15 @@ impl Summary {
 
 /// Runs fio on the host with these arguments; a summary for each job. JSON is asked for here.
 pub fn on_host(arguments: &[String], limit: Duration, stop: &AtomicBool) -> Result<Vec<Summary>, FioError> {
+    Ok(on_host_counted(arguments, limit, stop)?.0)
+}
+
+/// The same, and the bytes that had to come from a disk for all of it.
+pub fn on_host_counted(
+    arguments: &[String],
+    limit: Duration,
+    stop: &AtomicBool,
+) -> Result<(Vec<Summary>, u64), FioError> {
     let mut command = Command::new("fio");
     command.arg("--output-format=json").args(arguments);
     let ended = child::run(&mut command, limit, stop).map_err(FioError::Start)?;
@@ -140,7 +149,7 @@ pub fn on_host(arguments: &[String], limit: Duration, stop: &AtomicBool) -> Resu
             let said = shortened(&format!("{}{}", ended.stderr, ended.stdout));
             Err(FioError::Failed { status: ended.status, said })
         }
-        How::ByItself => parse(&ended.stdout),
+        How::ByItself => Ok((parse(&ended.stdout)?, ended.disk_read_bytes)),
     }
 }
 
