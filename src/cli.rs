@@ -107,6 +107,14 @@ pub struct Args {
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = help::RUNNING)]
     timeout: Option<Duration>,
 
+    /// Wait so long for the end of what the host's disks have been given, then fail [default: 60]
+    ///
+    /// A disk that hangs would hang minivmm: after 3 seconds it tells what it waits for, and past the limit it
+    /// ends with status 125. The last fdatasync of an image may have much to write: it has a limit only if one
+    /// is given.
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = help::RUNNING)]
+    stop_timeout: Option<Duration>,
+
     /// At the end, tell of each disk what was asked, done and at risk: on stderr, or as JSON to FILE
     ///
     /// Bytes at risk are those that the guest was told are written and that a crash of the host may
@@ -394,6 +402,7 @@ impl Args {
             transport: self.transport,
             console,
             timeout: self.timeout,
+            stop_timeout: self.stop_timeout,
             stats: self.stats.map(|file| file.map_or(StatsTarget::Stderr, StatsTarget::Json)),
             observe: self.observe.map(|path| ObserveTarget { path, interval: self.observe_interval }),
             host_memory_limit: self.host_memory_limit,

@@ -40,7 +40,7 @@ use events::{Report, Reporter, Reports, Signals};
 use input::{Console, READ_BYTES_MAX, Wish};
 use job::JobEnd;
 pub use job::Times;
-use stop::{Ender, StopError, VcpuThread};
+use stop::{Ender, Patience, StopError, VcpuThread};
 use watch::Watch;
 
 /// What machine, with what guest.
@@ -64,6 +64,8 @@ pub struct Config {
     pub console: ConsoleTarget,
     /// How long the guest may run.
     pub timeout: Option<Duration>,
+    /// How long the end may take where the host's disk hangs; see `--stop-timeout`.
+    pub stop_timeout: Option<Duration>,
     /// Where the statistics go.
     pub stats: Option<StatsTarget>,
     /// Where the observation of the caches goes.
@@ -265,6 +267,7 @@ struct Run<'a> {
     console: Console,
     raw_mode: Option<RawMode>,
     timeout: Option<Duration>,
+    patience: Patience,
     deadline: Option<Instant>,
     job: Option<JobEnd>,
     watch: Option<Watch>,
@@ -295,6 +298,7 @@ impl<'a> Run<'a> {
                 _ => None,
             },
             timeout: config.timeout,
+            patience: Patience::new(config.stop_timeout),
             deadline: None,
             job: machine.job.take(),
             watch: config.observe.as_ref().map(|target| Watch::begin(target, machine)).transpose()?,
@@ -446,16 +450,16 @@ impl<'a> Run<'a> {
 
     fn stop(&mut self, machine: &Machine) -> Result<(), StopError> {
         machine.stopping.set();
-        stop::stop_vcpus(&self.threads, self.signals)?;
+        stop::stop_vcpus(&self.threads, self.patience, self.signals)?;
         for vcpu in self.threads.drain(..) {
             // A panic has been reported by the thread itself.
             let _ = vcpu.thread.join();
         }
         self.raw_mode = None;
-        stop::drain(&self.ender, &machine.transports, self.signals)?;
+        stop::drain(&self.ender, machine, self.patience, self.signals)?;
         // As the guest has left it: what is dirty still is.
         self.observed = self.watch.take().map_or(Ok(()), Watch::end);
-        stop::close(&self.ender, &machine.disks, self.signals)
+        stop::close(&self.ender, &machine.disks, self.patience, self.signals)
     }
 }
 

@@ -9,13 +9,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
+use super::build::Machine;
 use super::events::{Signals, is_ending};
 use super::{StatsTarget, VmmError};
 use crate::disk::Image;
@@ -23,9 +24,8 @@ use crate::kvm::run_page::RunPage;
 use crate::sandbox::{Role, Ticket};
 use crate::stats::{ExitStats, Stats};
 use crate::vcpu::Exits;
-use crate::virtio::Transport;
 
-/// Draining I/O, or a vCPU that waits for it, may take so long.
+/// Draining I/O, or a vCPU that waits for it, may take so long, where `--stop-timeout` says nothing.
 const DRAIN_MAX: Duration = Duration::from_secs(60);
 /// After so long we say what we wait for.
 const SILENT_MAX: Duration = Duration::from_secs(3);
@@ -65,6 +65,22 @@ pub enum StopError {
     /// No thread for it.
     #[error("cannot start a thread")]
     Thread(#[from] io::Error),
+}
+
+/// How long the end may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// For the CPUs to stop, and again for the devices' I/O in flight.
+    drain: Duration,
+    /// For the last fdatasync of each image, which may have much to write; without a limit: for ever.
+    close: Option<Duration>,
+}
+
+impl Patience {
+    /// As `--stop-timeout` says, if it does.
+    pub fn new(limit: Option<Duration>) -> Self {
+        Self { drain: limit.unwrap_or(DRAIN_MAX), close: limit }
+    }
 }
 
 /// A vCPU's thread, and how to reach it.
@@ -135,7 +151,7 @@ pub struct OpenDisk {
 }
 
 /// Stops the vCPUs. The flag that they look at is set already.
-pub fn stop_vcpus(threads: &[VcpuThread], signals: &Signals) -> Result<(), StopError> {
+pub fn stop_vcpus(threads: &[VcpuThread], patience: Patience, signals: &Signals) -> Result<(), StopError> {
     let mut kicked: Option<Instant> = None;
     let done = || {
         if kicked.is_none_or(|at| at.elapsed() >= KICK_AGAIN) {
@@ -148,32 +164,50 @@ pub fn stop_vcpus(threads: &[VcpuThread], signals: &Signals) -> Result<(), StopE
         }
         threads.iter().all(|vcpu| vcpu.thread.is_finished())
     };
-    wait_until(done, "the guest's CPUs", Some(DRAIN_MAX), signals)
+    wait_until(done, || "the guest's CPUs".into(), Some(patience.drain), signals)
 }
 
 /// Stops every device: when this returns without error no I/O is in flight.
 pub fn drain(
     ender: &Ender,
-    transports: &[Arc<Mutex<dyn Transport>>],
+    machine: &Machine,
+    patience: Patience,
     signals: &Signals,
 ) -> Result<(), StopError> {
-    let mine = transports.to_vec();
+    let mine = machine.transports.clone();
     let mut work = ender.begin(move || {
         for transport in &mine {
             transport.lock().unwrap_or_else(PoisonError::into_inner).stop();
         }
     });
-    wait_until(|| work.is_finished(), "the disks' I/O in flight", Some(DRAIN_MAX), signals)
+    wait_until(|| work.is_finished(), || in_flight(&machine.disks), Some(patience.drain), signals)
 }
 
-/// Closes every image: the last fdatasync, which may have much to write and has no limit but a signal.
-pub fn close(ender: &Ender, disks: &[OpenDisk], signals: &Signals) -> Result<(), StopError> {
+/// What the host still has, and of which image.
+fn in_flight(disks: &[OpenDisk]) -> String {
+    let words = disks.iter().filter_map(|disk| {
+        let count: u64 = disk.image.queue_stats().iter().map(|queue| queue.in_flight()).sum();
+        (count > 0).then(|| format!("{count} of {}", disk.path.display()))
+    });
+    match words.collect::<Vec<_>>() {
+        words if words.is_empty() => "the devices to stop".into(),
+        words => format!("requests in flight: {}", words.join(", ")),
+    }
+}
+
+/// Closes every image: the last fdatasync, which may have much to write: only `--stop-timeout` and a signal limit it.
+pub fn close(
+    ender: &Ender,
+    disks: &[OpenDisk],
+    patience: Patience,
+    signals: &Signals,
+) -> Result<(), StopError> {
     let mut failed = Ok(());
     for disk in disks {
         let image = Arc::clone(&disk.image);
         let mut work = ender.begin(move || image.close());
-        let what = format!("the last fdatasync of {}", disk.path.display());
-        wait_until(|| work.is_finished(), &what, None, signals)?;
+        let what = || format!("the last fdatasync of {}", disk.path.display());
+        wait_until(|| work.is_finished(), what, patience.close, signals)?;
         let result = work.result().unwrap_or_else(|| Err(io::Error::other("the thread panicked")));
         log::info!("{}: {}", disk.path.display(), disk.image.counters().summary());
         if let Err(source) = result {
@@ -272,7 +306,7 @@ fn replace(file: &mut File, stats: &Stats) -> io::Result<()> {
 /// Waits until `done`; one more signal from the user means that they do not want to wait.
 fn wait_until(
     mut done: impl FnMut() -> bool,
-    what: &str,
+    what: impl Fn() -> String,
     limit: Option<Duration>,
     signals: &Signals,
 ) -> Result<(), StopError> {
@@ -282,12 +316,14 @@ fn wait_until(
         let waited = begin.elapsed();
         let gave_up = said && signals.take().is_some_and(is_ending);
         if gave_up || limit.is_some_and(|limit| waited >= limit) {
-            return Err(StopError::Stuck { what: what.into() });
+            return Err(StopError::Stuck { what: what() });
         }
         if !said && waited >= SILENT_MAX {
             said = true;
             crate::terminal::restore();
-            eprintln!("minivmm: waiting for {what}; Ctrl-C, or another signal, gives up");
+            let limit =
+                limit.map_or(String::new(), |limit| format!("after {} s gives up; ", limit.as_secs_f64()));
+            eprintln!("minivmm: waiting for {}; {limit}Ctrl-C, or another signal, gives up now", what());
         }
         thread::sleep(LOOK.min(Duration::from_micros(200) + waited / 4));
     }

@@ -92,3 +92,29 @@ fn a_machine_with_any_memory_starts() {
         }
     }
 }
+
+#[test]
+fn a_disk_that_hangs_is_named_and_waited_for_no_longer_than_stop_timeout_says() {
+    if !kvm() {
+        return;
+    }
+    for (keys, limit, told) in [
+        ("cache=writeback,fault=delay=300s:flush", "1", false),
+        ("cache=none,engine=sync,fault=delay=300s:flush", "4", true),
+    ] {
+        let image = Image::new();
+        let mut command = minivmm();
+        start(&mut command, Entry::Elf, "scenario=io").args(["--console", "stdio", "--timeout", "2"]);
+        let begun = std::time::Instant::now();
+        let ran = run(command.args(["--disk", &image.disk(keys), "--stop-timeout", limit]), b"");
+        let log = ran.expect(125, keys).log;
+        // Two seconds of the guest's, which waits for its FLUSH.
+        let seconds: f64 = limit.parse().unwrap();
+        let took = begun.elapsed().as_secs_f64();
+        assert!((2.0 + seconds..seconds + 30.0).contains(&took), "{keys}: {took}");
+        let requests = format!("requests in flight: 1 of {}", image.path.display());
+        assert!(log.contains(&format!("gave up waiting for {requests}")), "{log}");
+        let waits = format!("waiting for {requests}; after {limit} s gives up");
+        assert_eq!(log.contains(&waits), told, "{log}");
+    }
+}
