@@ -2,7 +2,7 @@
 # is missing, or print the line that does.
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test bench bench-bare bench-guest bench-modes study lint deps test-deps clean torture fuzz fuzz-merge fuzz-coverage asan miri install install-files static deb
+.PHONY: help build run test bench bench-bare bench-guest bench-modes bench-sandbox study lint deps test-deps clean torture fuzz fuzz-merge fuzz-coverage asan miri install install-files static deb
 
 include guest-images/guest.mk
 
@@ -11,6 +11,7 @@ help: ## lists the commands
 	@echo "make test         every check: lint, device, images, real kernels"
 	@echo "make bench        the device path beside fio on this machine: QUICK=1, ROUNDS=, SECONDS=, ONLY=, FULL=1"
 	@echo "make bench-bare   a guest of our own beside QEMU's on this machine's KVM: QUICK=1, ROUNDS=, ONLY="
+	@echo "make bench-sandbox  what each thread's filter adds to a system call: QUICK=1, ROUNDS="
 	@echo "make bench-guest  fio in the test guest under minivmm and QEMU, boots to init: QUICK=1, ROUNDS=, ONLY=, WHO=, MODES="
 	@echo "make bench-modes  \`minivmm bench\`, here or in the emulated host: MODES=, JOBS=, ONLY=, ROUNDS=, SECONDS=, SIZE=, ARGS="
 	@echo "make study        what was said of disk caching in 2008, measured, as a page: QUICK=1, OUT=study, ONLY=, ROUNDS="
@@ -80,6 +81,10 @@ bench: deps
 bench-bare: test-deps
 	@cargo bench --quiet --locked --bench bare -- $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only $(ONLY)) \
 		$(if $(QUICK),--quick) $(ARGS)
+
+# What each thread's filter adds to a system call: seconds.
+bench-sandbox:
+	@cargo bench --quiet --locked --bench sandbox -- $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(QUICK),--quick) $(ARGS)
 
 # What a guest sees, with a kernel: some seconds a job, and hours of boots where the host is emulated.
 bench-guest: test-deps build guest

@@ -20,11 +20,18 @@ pub fn leave() -> Result<(), SandboxError> {
         what: "give up the file system (Landlock)",
         source: std::io::Error::other(error),
     })?;
-    if status.ruleset == RulesetStatus::NotEnforced {
-        TOLD.call_once(|| {
+    TOLD.call_once(|| match status.ruleset {
+        RulesetStatus::NotEnforced => {
             log::info!("this kernel has no Landlock: that nothing is opened rests on the filter of system calls alone");
-        });
-    }
+        }
+        // Not asked of the kernel: the first threads have their filters already.
+        RulesetStatus::PartiallyEnforced => {
+            log::info!("Landlock: no path; this kernel's lacks something of ABI {}", NEWEST as i32);
+        }
+        RulesetStatus::FullyEnforced => {
+            log::info!("Landlock, ABI {}: no path, TCP port, signal or abstract socket outside", NEWEST as i32);
+        }
+    });
     Ok(())
 }
 

@@ -165,6 +165,7 @@ const WORKER: &[Call] = calls! {
     pwrite64 Always, "zeroes";
     fdatasync Always, "FLUSH";
     fallocate Always, "DISCARD, WRITE_ZEROES";
+    ftruncate Always, "a write log that grows";
     ioctl Request(&[BLKDISCARD, BLKZEROOUT]), "the same on a block device";
     fcntl Command(&[GETFL, SETFL]), "a doorbell that the ring waits for";
     fstat Always, "how long the image is";
@@ -199,6 +200,8 @@ const END: &[Call] = calls! {
     io_uring_enter Always, "rings that end";
     read Always, "eventfds";
     pwrite64 Always, "the end of a write log";
+    pwritev Always, "the end of a write log: what was still waiting";
+    ftruncate Always, "the end of a write log";
     ioctl Request(&[KVM_SET_GSI_ROUTING, KVM_IRQFD]), "interrupts that end";
 };
 

@@ -214,7 +214,12 @@ pub fn close(
             log::error!("{}: the last fdatasync failed: {source}", disk.path.display());
             failed = Err(StopError::Sync { path: disk.path.clone(), source });
         }
-        if let Err(source) = disk.image.close_log()
+        let image = Arc::clone(&disk.image);
+        let mut work = ender.begin(move || image.close_log());
+        let what = format!("the write log of {}", disk.path.display());
+        wait_until(|| work.is_finished(), &what, None, signals)?;
+        let logged = work.result().unwrap_or_else(|| Err(io::Error::other("the thread panicked")));
+        if let Err(source) = logged
             && failed.is_ok()
         {
             failed = Err(StopError::Log { path: disk.path.clone(), source });

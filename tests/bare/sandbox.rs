@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use minivmm::sandbox::Role;
@@ -96,42 +97,109 @@ fn calls_in_the_sandbox(log: &str) -> BTreeMap<String, BTreeSet<String>> {
     found
 }
 
+/// strace over minivmm, and where it writes.
+fn strace(image: &Image) -> Option<(Command, PathBuf)> {
+    if Command::new("strace").arg("-V").output().is_err() {
+        skip("strace is not installed");
+        return None;
+    }
+    let log = image.path.with_extension("strace");
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-qq", "-o"]).arg(&log).arg(binary());
+    Some((strace, log))
+}
+
+/// Each thread's calls against its row; `needed` must be among the threads.
+#[track_caller]
+fn must_be_in_the_table(log: &Path, needed: &[&str], what: &str) {
+    let found = calls_in_the_sandbox(&fs::read_to_string(log).unwrap());
+    for needed in needed {
+        assert!(found.contains_key(*needed), "{what}: {needed} is not among {:?}", found.keys());
+    }
+    for (name, calls) in found {
+        for call in &calls {
+            // Older than cachestat(2), strace has its number.
+            let call = if call == "syscall_0x1c3" { "cachestat" } else { call };
+            let known = role(&name).calls().any(|row| row.name == call);
+            assert!(known, "{what}: {name} has called {call}");
+        }
+        println!("{what}: {name}: {calls:?}");
+    }
+}
+
 #[test]
 fn under_strace_no_thread_calls_what_its_row_lacks() {
     if !kvm() {
-        return;
-    }
-    if Command::new("strace").arg("-V").output().is_err() {
-        skip("strace is not installed");
         return;
     }
     for keys in [
         "cache=none,engine=io_uring",
         "cache=writeback,engine=sync",
         "cache=directsync,engine=sync",
+        "cache=directsync,engine=io_uring,stable=group",
         "cache=writethrough",
+        "cache=unsafe,discard=on",
+        "cache=none,engine=io_uring,buffers=fixed,poll-us=0",
+        "cache=none,fault=delay=1ms:flush",
     ] {
         let image = Image::new();
-        let (log, csv) = (image.path.with_extension("strace"), image.path.with_extension("csv"));
-        let json = image.path.with_extension("json");
-        let mut strace = Command::new("strace");
-        strace.args(["-f", "-qq", "-o"]).arg(&log).arg(binary());
+        let Some((mut strace, log)) = strace(&image) else { return };
+        let (csv, json) = (image.path.with_extension("csv"), image.path.with_extension("json"));
         start(&mut strace, Entry::Elf, "scenario=io").args(["--console", "stdio", "--timeout", "60"]);
         strace.args(["--disk", &image.disk(keys), "--observe"]).arg(&csv);
         strace.arg(format!("--stats={}", json.display()));
         run(&mut strace, b"").expect(exit(0x20), keys);
-        let found = calls_in_the_sandbox(&fs::read_to_string(&log).unwrap());
-        for needed in ["minivmm", "vcpu0", "end", "observe"] {
-            assert!(found.contains_key(needed), "{keys}: {needed} is not among {:?}", found.keys());
-        }
-        for (name, calls) in found {
-            let role = role(&name);
-            for call in &calls {
-                // Older than cachestat(2), strace has its number.
-                let call = if call == "syscall_0x1c3" { "cachestat" } else { call };
-                assert!(role.calls().any(|row| row.name == call), "{keys}: {name} has called {call}");
-            }
-            println!("{keys}: {name}: {calls:?}");
+        must_be_in_the_table(&log, &["minivmm", "vcpu0", "end", "observe"], keys);
+    }
+}
+
+#[test]
+fn a_write_log_is_written_and_ended_in_the_sandbox() {
+    if !kvm() {
+        return;
+    }
+    for engine in ["io_uring", "sync"] {
+        let image = Image::new();
+        let writes = image.path.with_extension("writes");
+        let disk = image.disk(&format!("cache=none,engine={engine},log-writes={}", writes.display()));
+        let ran = run_plain(Entry::Elf, "scenario=io", &["--disk", &disk]).expect(exit(0x20), engine);
+        assert!(!ran.log.contains("has called"), "{}", ran.log);
+        let told = minivmm().arg("log").arg(&writes).output().unwrap();
+        let told = String::from_utf8_lossy(&told.stdout).into_owned();
+        assert!(told.contains("write") && told.contains("flush"), "{engine}: {told}");
+
+        let image = Image::new();
+        let writes = image.path.with_extension("writes");
+        let disk = image.disk(&format!("cache=none,engine={engine},log-writes={}", writes.display()));
+        let Some((mut strace, log)) = strace(&image) else { return };
+        start(&mut strace, Entry::Elf, "scenario=io").args(["--timeout", "60", "--disk", &disk]);
+        run(&mut strace, b"").expect(exit(0x20), engine);
+        must_be_in_the_table(&log, &["minivmm", "vcpu0", "end"], engine);
+    }
+}
+
+#[test]
+fn however_a_run_ends_no_thread_calls_what_its_row_lacks() {
+    if !kvm() {
+        return;
+    }
+    for (scenario, timeout, status) in [
+        ("hang", "1", TIMED_OUT),
+        ("triple", "60", FAILURE),
+        ("exit=7", "60", exit(7)),
+        ("chatter", "1", TIMED_OUT),
+    ] {
+        for transport in ["mmio", "pci"] {
+            let image = Image::new();
+            let what = format!("{scenario} {transport}");
+            let Some((mut strace, log)) = strace(&image) else { return };
+            strace.arg("--kernel").arg(Entry::Elf.kernel()).args(["--initrd", "none"]);
+            strace.args(["--transport", transport, "--cmdline", &format!("scenario={scenario}")]);
+            strace.args(["--console", "off", "--stats", "--timeout", timeout]);
+            strace.args(["--disk", &image.disk("cache=none,queues=2")]);
+            let ran = run(&mut strace, b"").expect(status, &what);
+            assert!(!ran.log.contains("has called"), "{what}: {}", ran.log);
+            must_be_in_the_table(&log, &["minivmm", "end"], &what);
         }
     }
 }
