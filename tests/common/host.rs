@@ -182,6 +182,7 @@ impl Place {
     }
 
     /// Puts a file there.
+    #[allow(dead_code, reason = "each test file uses its part")]
     pub fn put(&self, name: &str, bytes: &[u8]) {
         let local = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(local.path(), bytes).unwrap();
