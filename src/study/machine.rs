@@ -92,7 +92,16 @@ impl Machine {
 impl Identity {
     /// What differs, in words.
     pub fn differences(&self, other: &Self) -> Vec<String> {
-        let memory = |bytes: Option<u64>| bytes.map_or("unknown".to_owned(), |bytes| bytes.to_string());
+        // A kernel finds some pages more or less from boot to boot.
+        let same_memory = match (self.memory_bytes, other.memory_bytes) {
+            (Some(then), Some(now)) => then.abs_diff(now) <= then / 100,
+            (then, now) => then == now,
+        };
+        let memory = |bytes: Option<u64>| match bytes {
+            _ if same_memory => String::new(),
+            Some(bytes) => bytes.to_string(),
+            None => "unknown".to_owned(),
+        };
         let pairs = [
             ("minivmm", self.minivmm.clone(), other.minivmm.clone()),
             ("kernel", self.kernel.clone(), other.kernel.clone()),
@@ -102,5 +111,27 @@ impl Identity {
         ];
         let differ = pairs.into_iter().filter(|(_, then, now)| then != now);
         differ.map(|(name, then, now)| format!("{name}: then {then}, now {now}")).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn some_pages_more_are_no_other_machine() {
+        let machine = |memory_bytes| Identity {
+            minivmm: "1".into(),
+            kernel: "a".into(),
+            cpu: "1 of x".into(),
+            memory_bytes,
+            place: "ext4 on /dev/vda".into(),
+        };
+        let first = machine(Some(4_112_384_000));
+        assert!(first.differences(&machine(Some(4_112_375_808))).is_empty());
+        for other in [Some(2_000_000_000), None] {
+            let told = first.differences(&machine(other)).join("; ");
+            assert!(told.starts_with("bytes of memory: then 4112384000, now "), "{told}");
+        }
     }
 }

@@ -149,8 +149,8 @@ fn how_to_read(html: &mut String) {
          only</strong>: of those named. <strong>Inconclusive here</strong>: the spread is too wide, a control has failed, or the \
          figure means nothing on this host.</li>\
          <li>Counts, bytes and shares decide on any host. <strong>Times and speeds</strong> decide nothing where the host is \
-         emulated, and nothing from fewer than {FEW} values. A <strong>ratio of speeds</strong> must there clear its bound {MARGIN} \
-         times.</li></ul>"
+         emulated, and nothing from fewer than {FEW} values. A <strong>ratio of speeds</strong> must, in either case, clear its bound {MARGIN} \
+         times; in both together it decides nothing.</li></ul>"
     );
 }
 

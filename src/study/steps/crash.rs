@@ -109,13 +109,13 @@ fn records(case: &Case, device: &str) -> String {
 fn files(device: &str) -> String {
     format!(
         "mkdir -p /mnt; mount -t ext4 /dev/{device} /mnt || exit 94
-for round in 1 2 3 4 5 6; do
+for round in 1 2 3; do
     mkdir /mnt/dir$round
     for name in a b c; do
         dd if=/dev/urandom of=/mnt/dir$round/$name.new bs=4k count=3 conv=fsync 2>/dev/null || exit 95
         mv /mnt/dir$round/$name.new /mnt/dir$round/$name
     done
-    [ $round -lt 3 ] || rm -r /mnt/dir$((round - 2))
+    [ $round -lt 2 ] || rm -r /mnt/dir$((round - 1))
     sync
 done
 umount /mnt || exit 96\n"
@@ -160,8 +160,8 @@ fn judge_files(bench: &Bench<'_>, case: &Case, log: &Path, base: &Path, record: 
     let options = Options {
         log: log.to_owned(),
         base: base.to_owned(),
-        at: vec![At::Flushes, At::Sample(bench.pick(6, 24))],
-        breadth: Breadth { states: bench.pick(6, 32), seed: u64::from(record.round), ..Breadth::default() },
+        at: vec![At::Flushes, At::Sample(bench.pick(3, 24))],
+        breadth: Breadth { states: bench.pick(3, 32), seed: u64::from(record.round), ..Breadth::default() },
         repeat: None,
         check: None,
         check_timeout: Duration::from_secs(60),
