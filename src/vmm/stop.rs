@@ -216,8 +216,8 @@ pub fn close(
         }
         let image = Arc::clone(&disk.image);
         let mut work = ender.begin(move || image.close_log());
-        let what = format!("the write log of {}", disk.path.display());
-        wait_until(|| work.is_finished(), &what, None, signals)?;
+        let what = || format!("the write log of {}", disk.path.display());
+        wait_until(|| work.is_finished(), what, patience.close, signals)?;
         let logged = work.result().unwrap_or_else(|| Err(io::Error::other("the thread panicked")));
         if let Err(source) = logged
             && failed.is_ok()
