@@ -107,14 +107,9 @@ fn measured(step: &Record) -> Vec<Measured> {
     for mode in MODES {
         let speed = |reading: &str| step.get(&format!("T6.{mode}.{reading}.mb-s"));
         found.extend(value("from-disk", mode, from_disk(step, mode, "again")));
-        for reading in ["cold", "cold-again"] {
-            found.extend(value("cold", mode, from_disk(step, mode, reading)));
-        }
-        found.extend(value(
-            "gain",
-            mode,
-            speed("again").zip(speed("cold-again")).map(|(again, cold)| again / cold),
-        ));
+        found.extend(value("cold", mode, from_disk(step, mode, "cold")));
+        let gain = speed("again").zip(speed("cold")).map(|(again, cold)| again / cold);
+        found.extend(value("gain", mode, gain));
     }
     found
 }
