@@ -83,6 +83,9 @@ pub struct UringEngine {
     /// Operations that are queued before the kernel gets them in the midst of a batch.
     batch: usize,
     enabled: bool,
+    /// The kernel says that it has ends to fetch, and when asked had none. It sets its flag after it
+    /// has queued the end; if that is fetched in between, the flag stays until the next.
+    cries_wolf: bool,
 }
 
 /// The doorbell's read, which waits in the ring.
@@ -122,6 +125,7 @@ impl UringEngine {
             batch: usize::from(image.batch()),
             image,
             enabled: false,
+            cries_wolf: false,
         })
     }
 
@@ -148,7 +152,10 @@ impl UringEngine {
         self.enable()?;
         Counters::count(&self.image.beside_queues.io_uring_enters);
         match self.ring.submit_and_wait(want) {
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                self.cries_wolf = self.ring.completion().is_empty() && self.ring.submission().taskrun();
+                Ok(())
+            }
             // A signal, or ends that must be taken first: both are seen to by trying again.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {
                 Ok(())
@@ -353,7 +360,8 @@ impl Engine for UringEngine {
 
     fn is_ready(&mut self) -> bool {
         let has_ends = !self.at_once.is_empty() || !self.ring.completion().is_empty();
-        has_ends || !self.ring.submission().is_empty() || self.has_ends_to_fetch()
+        // An end that comes while the flag is not believed is fetched when the worker goes to sleep.
+        has_ends || !self.ring.submission().is_empty() || (self.has_ends_to_fetch() && !self.cries_wolf)
     }
 
     /// Takes the doorbell's read out of the ring.
