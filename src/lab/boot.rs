@@ -5,12 +5,14 @@
 //! ended, and what it has of the host goes with it.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 
 use super::child::{self, How};
@@ -165,11 +167,7 @@ impl Boot {
     /// The same by this minivmm.
     pub fn run_by(&self, program: &Path, stop: &AtomicBool) -> Result<Outcome, BootError> {
         let dir = tempfile::Builder::new().prefix("minivmm-lab-").tempdir().map_err(BootError::Files)?;
-        let [script, observed, stats] =
-            ["job", "observed.csv", "stats.json"].map(|name| dir.path().join(name));
-        std::fs::write(&script, &self.script).map_err(BootError::Files)?;
-        let mut command = Command::new(program);
-        self.describe(&mut command, &script, &observed, &stats);
+        let (mut command, files) = self.command(program, dir.path()).map_err(BootError::Files)?;
         log::debug!("{command:?}");
         let started = Instant::now();
         let ended = child::run(&mut command, self.timeout + BEYOND, stop);
@@ -180,16 +178,18 @@ impl Boot {
             how: ended.how,
             stdout: ended.stdout,
             stderr: ended.stderr,
-            rows: rows(&observed),
-            stats: std::fs::read(&stats)
-                .ok()
-                .and_then(|text| serde_json::from_slice(&text).ok())
-                .unwrap_or_default(),
+            rows: files.rows(),
+            stats: files.stats().unwrap_or_default(),
             seconds,
         })
     }
 
-    fn describe(&self, command: &mut Command, script: &Path, observed: &Path, stats: &Path) {
+    /// The command line of this minivmm, with the script and what is gathered in `dir`.
+    pub fn command(&self, program: &Path, dir: &Path) -> io::Result<(Command, Files)> {
+        let script = dir.join("job");
+        let files = Files { observed: dir.join("observed.csv"), stats: dir.join("stats.json") };
+        std::fs::write(&script, &self.script)?;
+        let mut command = Command::new(program);
         for disk in &self.disks {
             command.arg("--disk").arg(disk.argument());
         }
@@ -198,15 +198,44 @@ impl Boot {
             command.args(["--host-memory-limit", &bytes.to_string()]);
         }
         command.args(["--timeout", &self.timeout.as_secs_f64().to_string()]);
-        command.arg("--observe").arg(observed);
+        command.arg("--observe").arg(&files.observed);
         command.args(["--observe-interval", &self.observe_interval.as_secs_f64().to_string()]);
-        command.arg(joined("--stats=", stats, ""));
+        command.arg(joined("--stats=", &files.stats, ""));
         command.args(&self.arguments);
-        command.arg("--add").arg(joined("", script, &format!(":{SCRIPT}")));
+        command.arg("--add").arg(joined("", &script, &format!(":{SCRIPT}")));
         for (file, place) in &self.files {
             command.arg("--add").arg(joined("", file, &format!(":{place}")));
         }
         command.args(["--", "sh", SCRIPT]);
+        Ok((command, files))
+    }
+}
+
+/// What minivmm writes meanwhile.
+#[derive(Debug)]
+pub struct Files {
+    observed: PathBuf,
+    stats: PathBuf,
+}
+
+impl Files {
+    /// What was observed so far; a VM that was killed may have left half a line.
+    pub fn rows(&self) -> Vec<Row> {
+        let text = std::fs::read_to_string(&self.observed).unwrap_or_default();
+        let (header, lines) = text.split_once('\n').unwrap_or_default();
+        lines.lines().filter_map(|line| Row::parse(header, line)).collect()
+    }
+
+    /// The statistics that were told last, if any were: read under the lock that minivmm writes them with.
+    pub fn stats(&self) -> Option<Value> {
+        let file = File::open(&self.stats).ok()?;
+        flock(&file, FlockOperation::LockShared).ok()?;
+        serde_json::from_reader(io::BufReader::new(file)).ok()
+    }
+
+    /// Differs from what it was when they have been told anew.
+    pub fn stats_written(&self) -> Option<SystemTime> {
+        std::fs::metadata(&self.stats).ok()?.modified().ok()
     }
 }
 
@@ -225,13 +254,6 @@ fn joined(before: &str, path: &Path, behind: &str) -> OsString {
     text.push(path);
     text.push(behind);
     text
-}
-
-/// As many as there are: a VM that was killed may have left half a line.
-fn rows(path: &Path) -> Vec<Row> {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    let (header, lines) = text.split_once('\n').unwrap_or_default();
-    lines.lines().filter_map(|line| Row::parse(header, line)).collect()
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 //! latency by mode. Measured in the step of stable writes.
 
 use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, value, values};
+use super::figures::{Measured, Record, values};
 use super::plot::{Form, Plot};
 
 /// The two that are compared.
@@ -104,20 +104,10 @@ pub fn latency_script(mode: &str, device: &str, blocks: u64) -> String {
     )
 }
 
-/// How much each of these has grown for an append, once a repetition.
+/// How much these have grown for an append, once a repetition.
 fn for_each(step: &Record, mode: &str, what: &[&str]) -> Vec<f64> {
-    let appends = step.all(&format!("A1.{mode}.appends"));
-    let mut sums = vec![0.0; appends.len()];
-    for name in what {
-        let [before, after] = ["before", "after"].map(|when| step.all(&format!("A1.{mode}.{when}.{name}")));
-        if before.len() < sums.len() || after.len() < sums.len() {
-            return Vec::new();
-        }
-        for (sum, (before, after)) in sums.iter_mut().zip(before.iter().zip(after)) {
-            *sum += after - before;
-        }
-    }
-    sums.iter().zip(appends).map(|(sum, appends)| sum / appends).collect()
+    let name = format!("A1.{mode}");
+    step.growths_for_each(&name, what, step.all(&format!("{name}.appends")))
 }
 
 fn measured(step: &Record) -> Vec<Measured> {
@@ -129,9 +119,7 @@ fn measured(step: &Record) -> Vec<Measured> {
             ("calls", &["plain-writes", "dsync-writes", "fdatasyncs"][..]),
             ("flushes", &["disk-flushes"][..]),
         ] {
-            found.extend(
-                for_each(step, mode, what).into_iter().filter_map(|each| value(measure, mode, Some(each))),
-            );
+            found.extend(values(measure, mode, &for_each(step, mode, what)));
         }
     }
     found
@@ -139,10 +127,8 @@ fn measured(step: &Record) -> Vec<Measured> {
 
 fn plots(steps: &[Record]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
-    let bars = MODES.iter().enumerate().filter_map(|(at, mode)| {
-        let all = step.all(&format!("A1.{mode}.iops"));
-        (!all.is_empty()).then(|| (at as f64, all.iter().sum::<f64>() / all.len() as f64))
-    });
+    let bars = (0u8..).zip(MODES);
+    let bars = bars.filter_map(|(at, mode)| Some((at.into(), step.mean(&format!("A1.{mode}.iops"))?)));
     let latency = |title: &str, kind: &str, modes: &[&str], note: &str| {
         let mut plot = Plot::lines(title, "\u{b5}s", "part of them");
         plot = Plot { log_x: true, ..plot }.form(Form::Distribution).note(note);

@@ -5,7 +5,7 @@
 
 use super::a1::MODES;
 use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, value, values};
+use super::figures::{Measured, Record, values};
 use super::plot::Plot;
 
 const CASE: &str = "directsync / none";
@@ -98,22 +98,8 @@ ask look A2.{mode}.after {device}; ask stats A2.{mode}.after {device}\n"
 
 /// How much these have grown for each of the guest's writes, once a repetition.
 fn for_each(step: &Record, mode: &str, what: &[&str]) -> Vec<f64> {
-    let grown = |name: &str| -> Vec<f64> {
-        let [before, after] = ["before", "after"].map(|when| step.all(&format!("A2.{mode}.{when}.{name}")));
-        before.iter().zip(after).map(|(before, after)| after - before).collect()
-    };
-    let writes = grown("writes");
-    let parts: Vec<Vec<f64>> = what.iter().map(|name| grown(name)).collect();
-    if parts.iter().any(|part| part.len() < writes.len()) {
-        return Vec::new();
-    }
-    let sum = |at: usize| parts.iter().filter_map(|part| part.get(at)).sum::<f64>();
-    writes
-        .iter()
-        .enumerate()
-        .filter(|(_, writes)| **writes > 0.0)
-        .map(|(at, writes)| sum(at) / writes)
-        .collect()
+    let name = format!("A2.{mode}");
+    step.growths_for_each(&name, what, &step.growths(&name, "writes"))
 }
 
 fn measured(step: &Record) -> Vec<Measured> {
@@ -123,9 +109,7 @@ fn measured(step: &Record) -> Vec<Measured> {
         for (measure, what) in
             [(measure, &["dsync-writes", "fdatasyncs"][..]), ("flushes", &["disk-flushes"][..])]
         {
-            found.extend(
-                for_each(step, mode, what).into_iter().filter_map(|each| value(measure, mode, Some(each))),
-            );
+            found.extend(values(measure, mode, &for_each(step, mode, what)));
         }
     }
     found
@@ -133,10 +117,8 @@ fn measured(step: &Record) -> Vec<Measured> {
 
 fn plots(steps: &[Record]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
-    let bars = MODES.iter().enumerate().filter_map(|(at, mode)| {
-        let all = step.all(&format!("A2.{mode}.mb-s"));
-        (!all.is_empty()).then(|| (at as f64, all.iter().sum::<f64>() / all.len() as f64))
-    });
+    let bars = (0u8..).zip(MODES);
+    let bars = bars.filter_map(|(at, mode)| Some((at.into(), step.mean(&format!("A2.{mode}.mb-s"))?)));
     vec![
         Plot::bars("Bulk writes", "MB/s", MODES)
             .with("written", bars)

@@ -216,11 +216,6 @@ impl fmt::Debug for Experiment {
 /// The modes in the order of every table.
 pub const MODES: [&str; 5] = ["none", "directsync", "writethrough", "writeback", "unsafe"];
 
-/// Those that use the host's page cache.
-pub fn is_cached(mode: &str) -> bool {
-    matches!(mode, "writethrough" | "writeback" | "unsafe")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -54,6 +54,33 @@ impl Record {
         both.filter(|(_, below)| **below != 0.0).map(|(above, below)| above / below).collect()
     }
 
+    /// How much NAME.after.WHAT is above NAME.before.WHAT, each time that it was measured.
+    pub fn growths(&self, name: &str, what: &str) -> Vec<f64> {
+        let [before, after] = ["before", "after"].map(|when| self.all(&format!("{name}.{when}.{what}")));
+        before.iter().zip(after).map(|(before, after)| after - before).collect()
+    }
+
+    /// How much these have grown together ([`Self::growths`]) for each of what is counted, time by time; nothing
+    /// where one of them was not always measured.
+    pub fn growths_for_each(&self, name: &str, what: &[&str], counted: &[f64]) -> Vec<f64> {
+        let mut sums = vec![0.0; counted.len()];
+        for what in what {
+            let grown = self.growths(name, what);
+            if grown.len() < sums.len() {
+                return Vec::new();
+            }
+            sums.iter_mut().zip(grown).for_each(|(sum, grown)| *sum += grown);
+        }
+        let pairs = sums.iter().zip(counted).filter(|(_, counted)| **counted > 0.0);
+        pairs.map(|(sum, counted)| sum / counted).collect()
+    }
+
+    /// The mean of all figures of this name.
+    pub fn mean(&self, name: &str) -> Option<f64> {
+        let all = self.all(name);
+        (!all.is_empty()).then(|| all.iter().sum::<f64>() / all.len() as f64)
+    }
+
     /// How much a figure has grown from one name to another.
     pub fn grown(&self, from: &str, to: &str) -> Option<f64> {
         Some(self.get(to)? - self.get(from)?)

@@ -9,14 +9,13 @@
 //! | `<NAME` ... `>STATUS` | fio's JSON, and its exit status |
 //! | `!WORD ...` | a wish; the host answers `ok` on standard input |
 //!
-//! and the wishes. A boot without a conversation is [`crate::lab::boot`]'s.
+//! and the wishes. The command line, and a boot without a conversation, are [`crate::lab::boot`]'s.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -28,7 +27,9 @@ use tempfile::TempDir;
 
 use super::figures::Record;
 use super::steps::{Bench, open};
-use crate::lab::fio;
+use crate::disk::cache::CachePolicy;
+use crate::lab::boot::Files;
+use crate::lab::{Boot, DiskSpec, fio};
 use crate::observe::cache::Residency;
 use crate::observe::control::drop_cache;
 use crate::observe::csv::Row;
@@ -61,22 +62,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// New statistics are there within this.
 const STATS_PATIENCE: Duration = Duration::from_secs(30);
 
-/// A disk of the guest.
-#[derive(Debug)]
-pub struct Disk {
-    /// The image.
-    pub image: PathBuf,
-    /// The cache mode.
-    pub mode: &'static str,
-    /// More keys of `--disk`.
-    pub keys: String,
-}
+/// A guest has ended by itself before.
+const LIFE: Duration = Duration::from_secs(1200);
 
-impl Disk {
-    /// An image in a mode.
-    pub fn new(image: PathBuf, mode: &'static str) -> Self {
-        Self { image, mode, keys: String::new() }
-    }
+/// An image in a mode, as a disk of the guest.
+pub fn disk(image: PathBuf, mode: &str) -> Result<DiskSpec> {
+    Ok(DiskSpec::new(image, CachePolicy::by_name(mode).with_context(|| format!("there is no mode {mode}"))?))
 }
 
 /// vda, vdb, ...
@@ -89,7 +80,7 @@ pub fn device(at: usize) -> String {
 #[derive(Debug)]
 pub struct Guest {
     /// vda, vdb, ...
-    pub disks: Vec<Disk>,
+    pub disks: Vec<DiskSpec>,
     /// Its memory in MiB.
     pub memory_mib: u64,
     /// What it does.
@@ -124,8 +115,7 @@ impl Guest {
             bail!("the guest ended with status {status}{}", talk.said());
         }
         talk.curves(record);
-        let stats = fs::read(place.path().join("stats.json")).context("its statistics")?;
-        Ok(Left { stats: serde_json::from_slice(&stats).context("its statistics")? })
+        Ok(Left { stats: talk.files.stats().context("the guest has left no statistics")? })
     }
 }
 
@@ -143,7 +133,8 @@ struct Talk {
     lines: Receiver<String>,
     images: Vec<(String, File)>,
     disk: Option<HostDisk>,
-    place: PathBuf,
+    files: Files,
+    said: PathBuf,
     spans: Vec<Span>,
     begun: Instant,
     transcript: File,
@@ -152,29 +143,21 @@ struct Talk {
 impl Talk {
     fn begin(guest: &Guest, place: &TempDir, bench: &Bench<'_>) -> Result<Self> {
         let dir = place.path();
-        let script = dir.join("job");
-        fs::write(&script, format!("{PRELUDE}\n{}", guest.script))?;
         let mut images = Vec::new();
-        let mut command = Command::new(program::beside(program::VMM)?);
         for (at, disk) in guest.disks.iter().enumerate() {
             images.push((device(at), open(&disk.image)?));
-            let path = disk.image.display().to_string().replace(',', ",,");
-            command.args(["--disk", &format!("{path},cache={},host-cache=drop{}", disk.mode, disk.keys)]);
         }
         let disk = images.first().and_then(|(_, file)| HostDisk::below(file));
-        command
-            .args(["--memory", &format!("{}M", guest.memory_mib), "--quiet", "--timeout", "1200"])
-            .arg(format!("--stats={}", dir.join("stats.json").display()))
-            .arg("--observe")
-            .arg(dir.join("observed.csv"))
-            .args(["--observe-interval", &guest.interval.as_secs_f64().to_string()])
-            .arg("--add")
-            .arg(format!("{}:/tmp/job", script.display()))
-            .args(["--", "sh", "/tmp/job"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(File::create(dir.join("said"))?)
-            .process_group(0);
+        let boot = Boot {
+            memory_bytes: guest.memory_mib << 20,
+            observe_interval: guest.interval,
+            arguments: vec!["--quiet".into()],
+            timeout: LIFE,
+            ..Boot::new(guest.disks.clone(), format!("{PRELUDE}\n{}", guest.script))
+        };
+        let (mut command, files) = boot.command(&program::beside(program::VMM)?, dir)?;
+        let said = dir.join("said");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(&said)?).process_group(0);
         let mut child = command.spawn().context("cannot start minivmm")?;
         let (send, lines) = channel();
         let stdout = BufReader::new(child.stdout.take().context("no standard output")?);
@@ -186,9 +169,9 @@ impl Talk {
                 }
             }
         });
-        let (place, spans) = (dir.to_owned(), Vec::new());
+        let spans = Vec::new();
         let transcript = File::create(bench.out.join(TRANSCRIPT))?;
-        Ok(Self { child, lines, images, disk, place, spans, begun: Instant::now(), transcript })
+        Ok(Self { child, lines, images, disk, files, said, spans, begun: Instant::now(), transcript })
     }
 
     /// The next line; nothing at the end.
@@ -305,17 +288,15 @@ impl Talk {
         Ok(())
     }
 
-    /// The device's counters now: minivmm replaces its file when it gets SIGUSR1.
+    /// The device's counters now: minivmm writes them anew when it gets SIGUSR1.
     fn stats(&self, name: &str, device: &str, record: &mut Record) -> Result<()> {
-        let path = self.place.join("stats.json");
-        // Figures may be the same as before, the file is another.
-        let which = || fs::metadata(&path).map(|file| (file.ino(), file.mtime(), file.mtime_nsec())).ok();
-        let before = which();
+        // Figures may be the same as before.
+        let before = self.files.stats_written();
         kill_process(Pid::from_child(&self.child), Signal::USR1)?;
         let until = Instant::now() + STATS_PATIENCE;
         loop {
-            if which() != before
-                && let Ok(stats) = serde_json::from_slice::<Value>(&fs::read(&path).unwrap_or_default())
+            if self.files.stats_written() != before
+                && let Some(stats) = self.files.stats()
             {
                 put_stats(name, device, &stats, record);
                 return Ok(());
@@ -327,20 +308,14 @@ impl Talk {
         }
     }
 
-    fn rows(&self) -> Vec<Row> {
-        let text = fs::read_to_string(self.place.join("observed.csv")).unwrap_or_default();
-        let (header, lines) = text.split_once('\n').unwrap_or_default();
-        lines.lines().filter_map(|line| Row::parse(header, line)).collect()
-    }
-
     /// The time of the newest sample of the observation.
     fn observed_until(&self) -> f64 {
-        self.rows().last().and_then(|row| row.number("time_s")).unwrap_or(0.0)
+        self.files.rows().last().and_then(|row| row.number("time_s")).unwrap_or(0.0)
     }
 
     /// What was observed during the spans: values over the seconds since their beginning.
     fn curves(&self, record: &mut Record) {
-        let rows = self.rows();
+        let rows = self.files.rows();
         for span in &self.spans {
             let own: Vec<&Row> = rows
                 .iter()
@@ -368,7 +343,7 @@ impl Talk {
     /// The end of what it has said on standard error, for a message.
     fn said(&self) -> String {
         let mut said = String::new();
-        if let Ok(mut file) = File::open(self.place.join("said")) {
+        if let Ok(mut file) = File::open(&self.said) {
             let _ = file.read_to_string(&mut said);
         }
         let last: Vec<&str> = said.trim().lines().rev().take(3).collect();

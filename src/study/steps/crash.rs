@@ -18,7 +18,7 @@ use crate::crash::log::WriteLog;
 use crate::crash::plan::Breadth;
 use crate::crash::points::At;
 use crate::study::figures::Record;
-use crate::study::guest::{Disk, Guest, device, no_others};
+use crate::study::guest::{Guest, device, disk, no_others};
 use crate::study::t02::{CASES, Case, GROUP};
 
 /// A record's size, and how many.
@@ -45,8 +45,9 @@ pub fn crash(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
                 Some(base) => copied(base, &place.path().join(format!("{device}.img")))?,
                 None => bench.image(&format!("crash-{}", case.slug), IMAGE_MIB << 20)?,
             };
-            let keys = format!(",log-writes={}", log.display().to_string().replace(',', ",,"));
-            disks.push(Disk { image, mode: case.mode, keys });
+            let mut disk = disk(image, case.mode)?;
+            disk.keys.push(format!("log-writes={}", log.display().to_string().replace(',', ",,")));
+            disks.push(disk);
             if case.no_flush {
                 script += &format!("echo 'write through' >/sys/block/{device}/queue/write_cache\n");
             }

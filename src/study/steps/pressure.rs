@@ -18,7 +18,7 @@ use super::Bench;
 use crate::lab::Spread;
 use crate::observe::limit::MemoryLimit;
 use crate::study::figures::Record;
-use crate::study::guest::{Disk, Guest};
+use crate::study::guest::{Guest, disk};
 use crate::study::t05::{MODES, PHASES};
 
 const MIB: usize = 1 << 20;
@@ -38,10 +38,10 @@ pub fn pressure(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     let image_mib = bench.pick(192, 768);
     let mut disks = Vec::new();
     for mode in MODES {
-        disks.push(Disk::new(bench.image(&format!("pressure-{mode}"), image_mib << 20)?, mode));
+        disks.push(disk(bench.image(&format!("pressure-{mode}"), image_mib << 20)?, mode)?);
     }
     // The disk of the guest's other job, past the cache.
-    disks.push(Disk::new(bench.image("pressure-beside", image_mib << 20)?, "none"));
+    disks.push(disk(bench.image("pressure-beside", image_mib << 20)?, "none")?);
     let guest = Guest {
         disks,
         memory_mib: GUEST_MIB,

@@ -10,7 +10,7 @@ use anyhow::Result;
 use super::Bench;
 use crate::study::experiment::MODES;
 use crate::study::figures::Record;
-use crate::study::guest::{Disk, Guest, device, no_others};
+use crate::study::guest::{Guest, device, disk, no_others};
 use crate::study::{t01, t06, t07};
 
 /// Does it.
@@ -19,7 +19,7 @@ pub fn reads(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     let mut disks = Vec::new();
     let mut script = String::new();
     for (at, mode) in MODES.into_iter().enumerate() {
-        disks.push(Disk::new(bench.image(&format!("read-{mode}"), mib << 20)?, mode));
+        disks.push(disk(bench.image(&format!("read-{mode}"), mib << 20)?, mode)?);
         let device = device(at);
         // The guest's kernel forgets a device's pages when nobody has it open any more.
         script += &format!("exec 3</dev/{device}\n");

@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::Bench;
 use crate::study::experiment::MODES;
 use crate::study::figures::Record;
-use crate::study::guest::{Disk, Guest, device, no_others};
+use crate::study::guest::{Guest, device, disk, no_others};
 use crate::study::{a1, a2};
 
 const IMAGE_MIB: u64 = 32;
@@ -22,7 +22,7 @@ pub fn stable(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     let mut add = |name: String, mode: &'static str, part: &dyn Fn(&str) -> String| -> Result<()> {
         let device = device(disks.len());
         script += &format!("exec 3</dev/{device}\n{}exec 3<&-\n", part(&device));
-        disks.push(Disk::new(bench.image(&name, IMAGE_MIB << 20)?, mode));
+        disks.push(disk(bench.image(&name, IMAGE_MIB << 20)?, mode)?);
         Ok(())
     };
     let times = bench.pick(1, 3);

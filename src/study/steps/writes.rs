@@ -12,7 +12,7 @@ use super::Bench;
 use super::host::Aligned;
 use crate::study::experiment::MODES;
 use crate::study::figures::Record;
-use crate::study::guest::{Disk, Guest, device, no_others};
+use crate::study::guest::{Guest, device, disk, no_others};
 use crate::study::{t03, t04, t10, t11};
 
 /// Each image.
@@ -45,7 +45,7 @@ pub fn writes(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
                 natively(&image, size, record)?;
             }
         }
-        disks.push(Disk::new(image, mode));
+        disks.push(disk(image, mode)?);
         let device = device(at);
         // A curve of the whole is cut out of the observation.
         script += &format!("exec 3</dev/{device}; ask begin W.{mode} {device}\n");
