@@ -102,10 +102,11 @@ const LOOK: std::time::Duration = std::time::Duration::from_millis(10);
 const LOOKS_MAX: u32 = 1000;
 
 impl Remover {
-    /// Starts it. No other thread may run yet: it goes on with a copy of this one.
+    /// Starts it, with a copy of this thread alone.
     fn start(group: &Path) -> io::Result<Self> {
         let (ours, alive) = io::pipe()?;
-        // SAFETY: this process has one thread, so that the copy is in no lock that nobody would give back.
+        // SAFETY: what the copy does until its end takes no lock that another thread may have had: it reads,
+        // removes a directory, sleeps.
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),
             0 => {
@@ -120,7 +121,8 @@ impl Remover {
 }
 
 fn remove_when_ended(mut alive: PipeReader, group: &Path) {
-    let _ = alive.read(&mut [0]);
+    // Nothing is ever written: it comes to its end. A signal is no end.
+    let _ = alive.read_exact(&mut [0]);
     for _ in 0..LOOKS_MAX {
         match fs::remove_dir(group) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(LOOK),
