@@ -27,7 +27,7 @@
 //! | [`disk`] | one host image: flags, locking, policy, engines, sticky error | virtio, KVM |
 //! | [`sandbox`] | what every thread gives up before the guest runs | everything |
 //! | [`layout`], [`mem`] | the address map; guest memory and pieces of it | everything |
-//! | [`ratelimit`], [`slab`], [`text`], [`program`], [`mutants`] | quiet logs; private numbers; wrapped lines; where the binaries lie; deliberate mistakes | everything |
+//! | [`ratelimit`], [`slab`], [`text`], [`program`], [`child`], [`mutants`] | quiet logs; private numbers; wrapped lines; where the binaries lie; processes watched; deliberate mistakes | everything |
 //!
 //! One write, there and back, is told in `docs/architecture.md`.
 
@@ -36,6 +36,7 @@ pub mod blk;
 pub mod boot;
 pub mod bus;
 pub mod check;
+pub mod child;
 pub mod cli;
 pub mod console;
 pub mod crash;

@@ -17,13 +17,13 @@ const LAYERS: [(&str, Option<&[&str]>); 26] = [
     ("vcpu", Some(&["kvm", "bus", "mem", "layout", "ratelimit"])),
     ("kvm", Some(&["bus", "pci", "mem", "layout", "ratelimit"])),
     ("boot", Some(&["mem", "layout"])),
-    ("crash", Some(&["disk", "blk", "mem", "ratelimit"])),
+    ("crash", Some(&["disk", "blk", "mem", "ratelimit", "child"])),
     ("bench", Some(&["lab", "disk", "explain", "observe", "text"])),
     (
         "study",
         Some(&["lab", "disk", "blk", "crash", "observe", "explain", "mem", "program", "ratelimit", "text"]),
     ),
-    ("lab", Some(&["disk", "observe", "explain", "program"])),
+    ("lab", Some(&["disk", "observe", "explain", "program", "child"])),
     ("observe", Some(&["disk", "explain", "sandbox"])),
     ("explain", Some(&["blk", "virtio", "disk", "mem", "text"])),
     ("blk", Some(&["virtio", "disk", "mem", "ratelimit", "slab", "sandbox"])),
@@ -39,7 +39,7 @@ const LAYERS: [(&str, Option<&[&str]>); 26] = [
     ("terminal", Some(&[])),
 ];
 /// Modules that stand alone and that anybody may have named in [`LAYERS`].
-const ALONE: [&str; 6] = ["layout", "ratelimit", "slab", "text", "program", "mutants"];
+const ALONE: [&str; 7] = ["layout", "ratelimit", "slab", "text", "program", "child", "mutants"];
 
 /// Inside a layer: (who, must not name).
 const FORBIDDEN: [(&str, &[&str]); 4] = [

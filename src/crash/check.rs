@@ -9,16 +9,15 @@ use std::io::{self, Read, Seek};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::process::{Pid, Signal, kill_process_group};
+
+use crate::child::{How, watch};
 
 /// So much of a check's output is kept: its end.
 const OUTPUT_MAX: u64 = 64 << 10;
-/// So often a check that runs is asked whether it shall go on.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// What is run on each image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -172,33 +171,12 @@ fn wait(mut child: Child, deadline: Instant, stop: &AtomicBool) -> io::Result<En
     // Also whatever it has left running; the group's number is its own until it is waited for.
     let _ = kill_process_group(group, Signal::KILL);
     let status = child.wait()?;
-    if let Some(end) = ended? {
-        return Ok(end);
-    }
-    Ok(match (status.code(), status.signal()) {
-        (Some(code), _) => End::Status(code),
-        (None, signal) => End::Signal(signal.unwrap_or_default()),
+    Ok(match (ended?, status.code()) {
+        (How::Interrupted, _) => End::Interrupted,
+        (How::Late, _) => End::Late,
+        (How::ByItself, Some(code)) => End::Status(code),
+        (How::ByItself, None) => End::Signal(status.signal().unwrap_or_default()),
     })
-}
-
-/// Until the process has ended by itself (`None`) or must not go on.
-fn watch(process: Pid, deadline: Instant, stop: &AtomicBool) -> io::Result<Option<End>> {
-    let pidfd = pidfd_open(process, PidfdFlags::empty())?;
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now()).min(LOOK_EVERY);
-        let left = Timespec { tv_sec: 0, tv_nsec: i64::from(left.subsec_nanos()) };
-        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)) {
-            Ok(0) | Err(rustix::io::Errno::INTR) => {}
-            Ok(_) => return Ok(None),
-            Err(errno) => return Err(errno.into()),
-        }
-        if stop.load(Ordering::Relaxed) {
-            return Ok(Some(End::Interrupted));
-        }
-        if Instant::now() >= deadline {
-            return Ok(Some(End::Late));
-        }
-    }
 }
 
 /// The end of what it said.

@@ -5,27 +5,16 @@
 use std::io::{self, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::process::{Pid, Signal, kill_process_group};
 
-/// How often it is looked whether all is to stop.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+pub use crate::child::How;
+use crate::child::watch;
+
 /// What is told to end gets so long: a VM drains its disks meanwhile.
 const GRACE: Duration = Duration::from_secs(20);
-
-/// Why a child has ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum How {
-    /// By itself.
-    ByItself,
-    /// All was to stop.
-    Interrupted,
-    /// Its time was over.
-    Late,
-}
 
 /// A child that has ended, and what it said.
 #[derive(Debug)]
@@ -98,26 +87,6 @@ fn wait(mut child: Child, limit: Duration, stop: &AtomicBool) -> io::Result<(Exi
     // Also whatever it has left running; the group's number is its own until it is waited for.
     let _ = kill_process_group(group, Signal::KILL);
     Ok((child.wait()?, how?))
-}
-
-/// Until the process has ended by itself, or must not go on.
-fn watch(process: Pid, deadline: Instant, stop: &AtomicBool) -> io::Result<How> {
-    let pidfd = pidfd_open(process, PidfdFlags::empty())?;
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now()).min(LOOK_EVERY);
-        let left = Timespec { tv_sec: 0, tv_nsec: i64::from(left.subsec_nanos()) };
-        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)) {
-            Ok(0) | Err(rustix::io::Errno::INTR) => {}
-            Ok(_) => return Ok(How::ByItself),
-            Err(errno) => return Err(errno.into()),
-        }
-        if stop.load(Ordering::Relaxed) {
-            return Ok(How::Interrupted);
-        }
-        if Instant::now() >= deadline {
-            return Ok(How::Late);
-        }
-    }
 }
 
 #[cfg(test)]
