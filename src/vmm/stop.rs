@@ -29,6 +29,8 @@ use crate::vcpu::Exits;
 const DRAIN_MAX: Duration = Duration::from_secs(60);
 /// After so long we say what we wait for.
 const SILENT_MAX: Duration = Duration::from_secs(3);
+/// A reader of the statistics is waited for so long.
+const LOCK_MAX: Duration = Duration::from_secs(1);
 /// How often we look.
 const LOOK: Duration = Duration::from_millis(5);
 /// How often a vCPU's thread is kicked anew: the signal may come just before a system call.
@@ -297,8 +299,7 @@ fn replace(file: &mut File, stats: &Stats) -> io::Result<()> {
     }
     let mut text = Vec::new();
     stats.write_json(&mut text)?;
-    // On a file system without locks there is nothing better.
-    let locked = rustix::fs::flock(&*file, FlockOperation::LockExclusive).is_ok();
+    let locked = lock(file);
     file.set_len(0)?;
     file.rewind()?;
     let written = file.write_all(&text);
@@ -306,6 +307,19 @@ fn replace(file: &mut File, stats: &Stats) -> io::Result<()> {
         let _ = rustix::fs::flock(&*file, FlockOperation::Unlock);
     }
     written
+}
+
+/// Whether there is a lock. A reader has it for a moment; one that keeps it, like a file system without locks,
+/// keeps nobody from the end.
+fn lock(file: &File) -> bool {
+    let until = Instant::now() + LOCK_MAX;
+    loop {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return true,
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => thread::sleep(LOOK),
+            Err(_) => return false,
+        }
+    }
 }
 
 /// Waits until `done`; one more signal from the user means that they do not want to wait.

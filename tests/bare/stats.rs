@@ -240,6 +240,26 @@ fn sigusr1_renews_the_json_under_a_lock_and_the_guest_goes_on() {
 }
 
 #[test]
+fn a_reader_that_keeps_its_lock_on_the_statistics_keeps_nobody_from_them() {
+    if !kvm() {
+        return;
+    }
+    let image = Image::new();
+    let path = image.path.with_extension("json");
+    let mut guest =
+        Echo::start(&[&format!("--stats={}", path.display()), "--disk", &image.disk("cache=none")]);
+    let reader = fs::File::open(&path).unwrap();
+    rustix::fs::flock(&reader, rustix::fs::FlockOperation::LockShared).unwrap();
+    guest.signal();
+    while fs::metadata(&path).unwrap().len() == 0 {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    guest.answers();
+    assert_eq!(guest.end(), "", "nothing is said of it");
+    let _: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+}
+
+#[test]
 fn sigusr1_tells_the_statistics_on_standard_error_with_and_without_the_option() {
     if !kvm() {
         return;
