@@ -195,6 +195,9 @@ pub fn parse(header: Header, frame: &Frame, payload: &[u8], limits: &Limits<'_>)
     let range = |bytes| limits.geometry.check(header.sector, bytes).ok_or(Status::IoErr);
     let writable = |request| if limits.readonly { Err(Status::IoErr) } else { request };
     match header.kind {
+        // Data of the wrong direction is not moved, and OK would say that it was (R9).
+        kind::IN if !frame.data_out.is_empty() => Err(Status::IoErr),
+        kind::OUT if !frame.data_in.is_empty() => Err(Status::IoErr),
         kind::IN => range(total(&frame.data_in)).map(Request::In),
         kind::OUT => writable(range(total(&frame.data_out)).map(Request::Out)),
         // Sector and data mean nothing to a FLUSH; a driver that sets them gets its FLUSH (B10).
