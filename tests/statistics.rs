@@ -138,12 +138,13 @@ fn the_queues_add_up(disk: &Value, what: &str) {
 
 #[test]
 fn a_delay_of_the_host_shows_in_the_hosts_phase_and_nowhere_else() {
-    const DELAY_NS: u64 = 100_000_000;
+    // Longer than a busy host's disk takes for a sync or an erase.
+    const DELAY_NS: u64 = 500_000_000;
     for engine in [EngineChoice::Blocking, EngineChoice::Auto] {
         for (mode, kind, fault) in [
-            ("none", "read", "delay=100ms:read"),
-            ("writeback", "write", "delay=100ms:write"),
-            ("none", "flush", "delay=100ms:flush"),
+            ("none", "read", "delay=500ms:read"),
+            ("writeback", "write", "delay=500ms:write"),
+            ("none", "flush", "delay=500ms:flush"),
         ] {
             let test = TestImage::new(1 << 20);
             let mut rig = timed(&test, mode, engine, Some(fault));
@@ -155,7 +156,7 @@ fn a_delay_of_the_host_shows_in_the_hosts_phase_and_nowhere_else() {
                 if (other, phase) == (kind, "submitted_to_host_done") {
                     assert!(number(&times["min"]) >= DELAY_NS, "{what}");
                 } else {
-                    assert!(number(&times["p50"]) < DELAY_NS / 2, "{other} {phase}: {what}");
+                    assert!(number(&times["p50"]) < DELAY_NS, "{other} {phase}: {what}");
                 }
             }
             assert!(number(&found["latency_ns"][kind]["total"]["min"]) >= DELAY_NS, "{what}");
