@@ -1,12 +1,13 @@
 //! What a thread's filter adds to a system call, in nanoseconds, by role.
 //!
-//! Owns the calls and the turns. Each call is one that the kernel answers at once (a descriptor that cannot be,
+//! Owns the calls and the turns; how many instructions the filter takes is counted beside ([`steps`]). Each call is one that the kernel answers at once (a descriptor that cannot be,
 //! nothing to wake), so what differs between a thread with and a thread without a filter is the filter. The two
 //! take turns; the figure is the median of the rounds' differences. `make bench-sandbox`; asserts nothing.
 #![allow(clippy::print_stdout, reason = "it is a program")]
 
 #[path = "../common/median.rs"]
 mod median;
+mod steps;
 
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
@@ -118,7 +119,8 @@ fn main() -> Result<()> {
     ensure!(rounds > 0 && calls > 0, "--rounds and --calls are at least 1");
     sandbox::arm(Mode::On)?;
     println!("Median of {rounds} rounds of {calls} calls, in nanoseconds a call.\n");
-    println!("| thread | call | without | with | added (least to most) |\n|---|---|---|---|---|");
+    println!("| thread | call | without | with | added (least to most) | instructions of the filter |");
+    println!("|---|---|---|---|---|---|");
     for (role, hot) in HOT {
         let filtered = Filtered::start(role, calls)?;
         for call in hot {
@@ -133,9 +135,11 @@ fn main() -> Result<()> {
             let most = added.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let [without, with, added] =
                 [without, with, added].map(|values| median(values).unwrap_or(f64::NAN));
-            let (role, name) = (role.name(), call.0);
+            let steps = steps::of(role, call.1, call.2).context("a call that the filter forbids")?;
+            let kept = if steps.kept { ", kept by the kernel" } else { "" };
+            let (role, name, instructions) = (role.name(), call.0, steps.instructions);
             println!(
-                "| {role} | `{name}` | {without:.0} | {with:.0} | {added:+.0} ({least:+.0} to {most:+.0}) |"
+                "| {role} | `{name}` | {without:.0} | {with:.0} | {added:+.0} ({least:+.0} to {most:+.0}) | {instructions}{kept} |"
             );
         }
         drop(filtered.ask);
