@@ -137,7 +137,7 @@ lint: deps
 	@cargo clippy --release --locked --all-targets --features mutants --quiet -- -D warnings
 	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo guest-images/bench-modes guest-images/study \
 		guest-images/install-packages guest-images/emuhost guest-images/boot-times guest-images/build-guest \
-		guest-images/build-host guest-images/build-small-kernel guest-images/bench/build.sh guest-images/pack-qemu .ci/run \
+		guest-images/build-host guest-images/build-small-kernel guest-images/freestanding/build.sh guest-images/pack-qemu .ci/run \
 		fuzz/run examples/crash/*.sh examples/crash/*/*.sh
 	@command -v cargo-deny >/dev/null || cargo install --quiet --debug --locked cargo-deny
 	@cargo deny --log-level error check bans licenses sources

@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-/// Lets a burst of messages pass in each period and counts the rest.
+/// Lets a burst of messages pass in each period and counts the rest, which is told with the next, or at the end.
 #[derive(Debug)]
 pub struct RateLimit {
+    what: &'static str,
     period: Duration,
     burst: u32,
     started: Option<Instant>,
@@ -13,14 +14,14 @@ pub struct RateLimit {
 }
 
 impl RateLimit {
-    /// At most `burst` messages in each `period`.
-    pub fn new(burst: u32, period: Duration) -> Self {
-        Self { period, burst, started: None, passed: 0, held_back: 0 }
+    /// At most `burst` messages in each `period`; they begin with `what`.
+    pub fn new(what: &'static str, burst: u32, period: Duration) -> Self {
+        Self { what, period, burst, started: None, passed: 0, held_back: 0 }
     }
 
     /// What one source of guest errors gets: five lines in ten seconds.
-    pub fn for_guest_errors() -> Self {
-        Self::new(5, Duration::from_secs(10))
+    pub fn for_guest_errors(what: &'static str) -> Self {
+        Self::new(what, 5, Duration::from_secs(10))
     }
 
     /// Whether a message may be logged now; `Some(n)` says that n were held back before it.
@@ -42,6 +43,14 @@ impl RateLimit {
     }
 }
 
+impl Drop for RateLimit {
+    fn drop(&mut self) {
+        if self.held_back > 0 {
+            log::warn!("{}: {} more such messages were held back", self.what, self.held_back);
+        }
+    }
+}
+
 /// Logs a warning through a [`RateLimit`], with the number of those held back before it.
 #[macro_export]
 macro_rules! warn_limited {
@@ -60,7 +69,7 @@ mod tests {
 
     #[test]
     fn a_burst_passes_the_rest_is_counted_and_told_in_the_next_period() {
-        let mut limit = RateLimit::new(2, Duration::from_secs(10));
+        let mut limit = RateLimit::new("test", 2, Duration::from_secs(10));
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let passes: Vec<_> = [0, 1, 2, 3, 10, 11, 12].into_iter().map(|s| limit.pass_at(at(s))).collect();

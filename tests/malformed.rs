@@ -238,3 +238,79 @@ fn a_full_ring_of_requests_is_answered_completely() {
         assert_eq!(rig.peek(DATA + 512 * index, 512), [pattern(index); 512]);
     }
 }
+
+/// Puts a GET_ID at descriptor 3, answered without the disk: as fast as anything can be.
+fn put_get_id(rig: &Rig) {
+    rig.poke(HEADER + 64, &GET_ID.to_le_bytes());
+    rig.poke(HEADER + 72, &0u64.to_le_bytes());
+    rig.put_desc(DESC, 3, (HEADER + 64, 16, NEXT, 4));
+    rig.put_desc(DESC, 4, (DATA + 4096, 20, NEXT | WRITE, 5));
+    rig.put_desc(DESC, 5, (STATUS_BYTE + 1, 1, WRITE, 0));
+}
+
+#[test]
+fn a_queue_that_is_never_empty_keeps_no_request_from_its_answer() {
+    let (_image, mut rig) = rig("none", FEATURES);
+    put_get_id(&rig);
+    for round in 0..50 {
+        rig.put_header(IN, 3);
+        rig.put_chain(DESC, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS_BYTE, 1, WRITE)]);
+        rig.fill(STATUS_BYTE, UNTOUCHED, 1);
+        rig.make_available(&[0]);
+        rig.make_available(&[3; 15]);
+        rig.ring_doorbell();
+        let (mut others, mut answered) = (0u32, false);
+        // For each answer that is none to the read there is another GET_ID: the ring stays full.
+        while !answered {
+            match rig.wait_used().0 {
+                0 => answered = true,
+                _ => {
+                    others += 1;
+                    rig.make_available(&[3]);
+                    rig.ring_doorbell();
+                }
+            }
+            assert!(others < 100_000, "round {round}: the read waits for an empty queue");
+        }
+        assert_eq!(rig.peek(STATUS_BYTE, 1), [OK]);
+        for _ in 0..15 {
+            rig.wait_used();
+        }
+    }
+    assert_alive(&mut rig, "a queue that is never empty");
+}
+
+#[test]
+fn a_storm_on_one_disk_leaves_another_answering() {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    const STORM: u64 = 2000;
+    let errors = AtomicU64::new(0);
+    let (_quiet_image, mut quiet) = rig("none", FEATURES);
+    let mut took = Vec::new();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (_image, mut rig) = rig("none", FEATURES);
+            // A header of 15 bytes: an error, a line of the log held back, and the next.
+            rig.put_chain(DESC, &[(HEADER, 15, 0), (STATUS_BYTE, 1, WRITE)]);
+            while errors.load(Ordering::Relaxed) < STORM {
+                rig.make_available(&[0; 16]);
+                (0..100).for_each(|_| rig.ring_doorbell());
+                (0..16).for_each(|_| assert_eq!(rig.wait_used().0, 0));
+                errors.fetch_add(16, Ordering::Relaxed);
+            }
+            assert_alive(&mut rig, "its own storm");
+        });
+        while errors.load(Ordering::Relaxed) < STORM {
+            let asked = std::time::Instant::now();
+            assert_alive(&mut quiet, "another disk's storm");
+            took.push(asked.elapsed());
+        }
+    });
+    took.sort();
+    let median = took[took.len() / 2];
+    assert!(
+        median < std::time::Duration::from_millis(100),
+        "half of {} took {median:?} and more",
+        took.len()
+    );
+}

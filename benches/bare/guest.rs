@@ -76,8 +76,13 @@ impl Bench {
     /// Builds the guest into `dir`; `keys` are minivmm's.
     pub fn new(dir: &Path, keys: &str) -> Result<Self> {
         let guest = dir.join("bench-guest.elf");
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-images/bench/build.sh");
-        let built = Command::new(&script).arg(&guest).status().context("the guest cannot be built")?;
+        let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-images");
+        let script = images.join("freestanding/build.sh");
+        let built = Command::new(&script)
+            .arg(&guest)
+            .arg(images.join("bench"))
+            .status()
+            .context("the guest cannot be built")?;
         ensure!(built.success(), "{} failed", script.display());
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo")?;
         let has = |flag: &str| cpuinfo.split_whitespace().any(|word| word == flag);

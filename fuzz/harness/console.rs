@@ -172,7 +172,7 @@ impl Machine {
             });
             ends.push(Ends { input: Some(input_write), output: Some(output_read) });
         }
-        let inside = Inside { ports, live: None, errors: RateLimit::for_guest_errors() };
+        let inside = Inside { ports, live: None, errors: RateLimit::for_guest_errors("console") };
         let inside = Arc::new(Mutex::new(inside));
         let bare = |name| PortConfig { name, source: None, sink: None, after_others: false };
         let device = ConsoleDevice::new(vec![bare("one"), bare("two")]).expect("a device");

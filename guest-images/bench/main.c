@@ -8,6 +8,8 @@
  */
 #include "guest.h"
 
+const char guest_name[] = "bench guest";
+
 #define DEPTH_MAX 128
 #define BYTES_MAX (128u << 10)
 /* Buffers lie above everything else, on pages of 2 MiB. */

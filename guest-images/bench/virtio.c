@@ -7,6 +7,7 @@
 
 #define QUEUE_MAX 256
 #define SLOTS_MAX 128
+#define BLOCK_DEVICE 2
 
 #define F_INDIRECT (1ull << 28)
 #define F_EVENT_IDX (1ull << 29)
@@ -36,88 +37,8 @@ static u16 size, next_available, published, next_used;
 static u64 capacity;
 static bool over_pci;
 
-/* Where the registers are: virtio-mmio's, or the parts of a PCI function's region. */
 static volatile u8 *mmio, *common, *device;
 static volatile void *doorbell;
-
-static u32 read32(volatile u8 *at) { return *(volatile u32 *)at; }
-static void write32(volatile u8 *at, u32 value) { *(volatile u32 *)at = value; }
-static void write16(volatile u8 *at, u16 value) { *(volatile u16 *)at = value; }
-static u16 read16(volatile u8 *at) { return *(volatile u16 *)at; }
-
-/* PCI configuration by ports: function 0 of device DEV on bus 0. */
-static u32 config_read(u32 dev, u32 at)
-{
-	outl(0xcf8, 1u << 31 | dev << 11 | (at & ~3u));
-	return inl(0xcfc);
-}
-
-static void config_write(u32 dev, u32 at, u32 value)
-{
-	outl(0xcf8, 1u << 31 | dev << 11 | (at & ~3u));
-	outl(0xcfc, value);
-}
-
-static u64 bar(u32 dev, u32 index)
-{
-	u32 low = config_read(dev, 0x10 + 4 * index);
-	u64 high = (low & 6) == 4 ? config_read(dev, 0x14 + 4 * index) : 0;
-	u64 address = high << 32 | (low & ~15u);
-	if (!address || address >> 32)
-		fail("a base address register holds no address below 4 GiB");
-	return address;
-}
-
-static bool find_pci(void)
-{
-	for (u32 dev = 0; dev < 32; dev++) {
-		u32 id = config_read(dev, 0);
-		if (id != 0x10421af4 && id != 0x10011af4)
-			continue;
-		config_write(dev, 4, (config_read(dev, 4) & 0xffff) | 6);
-		u32 at = config_read(dev, 0x34) & 0xfc;
-		volatile u8 *notify = NULL;
-		u32 multiplier = 0;
-		for (; at; at = config_read(dev, at) >> 8 & 0xfc) {
-			u32 head = config_read(dev, at);
-			if ((head & 0xff) != 9)
-				continue;
-			u32 kind = head >> 24, index = config_read(dev, at + 4) & 0xff;
-			if (kind < 1 || kind > 4)
-				continue;
-			volatile u8 *part = (volatile u8 *)(bar(dev, index) + config_read(dev, at + 8));
-			if (kind == 1)
-				common = part;
-			else if (kind == 2)
-				notify = part, multiplier = config_read(dev, at + 16);
-			else if (kind == 4)
-				device = part;
-		}
-		if (!common || !notify || !device)
-			fail("the PCI function lacks a capability");
-		write16(common + 0x16, 0);
-		doorbell = notify + read16(common + 0x1e) * multiplier;
-		over_pci = true;
-		return true;
-	}
-	return false;
-}
-
-/* minivmm's first place, then QEMU microvm's places. */
-static bool find_mmio(void)
-{
-	u64 base = option_number("mmio", 0), count = option_number("mmio_count", 1), step = option_number("mmio_step", 0x1000);
-	for (u64 i = 0; base && i < count; i++) {
-		volatile u8 *at = (volatile u8 *)(base + i * step);
-		if (read32(at) == 0x74726976 && read32(at + 4) == 2 && read32(at + 8) == 2) {
-			mmio = at;
-			doorbell = at + 0x50;
-			device = at + 0x100;
-			return true;
-		}
-	}
-	return false;
-}
 
 static void set_status(u8 status)
 {
@@ -186,9 +107,16 @@ static volatile u16 *avail_event(void) { return (volatile u16 *)&used.ring[size]
 
 void bring_up(void)
 {
-	bool found = option_is("transport", "pci") ? find_pci() : find_mmio();
-	if (!found)
+	struct place place;
+	if (!find_device(BLOCK_DEVICE, 0, &place))
 		fail("there is no block device");
+	over_pci = place.is_pci, mmio = place.mmio, common = place.common, device = place.device;
+	if (over_pci) {
+		write16(common + 0x16, 0);
+		doorbell = place.notify + read16(common + 0x1e) * place.notify_multiplier;
+	} else {
+		doorbell = mmio + 0x50;
+	}
 	set_status(0);
 	while (get_status())
 		pause();

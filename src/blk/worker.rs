@@ -511,8 +511,8 @@ fn ring(doorbell: &EventFd) {
 /// The thread: parks, works, drains, parks again. It ends when it is told to, or when its engine
 /// cannot be waited for, since then nothing can be known of what is in flight.
 fn work(mailbox: &Mailbox, mut disk: Disk) {
-    let mut errors = RateLimit::for_guest_errors();
-    let mut broken = RateLimit::for_guest_errors();
+    let mut errors = RateLimit::for_guest_errors("blk");
+    let mut broken = RateLimit::for_guest_errors("blk: broken queues");
     while let Some(job) = next_job(mailbox) {
         let interrupt = Arc::clone(&job.interrupt);
         let poll = disk.image().poll();

@@ -50,7 +50,7 @@ impl WorkerThread {
             ports,
             orders: received,
             wake: Arc::clone(&wake),
-            errors: RateLimit::for_guest_errors(),
+            errors: RateLimit::for_guest_errors("console"),
             live: None,
         };
         let ticket = Ticket::new(Role::Console);

@@ -64,7 +64,7 @@ impl Msix {
             enabled: false,
             masked: false,
             sink,
-            errors: RateLimit::for_guest_errors(),
+            errors: RateLimit::for_guest_errors("pci"),
         }
     }
 

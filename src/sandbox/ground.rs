@@ -22,7 +22,7 @@ pub fn leave() -> Result<(), SandboxError> {
     })?;
     TOLD.call_once(|| match status.ruleset {
         RulesetStatus::NotEnforced => {
-            log::info!("this kernel has no Landlock: that nothing is opened rests on the filter of system calls alone");
+            log::warn!("this kernel has no Landlock: that nothing is opened rests on the filter of system calls alone");
         }
         // Not asked of the kernel: the first threads have their filters already.
         RulesetStatus::PartiallyEnforced => {

@@ -172,7 +172,7 @@ impl Core {
             doorbells,
             config_generation: 0,
             config_changed: false,
-            errors: RateLimit::for_guest_errors(),
+            errors: RateLimit::for_guest_errors("virtio"),
         };
         core.forget_driver();
         Ok(core)

@@ -89,7 +89,7 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Blocks them. Called before any other thread is started. A SIGHUP that whoever started us has
+    /// Blocks them, and ignores SIGXFSZ. Called before any other thread is started. A SIGHUP that whoever started us has
     /// ignored (nohup) stays so.
     pub fn block() -> io::Result<Self> {
         let mut set = MaybeUninit::uninit();
@@ -103,6 +103,8 @@ impl Signals {
                     libc::sigaddset(set.as_mut_ptr(), signal);
                 }
             }
+            // A file that may not grow any more (RLIMIT_FSIZE) is an answer to a write, EFBIG, and no end.
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
             let error = libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), old.as_mut_ptr());
             if error != 0 {
                 return Err(io::Error::from_raw_os_error(error));

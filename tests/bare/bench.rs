@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::OnceLock;
 
 use crate::machine::*;
@@ -13,12 +12,7 @@ const ALL_IS_WELL: i32 = 0x10;
 
 fn guest() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        let guest = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench-guest.elf");
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-images/bench/build.sh");
-        assert!(Command::new(script).arg(&guest).status().unwrap().success());
-        guest
-    })
+    BUILT.get_or_init(|| freestanding("bench"))
 }
 
 /// One load of 50 ms; the guest's clock runs at a nominal 1 GHz, so its times are cycles.

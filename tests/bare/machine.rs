@@ -94,6 +94,15 @@ fn build_guests() -> PathBuf {
     directory
 }
 
+/// Builds a guest in C, one of `guest-images`.
+pub fn freestanding(name: &str) -> PathBuf {
+    let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-images");
+    let guest = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-guest.elf"));
+    let mut build = Command::new(images.join("freestanding/build.sh"));
+    assert!(build.arg(&guest).arg(images.join(name)).status().unwrap().success(), "the {name} guest");
+    guest
+}
+
 /// What a run left behind.
 #[derive(Debug)]
 pub struct Ran {

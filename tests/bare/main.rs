@@ -11,6 +11,11 @@ mod bench;
 mod console;
 mod disk;
 mod endings;
+mod hostile;
+mod limits;
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "../common/loops.rs"]
+mod loops;
 mod machine;
 mod observe;
 mod sandbox;

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use crate::machine::*;
 
 /// A pseudo-terminal with a machine on it.
-struct Session {
+pub struct Session {
     child: Child,
     terminal: File,
     /// Keeps the terminal and its settings alive when the child is gone.
@@ -20,7 +20,7 @@ struct Session {
 }
 
 impl Session {
-    fn start(command: &mut Command) -> Self {
+    pub fn start(command: &mut Command) -> Self {
         let (terminal, slave) = open_terminal();
         let before = settings(&slave);
         let io = || Stdio::from(slave.try_clone().unwrap());
@@ -40,7 +40,7 @@ impl Session {
 
     /// Reads until `text` has come; returns all that was read.
     #[track_caller]
-    fn read_until(&mut self, text: &str) -> String {
+    pub fn read_until(&mut self, text: &str) -> String {
         let mut read = String::new();
         let mut byte = [0];
         while !read.contains(text) {
@@ -52,6 +52,11 @@ impl Session {
             }
         }
         read
+    }
+
+    /// Types.
+    pub fn type_in(&mut self, keys: &[u8]) {
+        self.terminal.write_all(keys).unwrap();
     }
 
     /// Waits a little for output.
@@ -66,7 +71,7 @@ impl Session {
     }
 
     /// The exit status, once the machine has ended and its last words are read.
-    fn end(mut self) -> (i32, bool) {
+    pub fn end(mut self) -> (i32, bool) {
         let mut last_words = [0; 1024];
         let status = loop {
             if self.readable() {
@@ -173,11 +178,11 @@ fn keys_on_a_terminal_reach_the_guest_and_control_a_x_ends_it() {
     let mut session = Session::start(&mut command);
     session.read_until("until q");
     // Control-C and Control-D are the guest's, once the terminal is raw.
-    session.terminal.write_all(b"ab\x03\x04cd").unwrap();
+    session.type_in(b"ab\x03\x04cd");
     session.read_until("ab\x03\x04cd");
-    session.terminal.write_all(b"\x01h").unwrap();
+    session.type_in(b"\x01h");
     let help = session.read_until("Ctrl-A x");
     assert!(!help.contains('\x01'), "{help:?}");
-    session.terminal.write_all(b"\x01x").unwrap();
+    session.type_in(b"\x01x");
     assert_eq!(session.end(), (ORDERLY, true), "(status, terminal restored)");
 }

@@ -83,7 +83,7 @@ impl Turns {
             disk: Disk::new(image, cache, engine, StableBy::Dsync),
             doorbell: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
             told: Arc::default(),
-            limit: RateLimit::for_guest_errors(),
+            limit: RateLimit::for_guest_errors("blk"),
             features: features | F_VERSION_1 | F_FLUSH,
         }
     }

@@ -184,7 +184,7 @@ impl<'a> World<'a> {
         steps: &mut std::slice::Iter<'_, Step>,
     ) -> Result<Option<(bool, bool)>, Violation> {
         self.negotiate();
-        let mut limits: Vec<RateLimit> = disks.iter().map(|_| RateLimit::for_guest_errors()).collect();
+        let mut limits: Vec<RateLimit> = disks.iter().map(|_| RateLimit::for_guest_errors("blk")).collect();
         let mut workers: Vec<QueueWorker<'_>> = Vec::new();
         for (index, (disk, limit)) in disks.iter_mut().zip(&mut limits).enumerate() {
             workers.push(QueueWorker::new(self.job(index), disk, limit));

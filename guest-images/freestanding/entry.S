@@ -1,5 +1,5 @@
 /*
- * The benchmark guest's entry (PVH) and its way to CPL 3.
+ * The entry (PVH) of guests without a kernel, and their way to CPL 3.
  *
  * Long mode with the low 4 GiB mapped 1:1, all of it open to CPL 3, ports below 0x2000 too (by the bitmap
  * in the TSS: such a KVM does not keep IOPL), interrupts off.

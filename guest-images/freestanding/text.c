@@ -1,5 +1,5 @@
 /* Words out over COM1, words in from the command line, and the machine's end. */
-#include "guest.h"
+#include "basics.h"
 
 #define PORT_COM1 0x3f8
 #define PORT_EXIT 0xf4
@@ -50,7 +50,8 @@ _Noreturn void end(u8 code)
 
 _Noreturn void fail(const char *why)
 {
-	print("bench guest: failed: ");
+	print(guest_name);
+	print(": failed: ");
 	print(why);
 	print("\r\n");
 	end(1);
