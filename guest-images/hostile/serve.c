@@ -1,8 +1,8 @@
 /*
  * A guest that does what it is told on COM1, a letter at a time, while the host's disk is in trouble:
  * w and r write and read all of the first disk by 64 KiB and tell how many blocks went well and how many did
- * not, f flushes it, h begins a write to it and does not wait, H waits for that, b reads from the second disk,
- * q ends. All else comes back.
+ * not, f flushes it, h begins a write to it and does not wait, R resets it, b reads from the second disk, q
+ * ends. All else comes back.
  */
 #include "attacks.h"
 
@@ -84,7 +84,11 @@ _Noreturn void serve(void)
 		case 'r': all_of_it(IN, "read"); break;
 		case 'f': tell("flushed", transfer(FLUSH, 0, NULL, 0)); break;
 		case 'h': begin_a_write(); break;
-		case 'H': tell("ended", outcome()); break;
+		case 'R':
+			print("resets\r\n");
+			reset();
+			print("reset\r\n");
+			break;
 		case 'b': read_from_the_other(); break;
 		case 'q': end(0x10);
 		default: outb(0x3f8, letter);

@@ -15,12 +15,11 @@ fn guest() -> &'static Path {
     BUILT.get_or_init(|| freestanding("bench"))
 }
 
-/// One load of 50 ms; the guest's clock runs at a nominal 1 GHz, so its times are cycles.
+/// One load, of a second unless the words say another time; the guest's clock runs at a nominal 1 GHz, so its times are cycles.
 fn load(image: &Image, transport: &str, words: &str) -> Ran {
     let ring = if hardware_virtualization() { 0 } else { 3 };
     let mmio = if transport == "mmio" { "mmio=0xd0000000" } else { "" };
-    let cmdline =
-        format!("{words} ms=100 warm_ms=20 tsc_khz=1000000 ring={ring} transport={transport} {mmio}");
+    let cmdline = format!("{words} warm_ms=20 tsc_khz=1000000 ring={ring} transport={transport} {mmio}");
     let mut command = minivmm();
     command.args([
         "--quiet",
@@ -53,12 +52,17 @@ fn every_load_ends_with_figures_that_can_be_and_nothing_is_lost() {
             for depth in [1_u32, 32] {
                 let what = format!("{pattern}, depth {depth}, {transport}");
                 let image = Image::new();
-                let words = format!("rw={pattern} bs=4096 depth={depth}");
-                let ran = load(&image, transport, &words).expect(exit(ALL_IS_WELL), &what);
+                // Other tests keep the host's disk busy meanwhile: so long until each place in the queue has had its turn.
+                let ran = [100, 2000, 20_000].into_iter().find_map(|ms| {
+                    let words = format!("rw={pattern} bs=4096 depth={depth} ms={ms}");
+                    let ran = load(&image, transport, &words).expect(exit(ALL_IS_WELL), &what);
+                    let ops = figures(&ran.console)["ops"];
+                    (ops >= f64::from(depth)).then_some(ran)
+                });
+                let ran = ran.unwrap_or_else(|| panic!("{what}: hardly anything in twenty seconds"));
                 let figures = figures(&ran.console);
                 let figure = |name: &str| figures[name];
                 assert_eq!(figure("verified"), 1.0, "{what}");
-                assert!(figure("ops") >= f64::from(depth), "{what}: {figures:?}");
                 assert!(figure("p50") > 0.0, "{what}: {figures:?}");
                 assert!(
                     figure("p50") <= figure("p99") && figure("p99") <= figure("p999"),
