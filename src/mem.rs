@@ -7,6 +7,7 @@
 mod buffer;
 mod copy;
 mod iov;
+mod mapping;
 
 use std::io;
 use std::sync::Arc;
@@ -17,26 +18,36 @@ use vm_memory::{
 
 pub use buffer::{AlignedBuffer, BufferPool};
 pub use iov::Iov;
+pub use mapping::HUGE_PAGE;
+use mapping::Mapping;
 
 /// Guest RAM. Clones share the mapping, and the mapping lives until the last clone goes; a clone
 /// costs no allocation, so every request may hold one.
 #[derive(Debug, Clone)]
-pub struct Ram(Arc<GuestMemoryMmap<()>>);
+pub struct Ram(Arc<Regions>);
+
+/// The regions of RAM, and the host's mappings that hold them.
+#[derive(Debug)]
+struct Regions {
+    regions: GuestMemoryMmap<()>,
+    /// Dropped after the regions, which point into them.
+    _mappings: Vec<Mapping>,
+}
 
 /// What makes `vm_memory`'s own ways into guest memory work on it.
 impl GuestMemoryBackend for Ram {
     type R = GuestRegionMmap<()>;
 
     fn num_regions(&self) -> usize {
-        self.0.num_regions()
+        self.0.regions.num_regions()
     }
 
     fn find_region(&self, addr: GuestAddress) -> Option<&Self::R> {
-        self.0.find_region(addr)
+        self.0.regions.find_region(addr)
     }
 
     fn iter(&self) -> impl Iterator<Item = &Self::R> {
-        self.0.iter()
+        self.0.regions.iter()
     }
 }
 
@@ -45,7 +56,7 @@ impl Ram {
     /// (R3), never across a hole. The pointer is good for as long as any clone of this lives.
     pub fn host(&self, addr: u64, len: usize) -> Result<*mut u8, OutsideRam> {
         let outside = OutsideRam { addr, len: len as u64 };
-        let slice = self.0.get_slice(GuestAddress(addr), len).map_err(|_| outside)?;
+        let slice = self.0.regions.get_slice(GuestAddress(addr), len).map_err(|_| outside)?;
         Ok(slice.ptr_guard_mut().as_ptr())
     }
 }
@@ -77,38 +88,30 @@ pub enum RamError {
 }
 
 /// Maps guest RAM: private, anonymous, NORESERVE, DONTFORK (O_DIRECT and fork do not mix, open(2))
-/// and HUGEPAGE, in the given regions of (guest address, bytes).
+/// and HUGEPAGE, in the given regions of (guest address, bytes). Guest and host addresses agree modulo
+/// [`HUGE_PAGE`] in each.
 pub fn map_ram(regions: &[(u64, u64)]) -> Result<Ram, RamError> {
-    let mut mapped = Vec::with_capacity(regions.len());
+    let (mut mapped, mut mappings) = (Vec::new(), Vec::new());
     for &(base, bytes) in regions {
-        mapped.push(map_region(base, bytes)?);
+        let (region, mapping) = map_region(base, bytes)?;
+        mapped.push(region);
+        mappings.push(mapping);
     }
-    let all = GuestMemoryMmap::from_regions(mapped).map_err(|e| RamError::Regions(e.to_string()))?;
-    Ok(Ram(Arc::new(all)))
+    let regions = GuestMemoryMmap::from_regions(mapped).map_err(|e| RamError::Regions(e.to_string()))?;
+    Ok(Ram(Arc::new(Regions { regions, _mappings: mappings })))
 }
 
-fn map_region(base: u64, bytes: u64) -> Result<GuestRegionMmap<()>, RamError> {
+fn map_region(base: u64, bytes: u64) -> Result<(GuestRegionMmap<()>, Mapping), RamError> {
     let failed = |source| RamError::Map { bytes, source };
     let len = usize::try_from(bytes).map_err(|e| failed(io::Error::other(e)))?;
-    // Miri (`make miri`) maps memory too, but knows neither of these.
-    let lazily = if cfg!(miri) { 0 } else { libc::MAP_NORESERVE };
-    let advices =
-        if cfg!(miri) { &[][..] } else { &[(libc::MADV_DONTFORK, true), (libc::MADV_HUGEPAGE, false)] };
-    let region = MmapRegion::build(
-        None,
-        len,
-        libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | lazily,
-    )
-    .map_err(|e| failed(io::Error::other(e)))?;
-    for &(advice, needed) in advices {
-        // SAFETY: the range is exactly the mapping made above, which `region` keeps alive.
-        let result = unsafe { libc::madvise(region.as_ptr().cast(), len, advice) };
-        if result != 0 && needed {
-            return Err(failed(io::Error::last_os_error()));
-        }
-    }
+    let mapping = Mapping::new(base, len).map_err(failed)?;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: the range is the RAM of `mapping`, which is kept beside the region for as long as it lives.
+    let region = unsafe { MmapRegion::build_raw(mapping.ram(), len, protection, flags) };
+    let region = region.map_err(|e| failed(io::Error::other(e)))?;
     GuestRegionMmap::new(region, GuestAddress(base))
+        .map(|region| (region, mapping))
         .ok_or_else(|| RamError::Regions(format!("{base:#x} + {bytes:#x} wraps")))
 }
 
@@ -157,4 +160,25 @@ pub fn regions(ram: &Ram) -> Vec<(u64, u64, u64)> {
             (region.start_addr().0, host, region.len())
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn both_regions_of_ram_are_aligned_for_huge_pages() {
+        for (below, above) in [(512 * MIB, 0), (3 * GIB, 0x5000), (3 * GIB, 4 * GIB)] {
+            let wanted: Vec<_> = [(0, below), (4 * GIB, above)].into_iter().filter(|r| r.1 > 0).collect();
+            let ram = map_ram(&wanted).unwrap();
+            let mapped = regions(&ram);
+            assert_eq!(mapped.iter().map(|r| (r.0, r.2)).collect::<Vec<_>>(), wanted);
+            for (guest, host, _) in mapped {
+                assert_eq!(guest % HUGE_PAGE, host % HUGE_PAGE, "{guest:#x} is at {host:#x}");
+            }
+        }
+    }
 }
