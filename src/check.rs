@@ -8,9 +8,14 @@ mod devkvm;
 mod features;
 mod probe;
 
+use std::sync::Arc;
+
+use kvm_ioctls::Kvm;
 use serde::Serialize;
 
+use crate::kvm::cpuid::Supported;
 use crate::text;
+use probe::{Failed, Probe};
 
 /// How a row came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -78,42 +83,78 @@ pub fn check() -> Report {
     let mut rows = Vec::new();
     let (verdict, remedy) = match devkvm::look(&mut rows) {
         Err(cause) => (cause.what, Some(cause.remedy)),
-        Ok(()) => judge(probes(&mut rows)),
+        Ok(kvm) => judge(probes(&kvm, &mut rows)),
     };
     rows.extend(features::rows());
     Report { linux_runs: remedy.is_none(), verdict, remedy, rows }
 }
 
 /// What the probes have shown.
+#[derive(Default)]
 struct Probed {
+    /// Probes that do not run.
     lacking: Vec<&'static str>,
     per_second: Option<u64>,
+    /// The host's refusal of what any guest needs, and what to do: then nothing is known of the instructions.
+    refused: Option<(String, &'static str)>,
 }
 
 /// Less than this is emulation: a kernel's boot would take minutes.
 const SLOW: u64 = 20_000_000;
 
-fn probes(rows: &mut Vec<Row>) -> Probed {
-    let mut lacking = Vec::new();
-    for (probe, key, purpose) in probe::Probe::ALL {
-        let row = match probe::run(probe) {
+fn probes(kvm: &Kvm, rows: &mut Vec<Row>) -> Probed {
+    let mut probed = Probed::default();
+    // Once for all probes: the processors of a hybrid machine differ.
+    let cpuid = match Supported::by(kvm) {
+        Ok(cpuid) => Arc::new(cpuid),
+        Err(error) => {
+            let failed = Failed::from(error);
+            rows.push(Row::new("probe", "CPUID", Status::Fail, failed.to_string()));
+            probed.note(failed);
+            return probed;
+        }
+    };
+    for (probe, key, purpose) in Probe::ALL {
+        let row = match probe::run(probe, &cpuid) {
             Ok(found) => Row::new("probe", key, Status::Pass, found),
-            Err(found) => {
-                lacking.push(key);
-                Row::new("probe", key, Status::Fail, format!("{found}; Linux needs it for {purpose}"))
+            Err(failed) => {
+                let found = match &failed {
+                    Failed::Host { .. } => failed.to_string(),
+                    _ => format!("{failed}; Linux needs it for {purpose}"),
+                };
+                if !probed.note(failed) {
+                    probed.lacking.push(key);
+                }
+                Row::new("probe", key, Status::Fail, found)
             }
         };
         rows.push(row);
     }
-    let measured = probe::instructions_per_second();
-    rows.push(match &measured {
-        Ok(count) if *count < SLOW => {
-            Row::new("probe", "speed", Status::Fail, format!("{}: emulated", speed(*count))).with(*count)
+    rows.push(match probe::instructions_per_second(&cpuid) {
+        Ok(count) => {
+            probed.per_second = Some(count);
+            let (status, found) = match count < SLOW {
+                true => (Status::Fail, format!("{}: emulated", speed(count))),
+                false => (Status::Pass, speed(count)),
+            };
+            Row::new("probe", "speed", status, found).with(count)
         }
-        Ok(count) => Row::new("probe", "speed", Status::Pass, speed(*count)).with(*count),
-        Err(found) => Row::new("probe", "speed", Status::Fail, found.clone()),
+        Err(failed) => {
+            let row = Row::new("probe", "speed", Status::Fail, failed.to_string());
+            probed.note(failed);
+            row
+        }
     });
-    Probed { lacking, per_second: measured.ok() }
+    probed
+}
+
+impl Probed {
+    /// Keeps the first refusal of the host; false where it was the instructions that failed.
+    fn note(&mut self, failed: Failed) -> bool {
+        let Failed::Host { what, remedy } = failed else { return false };
+        self.refused.get_or_insert((what, remedy));
+        true
+    }
 }
 
 /// Two digits are more than the measurement is worth already.
@@ -129,6 +170,9 @@ fn to_f64(count: u64) -> f64 {
 }
 
 fn judge(probed: Probed) -> (String, Option<String>) {
+    if let Some((what, remedy)) = probed.refused {
+        return (format!("this host lets KVM run no guest: {what}"), Some(remedy.into()));
+    }
     let slow = probed.per_second.is_none_or(|count| count < SLOW);
     if probed.lacking.is_empty() && !slow {
         return ("Linux kernels run here".into(), None);
@@ -183,8 +227,9 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_named_with_what_to_do() {
-        let judged =
-            |lacking: &[&'static str], per_second| judge(Probed { lacking: lacking.into(), per_second });
+        let judged = |lacking: &[&'static str], per_second| {
+            judge(Probed { lacking: lacking.into(), per_second, refused: None })
+        };
         assert_eq!(judged(&[], Some(900_000_000)), ("Linux kernels run here".into(), None));
         for (lacking, speed, words) in [
             (&["int3", "iretq"][..], Some(1_300_000), &["emulates", "int3, iretq"][..]),
@@ -196,6 +241,19 @@ mod tests {
             assert!(words.iter().all(|word| verdict.contains(word)), "{verdict}");
             assert!(remedy.is_some_and(|remedy| remedy.contains("emuhost")));
         }
+    }
+
+    #[test]
+    fn a_host_that_refuses_what_any_guest_needs_is_not_taken_for_one_that_emulates() {
+        let mut probed = Probed::default();
+        assert!(!probed.note(Failed::TimedOut));
+        assert!(!probed.note(Failed::Instructions("exception 6".into())));
+        for what in ["the first", "the second"] {
+            assert!(probed.note(Failed::Host { what: what.into(), remedy: "raise it" }));
+        }
+        let (verdict, remedy) = judge(probed);
+        assert!(verdict.contains("the first") && !verdict.contains("emulates"), "{verdict}");
+        assert_eq!(remedy.as_deref(), Some("raise it"));
     }
 
     #[test]

@@ -3,16 +3,22 @@
 //! Owns the decision what each exit means. Accesses go to the buses, whose devices answer with an
 //! outcome; what becomes of an outcome is `vmm`'s business. Knows nothing of any device.
 
+mod patience;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
-use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_bindings::{
+    KVM_MP_STATE_UNINITIALIZED, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::{Bus, Outcome};
 use crate::kvm::failure::{Failure, Reason};
 use crate::kvm::run_page::RunPage;
 use crate::mem::Ram;
+use patience::{Patience, Verdict};
 
 /// What a vCPU needs to run.
 pub struct Vcpu {
@@ -97,15 +103,18 @@ impl Vcpu {
     /// Runs until the guest ends, KVM fails, or `stopping` says so after a kick (the shared page's
     /// `immediate_exit`, then a signal).
     pub fn run(&mut self, stopping: impl Fn() -> bool) -> End {
+        let mut patience = Patience::default();
         while !stopping() {
             let action = match self.fd.run() {
                 Ok(exit) => {
+                    patience.reset();
                     self.exits.count(&exit);
                     act(exit, &self.page, &self.ports, &self.mmio)
                 }
                 Err(error) => match error.errno() {
-                    // A signal; or a CPU that has just been started by another one.
-                    libc::EINTR | libc::EAGAIN => Action::Continue,
+                    // A signal.
+                    libc::EINTR => Action::Continue,
+                    libc::EAGAIN => self.wait_after_eagain(&mut patience),
                     errno => Action::Fail(Reason::Run(errno)),
                 },
             };
@@ -122,6 +131,24 @@ impl Vcpu {
             }
         }
         End::Stopped
+    }
+
+    /// Pauses before KVM is entered again; fails when EAGAIN lasts.
+    fn wait_after_eagain(&self, patience: &mut Patience) -> Action {
+        match patience.judge(Instant::now(), self.is_started()) {
+            Verdict::Retry(pause) => {
+                if !pause.is_zero() {
+                    std::thread::sleep(pause);
+                }
+                Action::Continue
+            }
+            Verdict::GiveUp => Action::Fail(Reason::Run(libc::EAGAIN)),
+        }
+    }
+
+    /// False for a CPU that waits for another one's INIT.
+    fn is_started(&self) -> bool {
+        self.fd.get_mp_state().map_or(true, |state| state.mp_state != KVM_MP_STATE_UNINITIALIZED)
     }
 
     fn fail(&self, failure: Failure) -> End {

@@ -13,12 +13,15 @@ use minivmm::sandbox::{self, Mode, Role, Ticket, ground};
 const ASKED: &str = "MINIVMM_SANDBOX_TEST";
 
 /// What a guest that has taken a thread over would like to do.
-const DEEDS: [(&str, fn()); 9] = [
+const DEEDS: [(&str, fn()); 12] = [
     ("openat", || _ = File::open("/etc/passwd")),
     ("execve", || _ = exec()),
     ("socket", || _ = TcpStream::connect("127.0.0.1:1")),
     ("ptrace", || call(libc::SYS_ptrace, [0; 3])),
     ("clone", || call(libc::SYS_clone, [17, 0, 0])),
+    ("clone3", || call(libc::SYS_clone3, [0, 0, 0])),
+    ("fork", || call(libc::SYS_fork, [0; 3])),
+    ("vfork", || call(libc::SYS_vfork, [0; 3])),
     ("unlink", || call(libc::SYS_unlink, [c"/nowhere".as_ptr() as i64, 0, 0])),
     ("io_uring_setup", || call(libc::SYS_io_uring_setup, [1, 0, 0])),
     ("mprotect", || call(libc::SYS_mprotect, [0, 4096, i64::from(libc::PROT_EXEC)])),
@@ -103,7 +106,16 @@ fn what_a_role_has_no_row_for_is_another_roles() {
         assert_eq!(may, matches!(role, Role::Worker | Role::End), "{role:?}");
     }
     // Nobody has what makes descriptors, threads or programs.
-    for forbidden in [libc::SYS_open, libc::SYS_openat, libc::SYS_clone, libc::SYS_clone3, libc::SYS_execve] {
+    for forbidden in [
+        libc::SYS_open,
+        libc::SYS_openat,
+        libc::SYS_clone,
+        libc::SYS_clone3,
+        libc::SYS_fork,
+        libc::SYS_vfork,
+        libc::SYS_execve,
+        libc::SYS_execveat,
+    ] {
         assert!(
             Role::ALL.iter().all(|role| role.calls().all(|call| call.number != forbidden)),
             "{forbidden}"

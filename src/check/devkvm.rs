@@ -6,6 +6,8 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
+use kvm_ioctls::Kvm;
+
 use super::{EMULATED_HOST, Row, Status};
 use crate::kvm::{self, KvmError, failure};
 
@@ -20,7 +22,7 @@ pub struct Cause {
 }
 
 /// Adds the rows; the first thing that is in the way is the cause.
-pub fn look(rows: &mut Vec<Row>) -> Result<(), Cause> {
+pub fn look(rows: &mut Vec<Row>) -> Result<Kvm, Cause> {
     let mut row = |key: &str, status, found: String| rows.push(Row::new("kvm", key, status, found));
     row("processor", Status::Note, processor());
     let kvm = match kvm::open_device() {
@@ -52,10 +54,36 @@ pub fn look(rows: &mut Vec<Row>) -> Result<(), Cause> {
         }
     }
     row("CPUs of a guest", Status::Note, format!("{} at most", kvm.get_max_vcpus()));
-    match missing.as_slice() {
-        [] => Ok(()),
-        names => Err(newer_kernel(format!("this KVM has no {}", names.join(", ")))),
+    if !missing.is_empty() {
+        return Err(newer_kernel(format!("this KVM has no {}", missing.join(", "))));
     }
+    match kvm::empty_vm(&kvm) {
+        Ok(_) => row("virtual machine", Status::Pass, "can be created".into()),
+        Err(error) => {
+            let (found, cause) = cannot_create(&error);
+            row("virtual machine", Status::Fail, found);
+            return Err(cause);
+        }
+    }
+    Ok(kvm)
+}
+
+/// What is wrong when KVM_CREATE_VM fails.
+fn cannot_create(error: &KvmError) -> (String, Cause) {
+    let answer = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+    let found = format!("cannot be created: {answer}");
+    let cause = match error {
+        KvmError::Busy(_) => another_hypervisor(),
+        _ => Cause {
+            what: format!("KVM cannot create a virtual machine: {answer}"),
+            remedy: format!("dmesg of this machine may tell why; or {EMULATED_HOST}"),
+        },
+    };
+    (found, cause)
+}
+
+fn another_hypervisor() -> Cause {
+    Cause { what: kvm::ANOTHER_HYPERVISOR.into(), remedy: format!("{}; or {EMULATED_HOST}", kvm::STOP_IT) }
 }
 
 fn processor() -> String {
@@ -103,11 +131,7 @@ fn cannot_open(error: &io::Error) -> (String, Cause) {
             let what = "/dev/kvm is there, but no KVM stands behind it";
             (error.to_string(), cause(what, missing_remedy()))
         }
-        Some(libc::EBUSY) => {
-            let remedy =
-                "stop the other hypervisor (VirtualBox, VMware) that uses the processor's virtualization";
-            (error.to_string(), cause("another hypervisor holds the processor", remedy.into()))
-        }
+        Some(libc::EBUSY) => (error.to_string(), another_hypervisor()),
         _ if fs::metadata(PATH).is_ok_and(|found| !found.file_type().is_char_device()) => {
             ("it is no device".into(), not_kvm())
         }
@@ -173,5 +197,22 @@ fn missing_remedy() -> String {
             )
         }
         None => format!("switch VMX or SVM on in the firmware's set-up; or {EMULATED_HOST}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_that_cannot_be_created_has_its_cause_named() {
+        let busy = kvm_ioctls::Error::new(libc::EBUSY);
+        let (found, cause) = cannot_create(&KvmError::Busy(busy));
+        assert!(found.contains("os error 16"), "{found}");
+        assert!(cause.what.contains("VirtualBox") && !cause.what.contains("emulates"), "{}", cause.what);
+        assert!(cause.remedy.contains("vboxdrv"), "{}", cause.remedy);
+        let other = KvmError::Refused("a virtual machine", kvm_ioctls::Error::new(libc::ENOMEM));
+        let (_, cause) = cannot_create(&other);
+        assert!(cause.what.contains("os error 12") && cause.remedy.contains("dmesg"), "{}", cause.what);
     }
 }

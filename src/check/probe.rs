@@ -6,7 +6,8 @@
 //! ends its VM, each has its own, and none hides the others.
 
 use std::arch::global_asm;
-use std::sync::mpsc;
+use std::fmt;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,9 +15,10 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use crate::boot::{Entry, cpu};
-use crate::kvm::cpuid::{self, Place};
+use crate::kvm::cpuid::{Place, Supported};
 use crate::kvm::failure::Reason;
 use crate::kvm::run_page::RunPage;
+use crate::kvm::{self, KvmError};
 use crate::layout;
 use crate::mem::{self, Ram};
 
@@ -46,6 +48,8 @@ const EXCEPTION: u8 = 0x80;
 const BREAKPOINT: u8 = 3;
 /// Longer than any probe takes on a KVM that is alive.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long signals, and a host that refuses KVM a thread, are put up with.
+const PASSING_MAX: Duration = Duration::from_secs(1);
 
 global_asm!(
     ".pushsection .rodata.minivmm_probes, \"a\"",
@@ -176,25 +180,62 @@ fn between(from: *const u8) -> &'static [u8] {
     unsafe { std::slice::from_raw_parts(from, (to as usize).saturating_sub(from as usize)) }
 }
 
+/// Why a probe did not do what it should.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failed {
+    /// KVM cannot run these instructions.
+    Instructions(String),
+    /// The host refuses what a guest needs, whatever its instructions.
+    Host {
+        /// What it refuses.
+        what: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// KVM has not come back: it hangs, or this machine is very busy.
+    TimedOut,
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Instructions(what) | Self::Host { what, .. } => f.write_str(what),
+            Self::TimedOut => write!(f, "it has not ended after {} s", PATIENCE.as_secs()),
+        }
+    }
+}
+
+impl From<KvmError> for Failed {
+    fn from(error: KvmError) -> Self {
+        let remedy = match error {
+            KvmError::Busy(_) => kvm::STOP_IT,
+            _ => "dmesg of this machine may tell why",
+        };
+        let what = std::error::Error::source(&error)
+            .map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"));
+        Self::Host { what, remedy }
+    }
+}
+
 /// Runs `probe` in a VM of its own. The error says how it went wrong.
-pub fn run(probe: Probe) -> Result<&'static str, String> {
-    match start(probe.code(), 0)?.0 {
+pub fn run(probe: Probe, cpuid: &Arc<Supported>) -> Result<&'static str, Failed> {
+    match start(probe.code(), 0, cpuid)?.0 {
         said if said == probe.expected() => Ok("runs"),
         NEEDLESS => Ok("the processor has none, and Linux does without"),
-        said if said >= EXCEPTION => Err(format!("exception {}", said - EXCEPTION)),
-        said => Err(format!("runs, but does something else ({said})")),
+        said if said >= EXCEPTION => Err(Failed::Instructions(format!("exception {}", said - EXCEPTION))),
+        said => Err(Failed::Instructions(format!("runs, but does something else ({said})"))),
     }
 }
 
 /// How many instructions a second the guest's kernel code gets.
-pub fn instructions_per_second() -> Result<u64, String> {
+pub fn instructions_per_second(cpuid: &Arc<Supported>) -> Result<u64, Failed> {
     // Ever more of them, until entry, warm-up and whatever else this machine does count no
     // more; the best counts. Quick on a KVM that emulates, and on one that does not.
     const TURNS: [u64; 4] = [10_000, 40_000, 400_000, 10_000_000];
     const LONG_ENOUGH: Duration = Duration::from_millis(50);
     let mut best = 0;
     for turns in TURNS {
-        let (_, took) = start(between(&raw const minivmm_probe_loop), turns)?;
+        let (_, took) = start(between(&raw const minivmm_probe_loop), turns, cpuid)?;
         let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(1);
         // Two instructions a turn; at most 2 * 10^16.
         best = best.max(turns * 2_000_000_000 / nanos);
@@ -207,47 +248,65 @@ pub fn instructions_per_second() -> Result<u64, String> {
 
 /// Runs `code` on a thread of its own, which is left behind should KVM never come back: what it
 /// said at the port, and after how long.
-fn start(code: &'static [u8], count: u64) -> Result<(u8, Duration), String> {
+fn start(code: &'static [u8], count: u64, cpuid: &Arc<Supported>) -> Result<(u8, Duration), Failed> {
     let (answer, answered) = mpsc::channel();
+    let cpuid = Arc::clone(cpuid);
     let work = move || {
         // Nobody may be listening any more.
-        let _ = answer.send(execute(code, count));
+        let _ = answer.send(execute(code, count, &cpuid));
     };
-    thread::Builder::new().name("probe".into()).spawn(work).map_err(|error| error.to_string())?;
-    match answered.recv_timeout(PATIENCE) {
-        Ok(said) => said,
-        Err(_) => Err(format!("it has not ended after {} s", PATIENCE.as_secs())),
-    }
+    thread::Builder::new().name("probe".into()).spawn(work).map_err(|error| Failed::Host {
+        what: format!("cannot start a thread: {error}"),
+        remedy: "this user's limit of processes (`ulimit -u`) or the cgroup's (pids.max) is reached: raise it",
+    })?;
+    answered.recv_timeout(PATIENCE).unwrap_or(Err(Failed::TimedOut))
 }
 
-fn execute(code: &[u8], count: u64) -> Result<(u8, Duration), String> {
-    let kvm = Kvm::new().map_err(|error| error.to_string())?;
-    let ram = mem::map_ram(&[(0, RAM_BYTES)]).map_err(|error| error.to_string())?;
+fn execute(code: &[u8], count: u64, cpuid: &Supported) -> Result<(u8, Duration), Failed> {
+    let kvm = Kvm::new().map_err(refused("its device"))?;
+    let ram = mem::map_ram(&[(0, RAM_BYTES)]).map_err(host)?;
     let vm = machine(&kvm, &ram)?;
-    load(&ram, code).map_err(|error| error.to_string())?;
-    let mut vcpu = vm.create_vcpu(0).map_err(refused("a CPU"))?;
-    prepare(&kvm, &vcpu, &ram, count)?;
-    let page = RunPage::new(&vcpu).map_err(|error| error.to_string())?;
+    load(&ram, code).map_err(host)?;
+    let mut vcpu = kvm::create_vcpu(&vm, 0)?;
+    prepare(cpuid, &vcpu, &ram, count)?;
+    let page = RunPage::new(&vcpu).map_err(host)?;
     let begin = Instant::now();
-    let ended = match vcpu.run() {
-        Ok(VcpuExit::IoOut(PORT, [said])) => Ok(*said),
-        Ok(VcpuExit::InternalError) => Err(Reason::Internal(page.internal_error())),
-        Ok(VcpuExit::FailEntry(reason, cpu)) => Err(Reason::FailEntry(reason, cpu)),
-        Ok(VcpuExit::Shutdown) => Err(Reason::TripleFault),
-        Ok(other) => Err(Reason::Unexpected(format!("{other:?}"))),
-        Err(error) => Err(Reason::Run(error.errno())),
+    let reason = loop {
+        break match vcpu.run() {
+            Ok(VcpuExit::IoOut(PORT, [said])) => return Ok((*said, begin.elapsed())),
+            Ok(VcpuExit::InternalError) => Reason::Internal(page.internal_error()),
+            Ok(VcpuExit::FailEntry(reason, cpu)) => Reason::FailEntry(reason, cpu),
+            Ok(VcpuExit::Shutdown) => Reason::TripleFault,
+            Ok(other) => Reason::Unexpected(format!("{other:?}")),
+            Err(error) if is_passing(error) && begin.elapsed() < PASSING_MAX => {
+                thread::sleep(Duration::from_millis(1));
+                continue;
+            }
+            Err(error) => Reason::Run(error.errno()),
+        };
     };
-    let took = begin.elapsed();
-    ended.map(|said| (said, took)).map_err(|reason| reason.in_short())
+    Err(match reason {
+        Reason::Run(_) => Failed::Host { what: reason.to_string(), remedy: reason.advice() },
+        reason => Failed::Instructions(reason.in_short()),
+    })
 }
 
-fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> String {
-    move |error| format!("KVM refuses {what}: {error}")
+/// Answers of KVM_RUN after which it is tried again, for a while.
+fn is_passing(error: kvm_ioctls::Error) -> bool {
+    matches!(error.errno(), libc::EINTR | libc::EAGAIN)
+}
+
+fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Failed {
+    move |error| KvmError::Refused(what, error).into()
+}
+
+fn host(error: impl fmt::Display) -> Failed {
+    Failed::Host { what: error.to_string(), remedy: "this machine may be short of memory" }
 }
 
 /// A VM with memory and nothing else.
-fn machine(kvm: &Kvm, ram: &Ram) -> Result<VmFd, String> {
-    let vm = kvm.create_vm().map_err(refused("a virtual machine"))?;
+fn machine(kvm: &Kvm, ram: &Ram) -> Result<VmFd, Failed> {
+    let vm = kvm::empty_vm(kvm)?;
     let tss = usize::try_from(layout::KVM_TSS).unwrap_or_default();
     vm.set_tss_address(tss).map_err(refused("the task segment's place"))?;
     for (slot, (guest_phys_addr, userspace_addr, memory_size)) in (0..).zip(mem::regions(ram)) {
@@ -278,9 +337,9 @@ fn load(ram: &Ram, code: &[u8]) -> Result<(), mem::OutsideRam> {
 }
 
 /// The state in which a kernel begins, with the interrupt table.
-fn prepare(kvm: &Kvm, vcpu: &VcpuFd, ram: &Ram, count: u64) -> Result<(), String> {
-    cpuid::set_up(kvm, vcpu, Place { id: 0, cpus: 1 }).map_err(|error| error.to_string())?;
-    cpu::set_up(vcpu, ram, Entry::Long64 { rip: layout::HIGH_RAM }).map_err(|error| error.to_string())?;
+fn prepare(cpuid: &Supported, vcpu: &VcpuFd, ram: &Ram, count: u64) -> Result<(), Failed> {
+    cpuid.set_up(vcpu, Place { id: 0, cpus: 1 })?;
+    cpu::set_up(vcpu, ram, Entry::Long64 { rip: layout::HIGH_RAM }).map_err(host)?;
     let mut system = vcpu.get_sregs().map_err(refused("its system registers"))?;
     system.idt.base = IDT;
     system.idt.limit = u16::from(VECTORS) * 16 - 1;

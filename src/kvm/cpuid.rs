@@ -38,18 +38,34 @@ impl Place {
     }
 }
 
-/// Sets the CPUID of `vcpu`; whether the guest sees MTRRs is returned.
-pub fn set_up(kvm: &Kvm, vcpu: &VcpuFd, place: Place) -> Result<bool, KvmError> {
-    let supported = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(|error| KvmError::Refused("the list of CPUID leaves", error))?;
-    let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    let entries = adapt(supported.as_slice(), place, deadline);
-    let has_mtrrs = entries.iter().any(|entry| entry.function == 1 && entry.edx & (1 << 12) != 0);
-    let cpuid = CpuId::from_entries(&entries)
-        .map_err(|_| KvmError::Refused("so many CPUID leaves", kvm_ioctls::Error::new(libc::E2BIG)))?;
-    vcpu.set_cpuid2(&cpuid).map_err(|error| KvmError::Refused("the CPUID leaves", error))?;
-    Ok(has_mtrrs)
+/// What KVM supports, asked once for all CPUs of a machine.
+///
+/// KVM_GET_SUPPORTED_CPUID reads the processor that the caller happens to run on. The processors of a hybrid machine
+/// differ, and a guest's must not.
+#[derive(Debug)]
+pub struct Supported {
+    leaves: CpuId,
+    deadline: bool,
+}
+
+impl Supported {
+    /// Asks KVM.
+    pub fn by(kvm: &Kvm) -> Result<Self, KvmError> {
+        let leaves = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(|error| KvmError::Refused("the list of CPUID leaves", error))?;
+        Ok(Self { leaves, deadline: kvm.check_extension(Cap::TscDeadlineTimer) })
+    }
+
+    /// Sets the CPUID of `vcpu`; whether the guest sees MTRRs is returned.
+    pub fn set_up(&self, vcpu: &VcpuFd, place: Place) -> Result<bool, KvmError> {
+        let entries = adapt(self.leaves.as_slice(), place, self.deadline);
+        let has_mtrrs = entries.iter().any(|entry| entry.function == 1 && entry.edx & (1 << 12) != 0);
+        let cpuid = CpuId::from_entries(&entries)
+            .map_err(|_| KvmError::Refused("so many CPUID leaves", kvm_ioctls::Error::new(libc::E2BIG)))?;
+        vcpu.set_cpuid2(&cpuid).map_err(|error| KvmError::Refused("the CPUID leaves", error))?;
+        Ok(has_mtrrs)
+    }
 }
 
 /// The leaves for one CPU.

@@ -123,13 +123,18 @@ impl fmt::Display for Reason {
             }
             Self::MemoryFault(at) => write!(f, "KVM has no memory for guest address {at:#x}"),
             Self::Unexpected(exit) => write!(f, "unexpected exit from KVM: {exit}"),
+            Self::Run(errno @ libc::EAGAIN) => {
+                let error = std::io::Error::from_raw_os_error(*errno);
+                write!(f, "KVM_RUN has failed for a second: {error}")
+            }
             Self::Run(errno) => write!(f, "KVM_RUN: {}", std::io::Error::from_raw_os_error(*errno)),
         }
     }
 }
 
 impl Reason {
-    fn advice(&self) -> &'static str {
+    /// What to do about it.
+    pub fn advice(&self) -> &'static str {
         match self {
             Self::Internal(_) if hardware().is_none() => {
                 "this host's KVM works without hardware virtualization (no vmx or svm in /proc/cpuinfo): it \
@@ -148,6 +153,15 @@ impl Reason {
                 "the kernel crashed before it could handle exceptions; look at its last console lines \
                  (--append earlyprintk=serial), and whether image and --memory fit. On AMD processors KVM has \
                  reset the registers by now. (With reboot=t on its command line it is taken for a reset.)"
+            }
+            Self::Run(libc::EAGAIN | libc::ENOMEM) => {
+                "the host refuses KVM a kernel thread, or memory, that it needs to run a guest. Mostly this user's \
+                 limit of processes (`ulimit -u`) or the cgroup's (pids.max, memory.max) is reached: raise it, or end \
+                 other processes. In a container look at its --pids-limit"
+            }
+            Self::Run(libc::EFAULT | libc::EHWPOISON) => {
+                "KVM cannot get a page of the guest's memory: the host is short of memory, or the page is broken \
+                 (dmesg of the host tells)"
             }
             Self::MemoryFault(_) | Self::Unexpected(_) | Self::Run(_) => {
                 "please report it with the lines above; dmesg of the host may say more"
@@ -234,6 +248,16 @@ mod tests {
         for without in [error(1, &[0, 5, 5]), error(1, &[]), error(3, &[1, 5]), error(1, &[1])] {
             assert_eq!(instruction_bytes(&without), None);
         }
+    }
+
+    #[test]
+    fn a_host_that_refuses_a_thread_is_named_with_the_limits_to_raise() {
+        for errno in [libc::EAGAIN, libc::ENOMEM] {
+            let advice = Reason::Run(errno).advice();
+            assert!(advice.contains("ulimit -u") && advice.contains("pids.max"), "{advice}");
+        }
+        assert!(Reason::Run(libc::EAGAIN).to_string().contains("os error 11"));
+        assert!(Reason::Run(libc::EIO).advice().contains("report"));
     }
 
     #[test]

@@ -11,9 +11,11 @@ pub mod routes;
 pub mod run_page;
 
 use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
@@ -44,10 +46,22 @@ pub enum KvmError {
         /// What there is.
         max: usize,
     },
+    /// The processor's virtualization is somebody else's.
+    #[error("KVM cannot create a virtual machine: {ANOTHER_HYPERVISOR} ({STOP_IT})")]
+    Busy(#[source] kvm_ioctls::Error),
     /// A request failed.
     #[error("KVM refuses {0}")]
     Refused(&'static str, #[source] kvm_ioctls::Error),
 }
+
+/// What EBUSY means.
+pub const ANOTHER_HYPERVISOR: &str =
+    "another hypervisor (VirtualBox, VMware) uses the processor's virtualization";
+/// What to do about it.
+pub const STOP_IT: &str = "end its virtual machines, or unload its kernel modules: vboxdrv, vmmon";
+
+/// How long a request to KVM is repeated that signals interrupt.
+const INTERRUPTED_MAX: Duration = Duration::from_secs(1);
 
 /// What we cannot do without.
 const NEEDED: [(Cap, &str); 9] = [
@@ -107,9 +121,38 @@ fn advice(error: &io::Error) -> &'static str {
             "the permission is missing (mostly `sudo usermod -aG kvm $USER`, then log in anew; `minivmm check` tells \
              what it takes here)"
         }
-        Some(libc::EBUSY) => "another hypervisor uses the processor's virtualization",
+        Some(libc::EBUSY) => {
+            "another hypervisor (VirtualBox, VMware) uses the processor's virtualization: end its virtual machines, or \
+             unload its kernel modules"
+        }
         _ => "the host refuses it",
     }
+}
+
+/// Repeats a request that a signal has interrupted, for a second.
+///
+/// KVM_CREATE_VM is the one known to answer EINTR: `mmu_notifier_register` looks for signals that wait, and a debugger,
+/// a stopped job or work that io_uring has left for this thread count as such.
+pub fn uninterrupted<T>(
+    mut request: impl FnMut() -> Result<T, kvm_ioctls::Error>,
+) -> Result<T, kvm_ioctls::Error> {
+    let begin = Instant::now();
+    loop {
+        match request() {
+            Err(error) if error.errno() == libc::EINTR && begin.elapsed() < INTERRUPTED_MAX => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            answer => return answer,
+        }
+    }
+}
+
+/// A VM with nothing in it.
+pub fn empty_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    uninterrupted(|| kvm.create_vm()).map_err(|error| match error.errno() {
+        libc::EBUSY => KvmError::Busy(error),
+        _ => KvmError::Refused("a virtual machine", error),
+    })
 }
 
 /// A VM with interrupt controllers, timer and memory. The caller keeps `ram` for as long as it.
@@ -118,13 +161,13 @@ fn advice(error: &io::Error) -> &'static str {
 /// the guest could end the VM, where now the program gets its exception.
 pub fn create_vm(kvm: &Kvm, ram: &Ram) -> Result<VmFd, KvmError> {
     let refused = |what| move |error| KvmError::Refused(what, error);
-    let vm = kvm.create_vm().map_err(refused("a virtual machine"))?;
+    let vm = empty_vm(kvm)?;
     let tss = usize::try_from(layout::KVM_TSS).unwrap_or_default();
     vm.set_tss_address(tss).map_err(refused("the task segment's place"))?;
-    vm.create_irq_chip().map_err(refused("the interrupt controllers"))?;
+    uninterrupted(|| vm.create_irq_chip()).map_err(refused("the interrupt controllers"))?;
     // The timer and, with the dummy, port 0x61: a kernel without kvm-clock measures its TSC by them.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).map_err(refused("the interval timer"))?;
+    uninterrupted(|| vm.create_pit2(pit)).map_err(refused("the interval timer"))?;
     for (slot, (guest, host, bytes)) in (0..).zip(mem::regions(ram)) {
         let region = kvm_userspace_memory_region {
             slot,
@@ -135,9 +178,15 @@ pub fn create_vm(kvm: &Kvm, ram: &Ram) -> Result<VmFd, KvmError> {
         };
         // SAFETY: the range is a mapping of `ram`, which the caller keeps until the VM is gone;
         // nothing but raw copies and system calls touches it on our side (`mem`).
-        unsafe { vm.set_user_memory_region(region) }.map_err(refused("the guest's memory"))?;
+        uninterrupted(|| unsafe { vm.set_user_memory_region(region) })
+            .map_err(refused("the guest's memory"))?;
     }
     Ok(vm)
+}
+
+/// A CPU of `vm`.
+pub fn create_vcpu(vm: &VmFd, id: u8) -> Result<VcpuFd, KvmError> {
+    uninterrupted(|| vm.create_vcpu(u64::from(id))).map_err(|error| KvmError::Refused("one more CPU", error))
 }
 
 /// A new eventfd whose writes pulse interrupt line `line` (edge-triggered).
@@ -167,10 +216,32 @@ mod tests {
 
     #[test]
     fn what_is_wrong_with_dev_kvm_is_said_with_what_to_do() {
-        for (errno, word) in
-            [(libc::ENOENT, "emulated host"), (libc::EACCES, "usermod"), (libc::EIO, "refuses")]
-        {
+        for (errno, word) in [
+            (libc::ENOENT, "emulated host"),
+            (libc::EACCES, "usermod"),
+            (libc::EIO, "refuses"),
+            (libc::EBUSY, "VirtualBox"),
+        ] {
             assert!(advice(&io::Error::from_raw_os_error(errno)).contains(word), "{errno}");
         }
+    }
+
+    #[test]
+    fn an_interrupted_request_is_repeated_and_every_other_answer_stands() {
+        let mut interrupted = 3;
+        let answer = uninterrupted(|| {
+            interrupted -= 1;
+            if interrupted > 0 { Err(kvm_ioctls::Error::new(libc::EINTR)) } else { Ok(7) }
+        });
+        assert_eq!(answer, Ok(7));
+        let mut asked = 0;
+        let answer = uninterrupted(|| {
+            asked += 1;
+            Err::<(), _>(kvm_ioctls::Error::new(libc::EBUSY))
+        });
+        assert_eq!((answer.unwrap_err().errno(), asked), (libc::EBUSY, 1));
+        // Signals without an end are an error in the end.
+        let answer = uninterrupted(|| Err::<(), _>(kvm_ioctls::Error::new(libc::EINTR)));
+        assert_eq!(answer.unwrap_err().errno(), libc::EINTR);
     }
 }

@@ -39,11 +39,15 @@ pub fn drop_capabilities() -> io::Result<()> {
 ///
 /// - `RLIMIT_CORE` 0 and not dumpable: a guest's memory and its disks' data are in no core file, and no other
 ///   process of the same user reads them through /proc or ptrace.
-/// - `RLIMIT_NPROC` 0: no thread or process more (for root the filter alone says so).
 /// - `RLIMIT_NOFILE`: hardly a descriptor more than there are.
+///
+/// `RLIMIT_NPROC` stays as it is. The filter already forbids every call that makes a process or a thread. The limit
+/// would only stop threads that the kernel makes in our name, and only where we are not root: io_uring's workers
+/// (every fdatasync of a ring needs one), and KVM's thread that recovers huge pages, which a VM's first KVM_RUN
+/// starts (`kvm_mmu_start_lpage_recovery`, Linux 6.13 and some 6.12.y).
 pub fn limit() -> io::Result<()> {
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
-    for (resource, most) in [(Resource::Core, 0), (Resource::Nproc, 0), (Resource::Nofile, descriptors()?)] {
+    for (resource, most) in [(Resource::Core, 0), (Resource::Nofile, descriptors()?)] {
         let now = getrlimit(resource);
         let lowered = now.maximum.map_or(most, |hard| hard.min(most));
         setrlimit(resource, Rlimit { current: Some(lowered), maximum: Some(lowered) })?;

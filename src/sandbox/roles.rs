@@ -87,6 +87,7 @@ use When::{Always, Command, NotExecutable, Request, ThisProcess};
 const KVM_RUN: (&str, u32) = ("KVM_RUN", 0xae80);
 const KVM_GET_REGS: (&str, u32) = ("KVM_GET_REGS", 0x8090_ae81);
 const KVM_GET_SREGS: (&str, u32) = ("KVM_GET_SREGS", 0x8138_ae83);
+const KVM_GET_MP_STATE: (&str, u32) = ("KVM_GET_MP_STATE", 0x8004_ae98);
 const KVM_TRANSLATE: (&str, u32) = ("KVM_TRANSLATE", 0xc018_ae85);
 const KVM_SET_GSI_ROUTING: (&str, u32) = ("KVM_SET_GSI_ROUTING", 0x4008_ae6a);
 const KVM_IRQFD: (&str, u32) = ("KVM_IRQFD", 0x4020_ae76);
@@ -143,8 +144,10 @@ const MAIN: &[Call] = calls! {
 };
 
 const VCPU: &[Call] = calls! {
-    ioctl Request(&[KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_TRANSLATE, KVM_SET_GSI_ROUTING, KVM_IRQFD]),
-        "the guest; its registers and instructions when it failed; interrupts by message";
+    ioctl Request(&[
+        KVM_RUN, KVM_GET_MP_STATE, KVM_GET_REGS, KVM_GET_SREGS, KVM_TRANSLATE, KVM_SET_GSI_ROUTING, KVM_IRQFD
+    ]),
+        "the guest; whether its CPU is started; its registers and instructions when it failed; interrupts by message";
     read Always, "eventfds";
     poll Always, "a console whose reader is slow";
     ppoll Always, "a console whose reader is slow";

@@ -25,7 +25,7 @@ use crate::devices::power::{ACPI_LEN, AcpiRegisters, I8042, I8042_LEN};
 use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, SerialPort};
 use crate::disk::{DiskOptions, Image, TransportChoice};
-use crate::kvm::cpuid::{self, Place};
+use crate::kvm::cpuid::{Place, Supported};
 use crate::kvm::run_page::RunPage;
 use crate::kvm::{self, msrs};
 use crate::layout;
@@ -266,11 +266,11 @@ struct Parts {
 
 fn vcpus(kvm: &Kvm, vm: &VmFd, config: &Config, parts: &Parts) -> Result<Vec<Vcpu>, VmmError> {
     let triple_fault_resets = cmdline::reboots_by_triple_fault(&config.cmdline);
+    let cpuid = Supported::by(kvm)?;
     let mut vcpus = Vec::with_capacity(usize::from(config.cpus));
     for id in 0..config.cpus {
-        let fd =
-            vm.create_vcpu(u64::from(id)).map_err(|error| kvm::KvmError::Refused("one more CPU", error))?;
-        let has_mtrrs = cpuid::set_up(kvm, &fd, Place { id, cpus: config.cpus })?;
+        let fd = kvm::create_vcpu(vm, id)?;
+        let has_mtrrs = cpuid.set_up(&fd, Place { id, cpus: config.cpus })?;
         msrs::set_up(kvm, &fd, has_mtrrs)?;
         msrs::set_up_lapic(&fd)?;
         let page = RunPage::new(&fd).map_err(host("map a CPU's shared page"))?;

@@ -18,6 +18,7 @@ mod limits;
 mod loops;
 mod machine;
 mod observe;
+mod refusals;
 mod sandbox;
 mod start;
 mod stats;

@@ -1,0 +1,107 @@
+//! How long a vCPU puts up with EAGAIN from KVM_RUN.
+//!
+//! Owns the pauses between attempts and the moment at which EAGAIN is a failure. KVM answers EAGAIN in two cases.
+//! A CPU that another one has just started (INIT, SIPI) gets it once or twice. And KVM_RUN fails with it, for as long
+//! as the cause lasts, when the host refuses KVM a kernel thread (`kvm_mmu_start_lpage_recovery`).
+
+use std::time::{Duration, Instant};
+
+/// Attempts that follow each other without a pause: enough for a CPU that has just been started.
+const PROMPT: u32 = 3;
+/// The pause after those attempts; it doubles each time, up to [`PAUSE_MAX`].
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+/// The longest pause. A vCPU that is to stop is at most this late.
+const PAUSE_MAX: Duration = Duration::from_millis(50);
+/// A started CPU gives up after this time, and no sooner than after [`ATTEMPTS`].
+const LIMIT: Duration = Duration::from_secs(1);
+/// A host that was suspended, or that is busy, lets the time pass without attempts.
+const ATTEMPTS: u32 = 12;
+
+/// What to do about one more EAGAIN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Enter KVM again after this pause.
+    Retry(Duration),
+    /// The cause lasts: report it.
+    GiveUp,
+}
+
+/// The EAGAINs in a row of one vCPU.
+#[derive(Debug, Default)]
+pub struct Patience {
+    count: u32,
+    since: Option<Instant>,
+}
+
+impl Patience {
+    /// Forgets the EAGAINs so far: KVM_RUN has answered something else.
+    pub fn reset(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Judges one more EAGAIN. `is_started` is false for a CPU that no other one has started yet: KVM answers it
+    /// EAGAIN for as long as the guest pleases (an NMI that waits for it suffices), so it never gives up.
+    pub fn judge(&mut self, now: Instant, is_started: bool) -> Verdict {
+        let since = *self.since.get_or_insert(now);
+        self.count = self.count.saturating_add(1);
+        if is_started && self.count >= ATTEMPTS && now.saturating_duration_since(since) >= LIMIT {
+            return Verdict::GiveUp;
+        }
+        let Some(paused) = self.count.checked_sub(PROMPT + 1) else { return Verdict::Retry(Duration::ZERO) };
+        Verdict::Retry(PAUSE_MIN.saturating_mul(1 << paused.min(16)).min(PAUSE_MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Lets EAGAIN last for `most`; the attempts made, and the time after which it was given up.
+    fn last(most: Duration, is_started: bool) -> (u32, Option<Duration>) {
+        let (begin, mut passed, mut patience) = (Instant::now(), Duration::ZERO, Patience::default());
+        for attempt in 1.. {
+            match patience.judge(begin + passed, is_started) {
+                Verdict::GiveUp => return (attempt, Some(passed)),
+                Verdict::Retry(_) if passed >= most => return (attempt, None),
+                Verdict::Retry(pause) => passed += pause,
+            }
+        }
+        unreachable!()
+    }
+
+    #[test]
+    fn an_eagain_that_lasts_is_given_up_after_a_second_and_a_few_dozen_attempts() {
+        let (attempts, after) = last(Duration::from_secs(60), true);
+        let after = after.unwrap();
+        assert!(after >= LIMIT && after < LIMIT + 2 * PAUSE_MAX, "{after:?}");
+        assert!((ATTEMPTS..50).contains(&attempts), "{attempts}");
+    }
+
+    #[test]
+    fn a_cpu_that_nobody_has_started_waits_for_ever_without_burning_time() {
+        let (attempts, after) = last(Duration::from_secs(60), false);
+        assert_eq!(after, None);
+        assert!(attempts < 1300, "{attempts} attempts a minute");
+    }
+
+    #[test]
+    fn a_cpu_that_was_just_started_is_entered_again_at_once() {
+        let (now, mut patience) = (Instant::now(), Patience::default());
+        for _ in 0..PROMPT {
+            assert_eq!(patience.judge(now, true), Verdict::Retry(Duration::ZERO));
+        }
+        assert_eq!(patience.judge(now, true), Verdict::Retry(PAUSE_MIN));
+        patience.reset();
+        assert_eq!(patience.judge(now + Duration::from_secs(9), true), Verdict::Retry(Duration::ZERO));
+    }
+
+    #[test]
+    fn time_that_passes_without_attempts_is_no_reason_to_give_up() {
+        let (now, mut patience) = (Instant::now(), Patience::default());
+        patience.judge(now, true);
+        for _ in 2..ATTEMPTS {
+            assert!(matches!(patience.judge(now + Duration::from_secs(3600), true), Verdict::Retry(_)));
+        }
+        assert_eq!(patience.judge(now + Duration::from_secs(3600), true), Verdict::GiveUp);
+    }
+}
