@@ -25,6 +25,8 @@ struct Held {
     operations: Vec<(u64, HostOp)>,
     ended: Vec<Ended>,
     room: usize,
+    /// What happens on the host, and on other queues, before a submission returns.
+    at_submit: Option<Box<dyn FnMut() + Send>>,
 }
 
 /// The test's side of an engine.
@@ -40,6 +42,11 @@ impl Engine for Manual {
             return Err(op);
         }
         held.operations.push((token, op));
+        let at_submit = held.at_submit.take();
+        drop(held);
+        if let Some(mut happens) = at_submit {
+            happens();
+        }
         Ok(())
     }
 
@@ -474,4 +481,148 @@ fn a_sync_that_nobody_will_judge_counts_as_failed() {
     drop(gone);
     other.disk.wait(Wake::Now).unwrap();
     assert_eq!(other.completed(), [(1, false)]);
+}
+
+/// The errors that Linux has numbers for, and one that it has none for.
+fn errnos() -> impl Iterator<Item = i32> {
+    (1..=libc::EHWPOISON).chain([4095])
+}
+
+#[test]
+fn whatever_the_error_of_a_sync_is_it_latches() {
+    type Start = fn(&mut Queue);
+    let syncs: [(&str, Start, StableBy, Kind); 5] = [
+        ("a FLUSH", |queue| queue.disk.submit(1, Op::Flush), StableBy::Dsync, Kind::Fdatasync),
+        ("a DSYNC write", |queue| queue.write(1, BLOCK), StableBy::Dsync, Kind::WriteDsync),
+        ("a lone write", |queue| queue.write(1, BLOCK), StableBy::Auto, Kind::WriteDsync),
+        (
+            "a write's own sync",
+            |queue| {
+                queue.write(1, BLOCK);
+                queue.end(Ok(BLOCK as usize));
+            },
+            StableBy::Fdatasync,
+            Kind::Fdatasync,
+        ),
+        (
+            "a shared sync",
+            |queue| {
+                queue.write(1, BLOCK);
+                queue.end(Ok(BLOCK as usize));
+            },
+            StableBy::Group,
+            Kind::Fdatasync,
+        ),
+    ];
+    let test = TestImage::new(1 << 20);
+    for (what, start, stable_by, kind) in syncs {
+        for errno in errnos() {
+            // Interrupted is not failed; and before any RWF_DSYNC has worked, the host may not have it.
+            if errno == libc::EINTR || kind == Kind::WriteDsync && errno == libc::EOPNOTSUPP {
+                continue;
+            }
+            let image = test.open("directsync");
+            let cache = Arc::new(WriteCache::new(image.policy()));
+            cache.negotiate(Negotiated { flush: true, config_wce: false });
+            let mut queue = Queue::new(&image, &cache, stable_by);
+            start(&mut queue);
+            assert_eq!(queue.kinds(), [kind], "{what}");
+            queue.end(error(errno));
+            assert_eq!(queue.completed(), [(1, false)], "{what}, error {errno}");
+            assert_eq!(image.latch.check().unwrap_err().raw_os_error(), Some(errno), "{what}");
+            queue.disk.submit(2, Op::Flush);
+            queue.write(3, BLOCK);
+            queue.zero(4);
+            assert_eq!(queue.kinds(), [], "{what}, error {errno}: nothing is tried again");
+            assert_eq!(queue.completed(), [(2, false), (3, false), (4, false)], "{what}, error {errno}");
+        }
+    }
+}
+
+#[test]
+fn a_sync_is_open_before_the_engine_may_begin_it() {
+    type Start = fn(&mut Queue);
+    let syncs: [(&str, Start); 2] = [
+        ("a FLUSH", |queue| queue.disk.submit(9, Op::Flush)),
+        ("a DSYNC write", |queue| queue.write(9, BLOCK)),
+    ];
+    for (what, start) in syncs {
+        let (_test, image, cache) = disk("directsync");
+        cache.guest_sets_writeback(false);
+        let mut failing = Queue::new(&image, &cache, StableBy::Dsync);
+        let other = Arc::new(Mutex::new(Queue::new(&image, &cache, StableBy::Dsync)));
+        other.lock().unwrap().disk.submit(1, Op::Flush);
+        assert_eq!(other.lock().unwrap().kinds(), [Kind::Fdatasync]);
+        // The host is quick: before `submit` has returned it has told the failing queue's sync the error, and
+        // the other queue has heard of its own success.
+        let meanwhile = Arc::clone(&other);
+        failing.hands.0.lock().unwrap().at_submit = Some(Box::new(move || {
+            let mut other = meanwhile.lock().unwrap();
+            other.end(Ok(0));
+            assert_eq!(other.completed(), [], "{what}: acknowledged beside a sync that has failed");
+            assert!(other.disk.holds_success());
+        }));
+        start(&mut failing);
+        failing.end(error(libc::EIO));
+        assert_eq!(failing.completed(), [(9, false)]);
+        other.lock().unwrap().disk.wait(Wake::Now).unwrap();
+        assert_eq!(other.lock().unwrap().completed(), [(1, false)], "{what}");
+    }
+}
+
+#[test]
+fn every_success_that_was_held_completes_and_once() {
+    for stable_by in StableBy::ALL {
+        for (result, is_ok) in [(Ok(0), true), (error(libc::EIO), false)] {
+            let (_test, image, cache) = disk("directsync");
+            cache.guest_sets_writeback(false);
+            let mut other = Queue::new(&image, &cache, stable_by);
+            let mut queue = Queue::new(&image, &cache, stable_by);
+            other.disk.submit(9, Op::Flush);
+            assert_eq!(other.kinds(), [Kind::Fdatasync]);
+            // Three writes and their syncs, one after the other; then three more, side by side.
+            for id in 0..3 {
+                queue.write(id, BLOCK);
+                while !queue.kinds().is_empty() {
+                    let is_sync = queue.kinds()[0] == Kind::Fdatasync;
+                    queue.end(Ok(if is_sync { 0 } else { BLOCK as usize }));
+                }
+            }
+            for id in 3..6 {
+                queue.write(id, BLOCK);
+            }
+            while !queue.kinds().is_empty() {
+                let is_sync = queue.kinds()[0] == Kind::Fdatasync;
+                queue.end(Ok(if is_sync { 0 } else { BLOCK as usize }));
+            }
+            assert_eq!(queue.completed(), [], "{stable_by:?}: all are held by the other queue's sync");
+            assert!(queue.disk.holds_success() && !queue.disk.is_idle());
+            other.end(result);
+            assert_eq!(other.completed(), [(9, is_ok)]);
+            queue.disk.wait(Wake::Now).unwrap();
+            let mut completed = queue.completed();
+            completed.sort_unstable();
+            assert_eq!(completed, (0..6).map(|id| (id, is_ok)).collect::<Vec<_>>(), "{stable_by:?}");
+            assert!(queue.disk.is_idle() && other.disk.is_idle());
+        }
+    }
+}
+
+#[test]
+fn each_change_to_writethrough_is_synced_and_not_the_first_alone() {
+    let (_test, image, cache) = disk("none");
+    let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
+    for round in 0..3 {
+        cache.guest_sets_writeback(true);
+        queue.write(round, BLOCK);
+        queue.end(Ok(BLOCK as usize));
+        assert_eq!(queue.completed(), [(round, true)]);
+        assert_eq!(image.monitor.snapshot().at_risk_bytes, u64::from(BLOCK), "round {round}");
+        cache.guest_sets_writeback(false);
+        queue.disk.sync_if_switched_off();
+        assert_eq!(queue.kinds(), [Kind::Fdatasync], "round {round}");
+        queue.end(Ok(0));
+        assert_eq!(image.monitor.snapshot().at_risk_bytes, 0, "round {round}");
+        assert!(queue.disk.is_idle(), "round {round}");
+    }
 }

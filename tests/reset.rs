@@ -5,18 +5,20 @@
 mod common;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::driver::*;
 use common::images::{TestImage, pattern};
 use common::over_pci;
+use common::turns::Turns;
 use minivmm::disk::Image;
 use minivmm::disk::blocking::BlockingEngine;
 use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
 use minivmm::disk::machine::StableBy;
+use minivmm::mem;
 use minivmm::virtio::Transport;
 
 /// With all that is offered.
@@ -118,6 +120,89 @@ fn whatever_stops_a_queue_waits_for_the_io_in_flight_and_then_leaves_memory_alon
         drop(gate);
         start(&mut rig);
         assert_eq!(rig.read_sectors(8, 512), (OK, vec![pattern(8); 512]), "{what}: and the device is as new");
+    }
+}
+
+/// What a [`Lingering`] engine has, and what it has ended.
+#[derive(Default)]
+struct Lingered {
+    operations: Vec<(u64, HostOp)>,
+    ended: usize,
+    may_end: bool,
+}
+
+/// Ends one operation a wait that may sleep, the newest first, once the test lets it.
+struct Lingering(Arc<Mutex<Lingered>>);
+
+impl Engine for Lingering {
+    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+        self.0.lock().unwrap().operations.push((token, op));
+        Ok(())
+    }
+
+    fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
+        let mut lingered = self.0.lock().unwrap();
+        let may_end = lingered.may_end && !matches!(wake, Wake::Now);
+        if let Some((token, op)) = may_end.then(|| lingered.operations.pop()).flatten() {
+            let bytes = match &op {
+                HostOp::Readv { iov, .. } | HostOp::Writev { iov, .. } => iov.bytes(),
+                _ => 0,
+            };
+            ended.push(Ended { token, result: Ok(bytes as usize) });
+            lingered.ended += 1;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_drain_ends_when_every_request_is_answered_however_many_operations_that_takes() {
+    const WRITES: u16 = 8;
+    // How writes become stable, whether the ring breaks behind them, and the operations that they take.
+    for (stable_by, breaks, operations) in [
+        (StableBy::Dsync, false, 8),
+        (StableBy::Fdatasync, false, 16),
+        (StableBy::Group, false, 9),
+        (StableBy::Fdatasync, true, 16),
+    ] {
+        let what = format!("{stable_by:?}, the ring breaks: {breaks}");
+        let test = TestImage::new(1 << 20);
+        let lingered = Arc::new(Mutex::new(Lingered::default()));
+        let engine = Box::new(Lingering(Arc::clone(&lingered)));
+        let mut turns = Turns::with_way(test.open("directsync"), 128, 0, engine, stable_by);
+        turns.run(|worker, driver| {
+            for slot in 0..WRITES {
+                let header = driver.put_header(slot, OUT, 8 * u64::from(slot));
+                driver.put_desc(DESC, 3 * slot, (header, 16, NEXT, 3 * slot + 1));
+                driver.put_desc(
+                    DESC,
+                    3 * slot + 1,
+                    (DATA + 4096 * u64::from(slot), 4096, NEXT, 3 * slot + 2),
+                );
+                driver.put_desc(DESC, 3 * slot + 2, (STATUS_BYTE + u64::from(slot), 1, WRITE, 0));
+                driver.poke(STATUS_BYTE + u64::from(slot), &[UNTOUCHED]);
+            }
+            driver.submit((0..WRITES).map(|slot| 3 * slot));
+            if breaks {
+                // A descriptor that is its own next.
+                driver.put_desc(DESC, 100, (DATA, 16, NEXT, 100));
+                driver.submit([100]);
+            }
+            assert_eq!(worker.turn().is_err(), breaks, "{what}");
+            assert_eq!(driver.used_idx(), 0, "{what}: nothing has ended");
+            lingered.lock().unwrap().may_end = true;
+            worker.drain().unwrap();
+            assert!(worker.is_idle(), "{what}");
+            let lingered = lingered.lock().unwrap();
+            assert_eq!((lingered.operations.len(), lingered.ended), (0, operations), "{what}: I/O in flight");
+            assert_eq!(driver.used_idx(), WRITES, "{what}: each is answered, and once");
+            for slot in 0..WRITES {
+                let mut status = [0];
+                mem::read_bytes(driver.ram, STATUS_BYTE + u64::from(slot), &mut status).unwrap();
+                assert_eq!(status, [OK], "{what}: request {slot}");
+            }
+        });
+        assert!(turns.disk.is_idle(), "{what}");
     }
 }
 

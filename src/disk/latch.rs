@@ -179,6 +179,21 @@ mod tests {
     }
 
     #[test]
+    fn a_success_waits_for_the_newest_sync_that_was_open_and_for_each_before_it() {
+        for judged_first in 0..3 {
+            let latch = SyncLatch::default();
+            let syncs = [latch.open(), latch.open(), latch.open()];
+            let horizon = latch.open_now().unwrap();
+            assert_eq!(horizon, syncs[2]);
+            for step in 0..3 {
+                assert!(!latch.is_settled(horizon), "{step} of 3 are judged, from number {judged_first} on");
+                latch.judged(syncs[(judged_first + step) % 3]);
+            }
+            assert!(latch.is_settled(horizon));
+        }
+    }
+
+    #[test]
     fn an_error_without_a_number_is_kept_too() {
         let latch = SyncLatch::default();
         latch.set(&io::Error::other("?"));

@@ -194,6 +194,23 @@ mod tests {
     }
 
     #[test]
+    fn each_time_the_guest_turns_its_cache_off_there_is_a_sync_that_starts_after_it() {
+        let mut group = Group::default();
+        for round in 0..3 {
+            group.joins(None, true);
+            assert!(group.is_due(), "round {round}");
+            group.starts();
+            // While that one runs: it started before.
+            group.joins(None, true);
+            assert_eq!(group.ends(), [None], "round {round}");
+            assert!(group.is_due(), "round {round}: the running sync does not count for the second switch");
+            group.starts();
+            assert_eq!(group.ends(), [None], "round {round}");
+            assert!(group.is_idle());
+        }
+    }
+
+    #[test]
     fn lists_are_used_again() {
         let mut group = Group::default();
         for round in 0..3 {

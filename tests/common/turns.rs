@@ -74,13 +74,24 @@ impl Turns {
     }
 
     pub fn with_engine(image: Arc<Image>, size: u16, features: u64, engine: Box<dyn Engine>) -> Self {
+        Self::with_way(image, size, features, engine, StableBy::Dsync)
+    }
+
+    /// The same, with writes that become stable in this way.
+    pub fn with_way(
+        image: Arc<Image>,
+        size: u16,
+        features: u64,
+        engine: Box<dyn Engine>,
+        stable_by: StableBy,
+    ) -> Self {
         let cache = Arc::new(WriteCache::new(image.policy()));
         cache.negotiate(Negotiated { flush: true, config_wce: false });
         Self {
             ram: mem::map_ram(&[(0, RAM_BYTES)]).unwrap(),
             size,
             avail: 0,
-            disk: Disk::new(image, cache, engine, StableBy::Dsync),
+            disk: Disk::new(image, cache, engine, stable_by),
             doorbell: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
             told: Arc::default(),
             limit: RateLimit::for_guest_errors("blk"),
