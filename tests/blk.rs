@@ -225,6 +225,34 @@ fn an_indirect_table_may_follow_direct_descriptors() {
     }
 }
 
+/// virtio 1.2, 2.7.5.3.1 bounds the chain by the queue's size, and the table by nothing.
+#[test]
+fn an_indirect_table_may_be_longer_than_the_queue_if_its_chain_is_not() {
+    let (_image, mut rig) = rig("none", FEATURES);
+    rig.put_header(IN, 9);
+    // To the end of RAM, beyond what an index can reach.
+    let far = u32::try_from((RAM_BYTES - INDIRECT_TABLE) / 16).unwrap();
+    for entries in [1, 15, 16, 17, 18, 256, 4096, far] {
+        let mut last = u16::try_from(entries - 1).unwrap_or(u16::MAX);
+        let data = RAM_BYTES - 4096;
+        // A table of one has the status alone; in all others the chain jumps to the last entry.
+        let mut parts = vec![(HEADER, 16, 0), (data, 512, WRITE)];
+        if entries > 2 {
+            rig.put_desc(INDIRECT_TABLE, 0, (HEADER, 16, NEXT, 1));
+            rig.put_desc(INDIRECT_TABLE, 1, (data, 512, NEXT | WRITE, last));
+            parts.clear();
+        } else {
+            last = 0;
+        }
+        rig.put_desc(INDIRECT_TABLE, last, (STATUS_BYTE, 1, WRITE, 0));
+        parts.push((INDIRECT_TABLE, 16 * entries, INDIRECT));
+        rig.put_chain(DESC, &parts);
+        assert_eq!(rig.submit_chain(), (OK, 513), "{entries} entries");
+        assert_eq!(rig.peek(data, 512), [pattern(9); 512]);
+        rig.fill(data, 0, 512);
+    }
+}
+
 #[test]
 fn discarded_and_zeroed_ranges_read_as_zeroes_and_their_neighbours_stay() {
     for mode in MODES {

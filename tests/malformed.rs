@@ -85,7 +85,7 @@ fn malformed_requests_get_an_error_and_the_device_goes_on() {
 #[test]
 fn a_broken_ring_asks_for_a_reset_and_survives_it() {
     type Breaks = fn(&mut Rig);
-    let cases: [(&str, Breaks); 16] = [
+    let cases: [(&str, Breaks); 20] = [
         ("avail.idx jumps", |rig| {
             rig.set_avail_idx(17);
         }),
@@ -134,8 +134,35 @@ fn a_broken_ring_asks_for_a_reset_and_survives_it() {
             rig.put_chain(DESC, &[(INDIRECT_TABLE, 0, INDIRECT)]);
             rig.make_available(&[0]);
         }),
-        ("an indirect table longer than the queue", |rig| {
+        ("a chain in an indirect table that is longer than the queue", |rig| {
+            let mut parts = vec![(HEADER, 16, 0)];
+            parts.extend([(DATA, 32, WRITE); 15]);
+            parts.push((STATUS_BYTE, 1, WRITE));
+            rig.put_chain(INDIRECT_TABLE, &parts);
             rig.put_chain(DESC, &[(INDIRECT_TABLE, 16 * 17, INDIRECT)]);
+            rig.make_available(&[0]);
+        }),
+        ("a chain of one descriptor and sixteen in a table", |rig| {
+            let mut parts = vec![(DATA, 32, WRITE); 15];
+            parts.push((STATUS_BYTE, 1, WRITE));
+            rig.put_chain(INDIRECT_TABLE, &parts);
+            rig.put_chain(DESC, &[(HEADER, 16, 0), (INDIRECT_TABLE, 16 * 64, INDIRECT)]);
+            rig.make_available(&[0]);
+        }),
+        ("a loop in an indirect table longer than the queue", |rig| {
+            rig.put_desc(INDIRECT_TABLE, 0, (HEADER, 16, NEXT, 300));
+            rig.put_desc(INDIRECT_TABLE, 300, (DATA, 512, NEXT | WRITE, 0));
+            rig.put_chain(DESC, &[(INDIRECT_TABLE, 16 * 301, INDIRECT)]);
+            rig.make_available(&[0]);
+        }),
+        ("a next beyond an indirect table longer than the queue", |rig| {
+            rig.put_desc(INDIRECT_TABLE, 0, (HEADER, 16, NEXT, 301));
+            rig.put_desc(INDIRECT_TABLE, 301, (STATUS_BYTE, 1, WRITE, 0));
+            rig.put_chain(DESC, &[(INDIRECT_TABLE, 16 * 301, INDIRECT)]);
+            rig.make_available(&[0]);
+        }),
+        ("an indirect table of 4 GiB less a descriptor", |rig| {
+            rig.put_chain(DESC, &[(INDIRECT_TABLE, u32::MAX - 15, INDIRECT)]);
             rig.make_available(&[0]);
         }),
         ("an indirect table outside RAM", |rig| {

@@ -60,6 +60,10 @@ impl VirtioDevice for Spy {
         self.inner.queue_sizes()
     }
 
+    fn queues_with(&self, features: u64) -> usize {
+        self.inner.queues_with(features)
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         self.inner.read_config(offset, data);
     }

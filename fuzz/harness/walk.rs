@@ -80,14 +80,14 @@ fn follow(memory: &Memory, config: &QueueConfig, features: u64, head: u16) -> Op
         index = next;
     };
     if let Some((addr, len)) = table {
-        let entries = u16::try_from(len / 16).ok()?;
-        if entries == 0 || len % 16 != 0 || entries > size || !is_ram(addr, len.into()) {
+        let entries = len / 16;
+        if entries == 0 || len % 16 != 0 || !is_ram(addr, len.into()) {
             return None;
         }
         chain.tables.push((addr, len));
-        let mut index = 0;
+        let mut index = 0_u16;
         loop {
-            if index >= entries || direct.len() > usize::from(size) {
+            if u32::from(index) >= entries || direct.len() > usize::from(size) {
                 return None;
             }
             let found = descriptor(memory, addr, index)?;

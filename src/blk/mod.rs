@@ -107,6 +107,11 @@ impl VirtioDevice for BlockDevice {
         &self.queue_sizes
     }
 
+    /// Without MQ there is one queue, whatever `num_queues` says (virtio 5.2.2).
+    fn queues_with(&self, features: u64) -> usize {
+        if features & config::MQ == 0 { 1 } else { self.queue_sizes.len() }
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let space = config::space(&self.image, self.queues(), self.cache.writeback());
         let from = usize::try_from(offset).unwrap_or(usize::MAX).min(space.len());
@@ -133,11 +138,6 @@ impl VirtioDevice for BlockDevice {
 
     fn activate(&mut self, parts: Activation) -> Result<(), ActivateError> {
         let Activation { ram, features, queues, interrupt } = parts;
-        // Without MQ there is one queue, whatever num_queues says (virtio 5.2.2).
-        let last = queues.last().map_or(0, |queue| queue.index);
-        if last > 0 && features & config::MQ == 0 {
-            return Err(ActivateError::NoQueue(last));
-        }
         for EnabledQueue { index, ring, doorbell } in queues {
             let worker = self.workers.get(usize::from(index)).ok_or(ActivateError::MissingQueue(index))?;
             let job =

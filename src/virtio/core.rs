@@ -398,9 +398,18 @@ impl Core {
 
     fn activate(&mut self) {
         let features = self.driver_features;
+        let there_are = self.device.queues_with(features);
         let mut queues = Vec::new();
         for (index, (state, &size_max)) in (0u16..).zip(self.queues.iter().zip(self.device.queue_sizes())) {
             if !state.ready {
+                continue;
+            }
+            if usize::from(index) >= there_are {
+                warn_limited!(
+                    self.errors,
+                    "virtio: the driver has enabled queue {index}, but with the features that it has \
+                     negotiated there are {there_are}, from 0 on: the queue is not served"
+                );
                 continue;
             }
             match Ring::new(&self.ram, &state.config, size_max, features) {

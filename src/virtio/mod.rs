@@ -65,9 +65,6 @@ pub enum ActivateError {
     /// A queue that the device cannot do without was not enabled.
     #[error("queue {0} was not enabled")]
     MissingQueue(u16),
-    /// A queue was enabled that does not exist with what was negotiated.
-    #[error("queue {0} was enabled, which the driver has not negotiated")]
-    NoQueue(u16),
     /// A worker is gone.
     #[error("the worker of queue {0} has ended")]
     Worker(u16),
@@ -89,6 +86,12 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// The largest size of each queue; the number of queues is its length.
     fn queue_sizes(&self) -> &[u16];
+    /// How many of the queues, from 0 on, there are for a driver that has negotiated `features`. Those
+    /// beyond are not served, whether the driver enables them or not.
+    fn queues_with(&self, features: u64) -> usize {
+        let _ = features;
+        self.queue_sizes().len()
+    }
     /// Reads configuration space at `offset`; bytes that do not exist read 0 (virtio 2.5).
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes configuration space, after FEATURES_OK; whatever is not writable is ignored.

@@ -99,7 +99,7 @@ pub enum RingError {
     #[error("descriptor {0} is indirect, which {1}")]
     Indirect(u16, &'static str),
     /// An indirect table of a length that cannot be (R6).
-    #[error("an indirect table of {0} bytes")]
+    #[error("an indirect table of {0} bytes, which is no number of whole descriptors from 1 on")]
     IndirectLength(u32),
     /// An indirect table that is not wholly in RAM (R3).
     #[error("the indirect table at {0:#x} is not in RAM")]
@@ -183,7 +183,7 @@ impl Ring {
             }
         }
         let outside = |part, addr| move |_| QueueConfigError::OutsideRam { part, addr };
-        let descriptors = Table::new(ram, config.descriptors, size)
+        let descriptors = Table::new(ram, config.descriptors, u32::from(size))
             .map_err(outside("descriptor table", config.descriptors))?;
         let available = Available::new(ram, config.available, size)
             .map_err(outside("available ring", config.available))?;
@@ -257,7 +257,7 @@ impl Ring {
         let mut bytes: u64 = 0;
         loop {
             let Some(descriptor) = table.read(index) else {
-                return Err(RingError::Index { index: u32::from(index), size: u32::from(table.entries()) });
+                return Err(RingError::Index { index: u32::from(index), size: table.entries() });
             };
             if seen == self.size {
                 return Err(RingError::Loop { head, size: self.size });
@@ -298,14 +298,12 @@ impl Ring {
         if flags & VRING_DESC_F_NEXT != 0 {
             return Err(RingError::Indirect(index, "may not have a next one"));
         }
+        // The queue's size bounds the chain, not the table (virtio 1.2, 2.7.5.3.1).
         let entry = u32::from(DESCRIPTOR_BYTES);
-        let entries = u16::try_from(table.len / entry).ok();
-        match entries.filter(|&entries| (1..=self.size).contains(&entries)) {
-            Some(entries) if table.len.is_multiple_of(entry) => {
-                Table::new(&self.ram, table.addr, entries).map_err(|_| RingError::Unreachable(table.addr))
-            }
-            _ => Err(RingError::IndirectLength(table.len)),
+        if table.len == 0 || !table.len.is_multiple_of(entry) {
+            return Err(RingError::IndirectLength(table.len));
         }
+        Table::new(&self.ram, table.addr, table.len / entry).map_err(|_| RingError::Unreachable(table.addr))
     }
 
     /// Writes the used entry of a chain; `written` bytes from its first writable one are really

@@ -28,7 +28,7 @@ pub struct Descriptor {
 #[derive(Debug, Clone, Copy)]
 pub struct Table {
     ptr: *mut u8,
-    entries: u16,
+    entries: u32,
 }
 
 // SAFETY: as for an `Area`; descriptors are copied out, and nothing is written.
@@ -36,24 +36,24 @@ unsafe impl Send for Table {}
 
 impl Table {
     /// Bytes of a table of so many descriptors.
-    pub fn bytes(entries: u16) -> usize {
-        usize::from(DESCRIPTOR_BYTES) * usize::from(entries)
+    pub fn bytes(entries: u32) -> usize {
+        usize::from(DESCRIPTOR_BYTES) * entries as usize
     }
 
     /// The table of so many descriptors at a guest address, wholly in RAM.
-    pub fn new(ram: &Ram, addr: u64, entries: u16) -> Result<Self, OutsideRam> {
+    pub fn new(ram: &Ram, addr: u64, entries: u32) -> Result<Self, OutsideRam> {
         let ptr = ram.host(addr, Self::bytes(entries))?;
         Ok(Self { ptr, entries })
     }
 
-    /// Its number of descriptors.
-    pub fn entries(&self) -> u16 {
+    /// Its number of descriptors. Those of an indirect table may be more than a chain can reach.
+    pub fn entries(&self) -> u32 {
         self.entries
     }
 
     /// Reads a descriptor once; `None` beyond the table.
     pub fn read(&self, index: u16) -> Option<Descriptor> {
-        if index >= self.entries {
+        if u32::from(index) >= self.entries {
             return None;
         }
         // SAFETY: the index is inside the table, so this is one of its descriptors.
