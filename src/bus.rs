@@ -2,6 +2,9 @@
 //!
 //! Owns the map from ranges to devices. Knows nothing of KVM or of what a device is. A device never
 //! reaches into the VMM: it answers an access with an [`Outcome`], and the vCPU loop acts on it.
+//! [`lanes`] cuts an access into the registers that it touches.
+
+pub mod lanes;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -23,7 +26,9 @@ pub enum Outcome {
 /// A device behind ports or MMIO. `offset` counts from the start of the range it was placed at.
 ///
 /// Accesses of every width from 0 to 8 bytes and every alignment arrive here as the guest made
-/// them: a device answers those it does not know with zeroes, and never panics.
+/// them, but none reaches beyond the range: the bus cuts an access where a range begins or ends. A
+/// device answers accesses that it does not know with zeroes, and never panics. A write has its effect
+/// on every register that it touches, wherever it begins.
 pub trait BusDevice: Send {
     /// Fills `data` (already zeroed) with what the guest reads.
     fn read(&mut self, offset: u64, data: &mut [u8]);
@@ -91,28 +96,48 @@ impl Bus {
     }
 
     /// A read of the guest's; addresses that nobody owns read as all ones, as on a PC.
-    pub fn read(&self, addr: u64, data: &mut [u8]) {
-        match self.find(addr) {
-            Some(slot) => {
-                data.fill(0);
-                lock(&slot.device).read(addr - slot.base, data);
+    pub fn read(&self, mut addr: u64, mut data: &mut [u8]) {
+        loop {
+            let (slot, bytes) = self.piece(addr, data.len());
+            let (piece, rest) = data.split_at_mut(bytes);
+            match slot {
+                Some(slot) => {
+                    piece.fill(0);
+                    lock(&slot.device).read(addr - slot.base, piece);
+                }
+                None => piece.fill(0xff),
             }
-            None => data.fill(0xff),
+            if rest.is_empty() {
+                return;
+            }
+            (addr, data) = (addr.wrapping_add(bytes as u64), rest);
         }
     }
 
-    /// A write of the guest's; addresses that nobody owns ignore it.
-    pub fn write(&self, addr: u64, data: &[u8]) -> Outcome {
-        match self.find(addr) {
-            Some(slot) => lock(&slot.device).write(addr - slot.base, data),
-            None => Outcome::Continue,
+    /// A write of the guest's; addresses that nobody owns ignore it. A piece that ends the machine is
+    /// the last.
+    pub fn write(&self, mut addr: u64, mut data: &[u8]) -> Outcome {
+        loop {
+            let (slot, bytes) = self.piece(addr, data.len());
+            let (piece, rest) = data.split_at(bytes);
+            let outcome =
+                slot.map_or(Outcome::Continue, |slot| lock(&slot.device).write(addr - slot.base, piece));
+            if rest.is_empty() || outcome != Outcome::Continue {
+                return outcome;
+            }
+            (addr, data) = (addr.wrapping_add(bytes as u64), rest);
         }
     }
 
-    fn find(&self, addr: u64) -> Option<&Slot> {
+    /// Who owns `addr`, and how many of `len` bytes from there on have the same owner.
+    fn piece(&self, addr: u64, len: usize) -> (Option<&Slot>, usize) {
+        let limit = |end: u64| len.min(usize::try_from(end - addr).unwrap_or(len));
         let after = self.slots.partition_point(|slot| slot.base <= addr);
-        let slot = self.slots.get(after.checked_sub(1)?)?;
-        (addr - slot.base < slot.len).then_some(slot)
+        let before = after.checked_sub(1).and_then(|at| self.slots.get(at));
+        if let Some(slot) = before.filter(|slot| addr - slot.base < slot.len) {
+            return (Some(slot), limit(slot.base + slot.len));
+        }
+        (None, self.slots.get(after).map_or(len, |next| limit(next.base)))
     }
 }
 
@@ -153,6 +178,62 @@ mod tests {
         }
         assert_eq!(bus.write(0x2f, &[3]), Outcome::Exit(3));
         assert_eq!(bus.write(0x30, &[3]), Outcome::Continue);
+    }
+
+    /// A device of single bytes: reads give their addresses, writes are kept.
+    #[derive(Default)]
+    struct Bytes(Vec<(u64, u8)>);
+    impl BusDevice for Bytes {
+        fn read(&mut self, offset: u64, data: &mut [u8]) {
+            for (at, byte) in (offset..).zip(data) {
+                *byte = 0x80 + u8::try_from(at).unwrap();
+            }
+        }
+        fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
+            self.0.extend((offset..).zip(data.iter().copied()));
+            if data.contains(&0xee) { Outcome::Reset } else { Outcome::Continue }
+        }
+    }
+
+    #[test]
+    fn an_access_across_an_edge_reaches_every_device_that_it_touches() {
+        let [low, high] = [(); 2].map(|()| Arc::new(Mutex::new(Bytes::default())));
+        let mut bus = Bus::new();
+        bus.place("low", 0x10, 4, low.clone()).unwrap();
+        bus.place("high", 0x16, 2, high.clone()).unwrap();
+        // The same, byte by byte.
+        let owner = |addr: u64| match addr {
+            0x10..0x14 => Some((0, addr - 0x10)),
+            0x16..0x18 => Some((1, addr - 0x16)),
+            _ => None,
+        };
+        for addr in 0..0x20_u64 {
+            for width in 0..=8_usize {
+                let bytes = || (addr..).take(width);
+                let mut data = vec![0x55; width];
+                bus.read(addr, &mut data);
+                let expected: Vec<u8> =
+                    bytes().map(|at| owner(at).map_or(0xff, |(_, at)| 0x80 + at as u8)).collect();
+                assert_eq!(data, expected, "{addr:#x} {width}");
+                let values: Vec<u8> = (1..=8).take(width).collect();
+                assert_eq!(bus.write(addr, &values), Outcome::Continue);
+                for (number, device) in [&low, &high].into_iter().enumerate() {
+                    let expected: Vec<(u64, u8)> = bytes()
+                        .zip(&values)
+                        .filter_map(|(at, value)| {
+                            owner(at).filter(|(who, _)| *who == number).map(|(_, at)| (at, *value))
+                        })
+                        .collect();
+                    assert_eq!(std::mem::take(&mut device.lock().unwrap().0), expected, "{addr:#x} {width}");
+                }
+            }
+        }
+        assert_eq!(bus.write(0x12, &[0, 0xee, 0, 0, 1]), Outcome::Reset);
+        assert_eq!(
+            (low.lock().unwrap().0.len(), high.lock().unwrap().0.len()),
+            (2, 0),
+            "the end is the last"
+        );
     }
 
     #[test]

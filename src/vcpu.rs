@@ -223,7 +223,7 @@ mod tests {
     fn a_string_instruction_is_as_many_accesses_as_it_makes() {
         let device = Arc::new(Mutex::new(Recorder::default()));
         let mut ports = Bus::new();
-        ports.place("recorder", 0x10, 1, device.clone()).unwrap();
+        ports.place("recorder", 0x10, 2, device.clone()).unwrap();
         let mut data = [0; 6];
         assert_eq!(port_in(&ports, 0x10, &mut data, 2), Action::Continue);
         assert_eq!(data, [1, 1, 2, 2, 3, 3]);

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use minivmm::blk::BlockDevice;
 use minivmm::blk::config::{CONFIG_WCE, DISCARD, FLUSH, MQ, WRITE_ZEROES};
+use minivmm::bus::Bus;
 use minivmm::disk::cache::{POLICIES, WriteCache};
 use minivmm::disk::geometry::{Alignment, Geometry};
 use minivmm::disk::machine::{Disk, StableBy};
@@ -59,7 +60,12 @@ pub fn over_pci(data: &[u8]) {
         let function = Arc::new(Mutex::new(function));
         let on_bus: Arc<Mutex<dyn PciFunction>> = Arc::clone(&function) as _;
         let root = Arc::new(PciRoot::new([on_bus]));
-        Box::new(Pci { function, ports: ConfigPorts::new(Arc::clone(&root)), ecam: Ecam(root), sent })
+        Box::new(Pci {
+            function,
+            ports: ConfigPorts::new(Arc::clone(&root), Bus::new()),
+            ecam: Ecam(root),
+            sent,
+        })
     });
 }
 

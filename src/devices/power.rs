@@ -1,8 +1,10 @@
-//! Power-off and reset: ACPI's sleep and reset registers, and the i8042's reset line.
+//! Power-off and reset: ACPI's sleep and reset registers, the i8042's reset line, and the reset control
+//! register of PC chipsets.
 //!
-//! Owns the registers (ACPI 6.5, 4.8.3.6 and 4.8.3.7; the PC's port 0x64). That they are there is
+//! Owns the registers (ACPI 6.5, 4.8.3.6 and 4.8.3.7; the PC's ports 0x64 and 0xCF9). That they are there is
 //! announced in the FADT and DSDT (`boot::acpi`); what both must agree on is in `layout`.
 
+use crate::bus::lanes::each_byte;
 use crate::bus::{BusDevice, Outcome};
 use crate::layout;
 use crate::layout::{ACPI_RESET_VALUE as RESET_VALUE, ACPI_S5_SLEEP_TYPE as S5_SLEEP_TYPE};
@@ -27,15 +29,13 @@ impl BusDevice for AcpiRegisters {
     fn read(&mut self, _offset: u64, _data: &mut [u8]) {}
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
-        match (offset, data) {
-            (SLEEP_CONTROL, &[value, ..])
-                if value & SLEEP_ENABLE != 0 && (value >> 2) & 7 == S5_SLEEP_TYPE =>
-            {
+        each_byte(offset, data, |register, value| match (register, value) {
+            (SLEEP_CONTROL, _) if value & SLEEP_ENABLE != 0 && (value >> 2) & 7 == S5_SLEEP_TYPE => {
                 Outcome::Shutdown
             }
-            (RESET, &[RESET_VALUE, ..]) => Outcome::Reset,
+            (RESET, RESET_VALUE) => Outcome::Reset,
             _ => Outcome::Continue,
-        }
+        })
     }
 }
 
@@ -60,21 +60,57 @@ pub struct I8042 {
 
 impl BusDevice for I8042 {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        if let (COMMAND, Some(first)) = (offset, data.first_mut()) {
-            *first = STATUS;
+        for (register, byte) in (offset..).zip(data) {
+            *byte = if register == COMMAND { STATUS } else { 0 };
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
-        let Some(&value) = data.first() else { return Outcome::Continue };
-        let expects_output = std::mem::take(&mut self.expects_output);
-        match offset {
-            COMMAND if value == COMMAND_RESET => return Outcome::Reset,
-            COMMAND => self.expects_output = value == COMMAND_WRITE_OUTPUT,
-            0 if expects_output && value & 1 == 0 => return Outcome::Reset,
-            _ => {}
+        each_byte(offset, data, |register, value| {
+            let expects_output = std::mem::take(&mut self.expects_output);
+            match register {
+                COMMAND if value == COMMAND_RESET => return Outcome::Reset,
+                COMMAND => self.expects_output = value == COMMAND_WRITE_OUTPUT,
+                0 if expects_output && value & 1 == 0 => return Outcome::Reset,
+                _ => {}
+            }
+            Outcome::Continue
+        })
+    }
+}
+
+/// Length of the reset control register's port.
+pub const RESET_CONTROL_LEN: u64 = 1;
+/// A hard reset, not one of the CPU alone; here both end the machine.
+const SYSTEM_RESET: u8 = 1 << 1;
+/// The reset itself, when this bit becomes 1.
+const RESET_CPU: u8 = 1 << 2;
+/// A reset that takes the power away for a moment.
+const FULL_RESET: u8 = 1 << 3;
+
+/// Port 0xCF9, which resets the machine (Linux: `reboot=pci`; firmware and boot loaders too).
+#[derive(Debug, Default)]
+pub struct ResetControl {
+    /// What kind of reset the guest has chosen.
+    kind: u8,
+}
+
+impl BusDevice for ResetControl {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        for (register, byte) in (offset..).zip(data) {
+            *byte = if register == 0 { self.kind } else { 0 };
         }
-        Outcome::Continue
+    }
+
+    /// The bit that resets never stays set, so that every write of 1 is its change.
+    fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
+        each_byte(offset, data, |register, value| {
+            if register != 0 {
+                return Outcome::Continue;
+            }
+            self.kind = value & (SYSTEM_RESET | FULL_RESET);
+            if value & RESET_CPU == 0 { Outcome::Continue } else { Outcome::Reset }
+        })
     }
 }
 
@@ -96,6 +132,35 @@ mod tests {
         assert_eq!(AcpiRegisters.write(RESET, &[RESET_VALUE]), Outcome::Reset);
         assert_eq!(AcpiRegisters.write(RESET, &[0]), Outcome::Continue);
         assert_eq!(AcpiRegisters.write(RESET, &[]), Outcome::Continue);
+    }
+
+    #[test]
+    fn a_wide_write_reaches_every_register_that_it_touches() {
+        assert_eq!(AcpiRegisters.write(SLEEP_CONTROL, &[0, 0, RESET_VALUE]), Outcome::Reset);
+        assert_eq!(AcpiRegisters.write(SLEEP_STATUS, &[0, RESET_VALUE]), Outcome::Reset);
+        assert_eq!(AcpiRegisters.write(SLEEP_CONTROL, &[0x34, 0, RESET_VALUE]), Outcome::Shutdown);
+        let mut i8042 = I8042::default();
+        assert_eq!(i8042.write(0, &[0, 0, 0, 0, 0xfe]), Outcome::Reset);
+        let mut all = [0xee; 5];
+        i8042.read(0, &mut all);
+        assert_eq!(all, [0, 0, 0, 0, STATUS]);
+    }
+
+    #[test]
+    fn the_reset_control_register_resets_by_its_bit_and_remembers_the_rest() {
+        let mut control = ResetControl::default();
+        for value in 0..=255_u8 {
+            let expected = if value & 4 == 0 { Outcome::Continue } else { Outcome::Reset };
+            assert_eq!(control.write(0, &[value]), expected, "{value:#x}");
+            let mut data = [0xee; 2];
+            control.read(0, &mut data);
+            assert_eq!(data, [value & 0x0a, 0]);
+        }
+        // What Linux does with reboot=pci.
+        assert_eq!(control.write(0, &[0x02]), Outcome::Continue);
+        assert_eq!(control.write(0, &[0x0e]), Outcome::Reset);
+        assert_eq!(control.write(1, &[0x0e]), Outcome::Continue);
+        assert_eq!(control.write(0, &[]), Outcome::Continue);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::bus::lanes::each_byte;
 use crate::bus::{BusDevice, Outcome};
 use crate::layout;
 
@@ -99,23 +100,26 @@ impl Rtc {
 
 impl BusDevice for Rtc {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        if let (1, Some(first)) = (offset, data.first_mut()) {
-            *first = self.register();
+        for (port, byte) in (offset..).zip(data) {
+            *byte = if port == 1 { self.register() } else { 0 };
         }
     }
 
+    /// 16 bits to the index port are an index and its value, as PC software writes them.
     fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
-        match (offset, data.first()) {
-            // Bit 7 masks NMIs.
-            (0, Some(&value)) => self.index = usize::from(value & 0x7f),
-            (1, Some(&value)) => {
-                if let Some(byte) = self.bytes.get_mut(self.index) {
-                    *byte = value;
+        each_byte(offset, data, |port, value| {
+            match port {
+                // Bit 7 masks NMIs.
+                0 => self.index = usize::from(value & 0x7f),
+                1 => {
+                    if let Some(byte) = self.bytes.get_mut(self.index) {
+                        *byte = value;
+                    }
                 }
+                _ => {}
             }
-            _ => {}
-        }
-        Outcome::Continue
+            Outcome::Continue
+        })
     }
 }
 
@@ -218,6 +222,12 @@ mod tests {
         rtc.write(0, &[0x0f]);
         rtc.write(1, &[0x0a]);
         assert_eq!(register(&mut rtc, 0x0f), 0x0a);
+        rtc.write(0, &[0x10, 0x5a]);
+        assert_eq!(register(&mut rtc, 0x10), 0x5a, "index and value at once");
+        rtc.write(0, &[0x10]);
+        let mut both = [0xee; 2];
+        rtc.read(0, &mut both);
+        assert_eq!(both, [0, 0x5a]);
         for index in 0..=255 {
             rtc.write(0, &[index]);
             rtc.write(1, &[0xff, 1, 2]);

@@ -3,6 +3,8 @@
 //! Owns which bits there are and which of them a guest may change (PCI Local Bus 3.0, chapter 6).
 //! What a change means is the function's business.
 
+use std::ops::Range;
+
 /// Bytes of configuration space that a function without PCI Express has.
 pub const CONFIG_BYTES: usize = 256;
 
@@ -22,6 +24,11 @@ const INTERRUPT_LINE: usize = 0x3c;
 const HEADER_END: usize = 0x40;
 /// A base address register for memory, 64 bits wide, not prefetchable.
 const BAR_MEMORY_64: u8 = 0b100;
+
+/// Whether an access of `len` bytes at `at` touches a byte of `register`.
+pub fn touches(register: &Range<usize>, at: usize, len: usize) -> bool {
+    at < register.end && register.start < at.saturating_add(len)
+}
 
 /// What a function is.
 #[derive(Debug, Clone, Copy)]

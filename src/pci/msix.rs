@@ -5,6 +5,7 @@
 
 use std::io;
 
+use crate::bus::lanes::{lanes, words};
 use crate::ratelimit::RateLimit;
 use crate::warn_limited;
 
@@ -102,29 +103,25 @@ impl Msix {
         }
     }
 
-    /// Reads the table: aligned accesses of 4 or 8 bytes, any other reads 0.
+    /// Reads the table, in any width.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        if !is_register(offset, data.len()) {
-            return;
-        }
-        for (part, to) in (0_u64..).zip(data.chunks_mut(4)) {
-            to.copy_from_slice(&self.read_register(offset + 4 * part).to_le_bytes());
+        for lane in lanes(offset, data.len(), words) {
+            lane.fill(self.read_register(lane.register), data);
         }
     }
 
-    /// Writes the table: aligned accesses of 4 or 8 bytes, any other is ignored.
+    /// Writes the table, in any width.
     pub fn write_table(&mut self, offset: u64, data: &[u8]) {
-        if !is_register(offset, data.len()) {
-            return;
+        for lane in lanes(offset, data.len(), words) {
+            let value = lane.merge(self.read_register(lane.register), data);
+            self.write_register(lane.register, value);
         }
-        for (part, from) in (0_u64..).zip(data.chunks(4)) {
-            if let Ok(bytes) = <[u8; 4]>::try_from(from) {
-                self.write_register(offset + 4 * part, u32::from_le_bytes(bytes));
+        let last = offset.saturating_add(data.len() as u64).saturating_sub(1);
+        for vector in offset / ENTRY_BYTES..=last / ENTRY_BYTES {
+            if let Ok(vector) = u16::try_from(vector) {
+                self.settle(vector);
             }
-        }
-        if let Ok(vector) = u16::try_from(offset / ENTRY_BYTES) {
-            self.settle(vector);
         }
     }
 
@@ -178,10 +175,6 @@ impl Msix {
             _ => entry.masked = value & VECTOR_MASK != 0,
         }
     }
-}
-
-fn is_register(offset: u64, len: usize) -> bool {
-    matches!((len, offset % 8), (4, 0 | 4) | (8, 0))
 }
 
 fn entry_of(offset: u64) -> Option<usize> {
@@ -373,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_is_read_back_and_odd_accesses_do_nothing() {
+    fn the_table_is_read_back_and_there_is_nothing_beyond_it() {
         let (mut msix, _) = msix();
         program(&mut msix, 2, ONE, 1);
         let mut data = [0xff; 8];
@@ -381,7 +374,7 @@ mod tests {
         assert_eq!(u64::from_le_bytes(data), ONE.address);
         msix.read_table(40, &mut data);
         assert_eq!(u64::from_le_bytes(data), 0x1_0000_0041);
-        for (offset, len) in [(33, 4), (34, 2), (36, 8), (32, 1), (48, 4), (u64::MAX - 3, 4)] {
+        for (offset, len) in [(48, 4), (49, 8), (u64::MAX - 3, 4), (u64::MAX, 8)] {
             let mut data = vec![0xff; len];
             msix.write_table(offset, &data);
             msix.read_table(offset, &mut data);
@@ -390,6 +383,27 @@ mod tests {
         msix.read_table(32, &mut data);
         assert_eq!(u64::from_le_bytes(data), ONE.address);
         msix.read_pending(u64::MAX - 7, &mut data);
+    }
+
+    #[test]
+    fn a_write_of_any_width_has_its_effect_on_every_entry_that_it_touches() {
+        // The mask bit of vector 0 is in byte 12; each of these clears it.
+        for (offset, len) in [(12, 1), (12, 2), (11, 2), (12, 4), (12, 8), (8, 8), (9, 4), (5, 8)] {
+            let (mut msix, heard) = msix();
+            msix.set_control(ENABLE);
+            program(&mut msix, 0, Message { address: 0, data: 0 }, 1);
+            msix.signal(0);
+            msix.write_table(offset, &vec![0; len]);
+            assert_eq!(take(&heard).len(), 1, "{len} bytes at {offset}");
+        }
+        // And one that reaches into the next entry settles both.
+        let (mut msix, heard) = msix();
+        msix.set_control(ENABLE);
+        program(&mut msix, 1, Message { address: 0, data: 7 }, 0);
+        msix.signal(0);
+        msix.write_table(12, &[0, 0, 0, 0, 0x08, 0x10, 0, 0]);
+        msix.signal(1);
+        assert_eq!(take(&heard), [(0, Message::default()), (1, Message { address: 0x1008, data: 7 })]);
     }
 
     #[test]

@@ -3,15 +3,18 @@
 //! Owns which device number has which function. One bus, function 0 of each device; what is not
 //! there reads as all ones (PCI Local Bus 3.0, 3.2.2.3; PCI Express 7.2.2).
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::config::{CONFIG_BYTES, ConfigSpace, Identity};
-use crate::bus::{BusDevice, Outcome};
+use crate::bus::{Bus, BusDevice, Outcome};
 
 /// Device numbers of a bus, of which 0 is the host bridge.
 pub const DEVICES_MAX: usize = 32;
 /// Ports of the first way: an address at 0xCF8, data at 0xCFC.
 pub const PORTS_LEN: u64 = 8;
+/// Offset of the data register.
+const DATA: u64 = 4;
 /// ECAM of one bus: 4 KiB for each of eight functions of each device.
 pub const ECAM_BYTES: u64 = 1 << 20;
 
@@ -60,68 +63,108 @@ impl PciRoot {
         Self { functions: std::iter::once(bridge).chain(functions).collect() }
     }
 
-    /// `offset` is that of ECAM: device in bits 15 to 19, function in 12 to 14, register below.
+    /// `offset` is that of ECAM: device in bits 15 to 19, function in 12 to 14, register below. An
+    /// access of several words, or across them, is one of each.
     fn read(&self, offset: u64, data: &mut [u8]) {
-        match self.find(offset, data.len()) {
-            Some((function, register)) if register < CONFIG_BYTES => {
-                function.lock().unwrap_or_else(PoisonError::into_inner).read_config(register, data);
+        for (at, range) in words(offset, data.len()) {
+            let Some(data) = data.get_mut(range) else { return };
+            match self.find(at) {
+                Some((function, register)) if register < CONFIG_BYTES => {
+                    lock(function).read_config(register, data);
+                }
+                Some(_) => data.fill(0),
+                None => data.fill(0xff),
             }
-            Some(_) => data.fill(0),
-            None => data.fill(0xff),
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some((function, register)) = self.find(offset, data.len()) {
-            function.lock().unwrap_or_else(PoisonError::into_inner).write_config(register, data);
+        for (at, range) in words(offset, data.len()) {
+            if let (Some((function, register)), Some(data)) = (self.find(at), data.get(range)) {
+                lock(function).write_config(register, data);
+            }
         }
     }
 
-    fn find(&self, offset: u64, len: usize) -> Option<(&Mutex<dyn PciFunction>, usize)> {
+    fn find(&self, offset: u64) -> Option<(&Mutex<dyn PciFunction>, usize)> {
         let (device, function, register) = (offset >> 15, offset >> 12 & 7, offset & 0xfff);
-        let is_access = matches!((len, register % 4), (1, _) | (2, 0 | 2) | (4, 0));
         let found = self.functions.get(usize::try_from(device).ok()?)?;
-        (function == 0 && is_access).then_some((&**found, usize::try_from(register).ok()?))
+        (function == 0).then_some((&**found, usize::try_from(register).ok()?))
     }
+}
+
+fn lock(function: &Mutex<dyn PciFunction>) -> MutexGuard<'_, dyn PciFunction + 'static> {
+    function.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An access of `len` bytes, cut at multiples of four: where each piece is, and which bytes it has.
+fn words(offset: u64, len: usize) -> impl Iterator<Item = (u64, Range<usize>)> {
+    let mut from = 0;
+    std::iter::from_fn(move || {
+        let at = offset.wrapping_add(from as u64);
+        let range = from..len.min(from + 4 - usize::try_from(at % 4).unwrap_or(0));
+        from = range.end;
+        (!range.is_empty()).then_some((at, range))
+    })
 }
 
 /// The way by ports, which every kernel knows.
 pub struct ConfigPorts {
     root: Arc<PciRoot>,
     address: u32,
+    /// What accesses other than of 32 bits reach at the address register's ports.
+    others: Bus,
 }
 
 impl ConfigPorts {
-    /// Ports to `root`.
-    pub fn new(root: Arc<PciRoot>) -> Self {
-        Self { root, address: 0 }
+    /// Ports to `root`. The address register takes 32 bits at once: `others` has what else is at its
+    /// four ports, counted from the first, for accesses of any other width.
+    pub fn new(root: Arc<PciRoot>, others: Bus) -> Self {
+        Self { root, address: 0, others }
     }
 
-    /// Where in ECAM the data register is now, if it is configuration of bus 0.
-    fn target(&self, offset: u64) -> Option<u64> {
+    /// Where in ECAM byte `lane` of the data register is now, if it is configuration of bus 0.
+    fn target(&self, lane: u64) -> Option<u64> {
         let (bus, device, register) =
             (self.address >> 16 & 0xff, self.address >> 8 & 0xff, self.address & 0xfc);
-        let byte = offset.checked_sub(4)?;
-        (self.address & ENABLE != 0 && bus == 0).then_some(u64::from(device << 12 | register) + byte)
+        (self.address & ENABLE != 0 && bus == 0).then_some(u64::from(device << 12 | register) + lane)
     }
 }
 
 impl BusDevice for ConfigPorts {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        data.fill(0xff);
-        match (self.target(offset), <&mut [u8; 4]>::try_from(&mut *data)) {
-            (_, Ok(data)) if offset == 0 => *data = self.address.to_le_bytes(),
-            (Some(target), _) => self.root.read(target, data),
-            _ => {}
+        for (at, range) in words(offset, data.len()) {
+            let Some(data) = data.get_mut(range) else { return };
+            data.fill(0xff);
+            match (at, <&mut [u8; 4]>::try_from(&mut *data)) {
+                (0, Ok(data)) => *data = self.address.to_le_bytes(),
+                (0..DATA, _) => self.others.read(at, data),
+                (DATA..PORTS_LEN, _) => {
+                    if let Some(target) = self.target(at - DATA) {
+                        self.root.read(target, data);
+                    }
+                }
+                _ => {}
+            }
         }
     }
 
-    /// The address register takes 32 bits at once; other accesses there are other devices' on a PC.
     fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
-        if let (0, Ok(bytes)) = (offset, <[u8; 4]>::try_from(data)) {
-            self.address = u32::from_le_bytes(bytes);
-        } else if let Some(target) = self.target(offset) {
-            self.root.write(target, data);
+        for (at, range) in words(offset, data.len()) {
+            let Some(data) = data.get(range) else { break };
+            match (at, <[u8; 4]>::try_from(data)) {
+                (0, Ok(bytes)) => self.address = u32::from_le_bytes(bytes),
+                (0..DATA, _) => match self.others.write(at, data) {
+                    Outcome::Continue => {}
+                    outcome => return outcome,
+                },
+                (DATA..PORTS_LEN, _) => {
+                    if let Some(target) = self.target(at - DATA) {
+                        self.root.write(target, data);
+                    }
+                }
+                _ => {}
+            }
         }
         Outcome::Continue
     }

@@ -168,27 +168,36 @@ impl MmioTransport {
 }
 
 impl BusDevice for MmioTransport {
-    /// Control registers are read as aligned 32 bits, any other access reads 0; configuration
-    /// space is read in any way (virtio 4.2.2.2).
+    /// Control registers are read as aligned 32 bits, any other access to them reads 0; configuration
+    /// space, which begins behind them, is read in any way (virtio 4.2.2.2).
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        if let Some(offset) = offset.checked_sub(CONFIG) {
-            self.core.read_config(offset, data);
-        } else if data.len() == 4 && offset.is_multiple_of(4) {
-            data.copy_from_slice(&self.read_register(offset).to_le_bytes());
+        let (control, config) = data.split_at_mut(control_bytes(offset, data.len()));
+        if control.len() == 4 && offset.is_multiple_of(4) {
+            control.copy_from_slice(&self.read_register(offset).to_le_bytes());
+        }
+        if !config.is_empty() {
+            self.core.read_config(offset.saturating_sub(CONFIG), config);
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
-        if let Some(offset) = offset.checked_sub(CONFIG) {
-            self.core.write_config(offset, data);
-        } else if let Ok(bytes) = <[u8; 4]>::try_from(data)
+        let (control, config) = data.split_at(control_bytes(offset, data.len()));
+        if let Ok(bytes) = <[u8; 4]>::try_from(control)
             && offset.is_multiple_of(4)
         {
             self.write_register(offset, u32::from_le_bytes(bytes));
         }
+        if !config.is_empty() {
+            self.core.write_config(offset.saturating_sub(CONFIG), config);
+        }
         Outcome::Continue
     }
+}
+
+/// How many bytes of an access come before configuration space.
+fn control_bytes(offset: u64, len: usize) -> usize {
+    usize::try_from(CONFIG.saturating_sub(offset)).map_or(len, |before| before.min(len))
 }
 
 impl Transport for MmioTransport {

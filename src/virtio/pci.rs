@@ -1,41 +1,33 @@
 //! virtio over PCI (virtio 4.1), modern only: all registers in one memory region, MSI-X, no INTx.
 //!
-//! Owns the map from offsets and widths to registers, the capabilities that tell of them, and the
-//! vectors that events are mapped to. The machine behind the registers is [`super::core`], masks and
+//! Owns what the registers of the region mean, the capabilities that tell of them, and the vectors that
+//! events are mapped to. [`region`] maps offsets to registers; an access of any width and start has its
+//! effect on each that it touches. The machine behind the registers is [`super::core`], masks and
 //! pending bits are [`crate::pci::msix`]'s. Knows nothing of KVM: doorbells are eventfds, messages go
 //! to a [`MessageSink`].
 
+mod region;
+
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::core::{Core, DeviceStatus, Half, QueuePart, Reg};
+use super::core::{Core, DeviceStatus, Reg};
 use super::{Interrupt, Transport, VirtioDevice};
+use crate::bus::lanes::lanes;
 use crate::bus::{BusDevice, Outcome};
 use crate::mem::Ram;
-use crate::pci::config::{ConfigSpace, Identity};
+use crate::pci::config::{ConfigSpace, Identity, touches};
 use crate::pci::msix::{self, MessageSink, Msix};
 use crate::pci::root::PciFunction;
-
-/// Bytes of memory that a function takes, which is where its registers lie.
-pub const BAR_BYTES: u64 = 0x8000;
-/// Offset of the notification registers, for the ioeventfds.
-pub const NOTIFY: u64 = 0x3000;
-/// Distance of two queues' notification registers (notify_off_multiplier, virtio 4.1.4.4).
-pub const NOTIFY_STRIDE: u64 = 4;
-
-/// The other parts of the region.
-const COMMON: u64 = 0x0000;
-const COMMON_BYTES: u64 = 0x38;
-const ISR: u64 = 0x1000;
-const DEVICE: u64 = 0x2000;
-const DEVICE_BYTES: u64 = 0x100;
-const TABLE: u64 = 0x4000;
-const PENDING: u64 = 0x6000;
-/// Most vectors that the table has room for.
-const VECTORS_MAX: u64 = (PENDING - TABLE) / msix::ENTRY_BYTES;
+pub use region::{BAR_BYTES, NOTIFY, NOTIFY_STRIDE};
+use region::{
+    COMMON, COMMON_BYTES, DEVICE, DEVICE_BYTES, Field, ISR, PENDING, Part, TABLE, VECTORS_MAX, field,
+    first_part, locate,
+};
 
 /// virtio's own vendor ID, and the first device ID without legacy registers (virtio 4.1.2).
 const VENDOR: u16 = 0x1af4;
@@ -63,67 +55,6 @@ const CAP_BAR: usize = 4;
 const CAP_OFFSET: usize = 8;
 const CAP_LENGTH: usize = 12;
 const CAP_DATA: usize = 16;
-
-/// A register of the common configuration (virtio 4.1.4.3).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Field {
-    Core(Reg),
-    ConfigVector,
-    QueueCount,
-    QueueVector,
-    NotifyOffset,
-}
-
-/// What an offset is, and its width in bytes.
-fn field(offset: u64) -> Option<(Field, usize)> {
-    use Half::{High, Low};
-    use QueuePart::{Available, Descriptors, Used};
-    let (reg, width) = match offset {
-        0x00 => (Reg::DeviceFeaturesSel, 4),
-        0x04 => (Reg::DeviceFeatures, 4),
-        0x08 => (Reg::DriverFeaturesSel, 4),
-        0x0c => (Reg::DriverFeatures, 4),
-        0x10 => return Some((Field::ConfigVector, 2)),
-        0x12 => return Some((Field::QueueCount, 2)),
-        0x14 => (Reg::Status, 1),
-        0x15 => (Reg::ConfigGeneration, 1),
-        0x16 => (Reg::QueueSel, 2),
-        0x18 => (Reg::QueueSize, 2),
-        0x1a => return Some((Field::QueueVector, 2)),
-        0x1c => (Reg::QueueReady, 2),
-        0x1e => return Some((Field::NotifyOffset, 2)),
-        0x20 => (Reg::QueueAddr(Descriptors, Low), 4),
-        0x24 => (Reg::QueueAddr(Descriptors, High), 4),
-        0x28 => (Reg::QueueAddr(Available, Low), 4),
-        0x2c => (Reg::QueueAddr(Available, High), 4),
-        0x30 => (Reg::QueueAddr(Used, Low), 4),
-        0x34 => (Reg::QueueAddr(Used, High), 4),
-        _ => return None,
-    };
-    Some((Field::Core(reg), width))
-}
-
-/// Part of the memory region, and the offset in it.
-enum Part {
-    Common(u64),
-    Isr,
-    Device(u64),
-    Notify(u64),
-    Table(u64),
-    Pending(u64),
-}
-
-fn part(offset: u64) -> Option<Part> {
-    Some(match offset {
-        COMMON..ISR => Part::Common(offset - COMMON),
-        ISR => Part::Isr,
-        DEVICE..NOTIFY => Part::Device(offset - DEVICE),
-        NOTIFY..TABLE => Part::Notify(offset - NOTIFY),
-        TABLE..PENDING => Part::Table(offset - TABLE),
-        PENDING..BAR_BYTES => Part::Pending(offset - PENDING),
-        _ => return None,
-    })
-}
 
 /// Which events are mapped to which vectors, and the ISR status.
 struct Vectors {
@@ -225,70 +156,64 @@ impl PciTransport {
         Ok(Self { core, vectors, space, msix_at, window_at })
     }
 
-    fn read_region(&mut self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        match part(offset) {
-            Some(Part::Common(at)) => self.read_common(at, data),
-            Some(Part::Isr) => {
-                if let Some(byte) = data.first_mut() {
-                    *byte = self.vectors.isr.swap(0, Ordering::SeqCst);
+    fn read_region(&mut self, mut offset: u64, mut data: &mut [u8]) {
+        while !data.is_empty() {
+            let (part, bytes) = first_part(offset, data.len());
+            let (piece, rest) = data.split_at_mut(bytes);
+            piece.fill(0);
+            match part {
+                Part::Common(at) => self.read_common(at, piece),
+                Part::Isr(0) => {
+                    if let Some(byte) = piece.first_mut() {
+                        *byte = self.vectors.isr.swap(0, Ordering::SeqCst);
+                    }
                 }
+                Part::Device(at) => self.core.read_config(at, piece),
+                Part::Table(at) => self.vectors.msix().read_table(at, piece),
+                Part::Pending(at) => self.vectors.msix().read_pending(at, piece),
+                Part::Notify(_) | Part::Isr(_) | Part::Nothing => {}
             }
-            Some(Part::Device(at)) => self.core.read_config(at, data),
-            Some(Part::Table(at)) => self.vectors.msix().read_table(at, data),
-            Some(Part::Pending(at)) => self.vectors.msix().read_pending(at, data),
-            Some(Part::Notify(_)) | None => {}
+            (offset, data) = (offset.wrapping_add(bytes as u64), rest);
         }
     }
 
-    fn write_region(&mut self, offset: u64, data: &[u8]) {
-        match part(offset) {
-            Some(Part::Common(at)) => self.write_common(at, data),
-            Some(Part::Device(at)) => self.core.write_config(at, data),
-            Some(Part::Table(at)) => self.vectors.msix().write_table(at, data),
-            // Which queue is told by the address.
-            Some(Part::Notify(at)) if at.is_multiple_of(NOTIFY_STRIDE) => {
-                let queue = u32::try_from(at / NOTIFY_STRIDE).unwrap_or(u32::MAX);
-                self.core.write(Reg::QueueNotify, queue);
+    fn write_region(&mut self, mut offset: u64, mut data: &[u8]) {
+        while !data.is_empty() {
+            let (part, bytes) = first_part(offset, data.len());
+            let (piece, rest) = data.split_at(bytes);
+            match part {
+                Part::Common(at) => self.write_common(at, piece),
+                Part::Device(at) => self.core.write_config(at, piece),
+                Part::Table(at) => self.vectors.msix().write_table(at, piece),
+                Part::Notify(at) => self.notify(at, bytes),
+                Part::Isr(_) | Part::Pending(_) | Part::Nothing => {}
             }
-            Some(Part::Notify(_) | Part::Isr | Part::Pending(_)) | None => {}
+            (offset, data) = (offset.wrapping_add(bytes as u64), rest);
         }
     }
 
-    /// Registers are read in their own width; those of 64 bits in halves or at once.
+    /// Which queues are notified is told by the address, not by the value.
+    fn notify(&mut self, at: u64, bytes: usize) {
+        for lane in lanes(at, bytes, |at| (at - at % NOTIFY_STRIDE, 4)) {
+            let queue = u32::try_from(lane.register / NOTIFY_STRIDE).unwrap_or(u32::MAX);
+            self.core.write(Reg::QueueNotify, queue);
+        }
+    }
+
     fn read_common(&mut self, offset: u64, data: &mut [u8]) {
-        if let [low @ .., _, _, _, _] = data
-            && low.len() == 4
-            && offset >= 0x20
-        {
-            let (low, high) = data.split_at_mut(4);
-            self.read_common(offset, low);
-            self.read_common(offset + 4, high);
-            return;
-        }
-        if let Some((field, width)) = field(offset)
-            && width == data.len()
-        {
-            let value = self.read_field(field).to_le_bytes();
-            data.copy_from_slice(&value[..width]);
+        for lane in lanes(offset, data.len(), locate) {
+            if let Some(field) = field(lane.register) {
+                lane.fill(self.read_field(field), data);
+            }
         }
     }
 
     fn write_common(&mut self, offset: u64, data: &[u8]) {
-        if let Some((low, high)) = data.split_at_checked(4)
-            && high.len() == 4
-            && offset >= 0x20
-        {
-            self.write_common(offset, low);
-            self.write_common(offset + 4, high);
-            return;
-        }
-        if let Some((field, width)) = field(offset)
-            && width == data.len()
-        {
-            let mut value = [0; 4];
-            value[..width].copy_from_slice(data);
-            self.write_field(field, u32::from_le_bytes(value));
+        for lane in lanes(offset, data.len(), locate) {
+            if let Some(field) = field(lane.register) {
+                let old = if lane.is_whole() { 0 } else { self.read_field(field) };
+                self.write_field(field, lane.merge(old, data));
+            }
         }
     }
 
@@ -339,26 +264,26 @@ impl PciTransport {
         (fits && u64::from(offset) < BAR_BYTES).then_some((u64::from(offset), usize::try_from(length).ok()?))
     }
 
-    fn is_window_data(&self, offset: usize) -> bool {
-        (self.window_at + CAP_DATA..self.window_at + CAP_DATA + 4).contains(&offset)
+    fn window_data(&self) -> Range<usize> {
+        self.window_at + CAP_DATA..self.window_at + CAP_DATA + 4
     }
 }
 
 impl PciFunction for PciTransport {
     fn read_config(&mut self, offset: usize, data: &mut [u8]) {
-        if self.is_window_data(offset)
+        if touches(&self.window_data(), offset, data.len())
             && let Some((at, length)) = self.window()
         {
             let mut bytes = [0; 4];
             self.read_region(at, &mut bytes[..length]);
-            self.space.put(self.window_at + CAP_DATA, &bytes);
+            self.space.put(self.window_at + CAP_DATA, &bytes[..length]);
         }
         self.space.get(offset, data);
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         self.space.write(offset, data);
-        if self.is_window_data(offset)
+        if touches(&self.window_data(), offset, data.len())
             && let Some((at, length)) = self.window()
         {
             let mut bytes = [0; 4];
@@ -366,7 +291,7 @@ impl PciFunction for PciTransport {
             self.write_region(at, &bytes[..length]);
         }
         let control_at = self.msix_at + 2;
-        if (control_at..control_at + 2).contains(&offset) {
+        if touches(&(control_at..control_at + 2), offset, data.len()) {
             let mut control = [0; 2];
             self.space.get(control_at, &mut control);
             self.vectors.msix().set_control(u16::from_le_bytes(control));

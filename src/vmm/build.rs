@@ -21,7 +21,7 @@ use crate::bus::Bus;
 use crate::console::ConsoleDevice;
 use crate::devices::console::{ConsoleOutput, Panicked, Stopping};
 use crate::devices::exit::{ExitPort, Pvpanic};
-use crate::devices::power::{ACPI_LEN, AcpiRegisters, I8042, I8042_LEN};
+use crate::devices::power::{ACPI_LEN, AcpiRegisters, I8042, I8042_LEN, RESET_CONTROL_LEN, ResetControl};
 use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, SerialPort};
 use crate::disk::{DiskOptions, Image, TransportChoice};
@@ -32,7 +32,7 @@ use crate::layout;
 use crate::mem::{self, Ram};
 use crate::observe::control;
 use crate::observe::guest::GuestEnd;
-use crate::pci::root::{ConfigPorts, PORTS_LEN};
+use crate::pci::root::{ConfigPorts, PORTS_LEN, PciRoot};
 use crate::vcpu::{Exits, Vcpu};
 use crate::virtio::{Transport, VirtioDevice};
 
@@ -90,10 +90,7 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
     let ConsoleEnds { device, job, observed } = console_device(config)?;
     devices.extend(device.map(|device| (Box::new(device) as Box<dyn VirtioDevice>, config.transport)));
     let Wired { mmio, transports, announced, root } = wiring::connect(&vm, &ram, devices)?;
-    if let Some(root) = &root {
-        let configuration = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(root))));
-        ports.place("PCI configuration", layout::PORT_PCI, PORTS_LEN, configuration)?;
-    }
+    place_reset_control(&mut ports, root.as_ref())?;
     laps.end("queues and devices");
     let guest = Guest {
         kernel: &config.kernel,
@@ -235,6 +232,18 @@ fn ports(serial: &SerialEnd) -> Result<Bus, VmmError> {
     let acpi = Arc::new(Mutex::new(AcpiRegisters));
     ports.place("ACPI registers", layout::PORT_ACPI_SLEEP_CONTROL, ACPI_LEN, acpi)?;
     Ok(ports)
+}
+
+/// The reset control register, and the ports to PCI's configuration space around it.
+fn place_reset_control(ports: &mut Bus, root: Option<&Arc<PciRoot>>) -> Result<(), VmmError> {
+    let reset = Arc::new(Mutex::new(ResetControl::default()));
+    let Some(root) = root else {
+        return Ok(ports.place("reset control", layout::PORT_RESET_CONTROL, RESET_CONTROL_LEN, reset)?);
+    };
+    let mut others = Bus::new();
+    others.place("reset control", layout::PORT_RESET_CONTROL - layout::PORT_PCI, RESET_CONTROL_LEN, reset)?;
+    let configuration = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(root), others)));
+    Ok(ports.place("PCI configuration", layout::PORT_PCI, PORTS_LEN, configuration)?)
 }
 
 /// A virtio device, and how the guest is to reach it.
