@@ -212,8 +212,9 @@ mod tests {
                 let bytes = || (addr..).take(width);
                 let mut data = vec![0x55; width];
                 bus.read(addr, &mut data);
-                let expected: Vec<u8> =
-                    bytes().map(|at| owner(at).map_or(0xff, |(_, at)| 0x80 + at as u8)).collect();
+                let expected: Vec<u8> = bytes()
+                    .map(|at| owner(at).map_or(0xff, |(_, at)| 0x80 + u8::try_from(at).unwrap()))
+                    .collect();
                 assert_eq!(data, expected, "{addr:#x} {width}");
                 let values: Vec<u8> = (1..=8).take(width).collect();
                 assert_eq!(bus.write(addr, &values), Outcome::Continue);

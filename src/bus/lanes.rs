@@ -91,6 +91,10 @@ mod tests {
         }
     }
 
+    fn index(offset: u64) -> usize {
+        usize::try_from(offset).unwrap()
+    }
+
     #[test]
     fn every_access_is_the_same_as_its_bytes() {
         for locate in [words as fn(u64) -> (u64, usize), mixed] {
@@ -99,18 +103,18 @@ mod tests {
                     let mut memory: Vec<u8> = (0..32).collect();
                     let mut expected = memory.clone();
                     let written: Vec<u8> = (0xa0..).take(len).collect();
-                    for (to, from) in expected[offset as usize..].iter_mut().zip(&written) {
+                    for (to, from) in expected[index(offset)..].iter_mut().zip(&written) {
                         *to = *from;
                     }
                     let value = |memory: &[u8], register: u64| {
                         let mut bytes = [0; 4];
-                        let (at, width) = (register as usize, locate(register).1);
+                        let (at, width) = (index(register), locate(register).1);
                         bytes[..width].copy_from_slice(&memory[at..at + width]);
                         u32::from_le_bytes(bytes)
                     };
                     let mut touched = Vec::new();
                     for lane in lanes(offset, len, locate) {
-                        let (at, width) = (lane.register as usize, locate(lane.register).1);
+                        let (at, width) = (index(lane.register), locate(lane.register).1);
                         let new = lane.merge(value(&memory, lane.register), &written);
                         memory[at..at + width].copy_from_slice(&new.to_le_bytes()[..width]);
                         touched.push(lane.register);
