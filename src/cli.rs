@@ -9,6 +9,7 @@ pub mod command;
 mod crash;
 mod find_guest;
 mod help;
+mod inventory;
 pub mod process;
 mod size;
 mod study;
@@ -30,6 +31,7 @@ use command::{CommandArgs, ConsoleTaken};
 pub use bench::BenchArgs;
 pub use crash::CrashArgs;
 pub use find_guest::GuestNotFound;
+pub use inventory::STATUS_FILE;
 pub use study::StudyArgs;
 
 /// A minimal KVM hypervisor whose virtio-blk can be trusted.
@@ -373,6 +375,7 @@ impl Args {
             );
         }
         let pci = self.uses_pci();
+        let files = self.files();
         let initrd_given = self.initrd.is_some();
         let (kernel, initrd) = match (self.kernel, self.initrd) {
             (Some(kernel), Some(initrd)) => (kernel, initrd),
@@ -400,6 +403,7 @@ impl Args {
             cpus: self.cpus,
             disks: disks(&self.disks, self.cpus),
             transport: self.transport,
+            files,
             console,
             timeout: self.timeout,
             stop_timeout: self.stop_timeout,

@@ -22,7 +22,7 @@ use crate::disk::{DiskOptions, Image, ImageError};
 
 pub use dry_run::{Answer, Driver};
 pub use layers::{Layer, below, below_device};
-pub use place::{Device, Place};
+pub use place::Place;
 pub use print::to_text;
 
 /// All that is known beforehand about one disk. `docs/explain.md` tells the keys.

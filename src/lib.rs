@@ -26,6 +26,7 @@
 //! | [`pci`] | configuration space, host bridge, MSI-X | virtio, KVM |
 //! | [`disk`] | one host image: flags, locking, policy, engines, sticky error | virtio, KVM |
 //! | [`sandbox`] | what every thread gives up before the guest runs | everything |
+//! | [`files`] | which files are the same, who uses one, and every opening for output | guests, disks |
 //! | [`layout`], [`mem`] | the address map; guest memory and pieces of it | everything |
 //! | [`ratelimit`], [`slab`], [`text`], [`program`], [`child`], [`mutants`] | quiet logs; private numbers; wrapped lines; where the binaries lie; processes watched; deliberate mistakes | everything |
 //!
@@ -43,6 +44,7 @@ pub mod crash;
 pub mod devices;
 pub mod disk;
 pub mod explain;
+pub mod files;
 pub mod job;
 pub mod kvm;
 pub mod lab;

@@ -5,12 +5,14 @@
 //! over: a VMM that has none of it in its memory is smaller by a fifth.
 
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
 use minivmm::cli::process::{print, start_logging, told};
-use minivmm::cli::{Args, ExitStatus, Task, command};
+use minivmm::cli::{Args, ExitStatus, STATUS_FILE, Task, command};
 use minivmm::disk::DiskOptions;
+use minivmm::files::{Inventory, Output};
 use minivmm::job::status::StatusFile;
 use minivmm::vmm::{self, Ending};
 use minivmm::{check, explain, program};
@@ -35,15 +37,25 @@ fn run(args: Args) -> ExitStatus {
 fn run_guest(args: Args) -> ExitStatus {
     let (command, quiet) = args.command_args();
     let telling = command::Run::begin(command.name(), quiet);
-    let file = match command.status_file().map(StatusFile::create).transpose() {
+    let files = args.files();
+    let file = match command.status_file().map(|path| open_status_file(path, &files)).transpose() {
         Ok(file) => file,
-        Err(error) => return telling.tell(&Err(format!("cannot make the status file: {error}")), None),
+        Err(error) => return telling.tell(&Err(format!("{error:#}")), None),
     };
-    let outcome = run_vm(args).map_err(|error| format!("{error:#}"));
+    let outcome = run_vm(args, &files).map_err(|error| format!("{error:#}"));
     telling.tell(&outcome, file)
 }
 
-fn run_vm(args: Args) -> Result<Ending> {
+fn open_status_file(path: &Path, files: &Inventory) -> Result<StatusFile> {
+    let opened = files.open(&Output::text(STATUS_FILE, path))?;
+    Ok(StatusFile::new(opened.file))
+}
+
+fn run_vm(args: Args, files: &Inventory) -> Result<Ending> {
+    // Before a file is emptied, made or packed.
+    if let Some(refused) = files.check().into_iter().next() {
+        return Err(refused.into());
+    }
     Ok(vmm::run(&args.into_config()?)?)
 }
 

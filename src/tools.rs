@@ -3,7 +3,6 @@
 //!
 //! Owns as little as `main.rs`: which tool it is, its signals, its exit status.
 
-use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,6 +14,7 @@ use minivmm::cli::process::{print, start_logging, told};
 use minivmm::cli::{Args, BenchArgs, CrashArgs, ExitStatus, StudyArgs, Task};
 use minivmm::crash::log::WriteLog;
 use minivmm::crash::{campaign, list};
+use minivmm::files::output;
 use minivmm::observe::top;
 use minivmm::study;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -78,19 +78,21 @@ fn run_study(args: StudyArgs) -> Result<ExitStatus> {
 fn measure(args: BenchArgs) -> Result<ExitStatus> {
     let options = args.options();
     // What cannot be written is an error before the hour that it takes.
-    let place = || options.json.as_deref().unwrap_or(Path::new("")).display().to_string();
-    let failed = || format!("cannot write the report to {}", place());
+    let files = options.files();
+    let failed = || "cannot write the report (--json)";
+    if let Some(refused) = files.check().into_iter().next() {
+        return Err(refused.into());
+    }
     // An older report stays until there is a new one.
-    let created = |path: &Path| File::options().write(true).create(true).truncate(false).open(path);
-    let json = options.json.as_deref().map(created).transpose().with_context(failed)?;
+    let json = options.report().map(|output| files.open_unchanged(&output)).transpose()?;
     let signals = Signals::taken()?;
     let report = match bench::run::run(&options, &signals.stop) {
         Err(BenchError::Interrupted) => return Ok(signals.status().unwrap_or(ExitStatus::Failure)),
         other => other?,
     };
-    if let Some(mut file) = json {
+    if let Some(opened) = json {
         let text = report.to_json()?;
-        file.set_len(0).and_then(|()| writeln!(file, "{text}")).with_context(failed)?;
+        output::emptied(opened).and_then(|mut file| writeln!(file, "{text}")).with_context(failed)?;
     }
     if report.has_figures() {
         print(&report.to_text())?;

@@ -26,11 +26,13 @@ use crate::boot::BootError;
 use crate::boot::cpu::CpuError;
 use crate::bus::{BusError, Outcome};
 use crate::disk::{DiskOptions, ImageError, TransportChoice};
+use crate::files::{Inventory, Output, OutputRefused};
 use crate::job::report::CommandEnd;
 use crate::kvm::KvmError;
 use crate::kvm::failure::Failure;
 use crate::mem::RamError;
 use crate::observe::control::ControlError;
+use crate::observe::csv;
 use crate::observe::limit::{LimitError, MemoryLimit};
 use crate::sandbox::{self, Role, SandboxError, Ticket};
 use crate::terminal::{self, Input, RawMode};
@@ -60,6 +62,8 @@ pub struct Config {
     pub disks: Vec<DiskOptions>,
     /// How the guest reaches its virtio devices, where a disk does not say otherwise.
     pub transport: TransportChoice,
+    /// All files that the command names, among them its outputs.
+    pub files: Inventory,
     /// Where the serial port leads.
     pub console: ConsoleTarget,
     /// How long the guest may run.
@@ -107,6 +111,33 @@ pub enum ConsoleTarget {
     Off,
     /// To a file, which begins empty.
     File(PathBuf),
+}
+
+impl StatsTarget {
+    /// The file, if it is one.
+    pub fn output(&self) -> Option<Output> {
+        match self {
+            Self::Stderr => None,
+            Self::Json(path) => Some(Output::text("--stats", path)),
+        }
+    }
+}
+
+impl ObserveTarget {
+    /// The file.
+    pub fn output(&self) -> Output {
+        Output { option: "--observe", path: self.path.clone(), content: csv::CONTENT }
+    }
+}
+
+impl ConsoleTarget {
+    /// The file, if it is one.
+    pub fn output(&self) -> Option<Output> {
+        match self {
+            Self::File(path) => Some(Output::text("--console", path)),
+            Self::Stdio | Self::Stderr | Self::Off => None,
+        }
+    }
 }
 
 /// How a VM ended that neither we nor the host have failed.
@@ -158,8 +189,8 @@ pub enum VmmError {
         "too many virtio-mmio devices: {asked}, and there are interrupt lines for {max} (use transport=pci)"
     )]
     TooManyMmio { asked: usize, max: usize },
-    #[error("cannot write the console to {path}")]
-    Console { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    File(#[from] OutputRefused),
     #[error("cannot write the statistics to {path}")]
     Stats { path: PathBuf, source: io::Error },
     #[error("cannot write the observation to {path}")]
@@ -202,7 +233,7 @@ pub fn run(config: &Config) -> Result<Ending, VmmError> {
     sandbox::arm(config.sandbox)?;
     let ticket = Ticket::new(Role::Main);
     let mut machine = build::build(config)?;
-    let open = |target| stop::StatsReport::open(target, &machine.disks);
+    let open = |target| stop::StatsReport::open(target, &config.files);
     let mut report = config.stats.as_ref().map(open).transpose()?;
     let mut run = Run::new(&mut machine, &signals, config)?;
     let ended =
@@ -301,7 +332,11 @@ impl<'a> Run<'a> {
             patience: Patience::new(config.stop_timeout),
             deadline: None,
             job: machine.job.take(),
-            watch: config.observe.as_ref().map(|target| Watch::begin(target, machine)).transpose()?,
+            watch: config
+                .observe
+                .as_ref()
+                .map(|target| Watch::begin(target, &config.files, machine))
+                .transpose()?,
             observed: Ok(()),
             begin: Instant::now(),
         })

@@ -149,7 +149,7 @@ fn an_error_is_printed_once_with_what_it_is_about() {
         (&["--kernel", "k", "--initrd", "i", "--add", "/dev/null:/n", "--", "x"], &["/dev/null", "no file"]),
         (
             &["--kernel", "k", "--initrd", "none", "--status-file", "no/dir/file"],
-            &["status file", "No such file"],
+            &["--status-file", "No such file"],
         ),
     ] {
         let output = minivmm(directory.path(), args);

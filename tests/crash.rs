@@ -306,8 +306,13 @@ fn the_worst_and_the_best_of_an_entry_are_written() {
     for path in ["base.img", "x.log", "/dev/null", "."] {
         let output = case.crash(&["--at", "2", "--lose", "all", "--write", path]);
         assert_eq!(output.status.code(), Some(FAILURE), "{path}");
-        assert!(String::from_utf8_lossy(&output.stderr).contains("is not written to"), "{path}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("cannot write --write to"), "{path}");
     }
+    fs::write(case.path("notes"), "mine").unwrap();
+    let output = case.crash(&["--at", "2", "--lose", "all", "--write", "notes"]);
+    assert_eq!(output.status.code(), Some(FAILURE));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("an older image of the same size"));
+    assert_eq!(fs::read(case.path("notes")).unwrap(), b"mine");
     assert!(fs::read(case.path("base.img")).unwrap() == [255; 4 * 512]);
 }
 

@@ -334,9 +334,9 @@ fn a_log_is_made_in_the_place_of_a_log_and_of_nothing_else() {
     };
     let letter = test.path.with_file_name("letter");
     std::fs::write(&letter, "dear").unwrap();
-    assert!(chain(&options(letter.clone())).contains("left alone"));
+    assert!(chain(&options(letter.clone())).contains("would be lost"));
     assert_eq!(std::fs::read(&letter).unwrap(), b"dear");
-    assert!(chain(&options(test.path.clone())).contains("of its own"));
+    assert!(chain(&options(test.path.clone())).contains("not an older write log"));
     assert!(chain(&options("/nowhere/x".into())).contains("cannot be made"));
     let first = Image::open(&options(log_path(&test))).unwrap();
     let other = TestImage::new(1 << 20);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Which modules of the crate each module may name. Dependencies point down; a module may always
 /// name itself. `None`: everything.
-const LAYERS: [(&str, Option<&[&str]>); 26] = [
+const LAYERS: [(&str, Option<&[&str]>); 27] = [
     ("main", None),
     ("tools", None),
     ("cli", None),
@@ -17,23 +17,36 @@ const LAYERS: [(&str, Option<&[&str]>); 26] = [
     ("vcpu", Some(&["kvm", "bus", "mem", "layout", "ratelimit"])),
     ("kvm", Some(&["bus", "pci", "mem", "layout", "ratelimit"])),
     ("boot", Some(&["mem", "layout"])),
-    ("crash", Some(&["disk", "blk", "mem", "ratelimit", "child"])),
-    ("bench", Some(&["lab", "disk", "explain", "observe", "text"])),
+    ("crash", Some(&["disk", "blk", "files", "mem", "ratelimit", "child"])),
+    ("bench", Some(&["lab", "disk", "explain", "files", "observe", "text"])),
     (
         "study",
-        Some(&["lab", "disk", "blk", "crash", "observe", "explain", "mem", "program", "ratelimit", "text"]),
+        Some(&[
+            "lab",
+            "disk",
+            "blk",
+            "crash",
+            "observe",
+            "explain",
+            "files",
+            "mem",
+            "program",
+            "ratelimit",
+            "text",
+        ]),
     ),
-    ("lab", Some(&["disk", "observe", "explain", "program", "child"])),
-    ("observe", Some(&["disk", "explain", "sandbox"])),
-    ("explain", Some(&["blk", "virtio", "disk", "mem", "text"])),
+    ("lab", Some(&["disk", "observe", "explain", "files", "program", "child"])),
+    ("observe", Some(&["disk", "explain", "files", "sandbox"])),
+    ("explain", Some(&["blk", "virtio", "disk", "files", "mem", "text"])),
     ("blk", Some(&["virtio", "disk", "mem", "ratelimit", "slab", "sandbox"])),
     ("console", Some(&["virtio", "mem", "ratelimit", "sandbox"])),
     ("job", Some(&[])),
-    ("disk", Some(&["mem", "ratelimit", "slab", "mutants", "sandbox"])),
+    ("disk", Some(&["files", "mem", "ratelimit", "slab", "mutants", "sandbox"])),
     ("virtio", Some(&["bus", "pci", "mem", "ratelimit"])),
     ("pci", Some(&["bus", "mem", "layout", "ratelimit"])),
     ("devices", Some(&["bus", "layout", "ratelimit"])),
     // What the layers stand on.
+    ("files", Some(&[])),
     ("bus", Some(&[])),
     ("mem", Some(&[])),
     ("terminal", Some(&[])),
@@ -55,6 +68,19 @@ const FORBIDDEN: [(&str, &[&str]); 4] = [
 const KVM_CRATES: [&str; 2] = ["kvm_ioctls", "kvm_bindings"];
 const MAY_NAME_KVM: [&str; 6] =
     ["src/kvm", "src/vcpu.rs", "src/vmm", "src/boot/cpu.rs", "src/check.rs", "src/check/"];
+
+/// What makes, empties or replaces a file: only `src/files` does, which looks first at what would be lost.
+const MAKING: [&str; 7] = [
+    "File::create",
+    ".create(true)",
+    ".create_new(true)",
+    ".truncate(true)",
+    "fs::write(",
+    "fs::copy(",
+    "O_CREAT",
+];
+/// These write to files of the kernel's that are no files of anybody's: cgroups.
+const MAY_MAKE: [&str; 2] = ["src/files/", "src/observe/limit.rs"];
 
 /// What no Rust file contains, put together so that this one does not either.
 const NEVER: [(&str, &str); 5] =
@@ -234,6 +260,23 @@ fn only_the_machine_itself_names_the_kvm_crates() {
         for (line, text) in code(&content) {
             for name in KVM_CRATES.iter().filter(|name| names(text, name)) {
                 wrong.push(format!("{path}:{line}: names {name}; only {MAY_NAME_KVM:?} may"));
+            }
+        }
+    }
+    nothing_is_wrong(&wrong);
+}
+
+#[test]
+fn files_are_made_and_emptied_in_one_place() {
+    let mut wrong = Vec::new();
+    for (path, content) in rust_files("src") {
+        if MAY_MAKE.iter().any(|place| path.starts_with(place)) || path.ends_with("/tests.rs") {
+            continue;
+        }
+        let shipped = content.split("#[cfg(test)]").next().unwrap_or_default();
+        for (line, text) in code(shipped) {
+            for how in MAKING.iter().filter(|how| text.contains(*how)) {
+                wrong.push(format!("{path}:{line}: {how}: let files::output open it"));
             }
         }
     }

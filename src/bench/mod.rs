@@ -20,6 +20,7 @@ use std::path::PathBuf;
 use crate::disk::DiskOptions;
 use crate::disk::cache::CachePolicy;
 use crate::disk::options::HostCache;
+use crate::files::{Input, Inventory, Output};
 
 pub use jobs::{Job, JobError};
 pub use prepare::PrepareError;
@@ -57,4 +58,21 @@ pub struct Options {
     pub cpus: u8,
     /// Where the report goes as JSON, besides.
     pub json: Option<PathBuf>,
+}
+
+impl Options {
+    /// The report as a file.
+    pub fn report(&self) -> Option<Output> {
+        self.json.as_ref().map(|path| Output::text("--json", path))
+    }
+
+    /// All files that the command names.
+    pub fn files(&self) -> Inventory {
+        let disk = Input { option: "--disk", path: self.disk.path.clone() };
+        let jobs = self.jobs.iter().map(|path| Input { option: "--jobs", path: path.clone() });
+        Inventory {
+            inputs: std::iter::once(disk).chain(jobs).collect(),
+            outputs: self.report().into_iter().collect(),
+        }
+    }
 }

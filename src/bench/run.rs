@@ -15,6 +15,7 @@ use super::who::{Competitor, competitors};
 use super::{Options, warn};
 use crate::disk::cache::CachePolicy;
 use crate::disk::{DiskOptions, Image};
+use crate::files::output;
 use crate::lab::fio::{self, FioError, Summary};
 use crate::lab::{Boot, BootError, DiskSpec, How, Outcome, boot, image};
 use crate::observe::Residency;
@@ -210,7 +211,7 @@ fn on_host(options: &Options, competitor: &Competitor, stop: &AtomicBool) -> Res
     // A name without characters that mean something to fio.
     let (link, file) = (dir.path().join("image"), dir.path().join("bench.fio"));
     std::os::unix::fs::symlink(std::path::absolute(&options.disk.path)?, &link)?;
-    std::fs::write(&file, job.file(&link.display().to_string()))?;
+    output::write_anew(&file, job.file(&link.display().to_string()))?;
     let mut arguments = vec![file.display().to_string()];
     if !job.writes() {
         arguments.insert(0, "--readonly".into());

@@ -82,6 +82,11 @@ impl CommandArgs {
         self.status_file.as_deref()
     }
 
+    /// Files and folders of this host that go to the guest.
+    pub fn added(&self) -> impl Iterator<Item = &Path> {
+        self.adds.iter().map(|add| add.host.as_path())
+    }
+
     /// Where kernel messages go.
     pub fn console(
         &self,

@@ -5,7 +5,6 @@
 //! [`super::check`]'s, how all that is told [`super::report`]'s.
 
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -21,6 +20,7 @@ use super::plan::{Breadth, Plan, Task, one};
 use super::points::{At, NoPoint, points};
 use super::report::{Failure, Report, Told};
 use super::scratch::{Base, ScratchError, Stage, default_place};
+use crate::files::{Input, Output, OutputRefused, output};
 
 /// Images of so many failures are kept, the first ones.
 pub const KEPT_MAX: usize = 16;
@@ -80,8 +80,8 @@ pub enum CrashError {
          --lose nothing or --repeat ENTRY:STATE"
     )]
     NotOne(u64),
-    #[error("{0} is not written to: {1}")]
-    Out(String, &'static str),
+    #[error(transparent)]
+    Output(#[from] OutputRefused),
     #[error("cannot make images in {place} (--scratch says where)")]
     Place { place: String, source: io::Error },
     #[error("cannot keep the image of a failure in {place} (--keep says where)")]
@@ -93,7 +93,7 @@ pub fn write_image(options: &Options, out: &Path) -> Result<String, CrashError> 
     let log = WriteLog::open(&options.log)?;
     let base = Base::open(&options.base, &log)?;
     let mut plan = plan(options, &log)?;
-    may_be_made(options, out)?;
+    may_be_made(options, "--write", out, base.bytes)?;
     let at_most = plan.at_most();
     let (Some(task), None) = (plan.next(), plan.next()) else { return Err(CrashError::NotOne(at_most)) };
     let dir = scratch_directory(options, 2 * base.data_bytes)?;
@@ -103,20 +103,12 @@ pub fn write_image(options: &Options, out: &Path) -> Result<String, CrashError> 
     Ok(format!("{}: {}, state {}", out.display(), Told::point(&log, task.point), task.name))
 }
 
-/// An older image may be replaced, and nothing else.
-fn may_be_made(options: &Options, out: &Path) -> Result<(), CrashError> {
-    let refused = |why| Err(CrashError::Out(out.display().to_string(), why));
-    let Ok(there) = std::fs::metadata(out) else { return Ok(()) };
-    if !there.is_file() {
-        return refused("it is no regular file");
-    }
-    let is_it = |path: &Path| {
-        std::fs::metadata(path).is_ok_and(|it| (it.dev(), it.ino()) == (there.dev(), there.ino()))
-    };
-    if is_it(&options.base) || is_it(&options.log) {
-        return refused("it is the base or the log");
-    }
-    Ok(())
+/// An older image of this disk may be replaced, and nothing else; never the base or the log.
+fn may_be_made(options: &Options, option: &'static str, out: &Path, bytes: u64) -> Result<(), OutputRefused> {
+    let input = |option, path: &Path| Input { option, path: path.to_owned() };
+    let inputs = vec![input("--base", &options.base), input("the log", &options.log)];
+    let out = Output { option, path: out.to_owned(), content: output::IMAGE };
+    output::may_become_image(&out, inputs, bytes)
 }
 
 /// Tries all that is asked for. Ends early, with what it has found, when `stop` is set.
@@ -289,7 +281,7 @@ impl Shared<'_> {
         stage: &Stage<'_>,
         task: &Task,
         why: String,
-        output: String,
+        said: String,
     ) -> Result<Failure, CrashError> {
         let mut image = None;
         if self.kept.fetch_add(1, Ordering::Relaxed) < KEPT_MAX {
@@ -297,8 +289,9 @@ impl Shared<'_> {
             let path = place.join(format!("{}-{}.img", task.point, task.name));
             let failed = |source| CrashError::Keep { place: place.display().to_string(), source };
             std::fs::create_dir_all(&place).map_err(failed)?;
+            may_be_made(self.options, "--keep", &path, self.base.bytes)?;
             stage.make(&task.extents, &path)?;
-            std::fs::write(path.with_extension("txt"), &output).map_err(failed)?;
+            output::replace(&Output::text("--keep", path.with_extension("txt")), &said)?;
             image = Some(path);
         }
         let lost = Told::lost(self.log, task);
@@ -307,7 +300,7 @@ impl Shared<'_> {
             state: task.name,
             lost,
             why,
-            output,
+            output: said,
             image,
             repeat: self.repeat(task),
         })

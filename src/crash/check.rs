@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::child::{How, watch};
+use crate::files::output;
 
 /// So much of a check's output is kept: its end.
 const OUTPUT_MAX: u64 = 64 << 10;
@@ -124,7 +125,7 @@ impl Check {
         let deadline = Instant::now() + limit;
         for (mut command, good) in self.steps(image) {
             // What a command said that was content is not kept.
-            let said = File::create(output).map_err(started)?;
+            let said = output::make_anew(output).map_err(started)?;
             command.env("MINIVMM_CRASH_ENTRY", about.entry.to_string());
             command.env("MINIVMM_CRASH_STATE", &about.state);
             command.env("MINIVMM_CRASH_MARK", about.mark.as_deref().unwrap_or_default());

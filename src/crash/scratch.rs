@@ -5,7 +5,7 @@
 //! extents. So whatever a check writes to its image, and whoever still has it open, no later state sees
 //! it. Copies are reflinks where the file system has them, else of the data alone, without the holes.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use rustix::io::Errno;
 
 use super::legal::Extent;
 use super::log::{LogError, WriteLog};
+use crate::files::output;
 
 /// Bytes that are moved at once.
 const CHUNK: u64 = 1 << 20;
@@ -206,11 +207,7 @@ type Mover = fn(from: &File, to: &File, start: u64, end: u64) -> io::Result<()>;
 /// A new file at `path` with the same content: a reflink, or all that is no hole moved by `mover`.
 fn copied(from: &File, bytes: u64, path: &Path, mover: Mover) -> io::Result<File> {
     // Whoever still has the old one open keeps it for himself.
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let to = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+    let to = output::make_anew(path)?;
     if ioctl_ficlone(&to, from).is_ok() && to.metadata()?.len() == bytes {
         return Ok(to);
     }

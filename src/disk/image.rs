@@ -27,6 +27,7 @@ use super::options::{DiskOptions, EngineChoice, POLL_US, SERIAL_MAX};
 use super::queue_stats::QueueStats;
 use super::stable::StableBy;
 use super::writelog::WriteLog;
+use crate::files::locks;
 pub use problem::{ImageError, ImageProblem};
 
 /// An open, locked image and everything that its queues share.
@@ -334,7 +335,7 @@ impl Image {
 
     /// Whether somebody else has locked the image so that [`Image::open`] would be refused.
     pub fn is_locked_by_another(&self) -> bool {
-        lock::is_taken(&self.file, self.readonly)
+        locks::is_locked(&self.file, self.readonly)
     }
 
     /// Whether the image is synced at the start and at the end: where it may be written, and the mode

@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::place::{Device, Place};
+use super::place::Place;
 use crate::disk::Image;
+use crate::files::Device;
 
 /// One disk of the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]

@@ -3,7 +3,6 @@
 //! Owns the reading of /proc/self/mountinfo and the table of file systems and options that break or
 //! bend a promise. Knows nothing of the disks below.
 
-use std::fmt;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -11,34 +10,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use serde::Serialize;
 
 use crate::disk::Image;
-
-/// A device's number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Device {
-    /// Major.
-    pub major: u32,
-    /// Minor.
-    pub minor: u32,
-}
-
-impl Device {
-    /// From `st_dev` or `st_rdev`.
-    pub fn from_number(number: u64) -> Self {
-        Self { major: libc::major(number), minor: libc::minor(number) }
-    }
-
-    /// From MAJOR:MINOR.
-    pub fn parse(text: &str) -> Option<Self> {
-        let (major, minor) = text.split_once(':')?;
-        Some(Self { major: major.parse().ok()?, minor: minor.parse().ok()? })
-    }
-}
-
-impl fmt::Display for Device {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.major, self.minor)
-    }
-}
+use crate::files::Device;
+use crate::files::host_use::unescape;
 
 /// A file system as it is mounted.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -253,13 +226,6 @@ fn parse_mount(line: &str) -> Option<Place> {
         device: Device::parse(mount.get(2)?),
         ..Place::default()
     })
-}
-
-/// Blanks and backslashes are written in octal there.
-fn unescape(text: &str) -> String {
-    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-        .iter()
-        .fold(text.to_owned(), |text, (code, real)| text.replace(code, real))
 }
 
 #[cfg(test)]

@@ -5,7 +5,6 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -15,7 +14,8 @@ use super::report::{CommandEnd, signal_name};
 /// The schema's version.
 const VERSION: u32 = 1;
 
-/// The file, opened before anything is started: a place that cannot be written is known at once.
+/// The file, opened before anything is started (`files::output`): a place that cannot be written is known at
+/// once.
 #[derive(Debug)]
 pub struct StatusFile(File);
 
@@ -90,9 +90,9 @@ impl Status {
 }
 
 impl StatusFile {
-    /// Makes it, empty.
-    pub fn create(path: &Path) -> io::Result<Self> {
-        File::create(path).map(Self)
+    /// Takes the open file, which is empty.
+    pub fn new(file: File) -> Self {
+        Self(file)
     }
 
     /// Writes it.

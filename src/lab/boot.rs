@@ -18,6 +18,7 @@ use serde_json::Value;
 use super::child::{self, How};
 use crate::disk::cache::CachePolicy;
 use crate::disk::options::HostCache;
+use crate::files::output;
 use crate::observe::csv::Row;
 use crate::program;
 
@@ -188,7 +189,7 @@ impl Boot {
     pub fn command(&self, program: &Path, dir: &Path) -> io::Result<(Command, Files)> {
         let script = dir.join("job");
         let files = Files { observed: dir.join("observed.csv"), stats: dir.join("stats.json") };
-        std::fs::write(&script, &self.script)?;
+        output::write_anew(&script, &self.script)?;
         let mut command = Command::new(program);
         for disk in &self.disks {
             command.arg("--disk").arg(disk.argument());

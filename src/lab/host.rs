@@ -11,7 +11,8 @@ use std::time::SystemTime;
 
 use serde::Serialize;
 
-use crate::explain::{Device, Layer, Place, below_device};
+use crate::explain::{Layer, Place, below_device};
+use crate::files::Device;
 
 /// The machine, and what is below a place on it.
 #[derive(Debug, Clone, Serialize)]

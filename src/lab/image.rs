@@ -13,6 +13,7 @@ use super::extents::Layout;
 use crate::disk::cache::CachePolicy;
 use crate::disk::options::HostCache;
 use crate::disk::{DiskOptions, Image};
+use crate::files::output;
 use crate::observe::Residency;
 use crate::observe::control::{ControlProblem, drop_cache, warm_cache};
 
@@ -105,9 +106,7 @@ pub fn make(
     progress: Progress<'_>,
     stop: &AtomicBool,
 ) -> Result<Layout, ImageError> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create_new(true);
-    let file = options.open(path).map_err(host("create", path))?;
+    let file = output::make_new(path).map_err(host("create", path))?;
     let made = write(path, &file, &[(0, bytes)], Content::Random, progress, stop);
     if made.is_err() {
         // Half an image is nobody's data.

@@ -8,9 +8,14 @@ use std::fmt::Display;
 
 use super::cache::Residency;
 use super::sample::{DiskSample, Sample};
+use crate::files::Content;
 
 /// A column: its name, and its value.
 type Column = (&'static str, fn(&Sample, &DiskSample) -> String);
+
+/// As a file that is written anew: an older observation may be replaced, and nothing else.
+pub const CONTENT: Content =
+    Content { name: "an older observation (CSV)", is_older: |first| first.starts_with(b"time_s,disk,") };
 
 fn known(value: Option<impl Display>) -> String {
     value.map(|value| value.to_string()).unwrap_or_default()

@@ -28,6 +28,7 @@ use tempfile::TempDir;
 use super::figures::Record;
 use super::steps::{Bench, open};
 use crate::disk::cache::CachePolicy;
+use crate::files::{Inventory, Output, output};
 use crate::lab::boot::Files;
 use crate::lab::{Boot, DiskSpec, fio};
 use crate::observe::cache::Residency;
@@ -157,7 +158,11 @@ impl Talk {
         };
         let (mut command, files) = boot.command(&program::beside(program::VMM)?, dir)?;
         let said = dir.join("said");
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(&said)?).process_group(0);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(output::make_anew(&said)?)
+            .process_group(0);
         let mut child = command.spawn().context("cannot start minivmm")?;
         let (send, lines) = channel();
         let stdout = BufReader::new(child.stdout.take().context("no standard output")?);
@@ -170,7 +175,8 @@ impl Talk {
             }
         });
         let spans = Vec::new();
-        let transcript = File::create(bench.out.join(TRANSCRIPT))?;
+        let transcript = Output::text("--out", bench.out.join(TRANSCRIPT));
+        let transcript = Inventory::default().open(&transcript)?.file;
         Ok(Self { child, lines, images, disk, files, said, spans, begun: Instant::now(), transcript })
     }
 

@@ -4,7 +4,7 @@
 //! the same is refused, since its figures would be mixed with another's. A last line that was cut short is
 //! none.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::figures::Record;
 use super::machine::Identity;
+use crate::files::output;
 
 /// The file's name in the directory of a run.
 pub const FILE: &str = "steps.jsonl";
@@ -88,8 +89,7 @@ impl Journal {
             let path = path.clone();
             move |source| RecordError::Host { what, path, source }
         };
-        let mut options = OpenOptions::new();
-        let mut file = options.create(true).read(true).append(true).open(&path).map_err(failed("open"))?;
+        let mut file = output::open_record(&path).map_err(failed("open"))?;
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             return Err(RecordError::Busy(directory.to_owned()));
         }

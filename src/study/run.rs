@@ -6,7 +6,7 @@
 use std::cell::Cell;
 use std::fs;
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use super::record::{Header, Journal, VERSION};
 use super::report::{self, Report};
 use super::steps::{self, Bench, Step};
 use super::{EXPERIMENTS, by_id};
+use crate::files::{Output, output};
 
 /// A full run repeats each step so often.
 pub const ROUNDS: u32 = 5;
@@ -73,8 +74,8 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report> {
         complete: whole > 0 && !stop.load(Ordering::SeqCst),
     };
     let report = Report::of(&experiments, machine, steps, &run);
-    replace(&options.out.join(JSON), &report.to_json()?)?;
-    replace(&options.out.join(PAGE), &page(&report))?;
+    output::replace(&Output::text("--out", options.out.join(JSON)), &report.to_json()?)?;
+    output::replace(&Output::text("--out", options.out.join(PAGE)), &page(&report))?;
     Ok(report)
 }
 
@@ -137,13 +138,6 @@ fn one(bench: &Bench<'_>, step: &Step, round: u32) -> Record {
     }
     record.seconds = begun.elapsed().as_secs_f64();
     record
-}
-
-/// Whole or not at all.
-fn replace(path: &Path, text: &str) -> Result<()> {
-    let part = path.with_extension("part");
-    let written = fs::write(&part, text).and_then(|()| fs::rename(&part, path));
-    written.with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Steps and time left: a bar on a terminal, elsewhere a line a step. The time is what the steps that were

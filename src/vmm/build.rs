@@ -78,7 +78,7 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
     let mut laps = Laps::begin();
     let disks = open_disks(config)?;
     laps.end("disks");
-    let console = open_console(&config.console)?;
+    let console = open_console(config)?;
     let stopping = Stopping::default();
     let kvm = kvm::open(config.cpus)?;
     let ram = mem::map_ram(&layout::ram_regions(config.memory_bytes))?;
@@ -195,12 +195,12 @@ fn is_crowded(threads: usize) -> bool {
     std::thread::available_parallelism().is_ok_and(|cpus| threads > cpus.get())
 }
 
-fn open_console(target: &ConsoleTarget) -> Result<Option<File>, VmmError> {
-    match target {
-        ConsoleTarget::Off => Ok(None),
-        ConsoleTarget::File(path) => {
-            File::create(path).map(Some).map_err(|source| VmmError::Console { path: path.clone(), source })
-        }
+fn open_console(config: &Config) -> Result<Option<File>, VmmError> {
+    if let Some(output) = config.console.output() {
+        return Ok(Some(config.files.open(&output)?.file));
+    }
+    match &config.console {
+        ConsoleTarget::Off | ConsoleTarget::File(_) => Ok(None),
         ConsoleTarget::Stderr => {
             let stderr = io::stderr().as_fd().try_clone_to_owned().map_err(host("use standard error"))?;
             Ok(Some(stderr.into()))

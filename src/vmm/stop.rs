@@ -3,10 +3,9 @@
 //! Owns the waiting for each, and its limits. A host whose disk hangs must not hang us without a
 //! word: past the limit we say who still holds the I/O, and fail.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Seek, Write};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, PoisonError};
@@ -20,6 +19,7 @@ use super::build::Machine;
 use super::events::{Signals, is_ending};
 use super::{StatsTarget, VmmError};
 use crate::disk::Image;
+use crate::files::{Inventory, Opened};
 use crate::kvm::run_page::RunPage;
 use crate::sandbox::{Role, Ticket};
 use crate::stats::{ExitStats, Stats};
@@ -236,35 +236,14 @@ pub enum StatsReport {
     /// As text.
     Stderr,
     /// As JSON.
-    Json(PathBuf, File),
-}
-
-/// Empties the file at `path`, which may be any but a disk of this VM, if it is `free`.
-pub fn open_report(path: &Path, disks: &[OpenDisk], free: fn(&File) -> io::Result<bool>) -> io::Result<File> {
-    let file = OpenOptions::new().create(true).write(true).truncate(false).open(path)?;
-    let found = file.metadata()?;
-    for disk in disks {
-        let image = disk.image.file().metadata()?;
-        if (image.dev(), image.ino()) == (found.dev(), found.ino()) {
-            return Err(io::Error::other("it is a disk image of this VM"));
-        }
-    }
-    if !free(&file)? {
-        return Err(io::Error::other("another minivmm writes to it"));
-    }
-    // A pipe or a device has no length to be cut.
-    if found.is_file() {
-        file.set_len(0)?;
-    }
-    Ok(file)
+    Json(PathBuf, Opened),
 }
 
 impl StatsReport {
-    /// Empties the file, if it is one and no disk.
-    pub fn open(target: &StatsTarget, disks: &[OpenDisk]) -> Result<Self, VmmError> {
-        let StatsTarget::Json(path) = target else { return Ok(Self::Stderr) };
-        let refused = |source| VmmError::Stats { path: path.clone(), source };
-        open_report(path, disks, |_| Ok(true)).map(|file| Self::Json(path.clone(), file)).map_err(refused)
+    /// Empties the file, if it is one.
+    pub fn open(target: &StatsTarget, files: &Inventory) -> Result<Self, VmmError> {
+        let Some(output) = target.output() else { return Ok(Self::Stderr) };
+        Ok(Self::Json(output.path.clone(), files.open(&output)?))
     }
 
     /// Tells how it stands with the disks, and what the CPUs have come out of KVM for.
@@ -293,8 +272,9 @@ impl StatsReport {
 
 /// Puts new statistics in the place of the old ones, in the file that is open: with the sandbox no other can
 /// be made. A lock (flock(2)) keeps readers that take one too from half of it.
-fn replace(file: &mut File, stats: &Stats) -> io::Result<()> {
-    if !file.metadata()?.is_file() {
+fn replace(opened: &mut Opened, stats: &Stats) -> io::Result<()> {
+    let Opened { file, is_ours } = opened;
+    if !*is_ours {
         return stats.write_json(io::BufWriter::new(&*file));
     }
     let mut text = Vec::new();

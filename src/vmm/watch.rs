@@ -10,9 +10,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::build::Machine;
-use super::{ObserveTarget, VmmError, stop};
+use super::{ObserveTarget, VmmError};
 use crate::console::PortConfig;
 use crate::console::stream::{Sink, Source};
+use crate::files::{Inventory, output};
 use crate::observe::Observer;
 use crate::observe::guest::GuestEnd;
 use crate::observe::sample::Looker;
@@ -40,11 +41,14 @@ pub fn port() -> io::Result<(PortConfig, GuestEnd)> {
 
 impl Watch {
     /// Begins, before the guest runs.
-    pub fn begin(target: &ObserveTarget, machine: &mut Machine) -> Result<Self, VmmError> {
+    pub fn begin(target: &ObserveTarget, files: &Inventory, machine: &mut Machine) -> Result<Self, VmmError> {
         let path = target.path.clone();
         let refused = |source| VmmError::Observe { path: path.clone(), source };
-        let locked = follow::lock_as_writer;
-        let file = stop::open_report(&path, &machine.disks, locked).map_err(refused)?;
+        let opened = files.open_unchanged(&target.output())?;
+        if !follow::lock_as_writer(&opened.file).map_err(refused)? {
+            return Err(refused(io::Error::other("another minivmm writes to it")));
+        }
+        let file = output::emptied(opened).map_err(refused)?;
         let images = machine.disks.iter().map(|disk| Arc::clone(&disk.image));
         let looker = Looker::begin(images, machine.observed.take());
         let observer = Observer::start(looker, file, target.interval).map_err(refused)?;

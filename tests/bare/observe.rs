@@ -104,7 +104,7 @@ fn an_observation_that_cannot_be_written_is_refused_before_the_guest_runs() {
     let image = Image::new();
     let disk = image.disk("cache=writeback");
     let itself = image.path.display().to_string();
-    for (path, word) in [("/nonexistent/a.csv", "No such file"), (itself.as_str(), "disk image of this VM")] {
+    for (path, word) in [("/nonexistent/a.csv", "No such file"), (itself.as_str(), "same file as --disk")] {
         let ran =
             run_plain(Entry::Elf, "scenario=io", &["--disk", &disk, "--observe", path]).expect(FAILURE, path);
         assert!(ran.log.contains(word) && ran.log.contains(path), "{}", ran.log);

@@ -106,7 +106,7 @@ fn statistics_that_cannot_be_written_are_refused_before_the_guest_runs() {
     let image = Image::new();
     let disk = image.disk("cache=none");
     for (path, reason) in
-        [(image.path.to_str().unwrap(), "a disk image of this VM"), ("/no/such/file", "No such file")]
+        [(image.path.to_str().unwrap(), "same file as --disk"), ("/no/such/file", "No such file")]
     {
         let stats = format!("--stats={path}");
         let ran = run_plain(Entry::Elf, "scenario=io", &[&stats, "--disk", &disk]).expect(FAILURE, path);

@@ -5,6 +5,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::files::OutputRefused;
+
 /// Why an image cannot be used: what failed, why, and what to do.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot use disk image {}", path.display())]
@@ -91,6 +93,19 @@ pub enum ImageProblem {
     /// An older writeback error, or a dying disk.
     #[error("what was written to it before cannot be made stable: check the host's disk and its kernel log")]
     FirstSync(#[source] io::Error),
+    /// Its write log would destroy something, or cannot be made.
+    #[error(transparent)]
+    Output(OutputRefused),
+    /// This host uses it.
+    #[error(
+        "this host uses it: {uses}; {danger}. End that use first, or start all the same with the key shared-with-host"
+    )]
+    InUse {
+        /// What the host does with it.
+        uses: String,
+        /// What would come of it.
+        danger: &'static str,
+    },
     /// Its write log cannot be had.
     #[error("its write log {path} cannot {what}")]
     WriteLog {

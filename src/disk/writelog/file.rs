@@ -4,9 +4,9 @@
 //! nothing. After every entry the superblock counts it: a log whose writer was killed ends with the
 //! last whole entry.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,6 +16,7 @@ use crate::disk::engine::{Engine, HostOp, Wake};
 use crate::disk::geometry::SECTOR;
 use crate::disk::image::ImageProblem;
 use crate::disk::lock;
+use crate::files::{Content, FileId, Output, output};
 use crate::mem::Iov;
 
 /// Bytes of a sector of our logs: the disk's own unit.
@@ -45,24 +46,15 @@ pub(super) struct LogFile {
 
 impl LogFile {
     /// An empty log at `path`, in the place of an older one; anything else that is there is refused.
-    pub(super) fn create(path: &Path, image: &File) -> Result<Self, ImageProblem> {
+    pub(super) fn begin(path: &Path, image: &File) -> Result<Self, ImageProblem> {
         let failed = |what: &'static str| {
             let path = path.display().to_string();
             move |source| ImageProblem::WriteLog { path, what, source }
         };
-        let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path);
-        let file = file.map_err(failed("be made"))?;
-        let (log, disk) = (file.metadata(), image.metadata());
-        let (log, disk) = (log.map_err(failed("be looked at"))?, disk.map_err(failed("be looked at"))?);
-        if !log.is_file() || (log.dev(), log.ino()) == (disk.dev(), disk.ino()) {
-            return Err(failed("be used")(io::Error::other("a log is a regular file of its own")));
-        }
+        let image = FileId::of(&image.metadata().map_err(failed("be looked at"))?);
+        let file = output::open_log(&as_output(path), image).map_err(ImageProblem::Output)?;
         lock::take(&file, false)
             .map_err(|_| failed("be used")(io::Error::other("another disk, or another VM, has locked it")))?;
-        if log.len() > 0 && !is_log(&file) {
-            let why = "there is a file already that is no write log; it is left alone: remove it, or give another name";
-            return Err(failed("be used")(io::Error::other(why)));
-        }
         file.set_len(0).map_err(failed("be emptied"))?;
         let mut log = Self { file: Arc::new(file), at: SECTOR, entries: 0 };
         log.write_superblock().map_err(failed("be written"))?;
@@ -131,8 +123,13 @@ impl LogFile {
     }
 }
 
+/// A log at `path` as an output of the command: an older log may be replaced, and nothing else.
+pub fn as_output(path: &Path) -> Output {
+    let content = Content { name: "an older write log", is_older: is_log };
+    Output { option: "log-writes=", path: path.to_owned(), content }
+}
+
 /// Whether a file begins as a log does.
-fn is_log(file: &File) -> bool {
-    let mut bytes = [0; SUPERBLOCK_BYTES];
-    file.read_exact_at(&mut bytes, 0).is_ok() && Superblock::decode(&bytes).is_some()
+fn is_log(first: &[u8]) -> bool {
+    first.first_chunk::<SUPERBLOCK_BYTES>().is_some_and(|bytes| Superblock::decode(bytes).is_some())
 }

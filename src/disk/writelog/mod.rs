@@ -28,6 +28,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::geometry::SECTOR;
 use super::image::ImageProblem;
 use crate::mem::Iov;
+pub use file::as_output;
 use file::{Data, LogFile};
 use format::{DISCARD, FLUSH, FUA, Header, MARK};
 
@@ -91,7 +92,7 @@ impl WriteLog {
     /// An empty log at `path` for the disk that `image` is. An older log there is replaced.
     pub(super) fn create(path: &Path, image: &File) -> Result<Self, ImageProblem> {
         let line = Line {
-            file: Some(LogFile::create(path, image)?),
+            file: Some(LogFile::begin(path, image)?),
             waiting: VecDeque::new(),
             syncs: 0,
             open: Vec::new(),

@@ -17,6 +17,7 @@ use crate::crash::legal::{Pending, StateName};
 use crate::crash::log::WriteLog;
 use crate::crash::plan::Breadth;
 use crate::crash::points::At;
+use crate::files::output;
 use crate::study::figures::Record;
 use crate::study::guest::{Guest, device, disk, no_others};
 use crate::study::t02::{CASES, Case, GROUP};
@@ -73,7 +74,7 @@ fn ext4(bench: &Bench<'_>) -> Result<Option<PathBuf>> {
         return Ok(Some(path));
     }
     let part = path.with_extension("part");
-    fs::File::create(&part)?.set_len(EXT4_MIB << 20)?;
+    output::make_anew(&part)?.set_len(EXT4_MIB << 20)?;
     let mut command = Command::new("mkfs.ext4");
     command.args(["-q", "-F", "-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0"]);
     match command.arg(&part).output() {
@@ -93,7 +94,9 @@ fn ext4(bench: &Bench<'_>) -> Result<Option<PathBuf>> {
 }
 
 fn copied(from: &Path, to: &Path) -> Result<PathBuf> {
-    fs::copy(from, to).with_context(|| format!("cannot copy {}", from.display()))?;
+    let copied =
+        fs::File::open(from).and_then(|mut from| std::io::copy(&mut from, &mut output::make_anew(to)?));
+    copied.with_context(|| format!("cannot copy {}", from.display()))?;
     Ok(to.to_owned())
 }
 

@@ -1,0 +1,134 @@
+//! Locks that somebody else has on a file.
+//!
+//! Owns the probes, which take nothing for longer than a call. Record locks (POSIX and OFD) are those of
+//! minivmm, QEMU, cloud-hypervisor and libvirt on images; flock(2) is that of crosvm, and of `flock` in scripts.
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+
+use rustix::fs::FlockOperation;
+
+/// How long a foreign lock is waited for: a VMM that was killed a moment ago still has its io_uring taken apart
+/// by the kernel, and a reader of a report has its lock for a moment.
+pub const LOCK_WAIT: Duration = Duration::from_millis(500);
+const LOCK_STEP: Duration = Duration::from_millis(10);
+
+/// Whether somebody else has a record lock on any byte of `file`: one that keeps a writer out, or, for
+/// `readonly`, one that keeps a reader out.
+pub fn is_locked(file: &File, readonly: bool) -> bool {
+    let mut wanted = whole_file(readonly);
+    // SAFETY: `wanted` is a valid flock, which the kernel may write to, for the length of the call.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut wanted) };
+    result == 0 && libc::c_int::from(wanted.l_type) != libc::F_UNLCK
+}
+
+/// The description of a lock on all bytes of a file.
+pub fn whole_file(readonly: bool) -> libc::flock {
+    // SAFETY: flock is plain numbers, for which all zeroes are valid.
+    let mut wanted: libc::flock = unsafe { std::mem::zeroed() };
+    let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
+    // Both constants and SEEK_SET are 0, 1 or 2.
+    #[allow(clippy::cast_possible_truncation)]
+    {
+        wanted.l_type = kind as libc::c_short;
+        wanted.l_whence = libc::SEEK_SET as libc::c_short;
+    }
+    wanted
+}
+
+/// Whether somebody else has the file by flock(2) so that a writer, or a reader, would have to wait. A file
+/// system without flock has no such locks.
+pub fn is_flocked(file: &File, readonly: bool) -> bool {
+    let how = match readonly {
+        true => FlockOperation::NonBlockingLockShared,
+        false => FlockOperation::NonBlockingLockExclusive,
+    };
+    match rustix::fs::flock(file, how) {
+        Ok(()) => {
+            // Ours for the length of the question.
+            let _ = rustix::fs::flock(file, FlockOperation::Unlock);
+            false
+        }
+        Err(error) => error == rustix::io::Errno::WOULDBLOCK,
+    }
+}
+
+/// Waits a moment for the end of what `is_held` finds; says whether it is still there.
+pub fn stays(is_held: impl Fn() -> bool) -> bool {
+    let since = Instant::now();
+    while is_held() {
+        if since.elapsed() >= LOCK_WAIT {
+            return true;
+        }
+        std::thread::sleep(LOCK_STEP);
+    }
+    false
+}
+
+/// The processes that have `file` by flock(2), as far as /proc/locks tells: "process 17 (sleep)".
+pub fn flock_holders(file: &File) -> Option<String> {
+    let found = file.metadata().ok()?;
+    let device = found.dev();
+    let place = format!("{:02x}:{:02x}:{}", libc::major(device), libc::minor(device), found.ino());
+    let text = fs::read_to_string("/proc/locks").ok()?;
+    let name = |pid: &str| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        format!("process {pid} ({})", name.trim())
+    };
+    let holders: Vec<_> = flocks(&text, &place).map(name).collect();
+    (!holders.is_empty()).then(|| holders.join(", "))
+}
+
+/// The process numbers of a table like /proc/locks for the file at `place`.
+fn flocks<'a>(text: &'a str, place: &'a str) -> impl Iterator<Item = &'a str> {
+    text.lines().filter_map(move |line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let is_it = words.get(1) == Some(&"FLOCK") && words.get(5) == Some(&place);
+        is_it.then(|| words[4]).filter(|pid| *pid != "0" && *pid != "-1")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn record_locks_and_flocks_of_others_are_seen_and_left_alone() {
+        let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+        let open = || File::options().read(true).write(true).open(&path).unwrap();
+        let (theirs, ours) = (open(), open());
+        let set = |kind: libc::c_int, start: i64, len: i64| {
+            let mut lock = whole_file(true);
+            lock.l_type = libc::c_short::try_from(kind).unwrap();
+            (lock.l_start, lock.l_len) = (start, len);
+            // SAFETY: `lock` is a valid flock for the length of the call.
+            assert_eq!(unsafe { libc::fcntl(theirs.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }, 0);
+        };
+        assert!(!is_locked(&ours, false) && !is_locked(&ours, true));
+        // As QEMU locks: single bytes from 100 on, shared.
+        set(libc::F_RDLCK, 100, 1);
+        assert!(is_locked(&ours, false) && !is_locked(&ours, true));
+        set(libc::F_WRLCK, 0, 0);
+        assert!(is_locked(&ours, false) && is_locked(&ours, true));
+        set(libc::F_UNLCK, 0, 0);
+        assert!(!is_locked(&ours, false));
+
+        assert!(!is_flocked(&ours, false));
+        rustix::fs::flock(&theirs, FlockOperation::LockShared).unwrap();
+        assert!(is_flocked(&ours, false) && !is_flocked(&ours, true));
+        rustix::fs::flock(&theirs, FlockOperation::LockExclusive).unwrap();
+        assert!(is_flocked(&ours, true));
+        drop(theirs);
+        assert!(!is_flocked(&ours, false));
+    }
+
+    #[test]
+    fn the_table_of_locks_names_processes() {
+        let table = "1: FLOCK  ADVISORY  WRITE 17 fe:00:4711 0 EOF\n1: -> FLOCK  ADVISORY  READ 18 fe:00:4711 0 EOF\n\
+                     2: OFDLCK ADVISORY  WRITE -1 fe:00:4711 0 EOF\n3: FLOCK  ADVISORY  READ 19 fe:00:4712 0 EOF\n\
+                     4: FLOCK  ADVISORY  READ 0 fe:00:4711 0 EOF\n";
+        assert_eq!(flocks(table, "fe:00:4711").collect::<Vec<_>>(), ["17"]);
+    }
+}

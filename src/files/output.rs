@@ -1,0 +1,394 @@
+//! The one place that opens a file to write something of ours into it.
+//!
+//! Owns the rule that nothing which was given is destroyed. A path is refused, before anything is emptied,
+//! where it leads to the same file as an input or as another output of the command, to an image that a VM has
+//! locked or that this host uses, to a block device, a directory, or to a regular file that holds something
+//! else than an older output of the same kind. Pipes, terminals and other character devices are taken as they
+//! are, and a path that names a descriptor of ours (/dev/stdout) is that descriptor.
+
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read, Write};
+use std::os::fd::{FromRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use super::host_use;
+use super::identity::{FileId, Spot, own_descriptor};
+use super::locks;
+
+/// So many bytes of an older output are looked at.
+const FIRST_BYTES: u64 = 4096;
+
+/// What kind of content an output has, for which an older one may be replaced.
+#[derive(Debug, Clone, Copy)]
+pub struct Content {
+    /// What an older one is called: "an older write log".
+    pub name: &'static str,
+    /// Whether a file that begins so can be an older one. It is asked of files that are not empty.
+    pub is_older: fn(first: &[u8]) -> bool,
+}
+
+/// JSON, HTML, whatever a guest or a program says. Disk images, kernels and archives have a NUL byte near their beginning.
+pub const TEXT: Content = Content { name: "text", is_older: is_text };
+
+/// What becomes an image again. Its size is checked by whoever makes it.
+pub const IMAGE: Content = Content { name: "an image", is_older: |_| true };
+
+fn is_text(first: &[u8]) -> bool {
+    !first.contains(&0)
+}
+
+/// A file that a command writes to.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// What names it: "--status-file".
+    pub option: &'static str,
+    /// As given.
+    pub path: PathBuf,
+    /// What is written there.
+    pub content: Content,
+}
+
+/// A file that a command is given.
+#[derive(Debug, Clone)]
+pub struct Input {
+    /// What names it: "--disk".
+    pub option: &'static str,
+    /// As given.
+    pub path: PathBuf,
+}
+
+/// All files that one command names.
+#[derive(Debug, Clone, Default)]
+pub struct Inventory {
+    /// Those that it only reads, and its disks.
+    pub inputs: Vec<Input>,
+    /// Those that it writes anew.
+    pub outputs: Vec<Output>,
+}
+
+/// Why a file is not written to. Nothing has been changed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write {option} to {path}: {problem}")]
+pub struct OutputRefused {
+    /// What names the output.
+    pub option: &'static str,
+    /// As given.
+    pub path: String,
+    /// What is wrong with it.
+    pub problem: Box<Problem>,
+}
+
+/// What is wrong with an output.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each says it")]
+pub enum Problem {
+    #[error("it is a directory")]
+    Directory,
+    #[error("it is a block device, whose content would be overwritten")]
+    BlockDevice,
+    #[error("it is the same file as {option} {path}, which would be destroyed: give another name")]
+    Input { option: &'static str, path: String },
+    #[error("{option} writes to the same file: give each a file of its own")]
+    Output { option: String },
+    #[error("another VM, or another program, has locked it as its own: give another name")]
+    Locked,
+    #[error("this host uses it: {0}; give another name")]
+    InUse(String),
+    #[error("it exists and is not {0}; what it holds would be lost: remove it, or give another name")]
+    Content(&'static str),
+    #[error("it exists and cannot be read, so nobody knows what would be lost: {0}")]
+    Unreadable(io::Error),
+    #[error("it cannot be made: the directory {directory}: {why}")]
+    Place { directory: String, why: io::Error },
+    #[error("{0}")]
+    Host(io::Error),
+}
+
+/// An output, open.
+#[derive(Debug)]
+pub struct Opened {
+    /// To be written to.
+    pub file: File,
+    /// Whether it is a regular file that is all ours, so that it can be rewritten from its beginning. A pipe,
+    /// a device and a descriptor that we were started with are written on and on.
+    pub is_ours: bool,
+}
+
+/// What becomes of the content of an older output at the opening.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Older {
+    Empty,
+    Keep,
+}
+
+impl Output {
+    /// With text in it.
+    pub fn text(option: &'static str, path: impl Into<PathBuf>) -> Self {
+        Self { option, path: path.into(), content: TEXT }
+    }
+
+    fn refused(&self, problem: Problem) -> OutputRefused {
+        OutputRefused {
+            option: self.option,
+            path: self.path.display().to_string(),
+            problem: Box::new(problem),
+        }
+    }
+
+    fn is(&self, other: &Self) -> bool {
+        self.option == other.option && self.path == other.path
+    }
+}
+
+impl Inventory {
+    /// Every output that would be refused, found without changing anything.
+    pub fn check(&self) -> Vec<OutputRefused> {
+        let check = |(at, output): (usize, &Output)| {
+            let earlier = self.outputs.get(..at).unwrap_or_default();
+            self.look(output, earlier).map_err(|problem| output.refused(problem)).err()
+        };
+        self.outputs.iter().enumerate().filter_map(check).collect()
+    }
+
+    /// Opens `output`, which is empty then.
+    pub fn open(&self, output: &Output) -> Result<Opened, OutputRefused> {
+        self.opened(output, Older::Empty).map_err(|problem| output.refused(problem))
+    }
+
+    /// Opens `output`; an older one keeps its content until it is replaced.
+    pub fn open_unchanged(&self, output: &Output) -> Result<Opened, OutputRefused> {
+        self.opened(output, Older::Keep).map_err(|problem| output.refused(problem))
+    }
+
+    fn opened(&self, output: &Output, older: Older) -> Result<Opened, Problem> {
+        let others: Vec<Output> = self.outputs.iter().filter(|other| !other.is(output)).cloned().collect();
+        self.look(output, &others)?;
+        if let Some(file) = own_descriptor(&output.path).and_then(writable_descriptor) {
+            return Ok(Opened { file, is_ours: false });
+        }
+        let file = File::options().write(true).create(true).truncate(false).open(&output.path);
+        let file = file.map_err(Problem::Host)?;
+        let found = file.metadata().map_err(Problem::Host)?;
+        // Again, through the descriptor: the path may have led elsewhere a moment ago.
+        self.compare(&Spot::Exists(found.clone()), output, &others)?;
+        if !found.is_file() {
+            return Ok(Opened { file, is_ours: false });
+        }
+        if locks::stays(|| locks::is_locked(&file, false)) {
+            return Err(Problem::Locked);
+        }
+        if older == Older::Empty {
+            file.set_len(0).map_err(Problem::Host)?;
+        }
+        Ok(Opened { file, is_ours: true })
+    }
+
+    /// Everything that can be found out without opening for writing.
+    fn look(&self, output: &Output, others: &[Output]) -> Result<(), Problem> {
+        if let Some(descriptor) = own_descriptor(&output.path)
+            && is_writable(descriptor)
+        {
+            // Its owner has opened it for output; but it may be a disk (`>> disk.img`).
+            let Ok(found) = fs::metadata(&output.path) else { return Ok(()) };
+            return self.compare_inputs(&Spot::Exists(found));
+        }
+        let spot = Spot::of(&output.path).map_err(|why| place_problem(&output.path, why))?;
+        if let Spot::Exists(found) = &spot {
+            let kind = found.file_type();
+            if kind.is_dir() {
+                return Err(Problem::Directory);
+            }
+            self.compare(&spot, output, others)?;
+            if kind.is_block_device() {
+                return Err(Problem::BlockDevice);
+            }
+            if kind.is_file() {
+                return look_at_older(output, found);
+            }
+            return Ok(());
+        }
+        self.compare(&spot, output, others)?;
+        let Spot::New { directory, .. } = &spot else { return Ok(()) };
+        may_write(directory, libc::W_OK | libc::X_OK)
+            .map_err(|why| Problem::Place { directory: directory.display().to_string(), why })
+    }
+
+    fn compare(&self, spot: &Spot, output: &Output, others: &[Output]) -> Result<(), Problem> {
+        self.compare_inputs(spot)?;
+        // A pipe or a device takes what several write.
+        if matches!(spot, Spot::Exists(found) if !found.is_file() && !found.file_type().is_block_device()) {
+            return Ok(());
+        }
+        let is_same = |path: &Path| Spot::of(path).is_ok_and(|other| other.is_same(spot));
+        if let Some(other) = others.iter().find(|other| !other.is(output) && is_same(&other.path)) {
+            return Err(Problem::Output { option: format!("{} {}", other.option, other.path.display()) });
+        }
+        if others.iter().any(|other| other.is(output)) {
+            return Err(Problem::Output { option: format!("another {}", output.option) });
+        }
+        for (descriptor, name) in [(1, "standard output"), (2, "standard error")] {
+            if is_writable(descriptor) && is_same(Path::new(&format!("/proc/self/fd/{descriptor}"))) {
+                return Err(Problem::Output { option: name.into() });
+            }
+        }
+        Ok(())
+    }
+
+    fn compare_inputs(&self, spot: &Spot) -> Result<(), Problem> {
+        let is_same = |input: &&Input| Spot::of(&input.path).is_ok_and(|other| other.is_same(spot));
+        // A character device (--kernel /dev/null) has nothing to lose.
+        if matches!(spot, Spot::Exists(found) if !found.is_file() && !found.file_type().is_block_device()) {
+            return Ok(());
+        }
+        match self.inputs.iter().find(is_same) {
+            Some(Input { option, path }) => Err(Problem::Input { option, path: path.display().to_string() }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A regular file that is there already: whether nobody uses it and nothing is lost with it.
+fn look_at_older(output: &Output, found: &Metadata) -> Result<(), Problem> {
+    let uses = host_use::of(found);
+    if !uses.is_empty() {
+        return Err(Problem::InUse(host_use::in_words(&uses)));
+    }
+    may_write(&output.path, libc::W_OK).map_err(Problem::Host)?;
+    let file = match File::open(&output.path) {
+        Ok(file) => file,
+        Err(_) if found.len() == 0 => return Ok(()),
+        Err(error) => return Err(Problem::Unreadable(error)),
+    };
+    if locks::stays(|| locks::is_locked(&file, false)) {
+        return Err(Problem::Locked);
+    }
+    let mut first = Vec::new();
+    (&file).take(FIRST_BYTES).read_to_end(&mut first).map_err(Problem::Unreadable)?;
+    if first.is_empty() || (output.content.is_older)(&first) {
+        return Ok(());
+    }
+    Err(Problem::Content(output.content.name))
+}
+
+fn place_problem(path: &Path, why: io::Error) -> Problem {
+    match path.parent() {
+        Some(directory) if directory != Path::new("") && fs::metadata(directory).is_err() => {
+            Problem::Place { directory: directory.display().to_string(), why }
+        }
+        _ => Problem::Host(why),
+    }
+}
+
+/// Asks the host whether this user may write there, without trying.
+fn may_write(path: &Path, how: libc::c_int) -> io::Result<()> {
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes())
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+    // SAFETY: `path` is a string with its terminator, which the kernel only reads.
+    match unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), how, libc::AT_EACCESS) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn is_writable(descriptor: RawFd) -> bool {
+    // SAFETY: F_GETFL takes no argument and touches no memory.
+    let flags = unsafe { libc::fcntl(descriptor, libc::F_GETFL) };
+    flags >= 0 && flags & libc::O_ACCMODE != libc::O_RDONLY
+}
+
+/// One more descriptor of the same open file, with its place in it.
+fn writable_descriptor(descriptor: RawFd) -> Option<File> {
+    if !is_writable(descriptor) {
+        return None;
+    }
+    // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor, which is ours alone, and touches no memory.
+    unsafe {
+        let new = libc::fcntl(descriptor, libc::F_DUPFD_CLOEXEC, 3);
+        (new >= 0).then(|| File::from_raw_fd(new))
+    }
+}
+
+/// Empties what [`Inventory::open_unchanged`] has opened, if it is ours.
+pub fn emptied(opened: Opened) -> io::Result<File> {
+    if opened.is_ours {
+        opened.file.set_len(0)?;
+    }
+    Ok(opened.file)
+}
+
+/// Makes a file where none is; for what lies in a directory of our own.
+pub fn make_new(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create_new(true).open(path)
+}
+
+/// Makes a file in the place of an older one, whose content stays for whoever has it open; for what lies in a
+/// directory of our own.
+pub fn make_anew(path: &Path) -> io::Result<File> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => make_new(path),
+    }
+}
+
+/// The same, with this content.
+pub fn write_anew(path: &Path, content: impl AsRef<[u8]>) -> io::Result<()> {
+    make_anew(path)?.write_all(content.as_ref())
+}
+
+/// Puts `text` at the output's path, whole or not at all, in the place of an older output only.
+pub fn replace(output: &Output, text: &str) -> Result<(), OutputRefused> {
+    let replaced = || {
+        Inventory::default().look(output, &[])?;
+        let directory = output.path.parent().filter(|it| *it != Path::new("")).unwrap_or(Path::new("."));
+        let mut name = output.path.file_name().unwrap_or_default().to_owned();
+        name.push(".part");
+        let part = directory.join(name);
+        let written = write_anew(&part, text).and_then(|()| fs::rename(&part, &output.path));
+        written.map_err(Problem::Host)
+    };
+    replaced().map_err(|problem| output.refused(problem))
+}
+
+/// Whether a regular file that is there may be replaced by an image of `bytes` bytes: only an older image of
+/// that size, which nobody uses.
+pub fn may_become_image(output: &Output, inputs: Vec<Input>, bytes: u64) -> Result<(), OutputRefused> {
+    let looked = || {
+        Inventory { inputs, outputs: Vec::new() }.look(output, &[])?;
+        match fs::metadata(&output.path) {
+            Ok(found) if !found.is_file() => Err(Problem::Content("a regular file")),
+            Ok(found) if found.len() != bytes && found.len() > 0 => {
+                Err(Problem::Content("an older image of the same size"))
+            }
+            _ => Ok(()),
+        }
+    };
+    looked().map_err(|problem| output.refused(problem))
+}
+
+/// A log in FILE, opened for reading and writing, or made; whoever asks locks it and looks at its content.
+pub fn open_log(output: &Output, image: FileId) -> Result<File, OutputRefused> {
+    let opened = || {
+        Inventory::default().look(output, &[])?;
+        let file = File::options().create(true).truncate(false).read(true).write(true).open(&output.path);
+        let file = file.map_err(Problem::Host)?;
+        let found = file.metadata().map_err(Problem::Host)?;
+        match found.is_file() {
+            true if FileId::of(&found) == image => {
+                Err(Problem::Input { option: "its own", path: "--disk".into() })
+            }
+            true => Ok(file),
+            false => Err(Problem::Content("a regular file")),
+        }
+    };
+    opened().map_err(|problem| output.refused(problem))
+}
+
+/// Opens, or makes, a record that grows from run to run; whoever asks checks what it holds.
+pub fn open_record(path: &Path) -> io::Result<File> {
+    File::options().create(true).read(true).append(true).open(path)
+}
+
+#[cfg(test)]
+mod tests;
