@@ -1,7 +1,13 @@
-//! CPUID: what KVM supports, with each CPU's place in the topology put in.
+//! CPUID: what KVM supports, less what a guest must not have, with each CPU's place in the topology.
 //!
-//! Owns the edits, which are pure: one package, a core for every CPU, one thread for every core.
-//! Leaves that KVM makes for its guests (0x4000_0000 on) pass as they are.
+//! Owns the edits, which are pure. Once for a machine: features are withheld (`withheld`), XSAVE's
+//! components offered whole or not at all (`xsave`), the host's brand string put in. For each CPU: one
+//! package, a core for every CPU, one thread for every core. Leaves that KVM makes for its guests
+//! (0x4000_0000 on) pass as they are.
+
+mod brand;
+mod withheld;
+mod xsave;
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
@@ -44,28 +50,39 @@ impl Place {
 /// differ, and a guest's must not.
 #[derive(Debug)]
 pub struct Supported {
-    leaves: CpuId,
+    /// What every CPU gets, but for its place.
+    leaves: Vec<kvm_cpuid_entry2>,
     deadline: bool,
 }
 
 impl Supported {
     /// Asks KVM.
     pub fn by(kvm: &Kvm) -> Result<Self, KvmError> {
-        let leaves = kvm
+        let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(|error| KvmError::Refused("the list of CPUID leaves", error))?;
+        let leaves = offer(supported.as_slice(), brand::of_host());
         Ok(Self { leaves, deadline: kvm.check_extension(Cap::TscDeadlineTimer) })
     }
 
     /// Sets the CPUID of `vcpu`; whether the guest sees MTRRs is returned.
     pub fn set_up(&self, vcpu: &VcpuFd, place: Place) -> Result<bool, KvmError> {
-        let entries = adapt(self.leaves.as_slice(), place, self.deadline);
+        let entries = adapt(&self.leaves, place, self.deadline);
         let has_mtrrs = entries.iter().any(|entry| entry.function == 1 && entry.edx & (1 << 12) != 0);
         let cpuid = CpuId::from_entries(&entries)
             .map_err(|_| KvmError::Refused("so many CPUID leaves", kvm_ioctls::Error::new(libc::E2BIG)))?;
         vcpu.set_cpuid2(&cpuid).map_err(|error| KvmError::Refused("the CPUID leaves", error))?;
         Ok(has_mtrrs)
     }
+}
+
+/// What a guest gets of what KVM supports, the same on every CPU.
+fn offer(supported: &[kvm_cpuid_entry2], brand: brand::Brand) -> Vec<kvm_cpuid_entry2> {
+    let mut leaves = supported.to_vec();
+    withheld::withhold(&mut leaves);
+    xsave::make_whole(&mut leaves);
+    brand::put(&mut leaves, brand);
+    leaves
 }
 
 /// The leaves for one CPU.
@@ -98,11 +115,13 @@ fn adapt_leaf(leaf: &mut kvm_cpuid_entry2, place: Place, deadline: bool) {
             leaf.ecx |= if deadline { TSC_DEADLINE } else { 0 };
             leaf.edx = (leaf.edx & !HTT) | if cpus > 1 { HTT } else { 0 };
         }
-        // Caches: how many threads share each, and how many cores the package has (Intel).
+        // Caches: how many APIC ids share each, and how many the package has for cores (Intel). Ids are
+        // counted, used or not, as in leaf 1.
         4 if leaf.eax & 0x1f != 0 => {
             let level = (leaf.eax >> 5) & 7;
-            let sharing = if level >= 3 { cpus } else { 1 };
-            leaf.eax = (leaf.eax & 0x3fff) | (sharing - 1) << 14 | (cpus - 1).min(63) << 26;
+            let ids = 1_u32 << place.core_bits();
+            let sharing = if level >= 3 { ids } else { 1 };
+            leaf.eax = (leaf.eax & 0x3fff) | (sharing - 1) << 14 | (ids - 1).min(63) << 26;
         }
         _ => {}
     }
@@ -154,6 +173,9 @@ fn extended_topology(function: u32, place: Place) -> [kvm_cpuid_entry2; 3] {
 }
 
 #[cfg(test)]
+mod models;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -203,7 +225,9 @@ mod tests {
                 assert_eq!(find(&leaves, 0xb, 2).ecx, 2, "the end");
                 assert_eq!(find(&leaves, 0x8000_0008, 0).ecx & 0xff, u32::from(cpus) - 1);
                 assert_eq!(find(&leaves, 0x8000_001e, 0).eax, u32::from(id));
-                assert_eq!(find(&leaves, 4, 3).eax >> 14 & 0xfff, u32::from(cpus) - 1, "L3 is shared");
+                let ids = u32::from(cpus).next_power_of_two();
+                assert_eq!(find(&leaves, 4, 3).eax >> 14 & 0xfff, ids - 1, "L3 is shared");
+                assert_eq!(find(&leaves, 4, 3).eax >> 26, (ids - 1).min(63), "cores of the package");
                 assert_eq!(find(&leaves, 4, 0).eax >> 14 & 0xfff, 0, "L1 is not");
                 assert_eq!(find(&leaves, 4, 4).eax, 0, "no cache stays none");
                 assert!(!leaves.iter().any(|leaf| leaf.function == 0x8000_0026));

@@ -5,6 +5,7 @@
 //! or disks: it binds eventfds to lines and addresses.
 
 pub mod cpuid;
+mod defaults;
 pub mod failure;
 pub mod msrs;
 pub mod routes;
@@ -168,6 +169,7 @@ pub fn create_vm(kvm: &Kvm, ram: &Ram) -> Result<VmFd, KvmError> {
     // The timer and, with the dummy, port 0x61: a kernel without kvm-clock measures its TSC by them.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     uninterrupted(|| vm.create_pit2(pit)).map_err(refused("the interval timer"))?;
+    defaults::switch_off(&vm);
     for (slot, (guest, host, bytes)) in (0..).zip(mem::regions(ram)) {
         let region = kvm_userspace_memory_region {
             slot,

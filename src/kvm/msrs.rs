@@ -10,6 +10,11 @@ use super::KvmError;
 
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRINGS: u64 = 1 << 0;
+/// Performance monitoring is available.
+const MISC_ENABLE_EMON: u64 = 1 << 7;
+/// Branch trace storage and precise event sampling are *not* available.
+const MISC_ENABLE_BTS_UNAVAIL: u64 = 1 << 11;
+const MISC_ENABLE_PEBS_UNAVAIL: u64 = 1 << 12;
 const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLE: u64 = 1 << 11;
 const MTRR_WRITE_BACK: u64 = 6;
@@ -17,16 +22,34 @@ const MTRR_WRITE_BACK: u64 = 6;
 /// Sets the MSRs of one CPU.
 pub fn set_up(kvm: &Kvm, vcpu: &VcpuFd, has_mtrrs: bool) -> Result<(), KvmError> {
     let list = kvm.get_msr_index_list().map_err(|error| KvmError::Refused("the list of MSRs", error))?;
-    let mut wanted =
-        vec![(IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRINGS, list.as_slice().contains(&IA32_MISC_ENABLE))];
+    let has_misc_enable = list.as_slice().contains(&IA32_MISC_ENABLE);
+    let misc_enable = misc_enable(if has_misc_enable { read(vcpu, IA32_MISC_ENABLE) } else { 0 });
     // KVM lists no MTRR, and has them wherever CPUID shows them. All memory is ordinary memory.
-    wanted.push((IA32_MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK, has_mtrrs));
+    let wanted = [
+        (IA32_MISC_ENABLE, misc_enable, has_misc_enable),
+        (IA32_MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK, has_mtrrs),
+    ];
     for (index, data, there) in wanted {
         if there {
             set_one(vcpu, index, data);
         }
     }
     Ok(())
+}
+
+/// What IA32_MISC_ENABLE says: fast strings, no performance counters. The rest is KVM's.
+fn misc_enable(kvms: u64) -> u64 {
+    (kvms | MISC_ENABLE_FAST_STRINGS | MISC_ENABLE_BTS_UNAVAIL | MISC_ENABLE_PEBS_UNAVAIL) & !MISC_ENABLE_EMON
+}
+
+/// The value of an MSR, or 0 where this host does not tell.
+fn read(vcpu: &VcpuFd, index: u32) -> u64 {
+    let entry = kvm_msr_entry { index, ..Default::default() };
+    let Ok(mut msrs) = Msrs::from_entries(&[entry]) else { return 0 };
+    match (vcpu.get_msrs(&mut msrs), msrs.as_slice()) {
+        (Ok(1), [entry]) => entry.data,
+        _ => 0,
+    }
 }
 
 fn set_one(vcpu: &VcpuFd, index: u32, data: u64) {
@@ -61,6 +84,34 @@ fn put(lapic: &mut kvm_lapic_state, offset: usize, value: u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kvm::cpuid::{Place, Supported};
+    use crate::kvm::{create_vcpu, create_vm, open_device};
+    use crate::mem;
+
+    #[test]
+    fn misc_enable_says_that_bts_and_pebs_are_unavailable_and_keeps_the_rest() {
+        for (kvms, ours) in [(0, 0x1801), (0x1800, 0x1801), (0x4_0080, 0x4_1801), (0x85_0089, 0x85_1809)] {
+            assert_eq!(misc_enable(kvms), ours, "{kvms:#x}");
+        }
+    }
+
+    #[test]
+    fn this_hosts_kvm_takes_the_msrs() {
+        let Ok(kvm) = open_device() else {
+            return println!("skipped: no /dev/kvm here that this user may open");
+        };
+        let ram = mem::map_ram(&[(0, 1 << 20)]).unwrap();
+        let vm = create_vm(&kvm, &ram).unwrap();
+        let vcpu = create_vcpu(&vm, 0).unwrap();
+        let has_mtrrs = Supported::by(&kvm).unwrap().set_up(&vcpu, Place { id: 0, cpus: 1 }).unwrap();
+        set_up(&kvm, &vcpu, has_mtrrs).unwrap();
+        if kvm.get_msr_index_list().unwrap().as_slice().contains(&IA32_MISC_ENABLE) {
+            assert_eq!(read(&vcpu, IA32_MISC_ENABLE) & 0x1881, 0x1801);
+        }
+        if has_mtrrs {
+            assert_eq!(read(&vcpu, IA32_MTRR_DEF_TYPE), MTRR_ENABLE | MTRR_WRITE_BACK);
+        }
+    }
 
     #[test]
     fn a_register_is_written_little_endian_at_its_offset() {

@@ -1,0 +1,73 @@
+//! What KVM gives every VM until it is told otherwise, and minivmm's guests do without.
+//!
+//! Owns the two switches: reinjection of the interval timer's lost ticks, which keeps KVM from using AVIC
+//! and APICv's posted interrupts, and virtual performance counters. An older KVM has no such switch, and
+//! a guest runs there all the same.
+
+use kvm_bindings::{
+    KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, KVMIO, kvm_enable_cap, kvm_reinject_control,
+};
+use kvm_ioctls::{Cap, VmFd};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+
+vmm_sys_util::ioctl_io_nr!(KVM_REINJECT_CONTROL, KVMIO, 0x71);
+
+/// Switches off what `vm`, which has its interval timer and no CPU yet, is to do without. Returns what
+/// KVM has a switch for and did not switch off.
+pub fn switch_off(vm: &VmFd) -> Vec<&'static str> {
+    let mut left = Vec::new();
+    for (what, done) in [("the timer's reinjection", reinjection(vm)), ("performance counters", counters(vm))]
+    {
+        if let Err(error) = done {
+            log::debug!("KVM leaves {what} on: {error}");
+            left.push(what);
+        }
+    }
+    left
+}
+
+/// Ticks of the interval timer that the guest was too slow for are lost, as on hardware. Linux counts time
+/// otherwise as soon as it has booted.
+fn reinjection(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    if !vm.check_extension(Cap::ReinjectControl) {
+        return Ok(());
+    }
+    let off = kvm_reinject_control { pit_reinject: 0, ..Default::default() };
+    // SAFETY: KVM reads the structure, which is the one of this request, and keeps no pointer to it.
+    match unsafe { ioctl_with_ref(vm, KVM_REINJECT_CONTROL(), &off) } {
+        0 => Ok(()),
+        _ => Err(kvm_ioctls::Error::last()),
+    }
+}
+
+/// The counters' MSRs; what CPUID says of them is withheld too (`cpuid`). Linux 5.18.
+fn counters(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    let offered = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+    if u32::try_from(offered).unwrap_or_default() & KVM_PMU_CAP_DISABLE == 0 {
+        return Ok(());
+    }
+    let mut off = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
+    off.args[0] = KVM_PMU_CAP_DISABLE.into();
+    vm.enable_cap(&off)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kvm::{create_vcpu, create_vm, open_device};
+    use crate::mem;
+
+    #[test]
+    fn this_hosts_kvm_switches_off_what_it_has_a_switch_for() {
+        let Ok(kvm) = open_device() else {
+            return println!("skipped: no /dev/kvm here that this user may open");
+        };
+        let ram = mem::map_ram(&[(0, 1 << 20)]).unwrap();
+        let vm = create_vm(&kvm, &ram).unwrap();
+        assert_eq!(switch_off(&vm), [""; 0]);
+        // Counters are switched off before the first CPU, or not at all: that is when `create_vm` does it.
+        let _cpu = create_vcpu(&vm, 0).unwrap();
+        let offered = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+        assert_eq!(counters(&vm).is_err(), offered > 0, "KVM_CAP_PMU_CAPABILITY is {offered:#x}");
+    }
+}
