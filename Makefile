@@ -2,7 +2,7 @@
 # is missing, or print the line that does.
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test bench bench-bare bench-guest bench-modes bench-sandbox study lint deps test-deps clean torture fuzz fuzz-merge fuzz-coverage asan miri install install-files static deb
+.PHONY: help build run test test-intel bench bench-bare bench-guest bench-modes bench-sandbox study lint deps test-deps clean torture fuzz fuzz-merge fuzz-coverage asan miri install install-files static deb
 
 include guest-images/guest.mk
 
@@ -23,6 +23,7 @@ help: ## lists the commands
 	@echo "make install      binary, manual, completions, docs, guest images; PREFIX=/usr/local, DESTDIR="
 	@echo "make static       a static binary, for any Linux: $(static_binary)"
 	@echo "make deb          a Debian package of it, in target/debian"
+	@echo "make test-intel   minivmm under kvm_intel on emulated processors of Intel's: check and four boots each, MODELS="
 	@echo "make torture      the long suites"
 	@echo "make fuzz         the fuzzers in turn: TARGET=, SECONDS= for each; make fuzz-merge keeps what is new,"
 	@echo "                  make fuzz-coverage counts lines"
@@ -104,13 +105,18 @@ study: deps build guest
 
 # The long suites: every combination of killed hosts and lost power TRIALS times (five minutes each), the same
 # with QEMU, hundreds of times as many seeds of the durability proof; half an hour of soak on this machine's KVM,
-# and five minutes of it in the emulated host (SOAK= seconds, in place of either).
+# and five minutes of it in the emulated host (SOAK= seconds, in place of either); emulated Intel hosts.
 torture: test-deps build guest emuhost
 	@MINIVMM_TRIALS=$(or $(TRIALS),10) MINIVMM_BESIDE_QEMU=1 cargo test --release --locked --test killed -- --nocapture --test-threads 1
 	@MINIVMM_SEEDS=$(or $(SEEDS),5000000) cargo test --release --locked --features mutants --test durability -- --nocapture
 	@case $$(guest-images/which-host) in directly*) \
 		MINIVMM_SOAK_SECONDS=$(or $(SOAK),1800) cargo test --release --locked --test soak -- --nocapture ;; esac
 	@MINIVMM_HOST=emulated MINIVMM_SOAK_SECONDS=$(or $(SOAK),300) cargo test --release --locked --test soak -- --nocapture
+	@$(MAKE) --no-print-directory test-intel
+
+# A smoke test under kvm_intel wherever this runs: Bochs emulates the processors (docs/hosts.md).
+test-intel: deps build guest-small emuhost-intel
+	@guest-images/test-intel $(MODELS)
 
 # libFuzzer with AddressSanitizer on what guests and files say (docs/fuzzing.md); coverage needs an llvm-cov of
 # the compiler's LLVM.
@@ -137,7 +143,8 @@ lint: deps
 	@cargo clippy --release --locked --all-targets --features mutants --quiet -- -D warnings
 	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo guest-images/bench-modes guest-images/study \
 		guest-images/install-packages guest-images/emuhost guest-images/boot-times guest-images/build-guest \
-		guest-images/build-host guest-images/build-small-kernel guest-images/freestanding/build.sh guest-images/pack-qemu .ci/run \
+		guest-images/build-host guest-images/build-small-kernel guest-images/build-intel-host guest-images/test-intel \
+		guest-images/intel/init guest-images/intel/guest-init guest-images/freestanding/build.sh guest-images/pack-qemu .ci/run \
 		fuzz/run examples/crash/*.sh examples/crash/*/*.sh
 	@command -v cargo-deny >/dev/null || cargo install --quiet --debug --locked cargo-deny
 	@cargo deny --log-level error check bans licenses sources

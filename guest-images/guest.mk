@@ -7,6 +7,7 @@
 #   make guest-all               6.12 and 6.1 side by side, 6.12 the default one
 #   make guest-small             a small kernel with all of virtio built in (needs flex, bison, ...)
 #   make emuhost                 the emulated host for machines whose KVM cannot run Linux
+#   make emuhost-intel           the parts of an emulated Intel host, for make test-intel
 #   make guest-refresh           takes newer packages, if Debian has any, with the next make
 #   make guest-clean             removes all of it; downloads stay in the cache
 
@@ -20,10 +21,11 @@ guest_common := $(wildcard $(guest_dir)/lib/common.sh $(guest_dir)/lib/apt.sh $(
 	$(guest_dir)/lib/rootfs.sh $(guest_dir)/lib/fio.sh $(guest_dir)/lib/mkcpio)
 guest_inputs := $(guest_common) $(guest_dir)/lib/vmlinux.sh $(guest_dir)/build-guest $(wildcard $(guest_dir)/guest/*)
 host_inputs := $(guest_common) $(guest_dir)/build-host $(wildcard $(guest_dir)/host/*)
+intel_inputs := $(guest_common) $(guest_dir)/lib/bochs.sh $(guest_dir)/build-intel-host $(wildcard $(guest_dir)/intel/*)
 small_inputs := $(guest_dir)/lib/common.sh $(guest_dir)/lib/apt.sh $(guest_dir)/build-small-kernel \
 	$(guest_dir)/small-kernel.config
 
-.PHONY: guest guest-all guest-small emuhost guest-refresh guest-clean
+.PHONY: guest guest-all guest-small emuhost emuhost-intel guest-refresh guest-clean
 
 # vmlinuz, initrd.cpio and, where it could be unpacked, vmlinux at a fixed place are the default guest:
 # links to the one asked for last.
@@ -62,6 +64,11 @@ emuhost: $(guest_build)/host/manifest
 
 $(guest_build)/host/manifest: $(host_inputs)
 	@$(guest_dir)/build-host
+
+emuhost-intel: $(guest_build)/intel/manifest
+
+$(guest_build)/intel/manifest: $(intel_inputs)
+	@$(guest_dir)/build-intel-host
 
 guest-refresh:
 	@rm -f $(guest_build)/*/manifest
