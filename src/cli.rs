@@ -406,6 +406,7 @@ impl Args {
             files,
             console,
             timeout: self.timeout,
+            boot_timeout: self.job.boot_timeout(),
             stop_timeout: self.stop_timeout,
             stats: self.stats.map(|file| file.map_or(StatsTarget::Stderr, StatsTarget::Json)),
             observe: self.observe.map(|path| ObserveTarget { path, interval: self.observe_interval }),
@@ -467,7 +468,7 @@ impl From<Ending> for ExitStatus {
             Ending::Signal(signal) => Self::Signal(signal),
             Ending::Timeout => Self::Timeout,
             Ending::Command(end, _) => Self::Command(end.exit_status()),
-            Ending::NoReport => Self::Failure,
+            Ending::NoReport | Ending::Incomplete(_) | Ending::BootTimeout(_) => Self::Failure,
         }
     }
 }

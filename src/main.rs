@@ -9,12 +9,13 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use minivmm::cli::command::{self, End};
 use minivmm::cli::process::{print, start_logging, told};
-use minivmm::cli::{Args, ExitStatus, STATUS_FILE, Task, command};
+use minivmm::cli::{Args, ExitStatus, STATUS_FILE, Task};
 use minivmm::disk::DiskOptions;
 use minivmm::files::{Inventory, Output};
 use minivmm::job::status::StatusFile;
-use minivmm::vmm::{self, Ending};
+use minivmm::vmm;
 use minivmm::{check, explain, program};
 
 fn main() {
@@ -40,10 +41,9 @@ fn run_guest(args: Args) -> ExitStatus {
     let files = args.files();
     let file = match command.status_file().map(|path| open_status_file(path, &files)).transpose() {
         Ok(file) => file,
-        Err(error) => return telling.tell(&Err(format!("{error:#}")), None),
+        Err(error) => return telling.tell(&End::failed(format!("{error:#}")), None),
     };
-    let outcome = run_vm(args, &files).map_err(|error| format!("{error:#}"));
-    telling.tell(&outcome, file)
+    telling.tell(&run_vm(args, &files), file)
 }
 
 fn open_status_file(path: &Path, files: &Inventory) -> Result<StatusFile> {
@@ -51,12 +51,21 @@ fn open_status_file(path: &Path, files: &Inventory) -> Result<StatusFile> {
     Ok(StatusFile::new(opened.file))
 }
 
-fn run_vm(args: Args, files: &Inventory) -> Result<Ending> {
+fn run_vm(args: Args, files: &Inventory) -> End {
     // Before a file is emptied, made or packed.
     if let Some(refused) = files.check().into_iter().next() {
-        return Err(refused.into());
+        return End::failed(format!("{:#}", anyhow::Error::from(refused)));
     }
-    Ok(vmm::run(&args.into_config()?)?)
+    let config = match args.into_config() {
+        Ok(config) => config,
+        Err(error) => return End::failed(format!("{:#}", anyhow::Error::from(error))),
+    };
+    let ended = vmm::run(&config);
+    End {
+        outcome: ended.outcome.map_err(|error| format!("{:#}", anyhow::Error::from(error))),
+        kernel_lines: ended.kernel_lines,
+        lines_were_shown: ended.lines_were_shown,
+    }
 }
 
 fn run_check(json: bool, quiet: bool) -> Result<ExitStatus> {

@@ -152,6 +152,11 @@ pub fn read_bytes(ram: &Ram, addr: u64, data: &mut [u8]) -> Result<(), OutsideRa
     Ok(())
 }
 
+/// All of RAM, in bytes.
+pub fn bytes(ram: &Ram) -> u64 {
+    ram.iter().map(GuestMemoryRegion::len).sum()
+}
+
 /// The regions of RAM as (guest address, host address, bytes), for KVM's memory slots.
 pub fn regions(ram: &Ram) -> Vec<(u64, u64, u64)> {
     ram.iter()

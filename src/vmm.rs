@@ -7,6 +7,8 @@ mod build;
 mod events;
 mod input;
 mod job;
+mod limits;
+mod pace;
 mod stop;
 mod watch;
 mod wiring;
@@ -25,9 +27,11 @@ use crate::blk::DeviceError;
 use crate::boot::BootError;
 use crate::boot::cpu::CpuError;
 use crate::bus::{BusError, Outcome};
-use crate::disk::{DiskOptions, ImageError, TransportChoice};
+use crate::devices::kernel_log::KernelLog;
+use crate::disk::{DiskOptions, Image, ImageError, TransportChoice};
 use crate::files::{Inventory, Output, OutputRefused};
-use crate::job::report::CommandEnd;
+use crate::job::Archive;
+use crate::job::report::{CommandEnd, Incomplete};
 use crate::kvm::KvmError;
 use crate::kvm::failure::Failure;
 use crate::mem::RamError;
@@ -42,6 +46,8 @@ use events::{Report, Reporter, Reports, Signals};
 use input::{Console, READ_BYTES_MAX, Wish};
 use job::JobEnd;
 pub use job::Times;
+pub use limits::BootTimeout;
+use limits::{Heard, Limits, Over, Standing};
 use stop::{Ender, Patience, StopError, VcpuThread};
 use watch::Watch;
 
@@ -68,6 +74,8 @@ pub struct Config {
     pub console: ConsoleTarget,
     /// How long the guest may run.
     pub timeout: Option<Duration>,
+    /// How long the guest's init may take to report, where there is a command.
+    pub boot_timeout: BootTimeout,
     /// How long the end may take where the host's disk hangs; see `--stop-timeout`.
     pub stop_timeout: Option<Duration>,
     /// Where the statistics go.
@@ -77,7 +85,7 @@ pub struct Config {
     /// Bytes of the host's memory that this process may use.
     pub host_memory_limit: Option<u64>,
     /// The archive of a command that is the guest's only job.
-    pub job: Option<Vec<u8>>,
+    pub job: Option<Archive>,
     /// What the threads give up before the guest runs.
     pub sandbox: sandbox::Mode,
 }
@@ -161,6 +169,22 @@ pub enum Ending {
     Command(CommandEnd, Times),
     /// The guest has powered off or reset, and never told how its command ended.
     NoReport,
+    /// The guest has not started its command: not all of its files have come.
+    Incomplete(Incomplete),
+    /// The guest's init has not reported in this time.
+    BootTimeout(Duration),
+}
+
+/// A run that is over.
+#[derive(Debug)]
+pub struct Ended {
+    /// How.
+    pub outcome: Result<Ending, VmmError>,
+    /// What the guest's kernel has printed last, where the guest has not ended in order: from the line on that says
+    /// what went wrong, or the last 40. None elsewhere.
+    pub kernel_lines: Option<Vec<String>>,
+    /// These lines have been on this process's standard output or error.
+    pub lines_were_shown: bool,
 }
 
 /// Why a VM could not be built, run or stopped.
@@ -217,7 +241,20 @@ fn host<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> VmmError {
 }
 
 /// Builds the machine, runs its guest to the end, stops it.
-pub fn run(config: &Config) -> Result<Ending, VmmError> {
+pub fn run(config: &Config) -> Ended {
+    let log = KernelLog::default();
+    let outcome = run_logged(config, &log);
+    let is_told = match &outcome {
+        Ok(Ending::GuestPanic | Ending::NoReport | Ending::Incomplete(_) | Ending::BootTimeout(_)) => true,
+        Ok(Ending::Timeout) => config.job.is_some(),
+        Err(VmmError::Vcpu(_)) => true,
+        _ => false,
+    };
+    let lines_were_shown = matches!(config.console, ConsoleTarget::Stdio | ConsoleTarget::Stderr);
+    Ended { outcome, kernel_lines: is_told.then(|| log.lines()), lines_were_shown }
+}
+
+fn run_logged(config: &Config, log: &KernelLog) -> Result<Ending, VmmError> {
     // Before the first thread is started, so that all inherit it.
     let signals = Signals::block().map_err(host("block signals"))?;
     register_signal_handler(SIGRTMIN(), on_kick).map_err(host("handle the signal that stops a CPU"))?;
@@ -232,7 +269,7 @@ pub fn run(config: &Config) -> Result<Ending, VmmError> {
     let _limit = config.host_memory_limit.map(MemoryLimit::of_this_process).transpose()?;
     sandbox::arm(config.sandbox)?;
     let ticket = Ticket::new(Role::Main);
-    let mut machine = build::build(config)?;
+    let mut machine = build::build(config, log)?;
     let open = |target| stop::StatsReport::open(target, &config.files);
     let mut report = config.stats.as_ref().map(open).transpose()?;
     let mut run = Run::new(&mut machine, &signals, config)?;
@@ -298,8 +335,10 @@ struct Run<'a> {
     console: Console,
     raw_mode: Option<RawMode>,
     timeout: Option<Duration>,
+    boot_timeout: BootTimeout,
+    limits: Limits,
+    images: Vec<Arc<Image>>,
     patience: Patience,
-    deadline: Option<Instant>,
     job: Option<JobEnd>,
     watch: Option<Watch>,
     /// How its observation has ended.
@@ -329,8 +368,10 @@ impl<'a> Run<'a> {
                 _ => None,
             },
             timeout: config.timeout,
+            boot_timeout: config.boot_timeout,
+            limits: Limits::begin(Instant::now(), None, BootTimeout::Never, pace::slowness),
+            images: machine.disks.iter().map(|disk| Arc::clone(&disk.image)).collect(),
             patience: Patience::new(config.stop_timeout),
-            deadline: None,
             job: machine.job.take(),
             watch: config
                 .observe
@@ -359,9 +400,8 @@ impl<'a> Run<'a> {
                 .map_err(host("start a thread for a CPU"))?;
             self.threads.push(VcpuThread { thread, page });
         }
-        // Farther away than the clock counts is never.
         self.begin = Instant::now();
-        self.deadline = self.timeout.and_then(|timeout| self.begin.checked_add(timeout));
+        self.limits = Limits::begin(self.begin, self.timeout, self.boot_timeout, pace::slowness);
         ticket.enter();
         Ok(())
     }
@@ -370,15 +410,16 @@ impl<'a> Run<'a> {
     fn supervise(&mut self, tell: &mut dyn FnMut()) -> Result<Ending, VmmError> {
         let mut retry = false;
         loop {
-            let left = self.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let left = self.limits.wait(Instant::now());
             let timeout = if retry { Some(left.map_or(RETRY, |left| left.min(RETRY))) } else { left };
-            let [signal, report, asked, typed, told] = events::wait(
+            let [signal, report, asked, typed, told, panic] = events::wait(
                 [
                     Some(self.signals.as_raw_fd()),
                     Some(self.reports.as_raw_fd()),
                     Some(self.serial.wants_input.as_raw_fd()),
                     self.console.wants_to_read().then(|| self.stdin.as_raw_fd()),
                     self.job.as_ref().map(JobEnd::as_raw_fd),
+                    Some(self.serial.alarm.as_raw_fd()),
                 ],
                 timeout,
             )
@@ -395,13 +436,16 @@ impl<'a> Run<'a> {
             if typed && self.read_input() == Wish::Quit {
                 return Ok(Ending::Quit);
             }
+            // An eventfd that was ready has something to read; nobody else reads it.
             if asked {
-                // An eventfd that was ready has something to read; nobody else reads it.
                 let _ = self.serial.wants_input.read();
             }
+            if panic {
+                let _ = self.serial.alarm.read();
+            }
             retry = self.hand_input_over();
-            if self.deadline.is_some_and(|at| Instant::now() >= at) {
-                return Ok(self.timed_out());
+            if let Some(ending) = self.over_limit() {
+                return Ok(ending);
             }
         }
     }
@@ -447,10 +491,37 @@ impl<'a> Run<'a> {
         if let Some((stream, source)) = job.lost_output() {
             return Err(VmmError::Output { stream, source });
         }
-        Ok(match job.ended(self.begin) {
-            Some((end, times)) => Ending::Command(end, times),
-            None => Ending::NoReport,
+        Ok(match (job.ended(self.begin), job.incomplete()) {
+            (Some((end, times)), _) => Ending::Command(end, times),
+            (None, Some(what)) => Ending::Incomplete(what),
+            (None, None) => Ending::NoReport,
         })
+    }
+
+    /// What the VM ends with, if a limit of time is over.
+    fn over_limit(&mut self) -> Option<Ending> {
+        let counted =
+            |image: &Arc<Image>| image.counters().snapshot().iter().map(|(_, count)| count).sum::<u64>();
+        let heard = self.job.as_ref().map(JobEnd::heard);
+        let requests = match heard {
+            Some(Heard::Ended) => self.images.iter().map(counted).fold(0, u64::wrapping_add),
+            _ => 0,
+        };
+        let panicked = self.serial.panicked.get();
+        match self.limits.check(Standing { at: Instant::now(), heard, panicked, requests })? {
+            Over::Timeout => Some(self.timed_out()),
+            Over::Boot(limit) => Some(Ending::BootTimeout(limit)),
+            Over::Panic => Some(Ending::GuestPanic),
+            Over::Off(limit) => {
+                log::warn!(
+                    "the guest has told how its command ended, and in {} s has neither used a disk nor switched \
+                     itself off: it is ended, and what it has not written to its disks is lost",
+                    limit.as_secs()
+                );
+                // As after an end in order: what it has told is what counts.
+                Some(Ending::PowerOff)
+            }
+        }
     }
 
     fn timed_out(&self) -> Ending {

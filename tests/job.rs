@@ -79,10 +79,76 @@ fn the_commands_status_is_minivmms() {
         assert_eq!(outcome.stdout, out, "{command}");
         assert!(outcome.stderr.contains(word), "{command}: {}", outcome.stderr);
         assert_eq!((told(&place, "cause"), told(&place, "exit_status")), (cause.into(), status.to_string()));
-        // Nothing of the kernel's mixes in: a panic alone would have much to say.
-        assert!(!outcome.stderr.contains("Kernel panic"), "{command}: {}", outcome.stderr);
-        assert!(outcome.stderr.lines().count() <= 1, "{command}: {}", outcome.stderr);
+        // Of the kernel's nothing is told unless it is why the guest has ended; then all of it.
+        if cause == "guest-panic" {
+            let first = outcome.stderr.find("sysrq triggered crash");
+            let call_trace = outcome.stderr.find("Call Trace");
+            assert!(first.is_some() && first < call_trace, "{command}: {}", outcome.stderr);
+            assert!(
+                outcome.stderr.trim_end().ends_with("the guest's kernel has panicked"),
+                "{}",
+                outcome.stderr
+            );
+            let kept = place.sh("grep -c 'sysrq triggered crash' status.json").stdout;
+            assert_eq!(kept, "1\n", "{command}");
+        } else if cause != "no-report" {
+            assert!(outcome.stderr.lines().count() <= 1, "{command}: {}", outcome.stderr);
+        }
     }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_a_figure_with_which_it_comes_whole() {
+    // The figure of a refusal, and the same with it.
+    let script = "
+        twice() {
+            vm --memory \"$@\" > out 2> words; echo \"$?\"
+            needed=$(sed -n 's/.*needs --memory \\([0-9]*M\\),.*/\\1/p' words); shift
+            vm --memory \"$needed\" \"$@\"
+        }
+        head -c 94371840 /dev/urandom > big
+        twice 48M -- echo hi; twice 256M --add big:/big -- wc -c /big";
+    for kernel in ["6.12", "6.1"] {
+        let (_, outcome) = run(kernel, script);
+        assert_eq!(outcome.stdout, "125\nhi\n125\n94371840 /big\n", "{kernel}: {outcome:#?}");
+    }
+}
+
+#[test]
+fn a_guest_that_could_not_unpack_its_files_says_so_and_runs_nothing() {
+    // What 256M have room for, and 192M have not: the kernel is told to leave 64 MiB alone.
+    let script = r"size=$((64000000 - $(stat -c %s $MINIVMM_GUEST/initrd.cpio)))
+        head -c $size /dev/urandom > big
+        vm --memory 256M --append 'memmap=64M$96M' --add big:/opt/big -- echo hi";
+    let (place, outcome) = run("6.12", script);
+    assert_eq!((outcome.status, outcome.stdout.as_str()), (125, ""), "{outcome:#?}");
+    assert_eq!(told(&place, "cause"), "incomplete");
+    for words in
+        ["2 of the 7 files", "give it more --memory", "Initramfs unpacking failed", "/job/end is missing"]
+    {
+        assert!(outcome.stderr.contains(words), "no {words:?} in {}", outcome.stderr);
+    }
+}
+
+#[test]
+fn an_init_that_never_reports_is_ended_with_what_it_has_printed() {
+    let script = "printf '#!/bin/sh\\necho a foreign init; exec sleep 1000\\n' > init && chmod +x init
+        vm --boot-timeout 40 --add init:/init -- echo hi";
+    let (place, outcome) = run("6.12", script);
+    assert_eq!((outcome.status, outcome.stdout.as_str()), (125, ""), "{outcome:#?}");
+    assert_eq!(told(&place, "cause"), "boot-timeout");
+    assert!(outcome.stderr.contains("  a foreign init\n"), "{outcome:#?}");
+    // One that has reported has all the time of the world.
+    let (_, outcome) = run("6.12", "vm --boot-timeout 40 -- sh -c 'sleep 45; echo done'");
+    assert_eq!((outcome.status, outcome.stdout.as_str()), (0, "done\n"), "{outcome:#?}");
+}
+
+#[test]
+fn a_guest_that_does_not_switch_itself_off_is_ended_with_its_commands_status() {
+    let (place, outcome) = run("6.12", "vm --append minivmm.end=halt -- sh -c 'echo done; exit 7'");
+    assert_eq!((outcome.status, outcome.stdout.as_str()), (7, "done\n"), "{outcome:#?}");
+    assert_eq!(told(&place, "cause"), "command-exited");
+    assert!(outcome.stderr.contains("switched itself off"), "{outcome:#?}");
 }
 
 #[test]

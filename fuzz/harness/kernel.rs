@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use minivmm::boot::{self, Entry, Guest, MmioDevice, cmdline};
+use minivmm::boot::{self, Entry, Guest, MmioDevice, Piece, Tail, cmdline};
 use minivmm::layout;
 use minivmm::mem;
 
@@ -32,7 +32,7 @@ pub fn run(data: &[u8]) {
     let guest = Guest {
         kernel: &kernel,
         initrd: with_initrd.then_some(&*initrd_path),
-        initrd_tail: &tail,
+        initrd_tail: Tail { pieces: vec![Piece::Bytes(&tail)], unpacked_bytes: tail.len() as u64 },
         cmdline: &line,
         cpus: 1,
         devices: &devices,

@@ -34,6 +34,8 @@
  *   hang        halts with interrupts off
  *   spin        loops for ever
  *   chatter     prints for ever
+ *   oops        prints what a kernel prints when it panics, with control sequences in it, and resets by the i8042;
+ *               with the further word `stay` it halts
  *
  * Exit codes: a code C at the exit port becomes the status (C << 1) | 1. Failures:
  *   0x01  the command line names no scenario we know
@@ -194,6 +196,7 @@ scenarios:
         .quad   12f, scenario_inflight
         .quad   13f, scenario_chatter
         .quad   14f, scenario_audit
+        .quad   15f, scenario_oops
         .quad   0
 1:      .asciz  "io"
 2:      .asciz  "echo"
@@ -209,6 +212,7 @@ scenarios:
 12:     .asciz  "inflight"
 13:     .asciz  "chatter"
 14:     .asciz  "audit"
+15:     .asciz  "oops"
 word_scenario:  .asciz "scenario="
 word_noflush:   .asciz "noflush"
 word_nowce:     .asciz "nowce"
@@ -217,6 +221,7 @@ word_discard:   .asciz "discard"
 word_zeroes:    .asciz "zeroes"
 word_second:    .asciz "second"
 word_twice:     .asciz "twice"
+word_stay:      .asciz "stay"
 text_elf:       .asciz "ELF"
 text_pvh:       .asciz "PVH"
         .text
@@ -272,6 +277,17 @@ scenario_spin:
 scenario_chatter:
         say     "bare guest: chatter\r\n"
         jmp     scenario_chatter
+
+scenario_oops:
+        say     "[    0.000001] all is well\r\n"
+        say     "[    0.000002] BUG: kernel NULL pointer dereference, address: 0000000000000000\r\n"
+        say     "[    0.000003] Code: \033]0;title\007\033[2J\377\r\n"
+        say     "[    0.000004] Kernel panic - not syncing: Fatal exception\r\n"
+        movl    $word_stay, %edi
+        call    find
+        testq   %rax, %rax
+        jnz     halt
+        jmp     scenario_i8042
 
 scenario_badinsn:
         say     "bare guest: cmpxchg16b\r\n"

@@ -4,10 +4,13 @@
  * Owns the way between the command's three standard streams, which are pipes as in any shell, and
  * minivmm's ports; the command's start; and the report of its end, which goes out when everything
  * that the command has written has. What is to be run is in /job: argv and env (strings, each
- * ended by a NUL) and workdir. How the guest ends is init's business.
+ * ended by a NUL) and workdir; promised, a record for each file that was added; and end, which is unpacked
+ * last. A kernel with too little memory for all of it leaves files out without stopping: then nothing is run.
+ * How the guest ends is init's business.
  *
- * On the control port, a line each: "started", then one of "exited STATUS", "killed SIGNAL",
- * "failed find|exec|workdir ERRNO". minivmm answers the last with "ok".
+ * On the control port, a line each: "arrived", "started", then one of "exited STATUS", "killed SIGNAL",
+ * "failed find|exec|workdir ERRNO"; or "arrived", "incomplete MISSING PROMISED". minivmm answers the last with
+ * "ok".
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -172,6 +175,57 @@ static bool is_there(const char *program)
 	return false;
 }
 
+/* Whether a record of /job/promised is kept: "f SIZE PATH", a file of this size; "e 0 PATH", anything. */
+static bool is_kept(const char *record)
+{
+	char kind, *path;
+	unsigned long long size;
+	int at = 0;
+	struct stat stat;
+	if (sscanf(record, "%c %llu %n", &kind, &size, &at) != 2 || at == 0)
+		return false;
+	path = (char *)record + at;
+	if (lstat(path, &stat) < 0)
+		return false;
+	if (kind != 'f')
+		return true;
+	/* The kernel gives a file its size before it writes it: the blocks tell whether it has. A ramfs counts none. */
+	unsigned long long written = stat.st_blocks * 512ULL;
+	return S_ISREG(stat.st_mode) && (unsigned long long)stat.st_size == size && (written == 0 || written >= size);
+}
+
+/* Whether all that was promised is here. If not, says on the console what is missing, and on the control port
+ * how much. */
+static bool is_whole(int control)
+{
+	static const char *const ours[] = { "/job/argv", "/job/env", "/job/workdir", "/job/promised", "/job/end" };
+	char told[128];
+	size_t missing = 0, count = 0;
+	for (size_t at = 0; at < sizeof ours / sizeof *ours; at++, count++) {
+		if (access(ours[at], F_OK) < 0 && missing++ < 5)
+			fprintf(stderr, PROGRAM ": %s is missing\n", ours[at]);
+	}
+	if (access("/job/promised", F_OK) == 0) {
+		for (char **record = read_strings("/job/promised"); *record; record++, count++) {
+			if (!is_kept(*record) && missing++ < 5)
+				fprintf(stderr, PROGRAM ": missing or cut: %s\n", *record);
+		}
+	}
+	if (missing == 0)
+		return true;
+	snprintf(told, sizeof told, "incomplete %zu %zu\n", missing, count);
+	say(control, told);
+	return false;
+}
+
+/* Blocks until minivmm has taken what was said last: then the guest may be switched off. */
+static void wait_for_answer(int control)
+{
+	char answer[16];
+	if (read(control, answer, sizeof answer) < 0)
+		die("control port");
+}
+
 static void fail(int to, const char *step)
 {
 	dprintf(to, "failed %s %d\n", step, errno);
@@ -259,9 +313,14 @@ static int serve(pid_t child, int signals)
 int main(void)
 {
 	int pipes[4][2], control = open_port("org.minivmm.control", O_RDWR);
-	char told[128] = "", answer[16];
+	char told[128] = "";
 	sigset_t child_signal;
 
+	say(control, "arrived\n");
+	if (!is_whole(control)) {
+		wait_for_answer(control);
+		return 1;
+	}
 	in.from = open_port("org.minivmm.stdin", O_RDONLY | O_NONBLOCK);
 	out.to = open_port("org.minivmm.stdout", O_WRONLY | O_NONBLOCK);
 	err.to = open_port("org.minivmm.stderr", O_WRONLY | O_NONBLOCK);
@@ -298,8 +357,6 @@ int main(void)
 			snprintf(told, sizeof told, "exited %d\n", WEXITSTATUS(status));
 	}
 	say(control, told);
-	/* Blocks until minivmm has taken it: then the guest may be switched off. */
-	if (read(control, answer, sizeof answer) < 0)
-		die("control port");
+	wait_for_answer(control);
 	return 0;
 }

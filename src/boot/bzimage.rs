@@ -54,6 +54,7 @@ pub fn load(ram: &Ram, image: &Image) -> Result<Kernel, KernelError> {
     Ok(Kernel {
         entry: Entry::Long64 { rip: layout::HIGH_RAM + ENTRY_64 },
         end: (layout::HIGH_RAM + bytes).max(runtime + init_size),
+        bytes: init_size,
         initrd_limit: u64::from(header.initrd_addr_max) + 1,
         cmdline_bytes_max: cmdline_bytes_max(&header),
         header,

@@ -19,11 +19,14 @@ const FAST: &str = "tsc=reliable no_timer_check random.trust_cpu=on i8042.noaux 
 /// What tells the test guest's init to answer questions about its caches.
 pub const OBSERVE: &str = "minivmm.observe";
 
+/// What tells the test guest's init that a command travels with it, which it then must find.
+const JOB: &str = "minivmm.job";
+
 /// The command line of a guest that is there for one command.
 pub fn for_command(messages: bool, pci: bool) -> String {
     let quiet = if messages { "" } else { "quiet" };
     let pci = if pci { "" } else { "pci=off" };
-    [pci, FAST, quiet].iter().fold(DEFAULT.to_owned(), |line, more| append(&line, more))
+    [pci, FAST, JOB, quiet].iter().fold(DEFAULT.to_owned(), |line, more| append(&line, more))
 }
 
 /// Why a command line cannot be used.

@@ -56,6 +56,7 @@ pub fn load(ram: &Ram, image: &Image) -> Result<Kernel, KernelError> {
     Ok(Kernel {
         entry,
         end: loads.iter().map(|load| load.p_paddr + load.p_memsz).max().unwrap_or_default(),
+        bytes: loads.iter().map(|load| load.p_memsz).sum(),
         initrd_limit: layout::RAM_HOLE,
         cmdline_bytes_max: usize::try_from(layout::CMDLINE_MAX - 1).unwrap_or_default(),
         header: Default::default(),
@@ -95,7 +96,8 @@ fn check_loads(ram: &Ram, loads: &[&Elf64_Phdr]) -> Result<(), KernelError> {
         if load.p_filesz > load.p_memsz {
             return Err(KernelError::Unusable("a segment is longer in the file than in memory".into()));
         }
-        check_room(ram, "a segment", load.p_paddr, load.p_memsz)?;
+        check_room(ram, "a segment", load.p_paddr, load.p_memsz)
+            .map_err(|error| to_the_last(error, loads))?;
         let overlaps = |other: &&&Elf64_Phdr| {
             load.p_paddr < other.p_paddr + other.p_memsz && other.p_paddr < load.p_paddr + load.p_memsz
         };
@@ -105,6 +107,17 @@ fn check_loads(ram: &Ram, loads: &[&Elf64_Phdr]) -> Result<(), KernelError> {
         }
     }
     if loads.is_empty() { Err(KernelError::Unusable("it has nothing to load".into())) } else { Ok(()) }
+}
+
+/// Who has no room for one segment needs room for those behind it too.
+fn to_the_last(error: KernelError, loads: &[&Elf64_Phdr]) -> KernelError {
+    match error {
+        KernelError::NoRoom { what: _, from, to } => {
+            let ends = loads.iter().map(|load| load.p_paddr.saturating_add(load.p_memsz));
+            KernelError::NoRoom { what: "the kernel", from, to: ends.max().unwrap_or(to) }
+        }
+        error => error,
+    }
 }
 
 fn find_pvh_entry(image: &Image, segments: &[Elf64_Phdr]) -> Result<Option<u32>, KernelError> {

@@ -1,15 +1,20 @@
-//! The initial RAM disk: read from its file, as high in RAM below 4 GiB as the kernel allows.
+//! The initial RAM disk: read from its file, as high in RAM below 4 GiB as the kernel allows, and what is put
+//! behind it.
 //!
-//! Owns its place only; what is in it is the guest's business.
+//! Owns its place, and the way there: each file is read by the host's kernel straight into guest memory.
+//! What is in it is the guest's business.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
-use std::path::Path;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::kernel::{self, Kernel};
-use crate::mem::Ram;
+use super::need::{Need, TooLittle};
+use crate::layout;
+use crate::mem::{self, Ram};
 
 /// Where the initrd lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,6 +23,35 @@ pub struct Initrd {
     pub base: u64,
     /// Length in bytes.
     pub len: u64,
+}
+
+/// A piece of what is put behind the initrd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Piece<'a> {
+    /// These bytes.
+    Bytes(&'a [u8]),
+    /// The content of this file, which had this length when it was looked at.
+    File(&'a Path, u64),
+}
+
+/// What is put behind the initrd: one more archive.
+#[derive(Debug, Clone, Default)]
+pub struct Tail<'a> {
+    /// Its pieces, in order.
+    pub pieces: Vec<Piece<'a>>,
+    /// What it takes of the guest's memory once it is unpacked.
+    pub unpacked_bytes: u64,
+}
+
+impl Tail<'_> {
+    /// Its length in bytes.
+    pub fn total_bytes(&self) -> u64 {
+        let len = |piece: &Piece<'_>| match piece {
+            Piece::Bytes(bytes) => bytes.len() as u64,
+            Piece::File(_, len) => *len,
+        };
+        self.pieces.iter().map(len).fold(0, u64::saturating_add)
+    }
 }
 
 /// Why an initrd cannot be used.
@@ -29,9 +63,36 @@ pub enum InitrdError {
     /// RAM could not be filled from it.
     #[error("cannot read it into guest memory: it has become shorter while it was read, or {0}")]
     Load(String),
-    /// No file, or one without content.
-    #[error("it is not a regular file, or is empty")]
+    /// No file.
+    #[error("it is {0}, not a regular file")]
+    Kind(&'static str),
+    /// Nothing in it.
+    #[error("it is empty")]
     Empty,
+    /// A file that is put behind it.
+    #[error("cannot add {path}")]
+    Added {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The guest could not unpack it.
+    #[error(transparent)]
+    TooLittle(#[from] TooLittle),
+    /// No place, whatever the memory.
+    #[error(
+        "it has {len} bytes with what is added, and this kernel takes {max} at most, because all of it has to lie \
+         between its own end and {limit:#x}: bring large files on a disk (--disk FILE,readonly)"
+    )]
+    OutOfReach {
+        /// Its length.
+        len: u64,
+        /// The most that there is room for.
+        max: u64,
+        /// Where RAM below the hole, or what the kernel can reach, ends.
+        limit: u64,
+    },
     /// No place.
     #[error(
         "its {len} bytes do not fit between the kernel's end at {kernel_end:#x} and {limit:#x}: give the \
@@ -49,23 +110,94 @@ pub enum InitrdError {
 
 /// Archives begin at multiples of it: the kernel finds them at 4, tools write them at 512.
 const TAIL_ALIGN: u64 = 512;
+/// How a cpio archive begins that is not compressed.
+const CPIO_MAGIC: &[u8] = b"070701";
 
 /// Reads the file at `path` into `ram`, and puts `tail` behind it.
-pub fn load(ram: &Ram, path: &Path, tail: &[u8], kernel: &Kernel) -> Result<Initrd, InitrdError> {
-    let mut file = File::open(path)?;
+pub fn load(
+    ram: &Ram,
+    path: &Path,
+    tail: &Tail<'_>,
+    kernel: &Kernel,
+    cmdline: &str,
+) -> Result<Initrd, InitrdError> {
+    let mut file = kernel::open(path)?;
     let metadata = file.metadata()?;
-    if !metadata.is_file() || metadata.len() == 0 {
+    if !metadata.is_file() {
+        return Err(InitrdError::Kind(kernel::kind_of(&metadata)));
+    }
+    if metadata.len() == 0 {
         return Err(InitrdError::Empty);
     }
+    let tail_bytes = tail.total_bytes();
+    let tail_at = if tail_bytes == 0 { metadata.len() } else { metadata.len().next_multiple_of(TAIL_ALIGN) };
+    let total = tail_at.saturating_add(tail_bytes);
+    check_reach(total, kernel)?;
+    if tail_bytes > 0 {
+        need_of(&file, metadata.len(), tail, kernel.bytes, cmdline)?.check(mem::bytes(ram))?;
+    }
     let limit = kernel::low_ram_end(ram).min(kernel.initrd_limit);
-    let tail_at = if tail.is_empty() { metadata.len() } else { metadata.len().next_multiple_of(TAIL_ALIGN) };
-    let initrd = place(tail_at.saturating_add(tail.len() as u64), kernel.end, limit)?;
+    let initrd = place(total, kernel.end, limit)?;
     let len = usize::try_from(metadata.len()).map_err(|_| InitrdError::Empty)?;
-    let failed = |error: vm_memory::GuestMemoryError| InitrdError::Load(error.to_string());
-    ram.read_exact_volatile_from(GuestAddress(initrd.base), &mut file, len).map_err(failed)?;
+    ram.read_exact_volatile_from(GuestAddress(initrd.base), &mut file, len)
+        .map_err(|error| InitrdError::Load(error.to_string()))?;
     // RAM is zero between the two, which the kernel passes over.
-    ram.write_slice(tail, GuestAddress(initrd.base + tail_at)).map_err(failed)?;
+    write_tail(ram, tail, initrd.base + tail_at)?;
     Ok(initrd)
+}
+
+/// What a kernel of `kernel_bytes` needs to unpack the file at `path` and `tail`, if that is a file.
+pub fn need(path: &Path, tail: &Tail<'_>, kernel_bytes: u64, cmdline: &str) -> Option<Need> {
+    let file = kernel::open(path).ok()?;
+    let metadata = file.metadata().ok().filter(Metadata::is_file)?;
+    need_of(&file, metadata.len(), tail, kernel_bytes, cmdline).ok()
+}
+
+fn need_of(file: &File, len: u64, tail: &Tail<'_>, kernel_bytes: u64, cmdline: &str) -> io::Result<Need> {
+    let mut start = [0; CPIO_MAGIC.len()];
+    let packed = file.read_at(&mut start, 0)? < start.len() || start != *CPIO_MAGIC;
+    Ok(Need::new(kernel_bytes, (len, packed), tail, cmdline))
+}
+
+/// Writes the pieces one after another from guest address `at`.
+fn write_tail(ram: &Ram, tail: &Tail<'_>, mut at: u64) -> Result<(), InitrdError> {
+    for piece in &tail.pieces {
+        match *piece {
+            Piece::Bytes(bytes) => {
+                ram.write_slice(bytes, GuestAddress(at))
+                    .map_err(|error| InitrdError::Load(error.to_string()))?;
+                at += bytes.len() as u64;
+            }
+            Piece::File(path, len) => {
+                copy_file(ram, path, len, at)
+                    .map_err(|source| InitrdError::Added { path: path.into(), source })?;
+                at += len;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Reads a file that must still have the length that was planned for.
+fn copy_file(ram: &Ram, path: &Path, len: u64, at: u64) -> io::Result<()> {
+    let mut file: File = kernel::open(path)?;
+    let found = file.metadata()?;
+    let changed = || io::Error::other("it has changed its length since it was looked at");
+    if !found.is_file() || found.len() != len {
+        return Err(changed());
+    }
+    let count = usize::try_from(len).map_err(io::Error::other)?;
+    ram.read_exact_volatile_from(GuestAddress(at), &mut file, count).map_err(|error| match error {
+        vm_memory::GuestMemoryError::IOError(error) if error.kind() != io::ErrorKind::UnexpectedEof => error,
+        _ => changed(),
+    })
+}
+
+/// Checks that a guest with enough memory could have `total` bytes where the kernel takes them.
+fn check_reach(total: u64, kernel: &Kernel) -> Result<(), InitrdError> {
+    let limit = layout::RAM_HOLE.min(kernel.initrd_limit);
+    let max = limit.saturating_sub(kernel.end) / PAGE * PAGE;
+    if total > max { Err(InitrdError::OutOfReach { len: total, max, limit }) } else { Ok(()) }
 }
 
 const PAGE: u64 = 0x1000;
@@ -81,7 +213,28 @@ fn place(len: u64, kernel_end: u64, limit: u64) -> Result<Initrd, InitrdError> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use super::super::Entry;
     use super::*;
+    use crate::layout::{MIB, ram_regions};
+
+    fn kernel() -> Kernel {
+        Kernel {
+            entry: Entry::Long64 { rip: 0x10_0200 },
+            end: 2 * MIB,
+            bytes: MIB,
+            initrd_limit: 0x8000_0000,
+            cmdline_bytes_max: 2047,
+            header: Default::default(),
+        }
+    }
+
+    fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
 
     #[test]
     fn it_lies_on_the_highest_page_and_never_on_the_kernel() {
@@ -90,5 +243,45 @@ mod tests {
         assert_eq!(place(0x1000, 0x7ff_f000, 0x800_0000).unwrap().base, 0x7ff_f000);
         assert!(place(0x1001, 0x7ff_f000, 0x800_0000).is_err());
         assert!(place(u64::MAX, 0, 0x800_0000).is_err());
+    }
+
+    #[test]
+    fn pieces_lie_behind_the_file_in_their_order() {
+        let ram = mem::map_ram(&ram_regions(64 * MIB)).unwrap();
+        let (initrd, added) = (file(b"070701 first"), file(&[7; 10_000]));
+        let pieces = vec![Piece::Bytes(b"head"), Piece::File(added.path(), 10_000), Piece::Bytes(b"end")];
+        let tail = Tail { pieces, unpacked_bytes: 12_288 };
+        let placed = load(&ram, initrd.path(), &tail, &kernel(), "").unwrap();
+        assert_eq!(placed.len, 512 + tail.total_bytes());
+        let mut bytes = vec![0; 512 + 10_007];
+        mem::read_bytes(&ram, placed.base, &mut bytes).unwrap();
+        assert!(bytes.starts_with(b"070701 first\0"));
+        assert!(bytes[512..].starts_with(b"head\x07") && bytes.ends_with(b"\x07end"));
+    }
+
+    #[test]
+    fn a_file_that_changes_between_plan_and_boot_is_named() {
+        let ram = mem::map_ram(&ram_regions(64 * MIB)).unwrap();
+        let (initrd, added) = (file(b"070701"), file(b"abc"));
+        for len in [2, 4] {
+            let tail = Tail { pieces: vec![Piece::File(added.path(), len)], unpacked_bytes: 0 };
+            let error = load(&ram, initrd.path(), &tail, &kernel(), "").unwrap_err();
+            let InitrdError::Added { path, source } = error else { panic!("{error}") };
+            assert!(path == added.path() && source.to_string().contains("changed"), "{source}");
+        }
+    }
+
+    #[test]
+    fn what_is_too_large_is_refused_before_it_is_read() {
+        let ram = mem::map_ram(&ram_regions(64 * MIB)).unwrap();
+        let large = file(b"070701");
+        large.as_file().set_len(5 << 30).unwrap();
+        let error = load(&ram, large.path(), &Tail::default(), &kernel(), "").unwrap_err();
+        assert!(matches!(error, InitrdError::OutOfReach { .. }), "{error}");
+        assert!(error.to_string().contains("--disk"), "{error}");
+        let (initrd, nowhere) = (file(b"070701"), Path::new("/no/such/file"));
+        let tail = Tail { pieces: vec![Piece::File(nowhere, 40 * MIB)], unpacked_bytes: 40 * MIB };
+        let error = load(&ram, initrd.path(), &tail, &kernel(), "").unwrap_err();
+        assert!(error.to_string().contains("needs --memory"), "{error}");
     }
 }

@@ -3,9 +3,9 @@
 //! Owns the choice between bzImage and ELF. Nothing is believed of the file before it was checked
 //! against its length and against RAM.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use linux_loader::loader::bootparam::setup_header;
@@ -21,6 +21,8 @@ pub struct Kernel {
     pub entry: Entry,
     /// First address beyond what it uses before it has read its memory map.
     pub end: u64,
+    /// What it takes of memory itself, unpacked.
+    pub bytes: u64,
     /// First address that an initrd must not reach.
     pub initrd_limit: u64,
     /// Longest command line, without the NUL.
@@ -63,6 +65,23 @@ pub enum KernelError {
     },
 }
 
+/// Opens a file of the user's without waiting: a FIFO has nobody who writes to it.
+pub fn open(path: &Path) -> io::Result<File> {
+    File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
+}
+
+/// What it is that is no regular file.
+pub fn kind_of(metadata: &Metadata) -> &'static str {
+    let kind = metadata.file_type();
+    match () {
+        () if kind.is_dir() => "a directory",
+        () if kind.is_fifo() => "a FIFO or a pipe",
+        () if kind.is_block_device() => "a block device",
+        () if kind.is_char_device() => "a character device",
+        () => "no regular file",
+    }
+}
+
 /// A kernel's file: bytes at positions, with the end checked.
 pub struct Image {
     file: File,
@@ -71,10 +90,10 @@ pub struct Image {
 
 impl Image {
     fn open(path: &Path) -> Result<Self, KernelError> {
-        let file = File::open(path)?;
+        let file = open(path)?;
         let metadata = file.metadata()?;
         if !metadata.is_file() {
-            return Err(KernelError::Format("not a regular file"));
+            return Err(KernelError::Format(kind_of(&metadata)));
         }
         Ok(Self { file, len: metadata.len() })
     }

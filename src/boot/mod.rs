@@ -14,14 +14,18 @@ mod elf;
 mod initrd;
 mod kernel;
 mod mptable;
+mod need;
 mod params;
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::layout;
 use crate::mem::{self, OutsideRam, Ram};
 
 use acpi::Hardware;
+use initrd::InitrdError;
+pub use initrd::{Piece, Tail};
 pub use kernel::KernelError;
 
 /// A virtio-mmio device, as it is announced.
@@ -41,7 +45,7 @@ pub struct Guest<'a> {
     /// The initial RAM disk.
     pub initrd: Option<&'a Path>,
     /// What is put behind it: one more archive, which begins at a multiple of 4.
-    pub initrd_tail: &'a [u8],
+    pub initrd_tail: Tail<'a>,
     /// The kernel's parameters, without the announcement of devices.
     pub cmdline: &'a str,
     /// How many CPUs.
@@ -86,6 +90,17 @@ pub enum BootError {
         /// What is wrong with it.
         source: initrd::InitrdError,
     },
+    /// A file that is put behind it.
+    #[error("cannot add {path} to the guest")]
+    Added {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The guest could not unpack its initial RAM disk.
+    #[error(transparent)]
+    TooLittle(need::TooLittle),
     /// The command line.
     #[error("cannot use the kernel command line")]
     Cmdline(#[from] cmdline::CmdlineError),
@@ -99,14 +114,17 @@ pub enum BootError {
 
 /// Loads `guest` into `ram`.
 pub fn load(ram: &Ram, guest: &Guest<'_>) -> Result<Entry, BootError> {
-    let kernel = kernel::load(ram, guest.kernel)
-        .map_err(|source| BootError::Kernel { path: guest.kernel.into(), source })?;
+    let kernel = kernel::load(ram, guest.kernel).map_err(|source| no_kernel(ram, guest, source))?;
     let initrd = match guest.initrd {
         None => None,
-        Some(path) => Some(
-            initrd::load(ram, path, guest.initrd_tail, &kernel)
-                .map_err(|source| BootError::Initrd { path: path.into(), source })?,
-        ),
+        Some(path) => {
+            let loaded = initrd::load(ram, path, &guest.initrd_tail, &kernel, guest.cmdline);
+            Some(loaded.map_err(|source| match source {
+                InitrdError::Added { path, source } => BootError::Added { path, source },
+                InitrdError::TooLittle(source) => BootError::TooLittle(source),
+                source => BootError::Initrd { path: path.into(), source },
+            })?)
+        }
     };
     let cmdline = cmdline::announce(guest.cmdline, guest.devices);
     cmdline::check(&cmdline, kernel.cmdline_bytes_max)?;
@@ -122,6 +140,21 @@ pub fn load(ram: &Ram, guest: &Guest<'_>) -> Result<Entry, BootError> {
         Entry::Pvh32 { .. } => params::write_start_info(ram, initrd, &map)?,
     }
     Ok(kernel.entry)
+}
+
+/// Why there is no kernel. Where memory is too small even for it, the figure to use counts what else has to be
+/// unpacked.
+fn no_kernel(ram: &Ram, guest: &Guest<'_>, source: KernelError) -> BootError {
+    if let KernelError::NoRoom { to, .. } = &source
+        && *to < layout::RAM_HOLE
+        && let Some(initrd) = guest.initrd
+        && let Err(too_little) =
+            initrd::need(initrd, &guest.initrd_tail, to - layout::HIGH_RAM, guest.cmdline)
+                .map_or(Ok(()), |need| need.check(mem::bytes(ram)))
+    {
+        return BootError::TooLittle(too_little);
+    }
+    BootError::Kernel { path: guest.kernel.into(), source }
 }
 
 /// All the BIOS that there is, in real mode: `mov al, 0xfe; out 0x64, al`, which resets, and a halt.

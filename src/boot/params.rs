@@ -106,6 +106,7 @@ mod tests {
         let kernel = Kernel {
             entry: Entry::Long64 { rip: 0 },
             end: 0,
+            bytes: 0,
             initrd_limit: 0,
             cmdline_bytes_max: 0,
             header: Default::default(),

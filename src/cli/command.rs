@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 
@@ -13,7 +13,7 @@ use super::ExitStatus;
 use crate::job::report::CommandEnd;
 use crate::job::status::{Seconds, Status, StatusFile};
 use crate::job::{Add, Job};
-use crate::vmm::{ConsoleTarget, Ending};
+use crate::vmm::{BootTimeout, ConsoleTarget, Ending};
 
 /// A command for the guest.
 #[derive(Debug, Default, Args)]
@@ -42,6 +42,14 @@ pub struct CommandArgs {
     #[arg(long, value_name = "DIR", requires = "command")]
     workdir: Option<PathBuf>,
 
+    /// End a guest whose init has not reported in so many seconds; 0: never [default: 60]
+    ///
+    /// The test guest's init reports before it starts COMMAND; a foreign --initrd that does not is ended with status
+    /// 125 and the kernel's last lines. How long COMMAND itself may run is --timeout's business. The default is
+    /// longer where this machine is emulated.
+    #[arg(long, value_name = "SECONDS", value_parser = boot_timeout, requires = "command")]
+    boot_timeout: Option<BootTimeout>,
+
     /// Write how the run ended to this file, as JSON
     #[arg(long, value_name = "FILE")]
     status_file: Option<PathBuf>,
@@ -59,6 +67,16 @@ fn variable(text: &str) -> Result<OsString, String> {
     let mut both = OsString::from(format!("{name}="));
     both.push(value);
     Ok(both)
+}
+
+fn boot_timeout(text: &str) -> Result<BootTimeout, String> {
+    let wrong = || "it is a number of seconds, such as 120, or 0 for no limit".to_string();
+    let seconds: f64 = text.parse().map_err(|_| wrong())?;
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(Duration::ZERO) if seconds <= 0.0 => Ok(BootTimeout::Never),
+        Ok(duration) if !duration.is_zero() => Ok(BootTimeout::Given(duration)),
+        _ => Err(wrong()),
+    }
 }
 
 /// A console that would mix with the command's output.
@@ -102,10 +120,33 @@ impl CommandArgs {
         }
     }
 
+    /// How long the guest's init may take to report.
+    pub fn boot_timeout(&self) -> BootTimeout {
+        self.boot_timeout.unwrap_or(BootTimeout::Default)
+    }
+
     /// What travels to the guest.
     pub fn into_job(self) -> Option<Job> {
         let job = Job { argv: self.command, env: self.env, workdir: self.workdir, adds: self.adds };
         (!job.argv.is_empty()).then_some(job)
+    }
+}
+
+/// How a run ended, in words.
+#[derive(Debug)]
+pub struct End {
+    /// How, or why it failed.
+    pub outcome: Result<Ending, String>,
+    /// What the guest's kernel has printed last, where that matters.
+    pub kernel_lines: Option<Vec<String>>,
+    /// The user has seen these lines.
+    pub lines_were_shown: bool,
+}
+
+impl End {
+    /// A run that did not get as far as a guest.
+    pub fn failed(message: String) -> Self {
+        Self { outcome: Err(message), kernel_lines: None, lines_were_shown: false }
     }
 }
 
@@ -124,22 +165,35 @@ impl Run {
 
     /// Tells how it ended: on standard error what the exit status does not say by itself, and all of
     /// it in the status file.
-    pub fn tell(&self, outcome: &Result<Ending, String>, file: Option<StatusFile>) -> ExitStatus {
+    pub fn tell(&self, end: &End, file: Option<StatusFile>) -> ExitStatus {
+        let outcome = &end.outcome;
         let exit_status = match outcome {
             Ok(ending) => ExitStatus::from(*ending),
             Err(_) => ExitStatus::Failure,
         };
         let (cause, message) = self.cause(outcome);
+        let is_error = exit_status == ExitStatus::Failure;
+        if let Some(lines) = &end.kernel_lines
+            && !lines.is_empty()
+            && !end.lines_were_shown
+            && (is_error || !self.quiet)
+        {
+            let lines: String = lines.iter().map(|line| format!("  {line}\n")).collect();
+            say(format_args!(
+                "minivmm: the last lines of the guest's console:\n{}",
+                lines.trim_end_matches('\n')
+            ));
+        }
         match outcome {
-            Err(_) => say(format_args!("error: {message}")),
-            Ok(Ending::NoReport) => say(format_args!("error: {message}")),
+            _ if is_error => say(format_args!("error: {message}")),
             Ok(ending) if !self.quiet && self.is_worth_a_word(*ending) => {
                 say(format_args!("minivmm: {message}"));
             }
-            Ok(_) => log::info!("{message}"),
+            _ => log::info!("{message}"),
         }
         let Some(file) = file else { return exit_status };
         let mut status = Status::new(exit_status.code(), cause, message);
+        status.kernel_messages.clone_from(&end.kernel_lines);
         if let Ok(Ending::Command(end, times)) = outcome {
             status.command = Some((*end).into());
             status.seconds.boot = Some(Seconds::of(times.boot));
@@ -184,6 +238,24 @@ impl Run {
                 format!(
                     "the guest has ended without telling how {command} ended (-v shows its kernel's messages; \
                      an --initrd of one's own needs the test guest's init and its minivmm-job)"
+                ),
+            ),
+            Ending::Incomplete(what) => (
+                "incomplete",
+                format!(
+                    "the guest has not started {command}: {} of the {} files that were to come with it are missing \
+                     or cut, because its kernel had too little memory to unpack them; give it more --memory",
+                    what.missing, what.promised
+                ),
+            ),
+            Ending::BootTimeout(limit) => (
+                "boot-timeout",
+                format!(
+                    "the guest has not reported in {} s, and was ended: its init has to start minivmm-job, which \
+                     reports on a port of virtio-console. An --initrd of one's own needs both, and a kernel with \
+                     virtio-console (docs/running-commands.md); -v shows the kernel's messages, and --boot-timeout \
+                     SECONDS waits longer",
+                    limit.as_secs_f64()
                 ),
             ),
             Ending::Command(end, _) => {

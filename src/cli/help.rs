@@ -46,7 +46,8 @@ Exit status:
   128+n  ended by signal n (SIGHUP 129, SIGINT 130, SIGTERM 143), in order
 With a COMMAND its own status is minivmm's, and besides:
   123    also for its own 124, 125 and 126, with a word on standard error
-  125    also where the guest has ended without telling how the command ended
+  125    also where the guest has never reported (--boot-timeout), has ended without telling how
+         the command ended, or had no memory for what was added
   127    the command was not found in the guest, or could not be started
   128+n  also where signal n has killed the command, with a word on standard error
 Without one:

@@ -2,13 +2,20 @@
 //!
 //! Owns the writing (a reader that stalls must never keep the VM from being stopped) and the watch
 //! for a kernel panic: before a guest has loaded its pvpanic driver, the line that its kernel prints
-//! is the only thing that tells a panic's reset from a reboot.
+//! is the only thing that tells a panic's reset from a reboot. The last lines are kept for the report of the
+//! guest's end ([`kernel_log`]).
+//!
+//! [`kernel_log`]: super::kernel_log
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::kernel_log::{KernelLog, without_time};
 
 /// Set once, when the machine begins to stop: whoever waits for the outside gives up then.
 #[derive(Debug, Clone, Default)]
@@ -32,12 +39,20 @@ pub struct ConsoleOutput {
     file: Option<File>,
     stopping: Stopping,
     watch: PanicWatch,
+    log: KernelLog,
 }
 
 impl ConsoleOutput {
     /// Output to `file`, or to nowhere.
     pub fn new(file: Option<File>, stopping: Stopping) -> Self {
-        Self { file, stopping, watch: PanicWatch::default() }
+        Self { file, stopping, watch: PanicWatch::default(), log: KernelLog::default() }
+    }
+
+    /// Keeps the last lines in `log`, and rings `alarm` when the guest's kernel panics.
+    pub fn kept_in(mut self, log: KernelLog, alarm: EventFd) -> Self {
+        self.log = log;
+        self.watch.alarm = Some(alarm);
+        self
     }
 
     /// Tells, after a reset, whether the guest's kernel had panicked.
@@ -71,6 +86,7 @@ impl ConsoleOutput {
 
 impl Write for ConsoleOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.log.feed(bytes);
         self.watch.feed(bytes);
         self.write_out(bytes);
         Ok(bytes.len())
@@ -101,6 +117,7 @@ const LINE_BYTES_MAX: usize = 96;
 struct PanicWatch {
     line: Vec<u8>,
     panicked: Panicked,
+    alarm: Option<EventFd>,
 }
 
 impl PanicWatch {
@@ -118,21 +135,13 @@ impl PanicWatch {
         let text = without_time(&self.line);
         if text.starts_with(b"Kernel panic - not syncing") {
             self.panicked.0.store(true, Ordering::SeqCst);
+            // An eventfd whose counter is full is readable all the same.
+            let _ = self.alarm.as_ref().map(|alarm| alarm.write(1));
         } else if text.starts_with(b"reboot: ") {
             self.panicked.0.store(false, Ordering::SeqCst);
         }
         self.line.clear();
     }
-}
-
-/// The line without the `[    1.234567] ` and `[   T1] ` that printk may put before it.
-fn without_time(line: &[u8]) -> &[u8] {
-    let mut text = line;
-    while let Some(rest) = text.strip_prefix(b"[") {
-        let Some(end) = rest.windows(2).position(|pair| pair == b"] ") else { break };
-        text = rest.get(end + 2..).unwrap_or_default();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 pub mod console;
 pub mod exit;
+pub mod kernel_log;
 pub mod power;
 pub mod rtc;
 pub mod serial;

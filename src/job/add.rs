@@ -1,20 +1,29 @@
 //! `--add HOST[:GUEST]`: files and folders of the user's for the guest.
 //!
 //! Owns where they go and how they are read: modes and times are kept, symbolic links inside a
-//! folder too; what is given itself is followed. Programs bring their libraries.
+//! folder too; what is given itself is followed. Programs bring their libraries. The content of a file stays
+//! where it is until the guest's memory is filled.
 
-use std::fs::{self, Metadata};
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use super::JobError;
-use super::archive::Archive;
-use super::libraries::{self, Libraries};
+use super::archive::{Archive, Content};
+use super::elf::{self, Image};
+use super::libraries::Libraries;
 
 /// Directories that the guest's init covers with file systems of its own.
 const COVERED: [(&str, &str); 3] =
     [("/proc", "its processes"), ("/sys", "its devices"), ("/dev", "its device files")];
+
+/// The most that is read into this process's memory of a file whose length nobody knows beforehand.
+const UNKNOWN_BYTES_MAX: u64 = 16 << 20;
+/// A file that claims at most this, and has no block on a disk, may be one of a kernel's (sysfs says 4096
+/// for everything).
+const CLAIMED_BYTES_MAX: u64 = 64 << 10;
 
 /// What is added, and where.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,15 +108,15 @@ fn walk(
         return archive.link(place, mtime(metadata), &target);
     }
     if kind.is_file() {
-        let bytes = fs::read(host).map_err(read(host))?;
-        archive.file(place, metadata.mode(), mtime(metadata), &bytes)?;
-        if libraries::is_elf(&bytes) {
-            libraries.put_those_of(archive, host, place, &bytes, asked_for)?;
-        }
-        return Ok(());
+        return put_file(archive, libraries, host, place, asked_for);
     }
     if !kind.is_dir() {
-        return if asked_for { Err(JobError::Kind(host.into())) } else { Ok(()) };
+        let what = what_else(metadata);
+        if asked_for {
+            return Err(JobError::Kind(host.into(), what));
+        }
+        log::warn!("{} is {what} and was not added", host.display());
+        return Ok(());
     }
     archive.directory(place, metadata.mode(), mtime(metadata))?;
     let mut entries: Vec<PathBuf> = fs::read_dir(host)
@@ -120,6 +129,66 @@ fn walk(
         walk(archive, libraries, &entry, &place.join(name), &metadata, false)?;
     }
     Ok(())
+}
+
+/// A word for what is no file, directory or link.
+fn what_else(metadata: &Metadata) -> &'static str {
+    let kind = metadata.file_type();
+    match () {
+        () if kind.is_fifo() => "a FIFO",
+        () if kind.is_socket() => "a socket",
+        () if kind.is_block_device() => "a block device (--disk gives it to the guest)",
+        () => "a device",
+    }
+}
+
+/// Adds a regular file, and the libraries that it needs.
+fn put_file(
+    archive: &mut Archive,
+    libraries: &mut Libraries,
+    host: &Path,
+    place: &Path,
+    asked_for: bool,
+) -> Result<(), JobError> {
+    let file = open(host).map_err(read(host))?;
+    put_content(archive, &file, host, place, 0)?;
+    match elf::read(&file) {
+        Ok(Image::Native(needs)) => libraries.put_those_of(archive, host, place, needs, asked_for),
+        Ok(Image::Foreign | Image::None) => Ok(()),
+        Err(error) if asked_for => Err(JobError::Damaged { path: host.into(), why: error.to_string() }),
+        Err(error) => {
+            log::info!("{}: {error}", host.display());
+            Ok(())
+        }
+    }
+}
+
+/// Opens a regular file: one that has become a FIFO meanwhile does not stop us.
+pub fn open(path: &Path) -> io::Result<File> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a regular file")) }
+}
+
+/// Plans one file: `mode` is added to its own.
+pub fn put_content(
+    archive: &mut Archive,
+    file: &File,
+    host: &Path,
+    place: &Path,
+    mode: u32,
+) -> Result<(), JobError> {
+    let metadata = file.metadata().map_err(read(host))?;
+    let (mode, mtime) = (metadata.mode() | mode, mtime(&metadata));
+    // Files of a kernel's (/proc, /sys) have another length than they say.
+    if metadata.blocks() == 0 && metadata.len() <= CLAIMED_BYTES_MAX {
+        let mut bytes = Vec::new();
+        file.take(UNKNOWN_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(read(host))?;
+        if bytes.len() as u64 > UNKNOWN_BYTES_MAX {
+            return Err(JobError::Endless(host.into()));
+        }
+        return archive.file(place, mode, mtime, Content::Bytes(&bytes));
+    }
+    archive.file(place, mode, mtime, Content::File(host, metadata.len()))
 }
 
 #[cfg(test)]

@@ -8,25 +8,18 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use goblin::elf::Elf;
-use goblin::elf::header::EM_X86_64;
-
 use super::JobError;
+use super::add;
 use super::archive::Archive;
+use super::elf::{self, Image, Needs};
 
 /// Where loaders look by themselves: Debian's, and everybody else's.
 const DEFAULT_DIRECTORIES: [&str; 6] =
     ["/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib"];
 /// A chain of libraries is never so deep.
 const PROGRAMS_MAX: usize = 10_000;
-
-/// Whether a file is an ELF image.
-pub fn is_elf(bytes: &[u8]) -> bool {
-    bytes.starts_with(b"\x7fELF")
-}
 
 /// The libraries of this host, and which of them have been asked for.
 pub struct Libraries {
@@ -42,7 +35,7 @@ pub struct Libraries {
 struct Object {
     host: PathBuf,
     guest: PathBuf,
-    bytes: Vec<u8>,
+    needs: Needs,
     /// DT_RPATH of those that need it.
     inherited: Vec<(PathBuf, PathBuf)>,
 }
@@ -64,21 +57,21 @@ impl Libraries {
         Some(variable)
     }
 
-    /// Puts the loader and the libraries of the image `bytes` into the archive, and theirs. What is
+    /// Puts the loader and the libraries that an image `needs` into the archive, and theirs. What is
     /// missing is an error if the user has `asked_for` this very file, else a warning.
     pub fn put_those_of(
         &mut self,
         archive: &mut Archive,
         host: &Path,
         guest: &Path,
-        bytes: &[u8],
+        needs: Needs,
         asked_for: bool,
     ) -> Result<(), JobError> {
         let first = Object {
             // $ORIGIN is the directory of the file itself, not of a link to it.
             host: fs::canonicalize(host).unwrap_or_else(|_| host.into()),
             guest: guest.into(),
-            bytes: bytes.to_vec(),
+            needs,
             inherited: Vec::new(),
         };
         let mut waiting = vec![first];
@@ -108,33 +101,28 @@ impl Libraries {
 
     /// Puts what one image names itself.
     fn put_one(&mut self, archive: &mut Archive, object: &Object) -> Result<Found, JobError> {
-        let damaged =
-            |why: goblin::error::Error| JobError::Damaged { path: object.host.clone(), why: why.to_string() };
-        let elf = Elf::parse(&object.bytes).map_err(damaged)?;
-        if !elf.is_64 || elf.header.e_machine != EM_X86_64 {
-            return Ok(Found::All(Vec::new()));
-        }
-        if let Some(interpreter) = elf.interpreter.map(Path::new)
+        let needs = &object.needs;
+        if let Some(interpreter) = needs.interpreter.as_deref().map(Path::new)
             && interpreter.is_absolute()
         {
             put_file(archive, interpreter, interpreter)?;
         }
-        let rpath = directories(&elf.rpaths, object);
-        let runpath = directories(&elf.runpaths, object);
+        let rpath = directories(&needs.rpaths, object);
+        let runpath = directories(&needs.runpaths, object);
         let mut inherited = object.inherited.clone();
         inherited.extend(rpath);
         let mut found = Vec::new();
         let mut missing = None;
-        for &name in &elf.libraries {
+        for name in &needs.libraries {
             let before = if runpath.is_empty() { inherited.as_slice() } else { &[] };
             match self.find(name, before, &runpath) {
                 Some((host, guest)) if archive.has(&guest) => drop(host),
                 Some((host, guest)) => {
-                    let bytes = put_file(archive, &host, &guest)?;
+                    let needs = put_file(archive, &host, &guest)?;
                     let host = fs::canonicalize(&host).unwrap_or(host);
-                    found.push(Object { host, guest, bytes, inherited: inherited.clone() });
+                    found.push(Object { host, guest, needs, inherited: inherited.clone() });
                 }
-                None => missing = Some(name.to_owned()),
+                None => missing = Some(name.clone()),
             }
         }
         Ok(match missing {
@@ -187,7 +175,7 @@ enum Found {
 }
 
 /// The directories of a search path, on the host and in the guest.
-fn directories(paths: &[&str], object: &Object) -> Vec<(PathBuf, PathBuf)> {
+fn directories(paths: &[String], object: &Object) -> Vec<(PathBuf, PathBuf)> {
     let origin = |place: &Path| place.parent().unwrap_or(Path::new("/")).to_string_lossy().into_owned();
     let (host, guest) = (origin(&object.host), origin(&object.guest));
     let with = |path: &str, origin: &str| {
@@ -210,21 +198,21 @@ fn tidy(path: &Path) -> PathBuf {
     tidy
 }
 
-/// Copies one file, whatever links lead to it.
-fn put_file(archive: &mut Archive, host: &Path, guest: &Path) -> Result<Vec<u8>, JobError> {
+/// Puts one library or loader into the archive, whatever links lead to it, and tells what it needs itself.
+fn put_file(archive: &mut Archive, host: &Path, guest: &Path) -> Result<Needs, JobError> {
     let failed = |source| JobError::Read { path: host.into(), source };
-    let bytes = fs::read(host).map_err(failed)?;
-    let metadata = fs::metadata(host).map_err(failed)?;
-    let mtime = u32::try_from(metadata.mtime()).unwrap_or(0);
-    archive.file(guest, metadata.permissions().mode() | 0o555, mtime, &bytes)?;
-    Ok(bytes)
+    let file = add::open(host).map_err(failed)?;
+    add::put_content(archive, &file, host, guest, 0o555)?;
+    match elf::read(&file) {
+        Ok(Image::Native(needs)) => Ok(needs),
+        Ok(Image::Foreign | Image::None) => Ok(Needs::default()),
+        Err(why) => Err(JobError::Damaged { path: host.into(), why: why.to_string() }),
+    }
 }
 
 /// Whether there is an x86-64 image at `path`: loaders pass over others.
 fn is_library(path: &Path) -> bool {
-    let mut head = [0; 20];
-    let read = fs::File::open(path).and_then(|mut file| std::io::Read::read_exact(&mut file, &mut head));
-    read.is_ok() && is_elf(&head) && head[4] == 2 && u16::from_le_bytes([head[18], head[19]]) == EM_X86_64
+    add::open(path).is_ok_and(|file| matches!(elf::read(&file), Ok(Image::Native(_))))
 }
 
 /// Reads ld.so's cache (glibc, sysdeps/generic/dl-cache.h, `struct cache_file_new`): names and paths
@@ -267,11 +255,13 @@ mod tests {
         let program = std::env::current_exe().unwrap();
         let mut archive = Archive::default();
         let mut libraries = Libraries::of_this_host();
-        let bytes = fs::read(&program).unwrap();
-        libraries.put_those_of(&mut archive, &program, Path::new("/test"), &bytes, true).unwrap();
-        let archive = archive.finish();
-        for name in [&b"libc.so.6\0"[..], b"ld-linux-x86-64.so.2\0"] {
-            assert!(archive.windows(name.len()).any(|window| window == name));
+        let Image::Native(needs) = elf::read(&fs::File::open(&program).unwrap()).unwrap() else {
+            panic!("a test is an ELF image")
+        };
+        libraries.put_those_of(&mut archive, &program, Path::new("/test"), needs, true).unwrap();
+        let promised = String::from_utf8(archive.promised().to_vec()).unwrap();
+        for name in ["/libc.so.6\0", "/ld-linux-x86-64.so.2\0"] {
+            assert!(promised.contains(name), "{promised}");
         }
         assert_eq!(libraries.path_for_the_loader(), None);
     }
@@ -293,13 +283,13 @@ mod tests {
         let object = Object {
             host: "/home/me/build/bin/tool".into(),
             guest: "/opt/bin/tool".into(),
-            bytes: Vec::new(),
+            needs: Needs::default(),
             inherited: Vec::new(),
         };
         let expected = vec![
             (PathBuf::from("/home/me/build/bin/../lib"), PathBuf::from("/opt/lib")),
             (PathBuf::from("/srv"), PathBuf::from("/srv")),
         ];
-        assert_eq!(directories(&["$ORIGIN/../lib:/srv"], &object), expected);
+        assert_eq!(directories(&["$ORIGIN/../lib:/srv".into()], &object), expected);
     }
 }

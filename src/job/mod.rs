@@ -6,6 +6,7 @@
 
 mod add;
 mod archive;
+mod elf;
 mod libraries;
 pub mod report;
 pub mod status;
@@ -16,7 +17,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 pub use add::Add;
-use archive::Archive;
+use archive::Content;
+pub use archive::{Archive, Part};
 use libraries::Libraries;
 
 /// What is to be run.
@@ -44,11 +46,20 @@ pub enum JobError {
         source: io::Error,
     },
     /// Something that is no file, directory or symbolic link.
-    #[error("cannot add {0} to the guest: it is no file, directory or symbolic link")]
-    Kind(PathBuf),
+    #[error("cannot add {0} to the guest: it is {1}, not a file, directory or symbolic link")]
+    Kind(PathBuf, &'static str),
     /// More than the archive's fields count.
-    #[error("cannot add {0} to the guest: a file may have at most 4 GiB")]
+    #[error(
+        "cannot add {0} to the guest: it has 4 GiB or more, and what is added lies in the guest's memory; \
+         bring it on a disk (--disk {0},readonly)"
+    )]
     TooLarge(PathBuf),
+    /// A file without a length that has not ended.
+    #[error("cannot add {0} to the guest: it tells no length, and has more than 16 MiB")]
+    Endless(PathBuf),
+    /// A place that minivmm needs.
+    #[error("cannot add anything at {0}: the command travels there; choose another place (--add HOST:GUEST)")]
+    Taken(PathBuf),
     /// A place that the guest covers.
     #[error("cannot add anything at {0}: the guest has {1} of its own there")]
     Covered(PathBuf, &'static str),
@@ -81,27 +92,40 @@ pub enum JobError {
     },
 }
 
-/// The command's archive, to be put behind an initramfs: the kernel unpacks one after another.
-pub fn archive(job: &Job) -> Result<Vec<u8>, JobError> {
-    let mut archive = Archive::default();
+/// Where the command is in the guest: its arguments, its environment, its directory; what the guest has to
+/// find there; and the mark that ends it all. `guest-images/guest/job.c` reads them.
+const PLACES: [&str; 5] = ["/job/argv", "/job/env", "/job/workdir", "/job/promised", "/job/end"];
+
+/// The archive that is put behind an initramfs: the kernel unpacks one after another. The command comes
+/// first, then what is added, then a mark: a guest that has too little memory for all of it can still tell.
+pub fn archive(job: &Job) -> Result<Archive, JobError> {
+    let mut added = Archive::default();
     let mut libraries = Libraries::of_this_host();
     for add in &job.adds {
-        add::put(&mut archive, &mut libraries, add)?;
+        add::put(&mut added, &mut libraries, add)?;
+    }
+    if let Some(place) = PLACES.iter().map(Path::new).find(|place| added.has(place)) {
+        return Err(JobError::Taken(place.into()));
     }
     let mut env = Vec::new();
     if let Some(path) = libraries.path_for_the_loader() {
         env.push(path);
     }
     env.extend(job.env.iter().cloned());
-    let workdir = job.workdir.as_deref().unwrap_or(Path::new("/"));
-    for (name, bytes) in [
-        ("argv", strings(job.argv.iter().map(OsString::as_os_str))),
-        ("env", strings(env.iter().map(OsString::as_os_str))),
-        ("workdir", workdir.as_os_str().as_bytes().to_vec()),
-    ] {
-        archive.file(&Path::new("/job").join(name), 0o644, 0, &bytes)?;
+    let workdir = job.workdir.as_deref().unwrap_or(Path::new("/")).as_os_str().as_bytes().to_vec();
+    let argv = strings(job.argv.iter().map(OsString::as_os_str));
+    let env = strings(env.iter().map(OsString::as_os_str));
+    let promised = added.promised().to_vec();
+    let [argv_at, env_at, workdir_at, promised_at, end_at] = PLACES.map(Path::new);
+    let mut archive = Archive::default();
+    for (place, bytes) in [(argv_at, &argv), (env_at, &env), (workdir_at, &workdir), (promised_at, &promised)]
+    {
+        archive.file(place, 0o644, 0, Content::Bytes(bytes))?;
     }
-    Ok(archive.finish())
+    archive.append(added);
+    archive.file(end_at, 0o644, 0, Content::Bytes(b""))?;
+    archive.finish();
+    Ok(archive)
 }
 
 /// Each ended by a NUL, which none can contain.
@@ -112,4 +136,72 @@ fn strings<'a>(strings: impl Iterator<Item = &'a OsStr>) -> Vec<u8> {
         bytes.push(0);
     }
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn job(adds: &[&str]) -> Job {
+        let adds = adds.iter().map(|add| Add::parse(add).unwrap()).collect();
+        Job { argv: vec!["echo".into()], adds, ..Job::default() }
+    }
+
+    #[test]
+    fn the_command_travels_before_what_is_added_and_the_mark_behind_it() {
+        let mut host = tempfile::NamedTempFile::new().unwrap();
+        host.write_all(&[b'x'; 100_000]).unwrap();
+        let archive = archive(&job(&[&format!("{}:/big", host.path().display())])).unwrap();
+        let bytes = archive::tests::bytes_of(&archive);
+        let at = |name: &[u8]| bytes.windows(name.len()).position(|window| window == name).unwrap();
+        let order = [&b"job/argv\0"[..], b"job/promised\0", b"big\0", b"job/end\0", b"TRAILER!!!\0"].map(at);
+        assert!(order.is_sorted(), "{order:?}");
+        at(b"f 100000 /big\0");
+        // The file's content is not in our memory.
+        let held: usize = archive
+            .parts()
+            .iter()
+            .map(|part| match part {
+                Part::Bytes(bytes) => bytes.len(),
+                Part::File { .. } => 0,
+            })
+            .sum();
+        assert!(held < 4096, "{held}");
+    }
+
+    #[test]
+    fn the_places_of_the_command_are_not_to_be_added_to() {
+        let host = tempfile::NamedTempFile::new().unwrap();
+        for place in PLACES {
+            let error = archive(&job(&[&format!("{}:{place}", host.path().display())])).unwrap_err();
+            assert!(matches!(error, JobError::Taken(_)), "{error}");
+        }
+        archive(&job(&[&format!("{}:/job/data", host.path().display())])).unwrap();
+    }
+
+    #[test]
+    fn what_says_no_length_is_read_and_what_is_no_file_is_refused_without_waiting() {
+        let archive = archive(&job(&["/proc/self/status:/status"])).unwrap();
+        let bytes = archive::tests::bytes_of(&archive);
+        assert!(bytes.windows(6).any(|window| window == b"VmRSS:"));
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("fifo");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        for (path, word) in [(fifo.as_path(), "FIFO"), (Path::new("/dev/zero"), "device")] {
+            let error = super::archive(&job(&[&path.display().to_string()])).unwrap_err();
+            assert!(error.to_string().contains(word), "{error}");
+        }
+        // Inside a folder they are passed over.
+        super::archive(&job(&[&directory.path().display().to_string()])).unwrap();
+    }
+
+    #[test]
+    fn five_gibibytes_are_refused_before_a_byte_is_read() {
+        let host = tempfile::NamedTempFile::new().unwrap();
+        host.as_file().set_len(5 << 30).unwrap();
+        let error = archive(&job(&[&host.path().display().to_string()])).unwrap_err();
+        assert!(error.to_string().contains("4 GiB"), "{error}");
+    }
 }

@@ -106,13 +106,26 @@ pub fn signal_name(signal: u8) -> Option<&'static str> {
     })
 }
 
+/// What of a command's files has not come to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Incomplete {
+    /// How many files are missing or cut.
+    pub missing: u64,
+    /// How many were promised, as far as the guest knows.
+    pub promised: u64,
+}
+
 /// A message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Message {
+    /// The launcher is there: the kernel has booted, and unpacked at least the launcher.
+    Arrived,
     /// The command is about to start.
     Started,
     /// It has ended.
     Ended(CommandEnd),
+    /// It was not started, because not all of its files are there.
+    Incomplete(Incomplete),
 }
 
 /// Reads messages out of a stream.
@@ -149,7 +162,12 @@ impl Reader {
 fn parse(line: &[u8]) -> Option<Message> {
     let mut words = std::str::from_utf8(line).ok()?.split(' ');
     let message = match (words.next()?, words.next(), words.next()) {
+        ("arrived", None, None) => Message::Arrived,
         ("started", None, None) => Message::Started,
+        ("incomplete", Some(missing), Some(promised)) => {
+            let (missing, promised) = (missing.parse().ok()?, promised.parse().ok()?);
+            Message::Incomplete(Incomplete { missing, promised })
+        }
         ("exited", Some(status), None) => Message::Ended(CommandEnd::Exited(status.parse().ok()?)),
         ("killed", Some(signal), None) => {
             let signal = signal.parse().ok().filter(|signal| (1..=64).contains(signal))?;
@@ -176,8 +194,10 @@ mod tests {
     #[test]
     fn messages_are_read_whatever_way_they_are_cut() {
         let text =
-            b"started\nnonsense\nexited 7\nkilled 9\nkilled 0\nexited 256\nfailed find 2\nfailed exec 8\n";
+            b"arrived\nincomplete 2 300\nincomplete 2\nincomplete -1 2\nstarted\nnonsense\nexited 7\nkilled 9\nkilled 0\nexited 256\nfailed find 2\nfailed exec 8\n";
         let expected = vec![
+            Message::Arrived,
+            Message::Incomplete(Incomplete { missing: 2, promised: 300 }),
             Message::Started,
             Message::Ended(CommandEnd::Exited(7)),
             Message::Ended(CommandEnd::Killed(9)),

@@ -29,6 +29,8 @@ pub struct Status {
     pub cause: &'static str,
     /// The same in words.
     pub message: String,
+    /// What the guest's kernel printed last; null where the guest ended in order.
+    pub kernel_messages: Option<Vec<String>>,
     /// How the command ended; null if it did not.
     pub command: Option<CommandStatus>,
     /// How long what took.
@@ -85,7 +87,15 @@ impl From<CommandEnd> for CommandStatus {
 impl Status {
     /// An end without a command's.
     pub fn new(exit_status: i32, cause: &'static str, message: String) -> Self {
-        Self { version: VERSION, exit_status, cause, message, command: None, seconds: Seconds::default() }
+        Self {
+            version: VERSION,
+            exit_status,
+            cause,
+            message,
+            kernel_messages: None,
+            command: None,
+            seconds: Seconds::default(),
+        }
     }
 }
 

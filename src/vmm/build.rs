@@ -21,6 +21,7 @@ use crate::bus::Bus;
 use crate::console::ConsoleDevice;
 use crate::devices::console::{ConsoleOutput, Panicked, Stopping};
 use crate::devices::exit::{ExitPort, Pvpanic};
+use crate::devices::kernel_log::KernelLog;
 use crate::devices::power::{ACPI_LEN, AcpiRegisters, I8042, I8042_LEN, RESET_CONTROL_LEN, ResetControl};
 use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, SerialPort};
@@ -71,10 +72,12 @@ pub struct SerialEnd {
     pub wants_input: Arc<EventFd>,
     /// What its output says of a panic.
     pub panicked: Panicked,
+    /// Written when it says so.
+    pub alarm: Arc<EventFd>,
 }
 
-/// Builds the machine that `config` describes.
-pub fn build(config: &Config) -> Result<Machine, VmmError> {
+/// Builds the machine that `config` describes; what its kernel prints is kept in `log`.
+pub fn build(config: &Config, log: &KernelLog) -> Result<Machine, VmmError> {
     let mut laps = Laps::begin();
     let disks = open_disks(config)?;
     laps.end("disks");
@@ -83,7 +86,7 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
     let kvm = kvm::open(config.cpus)?;
     let ram = mem::map_ram(&layout::ram_regions(config.memory_bytes))?;
     let vm = Arc::new(kvm::create_vm(&kvm, &ram)?);
-    let serial = serial_port(&vm, ConsoleOutput::new(console, stopping.clone()))?;
+    let serial = serial_port(&vm, ConsoleOutput::new(console, stopping.clone()), log)?;
     let mut ports = ports(&serial)?;
     laps.end("RAM and VM");
     let mut devices = block_devices(config, &disks, &ram)?;
@@ -95,7 +98,7 @@ pub fn build(config: &Config) -> Result<Machine, VmmError> {
     let guest = Guest {
         kernel: &config.kernel,
         initrd: config.initrd.as_deref(),
-        initrd_tail: config.job.as_deref().unwrap_or_default(),
+        initrd_tail: config.job.as_ref().map(job::tail).unwrap_or_default(),
         cmdline: &config.cmdline,
         cpus: config.cpus,
         devices: &announced,
@@ -212,14 +215,17 @@ fn open_console(config: &Config) -> Result<Option<File>, VmmError> {
     }
 }
 
-fn serial_port(vm: &VmFd, output: ConsoleOutput) -> Result<SerialEnd, VmmError> {
+fn serial_port(vm: &VmFd, output: ConsoleOutput, log: &KernelLog) -> Result<SerialEnd, VmmError> {
     let irq = kvm::interrupt(vm, layout::IRQ_SERIAL)?;
     let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
     let wants_input = event().map_err(host("make an eventfd"))?;
     let theirs = wants_input.try_clone().map_err(host("make an eventfd"))?;
+    let alarm = event().map_err(host("make an eventfd"))?;
+    let theirs_too = alarm.try_clone().map_err(host("make an eventfd"))?;
+    let output = output.kept_in(log.clone(), theirs_too);
     let panicked = output.panicked();
     let port = Arc::new(Mutex::new(SerialPort::new(irq, output, theirs)));
-    Ok(SerialEnd { port, wants_input: Arc::new(wants_input), panicked })
+    Ok(SerialEnd { port, wants_input: Arc::new(wants_input), panicked, alarm: Arc::new(alarm) })
 }
 
 fn ports(serial: &SerialEnd) -> Result<Bus, VmmError> {

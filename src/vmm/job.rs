@@ -9,9 +9,12 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
+use super::limits::Heard;
+use crate::boot::{Piece, Tail};
 use crate::console::stream::{Sink, SinkError, Source};
 use crate::console::{ConsoleDevice, PortConfig};
-use crate::job::report::{CommandEnd, Message, Reader, TAKEN};
+use crate::job::report::{CommandEnd, Incomplete, Message, Reader, TAKEN};
+use crate::job::{Archive, Part};
 use crate::terminal::{self, Input};
 
 /// What has been heard of a command.
@@ -19,6 +22,8 @@ pub struct JobEnd {
     messages: File,
     answers: File,
     reader: Reader,
+    arrived: bool,
+    incomplete: Option<Incomplete>,
     started: Option<Instant>,
     ended: Option<(CommandEnd, Instant)>,
     outputs: [(&'static str, SinkError); 2],
@@ -58,11 +63,22 @@ pub fn console(more: Option<PortConfig>) -> io::Result<(ConsoleDevice, JobEnd)> 
         messages: OwnedFd::from(messages).into(),
         answers: OwnedFd::from(answers).into(),
         reader: Reader::default(),
+        arrived: false,
+        incomplete: None,
         started: None,
         ended: None,
         outputs,
     };
     Ok((device, end))
+}
+
+/// A command's archive, as it is put behind the initramfs.
+pub fn tail(archive: &Archive) -> Tail<'_> {
+    let piece = |part| match part {
+        &Part::File { ref path, len } => Piece::File(path, len),
+        Part::Bytes(bytes) => Piece::Bytes(bytes),
+    };
+    Tail { pieces: archive.parts().iter().map(piece).collect(), unpacked_bytes: archive.unpacked_bytes() }
 }
 
 fn dup(stream: &impl std::os::fd::AsFd) -> io::Result<OwnedFd> {
@@ -90,19 +106,43 @@ impl JobEnd {
         // An end would mean that the device is gone; then the machine is going too.
         let count = self.messages.read(&mut bytes).unwrap_or(0);
         for message in self.reader.take(bytes.get(..count).unwrap_or_default()) {
+            self.arrived = true;
             match message {
+                Message::Arrived => {}
+                Message::Incomplete(what) if self.incomplete.is_none() => {
+                    self.incomplete = Some(what);
+                    self.answer();
+                }
                 Message::Started => _ = self.started.get_or_insert_with(Instant::now),
                 Message::Ended(end) if self.ended.is_none() => {
                     self.ended = Some((end, Instant::now()));
-                    // The pipe has room: this is written once.
-                    if let Err(error) = self.answers.write_all(TAKEN) {
-                        log::error!("cannot answer the guest's launcher: {error}");
-                    }
+                    self.answer();
                 }
                 // The first word counts.
-                Message::Ended(_) => {}
+                Message::Incomplete(_) | Message::Ended(_) => {}
             }
         }
+    }
+
+    /// Lets the launcher end, and so the guest. The pipe has room: this is written at most twice.
+    fn answer(&mut self) {
+        if let Err(error) = self.answers.write_all(TAKEN) {
+            log::error!("cannot answer the guest's launcher: {error}");
+        }
+    }
+
+    /// What the guest has told of its command.
+    pub fn heard(&self) -> Heard {
+        match () {
+            () if self.ended.is_some() || self.incomplete.is_some() => Heard::Ended,
+            () if self.arrived => Heard::Arrived,
+            () => Heard::Nothing,
+        }
+    }
+
+    /// What of the command's files has not come to the guest, if that is why it was not started.
+    pub fn incomplete(&self) -> Option<Incomplete> {
+        self.incomplete
     }
 
     /// How the command ended, if the guest has told; `begin` is when the CPUs were started.

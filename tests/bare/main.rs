@@ -19,6 +19,7 @@ mod loops;
 mod machine;
 mod observe;
 mod refusals;
+mod reports;
 mod sandbox;
 mod start;
 mod stats;

@@ -63,6 +63,30 @@ fn hanging(image: &Image, more: &[&str]) -> (Child, Watchdog) {
 }
 
 #[test]
+fn what_is_added_is_read_straight_into_guest_memory() {
+    if !kvm() {
+        return;
+    }
+    const ADDED_KIB: u64 = 64 << 10;
+    let directory = scratch();
+    let (initrd, added) = (directory.path().join("initrd"), directory.path().join("added"));
+    fs::write(&initrd, "070701").unwrap();
+    fs::write(&added, vec![0x6d; usize::try_from(ADDED_KIB).unwrap() << 10]).unwrap();
+    let mut command = minivmm();
+    command.arg("--kernel").arg(Entry::Elf.kernel()).arg("--initrd").arg(&initrd);
+    command.args(["--cmdline", "scenario=hang", "--console", "stderr", "--boot-timeout", "0", "--add"]);
+    command.arg(&added).args(["--", "true"]);
+    let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let _watchdog = Watchdog::over(&child);
+    child.stderr.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    let most = most(&child);
+    kill(i32::try_from(child.id()).unwrap(), libc::SIGTERM);
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+    // In guest memory once, and in no buffer of ours beside it.
+    assert!((ADDED_KIB..ADDED_KIB * 3 / 2).contains(&most), "{most} KiB at most");
+}
+
+#[test]
 fn the_program_takes_at_most_five_mib_beyond_guest_ram() {
     if !kvm() {
         return;
