@@ -36,6 +36,25 @@ pub trait BusDevice: Send {
     fn write(&mut self, offset: u64, data: &[u8]) -> Outcome;
 }
 
+/// What a range of addresses leads to: a device behind a lock, or one that several CPUs use at once and
+/// that has locks of its own where it needs them.
+pub trait SharedDevice: Send + Sync {
+    /// As [`BusDevice::read`].
+    fn read(&self, offset: u64, data: &mut [u8]);
+    /// As [`BusDevice::write`].
+    fn write(&self, offset: u64, data: &[u8]) -> Outcome;
+}
+
+impl<T: BusDevice + ?Sized> SharedDevice for Mutex<T> {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        lock(self).read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Outcome {
+        lock(self).write(offset, data)
+    }
+}
+
 /// Why a device could not be placed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum BusError {
@@ -59,7 +78,7 @@ struct Slot {
     name: &'static str,
     base: u64,
     len: u64,
-    device: Arc<Mutex<dyn BusDevice>>,
+    device: Arc<dyn SharedDevice>,
 }
 
 /// An address space: ports, or MMIO. Built once, then shared by all vCPUs.
@@ -80,7 +99,7 @@ impl Bus {
         name: &'static str,
         base: u64,
         len: u64,
-        device: Arc<Mutex<dyn BusDevice>>,
+        device: Arc<dyn SharedDevice>,
     ) -> Result<(), BusError> {
         let overlap = |other: &'static str| BusError::Overlap { name, base, len, other };
         let end = base.checked_add(len).ok_or_else(|| overlap("the end of the address space"))?;
@@ -103,7 +122,7 @@ impl Bus {
             match slot {
                 Some(slot) => {
                     piece.fill(0);
-                    lock(&slot.device).read(addr - slot.base, piece);
+                    slot.device.read(addr - slot.base, piece);
                 }
                 None => piece.fill(0xff),
             }
@@ -120,8 +139,7 @@ impl Bus {
         loop {
             let (slot, bytes) = self.piece(addr, data.len());
             let (piece, rest) = data.split_at(bytes);
-            let outcome =
-                slot.map_or(Outcome::Continue, |slot| lock(&slot.device).write(addr - slot.base, piece));
+            let outcome = slot.map_or(Outcome::Continue, |slot| slot.device.write(addr - slot.base, piece));
             if rest.is_empty() || outcome != Outcome::Continue {
                 return outcome;
             }
@@ -143,7 +161,7 @@ impl Bus {
 
 /// A poisoned lock means that a thread failed while it held it; its error is already on its way to
 /// `main`, and the device's state is plain data, so the others go on until they are stopped.
-fn lock<'a>(device: &'a Arc<Mutex<dyn BusDevice + 'static>>) -> MutexGuard<'a, dyn BusDevice + 'static> {
+fn lock<T: ?Sized>(device: &Mutex<T>) -> MutexGuard<'_, T> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -162,7 +180,7 @@ mod tests {
         }
     }
 
-    fn device(value: u8) -> Arc<Mutex<dyn BusDevice>> {
+    fn device(value: u8) -> Arc<Mutex<Echo>> {
         Arc::new(Mutex::new(Echo(value)))
     }
 

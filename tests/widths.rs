@@ -7,12 +7,14 @@ mod common;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use common::over_pci::{CONFIG_VECTOR, DEVICE, ISR, PENDING, PLACE, QUEUE_VECTOR, STATUS, TABLE, capability};
+use common::over_pci::{
+    CONFIG_VECTOR, DEVICE, ISR, PENDING, PLACE, QUEUE_VECTOR, STATUS, TABLE, WINDOW, bus_of, capability,
+};
 use minivmm::bus::{Bus, BusDevice, Outcome};
 use minivmm::devices::power::ResetControl;
 use minivmm::mem;
 use minivmm::pci::msix::{Message, MessageSink};
-use minivmm::pci::root::{ConfigPorts, Ecam, PciFunction, PciRoot};
+use minivmm::pci::root::{ConfigPorts, Ecam, PciFunction, PciMemory};
 use minivmm::virtio::mmio::MmioTransport;
 use minivmm::virtio::pci::{NOTIFY, NOTIFY_STRIDE, PciTransport};
 use minivmm::virtio::{ActivateError, Activation, Interrupt, Transport, VirtioDevice, feature};
@@ -163,17 +165,20 @@ impl Control {
 struct Ways {
     ports: Bus,
     ecam: Bus,
+    memory: Bus,
 }
 
 impl Ways {
     fn new(function: Arc<Mutex<dyn PciFunction>>) -> Self {
-        let root = Arc::new(PciRoot::new([function]));
+        let root = bus_of(function);
         let mut others = Bus::new();
         others.place("reset", 1, 1, Arc::new(Mutex::new(ResetControl::default()))).unwrap();
-        let mut ways = Self { ports: Bus::new(), ecam: Bus::new() };
+        let mut ways = Self { ports: Bus::new(), ecam: Bus::new(), memory: Bus::new() };
         let ports = ConfigPorts::new(Arc::clone(&root), others);
         ways.ports.place("ports", 0xcf8, 8, Arc::new(Mutex::new(ports))).unwrap();
-        ways.ecam.place("ECAM", 0, 1 << 20, Arc::new(Mutex::new(Ecam(root)))).unwrap();
+        let memory = Arc::new(PciMemory(Arc::clone(&root)));
+        ways.memory.place("memory", WINDOW.start, WINDOW.end - WINDOW.start, memory).unwrap();
+        ways.ecam.place("ECAM", 0, 1 << 20, Arc::new(Ecam(root))).unwrap();
         ways
     }
 }
@@ -198,7 +203,7 @@ proptest! {
         let bits = writable(window, msix);
         let pci = Arc::new(Mutex::new(pci));
         let ways = Ways::new(pci.clone());
-        let mut control = Control::default();
+        let (mut control, mut at_last) = (Control::default(), Some(PLACE));
         for (by_ports, at, width, value) in acts {
             // Often where something happens.
             let at = [at, msix + at % 8, 0x10 + at % 8, 4, at][at % 5];
@@ -215,6 +220,12 @@ proptest! {
             if at < window + 20 && at + width > window + 4 {
                 continue;
             }
+            // Addresses inside the window come up as well.
+            let value = if value % 3 == 0 && (0x0c..0x18).contains(&at) {
+                (WINDOW.start + (value >> 8 & 7) * 0x8000) << (8 * 0x10_usize.saturating_sub(at))
+            } else {
+                value
+            };
             let value = value.to_le_bytes();
             way.write(first, &value[..width]);
             for (at, new) in (at..256.min(at + width)).zip(value) {
@@ -229,6 +240,20 @@ proptest! {
             ways.ecam.read(1 << 15, &mut all);
             all[window + 16..window + 20].copy_from_slice(&model[window + 16..window + 20]);
             prop_assert_eq!(&all, &model.to_vec(), "after {} bytes at {:#x}", width, at);
+            // The number of queues is where the registers are, and nowhere else.
+            let address = u64::from_le_bytes(model[0x10..0x18].try_into().unwrap()) & !0xf;
+            let sizing = address & 0xffff_ffff == 0xffff_8000 || address >> 32 == 0xffff_ffff;
+            at_last = match model[4] & 2 {
+                0 => None,
+                _ if sizing => at_last,
+                _ => Some(address).filter(|at| WINDOW.contains(at)),
+            };
+            for base in [Some(PLACE), Some(0xd100_0000), at_last].into_iter().flatten() {
+                let mut count = [0; 2];
+                ways.memory.read(base + 0x12, &mut count);
+                let expected = if at_last == Some(base) { [QUEUES as u8, 0] } else { [0xff; 2] };
+                prop_assert_eq!(count, expected, "registers at {:#x}", base);
+            }
             control.pending |= model[msix + 3] & 0x80 != 0;
             control.settle(model[msix + 3]);
             probe.interrupt().queue(0);

@@ -16,8 +16,9 @@ use minivmm::disk::cache::{POLICIES, WriteCache};
 use minivmm::disk::geometry::{Alignment, Geometry};
 use minivmm::disk::machine::{Disk, StableBy};
 use minivmm::disk::{DiskOptions, Image};
+use minivmm::pci::memory::DoorbellSink;
 use minivmm::pci::msix::{Message, MessageSink};
-use minivmm::pci::root::{ConfigPorts, Ecam, PciFunction, PciRoot};
+use minivmm::pci::root::{ConfigPorts, Ecam, OnBus, PciFunction, PciMemory, PciRoot};
 use minivmm::virtio::mmio::MmioTransport;
 use minivmm::virtio::pci::PciTransport;
 use minivmm::virtio::queue::QueueConfig;
@@ -28,7 +29,7 @@ use super::input::Input;
 use super::lane::Lane;
 use super::logs;
 use super::memory::{Memory, REGIONS};
-use super::registers::{Mmio, PLACE, Pci, Register, Registers, bring_up};
+use super::registers::{Mmio, PLACE, Pci, Register, Registers, WINDOW, bring_up};
 use super::spy::{Driver, Notes, Spy};
 use super::walk::{Chain, F_EVENT_IDX, F_INDIRECT, WRITE};
 
@@ -59,14 +60,26 @@ pub fn over_pci(data: &[u8]) {
         let function = PciTransport::new(spy, memory.ram.clone(), PLACE, sink).unwrap();
         let function = Arc::new(Mutex::new(function));
         let on_bus: Arc<Mutex<dyn PciFunction>> = Arc::clone(&function) as _;
-        let root = Arc::new(PciRoot::new([on_bus]));
+        let on_bus: OnBus = (on_bus, Box::new(Nowhere));
+        let root = Arc::new(PciRoot::new(WINDOW, [on_bus]));
         Box::new(Pci {
             function,
             ports: ConfigPorts::new(Arc::clone(&root), Bus::new()),
-            ecam: Ecam(root),
+            ecam: Ecam(Arc::clone(&root)),
+            memory: PciMemory(root),
             sent,
         })
     });
+}
+
+/// The function's doorbells are rung through its registers alone.
+struct Nowhere;
+
+impl DoorbellSink for Nowhere {
+    fn place(&mut self, base: Option<u64>) -> std::io::Result<()> {
+        assert!(base.is_none_or(|base| WINDOW.contains(&base) && base % 0x8000 == 0), "placed at {base:x?}");
+        Ok(())
+    }
 }
 
 /// Takes messages, and looks that none is sent that was not routed before.

@@ -1,7 +1,7 @@
 //! The registers of both transports under the same names, and a driver's accesses to them.
 
-use minivmm::bus::BusDevice;
-use minivmm::pci::root::{ConfigPorts, Ecam};
+use minivmm::bus::{BusDevice, Outcome, SharedDevice};
+use minivmm::pci::root::{ConfigPorts, Ecam, PciMemory};
 use minivmm::virtio::Transport;
 use minivmm::virtio::mmio::MmioTransport;
 use minivmm::virtio::pci::{NOTIFY, PciTransport};
@@ -155,7 +155,21 @@ fn access(device: &mut dyn BusDevice, offset: u64, bytes: &[u8], write: bool) {
     }
 }
 
-/// Where the function's memory is, as device 1 of the bus.
+/// A device that several CPUs use at once, for one.
+struct Shared<'a, T>(&'a T);
+
+impl<T: SharedDevice> BusDevice for Shared<'_, T> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        self.0.read(offset, data);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
+        self.0.write(offset, data)
+    }
+}
+
+/// The bus's memory, and where the function's is, as device 1, before anybody moves it.
+pub const WINDOW: std::ops::Range<u64> = 0xd100_0000..0xd110_0000;
 pub const PLACE: u64 = 0xd100_8000;
 const DEVICE: u64 = 0x2000;
 const TABLE: u64 = 0x4000;
@@ -168,6 +182,7 @@ pub struct Pci {
     pub function: Arc<Mutex<PciTransport>>,
     pub ports: ConfigPorts,
     pub ecam: Ecam,
+    pub memory: PciMemory,
     /// Messages that were sent.
     pub sent: Arc<AtomicU64>,
 }
@@ -226,8 +241,13 @@ impl Registers for Pci {
         let width = input.pick(&[1, 2, 4, 4, 8, 0, 3, 5]);
         let write = input.flag();
         match kind {
-            0..=3 => self.with(|function| access(function, offset, &bytes[..width], write)),
-            4 | 5 => access(&mut self.ecam, offset, &bytes[..width], write),
+            // By the bus's memory, wherever the function is now.
+            1 => {
+                let place = PLACE - WINDOW.start + offset;
+                access(&mut Shared(&self.memory), place, &bytes[..width], write);
+            }
+            0 | 2 | 3 => self.with(|function| access(function, offset, &bytes[..width], write)),
+            4 | 5 => access(&mut Shared(&self.ecam), offset, &bytes[..width], write),
             6 => access(&mut self.ports, offset, &bytes[..width], write),
             _ => {
                 // A whole access by ports: the address, then data.

@@ -244,6 +244,77 @@ static void pci_region_moved(void)
 	config_write(place.number, 0x10, low);
 	config_write(place.number, 4, command | 6);
 }
+/* The bus's memory, and what each function has of it. */
+enum { WINDOW = 0xd1000000, FUNCTION_BYTES = 0x8000, FUNCTIONS = 32 };
+
+static u32 region_of(u32 number) { return config_read(number, 0x10) & ~15u; }
+
+/* Moves the function, and goes on there. */
+static void move_to(u32 to)
+{
+	u64 by = (u64)to - region_of(place.number);
+	config_write(place.number, 0x10, to);
+	place.common += by;
+	place.notify += by;
+	place.device += by;
+	if (place.isr)
+		place.isr += by;
+}
+static void works(const char *if_not)
+{
+	if (transfer(IN, 3, DATA, 512) != OK)
+		fail(if_not);
+}
+/* About the window, with a request in flight each time; sizes asked for in between; on and off. */
+static void pci_function_moved_at_work(void)
+{
+	if (!place.is_pci)
+		return;
+	u32 home = region_of(place.number), command = config_read(place.number, 4);
+	static const u32 free[] = { 0, FUNCTIONS - 1, FUNCTIONS - 2 };
+	for (u32 round = 0; round < 48; round++) {
+		u32 to = WINDOW + free[round % 3] * FUNCTION_BYTES;
+		put_header(IN, 3);
+		status[0] = UNTOUCHED;
+		CHAIN(table, H, { AT(DATA), 64 << 10, D_WRITE }, S);
+		offer(0);
+		kick();
+		move_to(to);
+		if (outcome() != OK)
+			fail("R16: a request is lost when its function moves");
+		works("R16: a function that has moved does not work");
+		config_write(place.number, 0x10, ~0u);
+		works("R16: a function whose size is asked for does not work");
+		config_write(place.number, 0x14, ~0u);
+		config_write(place.number, 0x14, 0);
+		config_write(place.number, 0x10, to);
+		config_write(place.number, 4, command & ~2u);
+		if (read32(place.common) != ~0u)
+			fail("R16: memory that is switched off answers");
+		kick();
+		config_write(place.number, 4, command | 6);
+		works("R16: memory that was switched off does not come back");
+	}
+	move_to(home);
+	works("R16: a function that has come home does not work");
+}
+/* Onto the next function's registers, and that one onto ours. */
+static void pci_functions_over_each_other(void)
+{
+	if (!place.is_pci || (config_read(place.number + 1, 0) & 0xffff) != 0x1af4)
+		return;
+	u32 home = region_of(place.number), other = region_of(place.number + 1);
+	for (u32 round = 0; round < 16; round++) {
+		move_to(other);
+		works("R16: of two functions at one address none answers");
+		config_write(place.number + 1, 0x10, home);
+		works("R16: the function does not work at the other's address");
+		move_to(home);
+		works("R16: the first of two functions does not answer");
+		config_write(place.number + 1, 0x10, other);
+		works("R16: the function does not come back");
+	}
+}
 static void functions_that_there_are_not(void)
 {
 	for (u32 number = 0; number < 32; number++)
@@ -305,6 +376,8 @@ static const struct attack all[] = {
 	{ "R16", "a pattern to registers in every width at every offset", registers_of_a_pattern, SELF },
 	{ "R16", "PCI configuration in every width", pci_configuration, SELF },
 	{ "R16", "PCI regions moved onto memory and other devices", pci_region_moved, SELF },
+	{ "R16", "a PCI function moved with requests in flight", pci_function_moved_at_work, SELF },
+	{ "R16", "PCI functions over each other", pci_functions_over_each_other, SELF },
 	{ "R16", "PCI functions that there are not", functions_that_there_are_not, SELF },
 	{ "R16", "every port", all_ports, SELF },
 	{ "R16", "addresses of nothing", memory_that_there_is_not, SELF },

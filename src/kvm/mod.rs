@@ -6,6 +6,7 @@
 
 pub mod cpuid;
 mod defaults;
+pub mod doorbells;
 pub mod failure;
 pub mod msrs;
 pub mod routes;
@@ -16,7 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
@@ -204,12 +205,6 @@ pub fn interrupt(vm: &VmFd, line: u32) -> Result<EventFd, KvmError> {
 pub fn bind_doorbell(vm: &VmFd, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
     vm.register_ioevent(event, &IoEventAddress::Mmio(address), value)
         .map_err(|error| KvmError::Refused("a doorbell (ioeventfd)", error))
-}
-
-/// Lets KVM itself write `event` when the guest writes anything to `address`, in any width.
-pub fn bind_doorbell_at(vm: &VmFd, event: &EventFd, address: u64) -> Result<(), KvmError> {
-    vm.register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
-        .map_err(|error| KvmError::Refused("a doorbell of any width (ioeventfd)", error))
 }
 
 #[cfg(test)]

@@ -24,10 +24,32 @@ const INTERRUPT_LINE: usize = 0x3c;
 const HEADER_END: usize = 0x40;
 /// A base address register for memory, 64 bits wide, not prefetchable.
 const BAR_MEMORY_64: u8 = 0b100;
+/// Bits 0 to 31.
+const LOW_HALF: u64 = 0xffff_ffff;
 
 /// Whether an access of `len` bytes at `at` touches a byte of `register`.
 pub fn touches(register: &Range<usize>, at: usize, len: usize) -> bool {
     at < register.end && register.start < at.saturating_add(len)
+}
+
+/// A range of guest physical addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// The first.
+    pub base: u64,
+    /// How many, from 1 on.
+    pub len: u64,
+}
+
+/// What a function's configuration says of its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// It has none, or the command register switches it off.
+    Off,
+    /// The guest asks for its size: the base address register holds ones and no address.
+    Sizing,
+    /// It is here.
+    At(Span),
 }
 
 /// What a function is.
@@ -54,8 +76,8 @@ pub struct ConfigSpace {
     link: usize,
     /// The first byte that no capability has.
     free: usize,
-    /// Where base address registers 0 and 1 were placed.
-    placed: u64,
+    /// Bytes of memory behind base address registers 0 and 1; 0 if they are none.
+    memory_bytes: u64,
 }
 
 impl ConfigSpace {
@@ -66,7 +88,7 @@ impl ConfigSpace {
             writable: [0; CONFIG_BYTES],
             link: CAPABILITIES,
             free: HEADER_END,
-            placed: 0,
+            memory_bytes: 0,
         };
         let [base, sub, interface] = identity.class;
         let [subsystem_vendor, subsystem] = identity.subsystem;
@@ -88,7 +110,7 @@ impl ConfigSpace {
     /// at `address`, a multiple of it. A guest that writes all ones reads how large it is.
     pub fn place(&mut self, address: u64, len: u64) {
         debug_assert!(len.is_power_of_two() && address.is_multiple_of(len) && len >= 16);
-        self.placed = address;
+        self.memory_bytes = len;
         self.put(BAR0, &address.to_le_bytes());
         self.bytes[BAR0] |= BAR_MEMORY_64;
         self.writable[BAR0..BAR0 + 8].copy_from_slice(&(!(len - 1)).to_le_bytes());
@@ -134,9 +156,18 @@ impl ConfigSpace {
         }
     }
 
-    /// Whether the function answers at the addresses where it was placed.
-    pub fn answers(&self) -> bool {
-        self.bytes[COMMAND] & COMMAND_MEMORY != 0 && self.address() == self.placed
+    /// What the command register and base address registers 0 and 1 say of the function's memory.
+    pub fn memory(&self) -> Memory {
+        if self.memory_bytes == 0 || self.bytes[COMMAND] & COMMAND_MEMORY == 0 {
+            return Memory::Off;
+        }
+        let address = self.address();
+        // Ones in all bits of a half that can be written are a question, not an address.
+        let low = !(self.memory_bytes - 1) & LOW_HALF;
+        if address & LOW_HALF == low || address >> 32 == LOW_HALF {
+            return Memory::Sizing;
+        }
+        Memory::At(Span { base: address, len: self.memory_bytes })
     }
 
     /// The address in base address registers 0 and 1.
@@ -182,21 +213,25 @@ mod tests {
     }
 
     #[test]
-    fn a_base_address_register_tells_its_size_and_the_function_is_off_meanwhile() {
+    fn a_base_address_register_tells_its_size_and_where_the_memory_is() {
         let mut space = space();
-        assert!(space.answers());
+        let at = |base| Memory::At(Span { base, len: 0x8000 });
+        assert_eq!(space.memory(), at(PLACE));
         space.write(0x10, &u32::MAX.to_le_bytes());
+        assert_eq!(space.memory(), Memory::Sizing);
         space.write(0x14, &u32::MAX.to_le_bytes());
         assert_eq!((read32(&space, 0x10), read32(&space, 0x14)), (!0x7fff | 4, u32::MAX));
-        assert!(!space.answers());
-        space.write(0x10, &0xd100_8000_u32.to_le_bytes());
+        assert_eq!(space.memory(), Memory::Sizing);
+        space.write(0x10, &0xd102_8000_u32.to_le_bytes());
+        assert_eq!(space.memory(), Memory::Sizing, "the other half is still a question");
         space.write(0x14, &0_u32.to_le_bytes());
-        assert_eq!((read32(&space, 0x10), read32(&space, 0x14)), (0xd100_8004, 0));
-        assert!(space.answers());
+        assert_eq!((read32(&space, 0x10), read32(&space, 0x14)), (0xd102_8004, 0));
+        assert_eq!(space.memory(), at(0xd102_8000));
         space.write(COMMAND, &[0, 0]);
-        assert!(!space.answers());
+        assert_eq!(space.memory(), Memory::Off);
         space.write(COMMAND, &[0xff, 0xff]);
         assert_eq!(read32(&space, 4) & 0xffff, 0x0406, "memory, master, INTx disable and no more");
+        assert_eq!(space.memory(), at(0xd102_8000));
     }
 
     #[test]

@@ -1,13 +1,16 @@
 //! The bus and the two ways to configuration space: ports 0xCF8 and 0xCFC, and ECAM.
 //!
-//! Owns which device number has which function. One bus, function 0 of each device; what is not
+//! Owns which device number has which function, and hands accesses of the bus's memory to the function
+//! that [`super::memory`] finds there. One bus, function 0 of each device; what is not
 //! there reads as all ones (PCI Local Bus 3.0, 3.2.2.3; PCI Express 7.2.2).
 
+use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::config::{CONFIG_BYTES, ConfigSpace, Identity};
-use crate::bus::{Bus, BusDevice, Outcome};
+use super::config::{CONFIG_BYTES, ConfigSpace, Identity, Memory};
+use super::memory::{DoorbellSink, MemoryMap};
+use crate::bus::{Bus, BusDevice, Outcome, SharedDevice};
 
 /// Device numbers of a bus, of which 0 is the host bridge.
 pub const DEVICES_MAX: usize = 32;
@@ -21,18 +24,25 @@ pub const ECAM_BYTES: u64 = 1 << 20;
 /// The address register's bit without which data is not configuration.
 const ENABLE: u32 = 1 << 31;
 
-/// A function, as the bus sees it. Accesses are 1, 2 or 4 bytes and cross no multiple of four.
-pub trait PciFunction: Send {
+/// A function, as the bus sees it: its memory, in which offsets count from its base, and its configuration.
+/// Accesses of configuration are 1 to 4 bytes and cross no multiple of four.
+pub trait PciFunction: BusDevice {
     /// Reads configuration space.
     fn read_config(&mut self, offset: usize, data: &mut [u8]);
     /// Writes it.
     fn write_config(&mut self, offset: usize, data: &[u8]);
+    /// What configuration space says of the function's memory now.
+    fn memory(&self) -> Memory;
 }
+
+/// A function on the bus, and what makes its doorbells follow it.
+pub type OnBus = (Arc<Mutex<dyn PciFunction>>, Box<dyn DoorbellSink>);
 
 /// The bus.
 pub struct PciRoot {
     /// By device number.
     functions: Vec<Arc<Mutex<dyn PciFunction>>>,
+    map: MemoryMap,
 }
 
 /// The host bridge, a function that does nothing; kernels look for one before they trust the ports.
@@ -46,11 +56,34 @@ impl PciFunction for HostBridge {
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         self.0.write(offset, data);
     }
+
+    fn memory(&self) -> Memory {
+        self.0.memory()
+    }
+}
+
+/// It has no memory, so none of this is reached.
+impl BusDevice for HostBridge {
+    fn read(&mut self, _: u64, _: &mut [u8]) {}
+
+    fn write(&mut self, _: u64, _: &[u8]) -> Outcome {
+        Outcome::Continue
+    }
+}
+
+/// The host bridge has none.
+struct NoDoorbells;
+
+impl DoorbellSink for NoDoorbells {
+    fn place(&mut self, _: Option<u64>) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl PciRoot {
-    /// A host bridge, and behind it these functions, as devices 1, 2, ...
-    pub fn new(functions: impl IntoIterator<Item = Arc<Mutex<dyn PciFunction>>>) -> Self {
+    /// A host bridge, and behind it these functions, as devices 1, 2, ... It passes on the addresses of
+    /// `window`; the functions are there where their configuration says.
+    pub fn new(window: Range<u64>, functions: impl IntoIterator<Item = OnBus>) -> Self {
         // A PCI Express host bridge without registers of its own, as QEMU has it.
         let bridge = Identity {
             vendor: 0x1b36,
@@ -59,8 +92,14 @@ impl PciRoot {
             class: [6, 0, 0],
             subsystem: [0x1af4, 0x1100],
         };
-        let bridge: Arc<Mutex<dyn PciFunction>> = Arc::new(Mutex::new(HostBridge(ConfigSpace::new(&bridge))));
-        Self { functions: std::iter::once(bridge).chain(functions).collect() }
+        let bridge: OnBus =
+            (Arc::new(Mutex::new(HostBridge(ConfigSpace::new(&bridge)))), Box::new(NoDoorbells));
+        let (functions, doorbells): (Vec<_>, Vec<_>) = std::iter::once(bridge).chain(functions).unzip();
+        let map = MemoryMap::new(window, doorbells);
+        for (device, function) in functions.iter().enumerate() {
+            map.update(device, lock(function).memory());
+        }
+        Self { functions, map }
     }
 
     /// `offset` is that of ECAM: device in bits 15 to 19, function in 12 to 14, register below. An
@@ -69,8 +108,8 @@ impl PciRoot {
         for (at, range) in words(offset, data.len()) {
             let Some(data) = data.get_mut(range) else { return };
             match self.find(at) {
-                Some((function, register)) if register < CONFIG_BYTES => {
-                    lock(function).read_config(register, data);
+                Some((device, register)) if register < CONFIG_BYTES => {
+                    lock(&self.functions[device]).read_config(register, data);
                 }
                 Some(_) => data.fill(0),
                 None => data.fill(0xff),
@@ -80,16 +119,20 @@ impl PciRoot {
 
     fn write(&self, offset: u64, data: &[u8]) {
         for (at, range) in words(offset, data.len()) {
-            if let (Some((function, register)), Some(data)) = (self.find(at), data.get(range)) {
-                lock(function).write_config(register, data);
+            if let (Some((device, register)), Some(data)) = (self.find(at), data.get(range)) {
+                let mut function = lock(&self.functions[device]);
+                function.write_config(register, data);
+                // Under the function's lock, so that the last write decides.
+                self.map.update(device, function.memory());
             }
         }
     }
 
-    fn find(&self, offset: u64) -> Option<(&Mutex<dyn PciFunction>, usize)> {
+    /// The device number that an offset in ECAM leads to, if a function is there, and the register.
+    fn find(&self, offset: u64) -> Option<(usize, usize)> {
         let (device, function, register) = (offset >> 15, offset >> 12 & 7, offset & 0xfff);
-        let found = self.functions.get(usize::try_from(device).ok()?)?;
-        (function == 0).then_some((&**found, usize::try_from(register).ok()?))
+        let device = usize::try_from(device).ok().filter(|device| *device < self.functions.len())?;
+        (function == 0).then_some((device, usize::try_from(register).ok()?))
     }
 }
 
@@ -173,13 +216,57 @@ impl BusDevice for ConfigPorts {
 /// The way by memory.
 pub struct Ecam(pub Arc<PciRoot>);
 
-impl BusDevice for Ecam {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
+impl SharedDevice for Ecam {
+    fn read(&self, offset: u64, data: &mut [u8]) {
         self.0.read(offset, data);
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
+    fn write(&self, offset: u64, data: &[u8]) -> Outcome {
         self.0.write(offset, data);
+        Outcome::Continue
+    }
+}
+
+/// The memory that the host bridge passes on; offsets count from the window's first address. The
+/// function's lock is the only one that is held while the function works.
+pub struct PciMemory(pub Arc<PciRoot>);
+
+impl SharedDevice for PciMemory {
+    fn read(&self, offset: u64, mut data: &mut [u8]) {
+        let map = &self.0.map;
+        let mut addr = map.base() + offset;
+        while !data.is_empty() {
+            let (found, bytes) = map.find(addr, data.len());
+            let (piece, rest) = data.split_at_mut(bytes);
+            if let Some((device, offset)) = found {
+                piece.fill(0);
+                lock(&self.0.functions[device]).read(offset, piece);
+            } else {
+                piece.fill(0xff);
+                map.stray("reads from", addr);
+            }
+            (addr, data) = (addr + bytes as u64, rest);
+        }
+    }
+
+    fn write(&self, offset: u64, mut data: &[u8]) -> Outcome {
+        let map = &self.0.map;
+        let mut addr = map.base() + offset;
+        while !data.is_empty() {
+            let (found, bytes) = map.find(addr, data.len());
+            let (piece, rest) = data.split_at(bytes);
+            let outcome = match found {
+                Some((device, offset)) => lock(&self.0.functions[device]).write(offset, piece),
+                None => {
+                    map.stray("writes to", addr);
+                    Outcome::Continue
+                }
+            };
+            if outcome != Outcome::Continue {
+                return outcome;
+            }
+            (addr, data) = (addr + bytes as u64, rest);
+        }
         Outcome::Continue
     }
 }

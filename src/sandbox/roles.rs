@@ -91,6 +91,7 @@ const KVM_GET_MP_STATE: (&str, u32) = ("KVM_GET_MP_STATE", 0x8004_ae98);
 const KVM_TRANSLATE: (&str, u32) = ("KVM_TRANSLATE", 0xc018_ae85);
 const KVM_SET_GSI_ROUTING: (&str, u32) = ("KVM_SET_GSI_ROUTING", 0x4008_ae6a);
 const KVM_IRQFD: (&str, u32) = ("KVM_IRQFD", 0x4020_ae76);
+const KVM_IOEVENTFD: (&str, u32) = ("KVM_IOEVENTFD", 0x4040_ae79);
 /// A terminal's, as `asm-generic/ioctls.h` numbers them.
 const TCGETS: (&str, u32) = ("TCGETS", 0x5401);
 const TCSETS: (&str, u32) = ("TCSETS", 0x5402);
@@ -145,9 +146,10 @@ const MAIN: &[Call] = calls! {
 
 const VCPU: &[Call] = calls! {
     ioctl Request(&[
-        KVM_RUN, KVM_GET_MP_STATE, KVM_GET_REGS, KVM_GET_SREGS, KVM_TRANSLATE, KVM_SET_GSI_ROUTING, KVM_IRQFD
+        KVM_RUN, KVM_GET_MP_STATE, KVM_GET_REGS, KVM_GET_SREGS, KVM_TRANSLATE, KVM_SET_GSI_ROUTING, KVM_IRQFD,
+        KVM_IOEVENTFD
     ]),
-        "the guest; whether its CPU is started; its registers and instructions when it failed; interrupts by message";
+        "the guest; whether its CPU is started; its registers and instructions when it failed; interrupts by message; doorbells that follow a PCI function";
     read Always, "eventfds";
     poll Always, "a console whose reader is slow";
     ppoll Always, "a console whose reader is slow";

@@ -20,7 +20,7 @@ use super::{Interrupt, Transport, VirtioDevice};
 use crate::bus::lanes::lanes;
 use crate::bus::{BusDevice, Outcome};
 use crate::mem::Ram;
-use crate::pci::config::{ConfigSpace, Identity, touches};
+use crate::pci::config::{ConfigSpace, Identity, Memory, touches};
 use crate::pci::msix::{self, MessageSink, Msix};
 use crate::pci::root::PciFunction;
 pub use region::{BAR_BYTES, NOTIFY, NOTIFY_STRIDE};
@@ -297,21 +297,20 @@ impl PciFunction for PciTransport {
             self.vectors.msix().set_control(u16::from_le_bytes(control));
         }
     }
+
+    fn memory(&self) -> Memory {
+        self.space.memory()
+    }
 }
 
+/// The memory of the function, wherever the bus has found that it is.
 impl BusDevice for PciTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        if self.space.answers() {
-            self.read_region(offset, data);
-        } else {
-            data.fill(0xff);
-        }
+        self.read_region(offset, data);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
-        if self.space.answers() {
-            self.write_region(offset, data);
-        }
+        self.write_region(offset, data);
         Outcome::Continue
     }
 }

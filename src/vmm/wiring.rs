@@ -6,16 +6,18 @@
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::build::Planned;
 use super::{VmmError, host};
 use crate::boot::MmioDevice;
 use crate::bus::Bus;
 use crate::disk::TransportChoice;
+use crate::kvm::doorbells::Doorbells;
 use crate::kvm::{self, routes::Routes};
 use crate::layout;
 use crate::mem::Ram;
-use crate::pci::root::{ECAM_BYTES, Ecam, PciFunction, PciRoot};
+use crate::pci::root::{ECAM_BYTES, Ecam, OnBus, PciMemory, PciRoot};
 use crate::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use crate::virtio::pci::{BAR_BYTES, NOTIFY, NOTIFY_STRIDE, PciTransport, vectors_of};
 use crate::virtio::{Transport, VirtioDevice};
@@ -56,9 +58,13 @@ pub fn connect(vm: &Arc<VmFd>, ram: &Ram, devices: Vec<Planned>) -> Result<Wired
         }
     }
     if !functions.is_empty() {
-        let root = Arc::new(PciRoot::new(functions));
-        let ecam = Arc::new(Mutex::new(Ecam(Arc::clone(&root))));
+        let window = layout::PCI_MEMORY..layout::PCI_MEMORY_END;
+        let len = window.end - window.start;
+        let root = Arc::new(PciRoot::new(window, functions));
+        let ecam = Arc::new(Ecam(Arc::clone(&root)));
         wired.mmio.place("PCI configuration space", layout::PCI_ECAM, ECAM_BYTES, ecam)?;
+        let memory = Arc::new(PciMemory(Arc::clone(&root)));
+        wired.mmio.place("PCI memory", layout::PCI_MEMORY, len, memory)?;
         wired.root = Some(root);
     }
     Ok(wired)
@@ -86,24 +92,22 @@ fn connect_mmio(
     Ok(())
 }
 
-/// The function that is device `number` of the bus.
+/// The function that is device `number` of the bus; its doorbells are bound when it is put there.
 fn connect_pci(
-    vm: &VmFd,
+    vm: &Arc<VmFd>,
     routes: &Arc<Routes>,
     ram: &Ram,
     device: Box<dyn VirtioDevice>,
     number: u64,
     wired: &mut Wired,
-) -> Result<Arc<Mutex<dyn PciFunction>>, VmmError> {
+) -> Result<OnBus, VmmError> {
     let base = layout::PCI_MEMORY + number * layout::PCI_MEMORY_STRIDE;
     let messages = routes.vectors(vectors_of(&*device))?;
     let transport = PciTransport::new(device, ram.clone(), base, Box::new(messages))
         .map_err(host("make the doorbells of a device"))?;
-    for (queue, doorbell) in (0..).zip(transport.doorbells()) {
-        kvm::bind_doorbell_at(vm, doorbell, base + NOTIFY + queue * NOTIFY_STRIDE)?;
-    }
+    let bell = |(queue, event): (u64, &Arc<EventFd>)| (NOTIFY + queue * NOTIFY_STRIDE, Arc::clone(event));
+    let doorbells = Doorbells::new(Arc::clone(vm), (0..).zip(transport.doorbells()).map(bell));
     let transport = Arc::new(Mutex::new(transport));
-    wired.mmio.place("virtio-pci", base, BAR_BYTES, transport.clone())?;
     wired.transports.push(transport.clone());
-    Ok(transport)
+    Ok((transport, Box::new(doorbells)))
 }

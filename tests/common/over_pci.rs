@@ -6,20 +6,37 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
 use minivmm::bus::{BusDevice, Outcome};
 use minivmm::mem::Ram;
+use minivmm::pci::memory::DoorbellSink;
 use minivmm::pci::msix::{Message, MessageSink};
-use minivmm::pci::root::PciFunction;
+use minivmm::pci::root::{OnBus, PciFunction, PciRoot};
 use minivmm::virtio::mmio::MmioTransport;
 use minivmm::virtio::pci::{NOTIFY, PciTransport};
 use minivmm::virtio::{Transport, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Where the function's memory is.
+/// Where the function's memory is, in the window that the bus has.
 pub const PLACE: u64 = 0xd100_8000;
+pub const WINDOW: std::ops::Range<u64> = 0xd100_0000..0xd110_0000;
+
+/// Doorbells that nobody catches.
+struct NoDoorbells;
+
+impl DoorbellSink for NoDoorbells {
+    fn place(&mut self, _: Option<u64>) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A bus with this function as device 1.
+pub fn bus_of(function: Arc<Mutex<dyn PciFunction>>) -> Arc<PciRoot> {
+    let on_bus: OnBus = (function, Box::new(NoDoorbells));
+    Arc::new(PciRoot::new(WINDOW, [on_bus]))
+}
 /// Parts of its region.
 pub const ISR: u64 = 0x1000;
 pub const DEVICE: u64 = 0x2000;
