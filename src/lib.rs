@@ -28,7 +28,7 @@
 //! | [`sandbox`] | what every thread gives up before the guest runs | everything |
 //! | [`files`] | which files are the same, who uses one, and every opening for output | guests, disks |
 //! | [`layout`], [`mem`] | the address map; guest memory and pieces of it | everything |
-//! | [`ratelimit`], [`slab`], [`text`], [`program`], [`child`], [`mutants`] | quiet logs; private numbers; wrapped lines; where the binaries lie; processes watched; deliberate mistakes | everything |
+//! | [`ratelimit`], [`slab`], [`text`], [`program`], [`child`], [`mutants`], [`sync`] | quiet logs; private numbers; wrapped lines; where the binaries lie; processes watched; deliberate mistakes; std's atomics and mutex, which tests may watch | everything |
 //!
 //! One write, there and back, is told in `docs/architecture.md`.
 
@@ -59,6 +59,7 @@ pub mod sandbox;
 pub mod slab;
 pub mod stats;
 pub mod study;
+pub mod sync;
 pub mod terminal;
 pub mod text;
 pub mod vcpu;

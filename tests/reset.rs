@@ -192,6 +192,7 @@ fn a_drain_ends_when_every_request_is_answered_however_many_operations_that_take
             assert_eq!(driver.used_idx(), 0, "{what}: nothing has ended");
             lingered.lock().unwrap().may_end = true;
             worker.drain().unwrap();
+            worker.owes_nothing().unwrap();
             assert!(worker.is_idle(), "{what}");
             let lingered = lingered.lock().unwrap();
             assert_eq!((lingered.operations.len(), lingered.ended), (0, operations), "{what}: I/O in flight");

@@ -41,8 +41,8 @@ const LAYERS: [(&str, Option<&[&str]>); 27] = [
     ("blk", Some(&["virtio", "disk", "mem", "ratelimit", "slab", "sandbox"])),
     ("console", Some(&["virtio", "mem", "ratelimit", "sandbox"])),
     ("job", Some(&[])),
-    ("disk", Some(&["files", "mem", "ratelimit", "slab", "mutants", "sandbox"])),
-    ("virtio", Some(&["bus", "pci", "mem", "ratelimit"])),
+    ("disk", Some(&["files", "mem", "ratelimit", "slab", "mutants", "sync", "sandbox"])),
+    ("virtio", Some(&["bus", "pci", "mem", "ratelimit", "sync"])),
     ("pci", Some(&["bus", "mem", "layout", "ratelimit"])),
     ("devices", Some(&["bus", "layout", "ratelimit"])),
     // What the layers stand on.
@@ -52,7 +52,7 @@ const LAYERS: [(&str, Option<&[&str]>); 27] = [
     ("terminal", Some(&[])),
 ];
 /// Modules that stand alone and that anybody may have named in [`LAYERS`].
-const ALONE: [&str; 7] = ["layout", "ratelimit", "slab", "text", "program", "child", "mutants"];
+const ALONE: [&str; 8] = ["layout", "ratelimit", "slab", "text", "program", "child", "mutants", "sync"];
 
 /// Inside a layer: (who, must not name).
 const FORBIDDEN: [(&str, &[&str]); 4] = [

@@ -157,6 +157,15 @@ impl<'a> QueueWorker<'a> {
         outcome.and_then(|()| self.answer())
     }
 
+    /// After a drain, and where the ring was never broken: whatever was taken from it is answered, or the
+    /// guest would wait for ever.
+    pub fn owes_nothing(&self) -> Result<(), TurnError> {
+        match self.pending.len() {
+            0 => Ok(()),
+            forgotten => Err(TurnError::Forgotten(forgotten)),
+        }
+    }
+
     /// Whether nothing is in flight.
     pub fn is_idle(&self) -> bool {
         self.disk.is_idle()
@@ -333,6 +342,9 @@ pub enum TurnError {
     /// The disk completed what was never submitted: our error, and nothing it says can be trusted.
     #[error("the disk completed request {0}, which is not in flight")]
     Lost(u64),
+    /// The disk is idle and has not completed so many requests: our error, as well.
+    #[error("the disk has nothing in flight and has not completed {0} of its requests")]
+    Forgotten(usize),
 }
 
 /// An error with its causes, in one line.
@@ -522,7 +534,7 @@ fn work(mailbox: &Mailbox, mut disk: Disk) {
             outcome = worker.turn();
         }
         // Of several errors the last tells most: only an engine's says that I/O may be in flight yet.
-        let outcome = worker.drain().and(outcome);
+        let outcome = worker.drain().and(outcome).and_then(|()| worker.owes_nothing());
         drop(worker);
         let outcome = disk.rest().map_err(TurnError::from).and(outcome);
         if let Err(error) = &outcome {

@@ -4,9 +4,8 @@
 //! Owns the mapping from a mode to host behaviour and the stability rule (virtio 5.2.6.2): must this
 //! write be stable before it is reported complete? Knows nothing of files or queues.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-
 use crate::mutants::{Mutant, is_on};
+use crate::sync::{AtomicBool, AtomicU8, Ordering};
 
 /// A cache mode, as a row of independent decisions.
 ///

@@ -10,10 +10,11 @@
 //! stable write of this disk is reported OK (E1, E2), in every mode and on every queue.
 
 use std::io;
-use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::sync::{AtomicI32, Mutex, MutexGuard, Ordering};
 
 /// Remembers the first sync error of one disk, and which syncs nobody has judged yet.
 #[derive(Debug, Default)]

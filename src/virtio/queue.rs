@@ -11,8 +11,6 @@
 
 mod memory;
 
-use std::sync::atomic::{Ordering, fence};
-
 use virtio_bindings::bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
     VRING_USED_F_NO_NOTIFY,
@@ -22,6 +20,7 @@ use vm_memory::GuestAddress;
 
 use super::feature;
 use crate::mem::{Ram, Segment};
+use crate::sync::{Ordering, fence};
 use memory::{Available, DESCRIPTOR_BYTES, Table, Used};
 
 /// A queue's configuration as the driver wrote it: an allegation until [`Ring::new`] accepts it.
@@ -330,8 +329,13 @@ impl Ring {
             return false;
         }
         self.store_used_idx();
-        // The driver writes used_event or flags, then reads used.idx: one of us sees the other's
-        // (virtio 2.7.13.3.1 mirrored).
+        // We store used.idx, then load used_event or avail.flags. The driver stores used_event or avail.flags,
+        // then loads used.idx, and sleeps if it finds nothing new (virtio 2.7.14). Without a fence on both sides
+        // each load may be executed before the other side's store is seen: on x86 too, where a store waits in a
+        // buffer while later loads go ahead. Then we do not interrupt, the driver sleeps, and the request is
+        // never seen to be done. Two SeqCst fences have an order: the side whose fence is the later one finds
+        // the other's store. So either we find that the driver wants an interrupt, or it finds our entry.
+        // `tests/fences` tries every order.
         fence(Ordering::SeqCst);
         let (new, old) = (self.next_used, std::mem::replace(&mut self.judged, self.next_used));
         if self.event_idx {
@@ -369,7 +373,11 @@ impl Ring {
             self.is_quiet = false;
             self.used.set_flags(0);
         }
-        // The driver writes avail.idx, then reads this: one of us sees the other's (virtio 2.7.13.4.1).
+        // The same with the sides exchanged. We store avail_event or used.flags, then load avail.idx, and sleep if
+        // it says nothing new. The driver stores avail.idx, then loads avail_event or used.flags, and rings only if
+        // they ask for it (virtio 2.7.13.4.1). The side whose fence is the later one finds the other's store: either
+        // the driver rings, or we find its chain. Without this fence both may miss it, and the request is never
+        // taken. `tests/fences` tries every order.
         fence(Ordering::SeqCst);
         self.available.idx() != self.next_available
     }

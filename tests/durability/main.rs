@@ -1,5 +1,6 @@
 //! The proof that an acknowledged FLUSH means what it says: the real worker and state machine over
-//! simulated storage, driven by generated drivers, with the two floors compared at every step.
+//! simulated storage, driven by generated drivers, with the two floors compared at every step; and
+//! nothing that was submitted is left unanswered.
 //!
 //! `cargo test --features mutants --test durability`. A failing seed prints the shortest run that
 //! still fails, in words, and belongs into `KEPT`.
@@ -7,6 +8,9 @@
 
 #[path = "../common/desc.rs"]
 mod desc;
+mod driver;
+#[path = "../common/fiber.rs"]
+mod fiber;
 mod images;
 mod plan;
 mod promise;
@@ -19,10 +23,10 @@ use std::time::Instant;
 use minivmm::disk::cache::POLICIES;
 use minivmm::mem::Ram;
 use minivmm::mutants::{self, Mutant};
-use proptest::strategy::{Strategy, ValueTree};
+use proptest::strategy::{BoxedStrategy, Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
-use plan::{Plan, plans};
+use plan::{Plan, plans, races};
 
 /// The modes that promise something, by their place in `POLICIES`; and unsafe.
 const DURABLE: &[usize] = &[0, 1, 2, 3];
@@ -42,8 +46,23 @@ fn seeds() -> u64 {
     std::env::var("MINIVMM_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(SEEDS)
 }
 
+/// Of interleavings, which take longer: one in so many.
+const SEEDS_A_RACE: u64 = 5;
+
 /// Seeds within which each mutant must be found.
 const MUTANT_SEEDS: u64 = 3_000;
+
+/// Where a seed's plan comes from.
+#[derive(Clone, Copy)]
+struct Source {
+    make: fn(&'static [usize]) -> BoxedStrategy<Plan>,
+    modes: &'static [usize],
+}
+
+/// Whole rounds of one queue at a time, every kind of driver, every kind of fault.
+const ROUNDS: Source = Source { make: |modes| plans(modes).boxed(), modes: DURABLE };
+/// Queues that are interleaved in the middle of their rounds, and syncs that fail.
+const RACES: Source = Source { make: |modes| races(modes).boxed(), modes: DURABLE };
 
 fn runner(seed: u64) -> TestRunner {
     let mut bytes = [0; 32];
@@ -53,8 +72,8 @@ fn runner(seed: u64) -> TestRunner {
 }
 
 /// A seed's plan run once: what it violates, if anything, and how many requests were OK.
-fn try_seed(seed: u64, modes: &'static [usize], ram: &Ram) -> Result<u64, String> {
-    let mut tree = plans(modes).new_tree(&mut runner(seed)).unwrap();
+fn try_seed(seed: u64, source: Source, ram: &Ram) -> Result<u64, String> {
+    let mut tree = (source.make)(source.modes).new_tree(&mut runner(seed)).unwrap();
     match world::run(&tree.current(), ram, false) {
         Ok(completed) => Ok(completed),
         Err(_) => {
@@ -87,29 +106,33 @@ fn shrink(tree: &mut impl ValueTree<Value = Plan>, ram: &Ram) -> Plan {
 }
 
 /// The first of some seeds that violates something.
-fn first_violation(seeds: std::ops::Range<u64>, modes: &'static [usize], ram: &Ram) -> Option<(u64, String)> {
+fn first_violation(seeds: std::ops::Range<u64>, source: Source, ram: &Ram) -> Option<(u64, String)> {
     seeds.into_iter().find_map(|seed| {
-        let plan = plans(modes).new_tree(&mut runner(seed)).unwrap().current();
+        let plan = (source.make)(source.modes).new_tree(&mut runner(seed)).unwrap().current();
         world::run(&plan, ram, false).err().map(|(violation, _)| (seed, violation))
     })
 }
 
-#[test]
-fn no_seed_violates_an_invariant_in_a_durable_mode() {
-    let (begin, seeds) = (Instant::now(), seeds());
+/// Tries so many seeds in two threads; how many requests were OK.
+fn try_seeds(seeds: u64, source: Source) -> u64 {
+    let begin = Instant::now();
     let half = |seeds: std::ops::Range<u64>| {
         std::thread::spawn(move || {
-            let ram = world::ram();
-            let mut completed = 0;
-            for seed in seeds {
-                completed += try_seed(seed, DURABLE, &ram).unwrap_or_else(|story| panic!("{story}"));
-            }
-            completed
+            let ram = driver::ram();
+            let try_it = |seed| try_seed(seed, source, &ram).unwrap_or_else(|story| panic!("{story}"));
+            seeds.map(try_it).sum::<u64>()
         })
     };
     let halves = [half(0..seeds / 2), half(seeds / 2..seeds)];
-    let completed: u64 = halves.into_iter().map(|half| half.join().unwrap()).sum();
+    let completed = halves.into_iter().map(|half| half.join().unwrap()).sum();
     println!("{seeds} seeds, {completed} requests OK, {:.1} s", begin.elapsed().as_secs_f64());
+    completed
+}
+
+#[test]
+fn no_seed_violates_an_invariant_in_a_durable_mode() {
+    let seeds = seeds();
+    let completed = try_seeds(seeds, ROUNDS);
     let [all, some, judged] =
         [&images::ENUMERATED, &images::SAMPLED, &images::JUDGED].map(|count| count.load(Ordering::Relaxed));
     println!("{judged} whole images: every one at {all} moments, samples at {some}");
@@ -118,21 +141,28 @@ fn no_seed_violates_an_invariant_in_a_durable_mode() {
 }
 
 #[test]
+fn no_interleaving_of_queues_violates_an_invariant() {
+    let seeds = seeds() / SEEDS_A_RACE;
+    let completed = try_seeds(seeds, RACES);
+    assert!(completed > seeds * 4, "the plans must do something: {completed}");
+}
+
+#[test]
 fn kept_seeds_stay_good() {
-    let ram = world::ram();
+    let ram = driver::ram();
     for &seed in KEPT {
-        try_seed(seed, DURABLE, &ram).unwrap_or_else(|story| panic!("{story}"));
+        try_seed(seed, ROUNDS, &ram).unwrap_or_else(|story| panic!("{story}"));
     }
 }
 
 /// The control: where FLUSH is ignored the harness must see it, or it is blind.
 #[test]
 fn unsafe_is_seen_to_break_its_promise() {
-    let ram = world::ram();
+    let ram = driver::ram();
     assert_eq!(POLICIES[4].name, "unsafe");
     for invariant in ["I1", "I3"] {
         let found = (0..200).any(|seed| {
-            first_violation(seed..seed + 1, UNSAFE, &ram)
+            first_violation(seed..seed + 1, Source { modes: UNSAFE, ..ROUNDS }, &ram)
                 .is_some_and(|(_, story)| story.starts_with(invariant))
         });
         assert!(found, "{invariant} is never violated in unsafe");
@@ -142,11 +172,12 @@ fn unsafe_is_seen_to_break_its_promise() {
 /// The second opinion is none if it cannot say no.
 #[test]
 fn whole_images_alone_show_broken_promises_too() {
-    let ram = world::ram();
+    let ram = driver::ram();
     images::judge_alone(true);
     let first = |modes| {
+        let source = Source { modes, ..ROUNDS };
         (0..MUTANT_SEEDS).find_map(|seed| {
-            first_violation(seed..seed + 1, modes, &ram).filter(|(_, story)| story.contains("a whole image"))
+            first_violation(seed..seed + 1, source, &ram).filter(|(_, story)| story.contains("a whole image"))
         })
     };
     assert!(first(UNSAFE).is_some(), "unsafe is not seen by whole images");
@@ -170,13 +201,19 @@ fn whole_images_alone_show_broken_promises_too() {
 
 #[test]
 fn every_mutant_dies() {
-    let ram = world::ram();
+    let ram = driver::ram();
     let mut survivors = Vec::new();
     for mutant in Mutant::ALL {
         mutants::turn_on(Some(mutant));
-        match first_violation(0..MUTANT_SEEDS, DURABLE, &ram) {
-            Some((seed, violation)) => println!("{mutant:?} dies at seed {seed}: {violation}"),
-            None => survivors.push(mutant),
+        let found = [("rounds", ROUNDS), ("races", RACES)].map(|(name, source)| {
+            let found = first_violation(0..MUTANT_SEEDS, source, &ram);
+            if let Some((seed, violation)) = &found {
+                println!("{mutant:?} dies at seed {seed} of {name}: {violation}");
+            }
+            found
+        });
+        if found.iter().all(Option::is_none) {
+            survivors.push(mutant);
         }
         mutants::turn_on(None);
     }

@@ -40,8 +40,10 @@ pub enum Ask {
 pub enum Step {
     /// The driver makes a request available.
     Submit { queue: usize, ask: Ask },
-    /// The queue's worker does one round.
+    /// The queue's worker does one round, or the rest of it.
     Turn { queue: usize },
+    /// The queue's worker goes on, at most so many accesses to what queues share.
+    Move { queue: usize, pauses: usize },
     /// The host starts or ends one operation.
     Progress,
     /// The host writes one sector back.
@@ -62,7 +64,16 @@ pub struct Plan {
     pub bounce_always: bool,
     pub flush: bool,
     pub config_wce: bool,
+    /// Faults by the number of operations that have ended.
     pub faults: Vec<(u32, Fault)>,
+    /// Faults by the number of syncs that have ended: fdatasyncs and DSYNC writes.
+    pub sync_faults: Vec<(u32, Fault)>,
+    /// EVENT_IDX is negotiated.
+    pub event_idx: bool,
+    /// The driver looks at the used ring only when it was told.
+    pub waits_for_interrupts: bool,
+    /// The driver rings whether the device asks for it or not.
+    pub rings_always: bool,
     pub steps: Vec<Step>,
     pub dice: u64,
 }
@@ -140,6 +151,77 @@ pub fn plans(modes: &'static [usize]) -> impl Strategy<Value = Plan> {
                 flush,
                 config_wce,
                 faults,
+                sync_faults: Vec::new(),
+                event_idx: false,
+                waits_for_interrupts: false,
+                rings_always: true,
+                steps,
+                dice,
+            }
+        },
+    )
+}
+
+/// What a sync fails with: whatever it is, nothing is stable.
+const ERRNOS: [i32; 8] = [
+    libc::EIO,
+    libc::ENOSPC,
+    libc::EDQUOT,
+    libc::EFBIG,
+    libc::EROFS,
+    libc::ENODEV,
+    libc::ETIMEDOUT,
+    libc::ESTALE,
+];
+
+fn sync_fault() -> impl Strategy<Value = Fault> {
+    prop_oneof![
+        6 => proptest::sample::select(&ERRNOS[..]).prop_map(Fault::Fails),
+        1 => Just(Fault::Eintr),
+    ]
+}
+
+fn race_step() -> impl Strategy<Value = Step> {
+    let pauses = prop_oneof![3 => 1..4usize, 3 => 4..40usize];
+    let ask = prop_oneof![2 => ask(), 1 => Just(Ask::Flush)];
+    prop_oneof![
+        8 => (0..3usize, ask).prop_map(|(queue, ask)| Step::Submit { queue, ask }),
+        16 => (0..3usize, pauses).prop_map(|(queue, pauses)| Step::Move { queue, pauses }),
+        14 => Just(Step::Progress),
+        1 => any::<bool>().prop_map(|on| Step::SetWriteback { on }),
+        1 => (any::<bool>(), any::<bool>()).prop_map(|(flush, config_wce)| Step::Reset { flush, config_wce }),
+    ]
+}
+
+/// Plans whose queues are interleaved access by access, and whose syncs fail: what one queue makes of
+/// another's sync, and who wakes whom.
+pub fn races(modes: &'static [usize]) -> impl Strategy<Value = Plan> {
+    let shape = (2..4usize, proptest::sample::select(modes), proptest::sample::select(&StableBy::ALL[..]));
+    let driver = (prop::bool::weighted(0.9), prop::bool::weighted(0.7), any::<bool>(), any::<bool>());
+    let faults = prop_oneof![1 => Just(Vec::new()), 3 => vec((1..10u32, sync_fault()), 1..3)];
+    (shape, driver, faults, vec(race_step(), 1..120), any::<u64>()).prop_map(
+        |(
+            (queues, mode, stable),
+            (flush, config_wce, event_idx, waits_for_interrupts),
+            faults,
+            steps,
+            dice,
+        )| {
+            let mut sync_faults = faults;
+            sync_faults.sort_by_key(|&(at, _)| at);
+            Plan {
+                queues,
+                mode,
+                stable,
+                blocks_of_4096: false,
+                bounce_always: false,
+                flush,
+                config_wce,
+                faults: Vec::new(),
+                sync_faults,
+                event_idx,
+                waits_for_interrupts,
+                rings_always: false,
                 steps,
                 dice,
             }

@@ -12,6 +12,8 @@ use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
 use minivmm::mem::{self, Iov, Ram, Segment};
 use minivmm::mutants::{Mutant, is_on};
 
+use super::fiber::{Pause, pause};
+
 /// Sectors of the simulated disk.
 pub const SECTORS: usize = 32;
 /// Bytes of a sector.
@@ -38,6 +40,8 @@ pub enum Fault {
     Enospc,
     Short,
     Unsupported,
+    /// With this errno.
+    Fails(i32),
 }
 
 /// One content of one sector, as the operations made it.
@@ -102,8 +106,11 @@ pub struct Storage {
     pub claims: Vec<Claim>,
     /// When the first sync, or write that was one, failed.
     pub first_failure: Option<u64>,
+    /// What is still to fail, by the number of ends, and by the number of ends of syncs.
     faults: VecDeque<(u32, Fault)>,
+    sync_faults: VecDeque<(u32, Fault)>,
     ends: u32,
+    sync_ends: u32,
     dice: u64,
     scratch: Ram,
     pub violations: Vec<String>,
@@ -115,7 +122,13 @@ fn number(value: u64) -> usize {
 }
 
 impl Storage {
-    pub fn new(queues: usize, direct: bool, faults: Vec<(u32, Fault)>, dice: u64, scratch: Ram) -> Self {
+    pub fn new(
+        queues: usize,
+        direct: bool,
+        [faults, sync_faults]: [Vec<(u32, Fault)>; 2],
+        dice: u64,
+        scratch: Ram,
+    ) -> Self {
         let tiers = Tiers {
             current: INITIAL,
             page_cache: None,
@@ -136,7 +149,9 @@ impl Storage {
             claims: Vec::new(),
             first_failure: None,
             faults: faults.into(),
+            sync_faults: sync_faults.into(),
             ends: 0,
+            sync_ends: 0,
             dice: dice | 1,
             scratch,
             violations: Vec::new(),
@@ -164,8 +179,14 @@ impl Storage {
         number(self.dice % u64::try_from(limit.max(1)).unwrap())
     }
 
+    /// Whether nothing is in flight, and every end was heard of.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.ended.iter().all(Vec::is_empty)
+    }
+
     pub fn in_flight(&self, queue: usize) -> usize {
-        self.running.iter().filter(|op| op.queue == queue).count()
+        let rides = |op: &Running| op.riders.iter().any(|&(rider, _)| rider == queue);
+        self.running.iter().filter(|op| op.queue == queue || rides(op)).count()
     }
 
     /// Whether an operation that has not ended writes `tag`.
@@ -289,13 +310,9 @@ impl Storage {
 
     fn end(&mut self, op: Running) {
         self.ends += 1;
-        let fault = match self.faults.front() {
-            Some(&(at, fault)) if at <= self.ends => {
-                self.faults.pop_front();
-                Some(fault)
-            }
-            _ => None,
-        };
+        self.sync_ends += u32::from(op.op.is_sync());
+        let of_syncs = if op.op.is_sync() { next_fault(&mut self.sync_faults, self.sync_ends) } else { None };
+        let fault = of_syncs.or_else(|| next_fault(&mut self.faults, self.ends));
         let started = op.started.unwrap_or(self.now);
         let result = match (&op.op, fault) {
             (HostOp::Fdatasync, fault) => self.end_sync(started, fault),
@@ -305,7 +322,7 @@ impl Storage {
                 self.abandon(&op.writes, 0);
                 Err(errno(Fault::Unsupported))
             }
-            (_, Some(fault @ (Fault::Eintr | Fault::Eio | Fault::Enospc))) => {
+            (_, Some(fault @ (Fault::Eintr | Fault::Eio | Fault::Enospc | Fault::Fails(_)))) => {
                 self.abandon(&op.writes, if fault == Fault::Eintr { 0 } else { 2 });
                 if matches!(op.op, HostOp::Writev { dsync: true, .. }) && fault != Fault::Eintr {
                     self.first_failure.get_or_insert(self.now);
@@ -407,7 +424,7 @@ impl Storage {
             return Ok(0);
         }
         let now = self.now;
-        let failed = matches!(fault, Some(Fault::Eio | Fault::Enospc));
+        let failed = matches!(fault, Some(Fault::Eio | Fault::Enospc | Fault::Fails(_)));
         if let Some(sync) = self.syncs.iter_mut().find(|sync| sync.started == started && sync.ended.is_none())
         {
             (sync.ended, sync.ok) = (Some(now), fault.is_none() || !failed && fault != Some(Fault::Eintr));
@@ -422,8 +439,10 @@ impl Storage {
                     tiers.media = tiers.current;
                 }
                 if failed && tiers.current_at > started {
-                    // What came after the sync began is still to be written.
-                    tiers.pending_since = Some(tiers.current_at);
+                    // What came after the sync began is still to be written, since the first of it.
+                    let came = self.versions[sector].iter().filter(|version| !version.lost);
+                    let after = came.filter_map(|version| version.ended).filter(|&ended| ended > started);
+                    tiers.pending_since = after.min().or(Some(tiers.current_at));
                 } else {
                     // The fsync trap: what failed to be written is called clean, and is gone.
                     (tiers.page_cache, tiers.disk_cache, tiers.pending_since) = (None, None, None);
@@ -459,6 +478,13 @@ impl Storage {
     fn scratch(&self) -> Iov {
         Iov::new(&self.scratch, &[Segment { addr: 0, len: 512 }]).unwrap()
     }
+}
+
+/// The fault of the end of this number, if there is one.
+fn next_fault(faults: &mut VecDeque<(u32, Fault)>, ends: u32) -> Option<Fault> {
+    let &(_, fault) = faults.front().filter(|&&(at, _)| at <= ends)?;
+    faults.pop_front();
+    Some(fault)
 }
 
 /// Whether what the device calls fdatasync is one: some mutants call something else.
@@ -514,6 +540,7 @@ fn words(op: &HostOp) -> String {
 fn errno(fault: Fault) -> io::Error {
     io::Error::from_raw_os_error(match fault {
         Fault::Eintr => libc::EINTR,
+        Fault::Fails(errno) => errno,
         Fault::Enospc => libc::ENOSPC,
         Fault::Unsupported => libc::EOPNOTSUPP,
         Fault::Eio | Fault::Short => libc::EIO,
@@ -555,18 +582,29 @@ impl Engine for SimEngine {
             writes: Vec::new(),
             riders: Vec::new(),
         });
+        drop(storage);
+        // The host is quick, and so are others.
+        pause(Pause::Submitted);
         Ok(())
     }
 
+    /// As an engine does: a wait that may sleep is over when something has ended, or the doorbell rings.
     fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
-        let mut storage = self.lock();
-        if let Wake::EndOnly = wake {
-            // A rider's end comes with another queue's operation.
-            while storage.ended[self.queue].is_empty()
-                && (storage.progress(Some(self.queue)) || storage.progress(None))
-            {}
+        loop {
+            let (heard, in_flight) = {
+                let mut storage = self.lock();
+                (std::mem::take(&mut storage.ended[self.queue]), storage.in_flight(self.queue))
+            };
+            let is_awake = match wake {
+                Wake::Now => true,
+                Wake::EndOnly => !heard.is_empty() || in_flight == 0,
+                Wake::Doorbell(doorbell) => doorbell.read().is_ok() || !heard.is_empty(),
+            };
+            ended.extend(heard);
+            if is_awake {
+                return Ok(());
+            }
+            pause(Pause::Sleeps);
         }
-        ended.append(&mut storage.ended[self.queue]);
-        Ok(())
     }
 }

@@ -1,75 +1,32 @@
 //! One run of a plan: the driver on one side, the simulated storage on the other, the real workers
-//! and the real state machine between them, single threaded; and the invariants at every step.
+//! and the real state machine between them; and the invariants at every step.
+//!
+//! Everything runs on one thread, the same in every run of the same plan. A worker is a fiber: it stops
+//! in front of each access to what queues share, and the plan says who goes on.
 
+use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
-use minivmm::blk::worker::{Job, QueueWorker};
+use minivmm::blk::worker::QueueWorker;
+use minivmm::disk::DiskOptions;
+use minivmm::disk::Image;
 use minivmm::disk::cache::{Negotiated, POLICIES, WriteCache};
 use minivmm::disk::geometry::{Alignment, Geometry};
 use minivmm::disk::machine::Disk;
-use minivmm::disk::{DiskOptions, Image};
-use minivmm::mem::{self, Ram};
+use minivmm::mem::Ram;
 use minivmm::ratelimit::RateLimit;
-use minivmm::virtio::Interrupt;
-use minivmm::virtio::queue::{QueueConfig, Ring};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use minivmm::sync::observed::{self, Access};
 
-use super::desc;
+use super::driver::{Manners, QUEUE_SIZE, Queue, Request, UNTOUCHED};
+use super::fiber::{Fiber, Pause, Resumed, pause};
 use super::images::{self, Images};
 use super::plan::{Ask, Plan, Step};
 use super::promise::{Change, Promises};
-use super::storage::{Claim, SECTORS, SimEngine, Storage, Tag, ZEROES, name, read_tag, tag_bytes};
+use super::storage::{Claim, SECTORS, SimEngine, Storage, Tag, ZEROES, name, read_tag};
 
-const IN: u32 = 0;
-const OUT: u32 = 1;
-const FLUSH: u32 = 4;
-const DISCARD: u32 = 11;
-const WRITE_ZEROES: u32 = 13;
-const F_DISCARD: u64 = 1 << 13;
-const F_WRITE_ZEROES: u64 = 1 << 14;
-const F_VERSION_1: u64 = 1 << 32;
-
-const QUEUE_SIZE: u16 = 16;
-/// Requests that a driver has in flight on a queue: three descriptors each.
-const SLOTS: usize = 5;
-const UNTOUCHED: u8 = 0xaa;
-
-/// Where queue q keeps its things in RAM; the storage's scratch sector is at 0.
-const QUEUE_BYTES: u64 = 0x2_0000;
-const AVAIL: u64 = 0x1000;
-const USED: u64 = 0x2000;
-const SLOT: u64 = 0x4000;
-const SLOT_BYTES: u64 = 0x5000;
-const SLOT_STATUS: u64 = 0x40;
-const SLOT_DATA: u64 = 0x1000;
-
-/// RAM enough for every run; made once a thread.
-pub fn ram() -> Ram {
-    mem::map_ram(&[(0, 4 * QUEUE_BYTES)]).unwrap()
-}
-
-struct NoInterrupt;
-impl Interrupt for NoInterrupt {
-    fn queue(&self, _: u16) {}
-    fn config(&self) {}
-    fn needs_reset(&self) {}
-}
-
-/// A request that the driver has in flight.
-#[derive(Clone, Copy)]
-struct Request {
-    ask: Ask,
-    submitted: u64,
-    /// Its change, if it is one.
-    change: Option<usize>,
-    tag: Tag,
-}
-
-struct Queue {
-    slots: [Option<Request>; SLOTS],
-    avail: u16,
-    used: u16,
-}
+/// Pauses in which whatever is left must come to rest; a run has some thousand.
+const PAUSES_MAX: usize = 200_000;
 
 /// What was found wrong, by the name of its invariant.
 pub type Violation = String;
@@ -81,15 +38,72 @@ pub struct World<'a> {
     image: Arc<Image>,
     cache: Arc<WriteCache>,
     promises: Promises,
+    /// The disks of workers that have ended.
+    drained: Vec<Option<Disk>>,
     images: Images,
     queues: Vec<Queue>,
+    workers: Vec<Worker>,
     next_tag: Tag,
     acked: Negotiated,
     writeback: bool,
     /// Since when the byte is 0.
     through_since: u64,
+    /// The driver has set it to 0, and nobody has shown yet that what was volatile then is stable.
+    switched_off: Option<u64>,
     /// FLUSHes and writes that completed OK; so that a run can be seen to have tried something.
     pub completed_ok: u64,
+}
+
+/// A queue's worker, as its thread would run it (`blk/worker.rs`, `work`).
+struct Worker {
+    fiber: Fiber<Result<Disk, Violation>>,
+    /// Told to drain and end.
+    stops: Rc<Cell<bool>>,
+    sleeps: bool,
+}
+
+impl Worker {
+    fn new(mut disk: Disk, job: minivmm::blk::worker::Job) -> Self {
+        let stops = Rc::new(Cell::new(false));
+        let told = Rc::clone(&stops);
+        let fiber = Fiber::new(move || {
+            let mut limit = RateLimit::for_guest_errors("blk");
+            let mut worker = QueueWorker::new(job, &mut disk, &mut limit);
+            let mut outcome = Ok(());
+            while outcome.is_ok() && !told.get() {
+                outcome = worker.turn();
+                pause(Pause::Turned);
+            }
+            let outcome = worker.drain().and(outcome).and_then(|()| worker.owes_nothing());
+            outcome.map_err(|error| format!("the worker failed: {error}"))?;
+            if !worker.is_idle() {
+                return Err("R15: a drain is over with requests in flight".to_owned());
+            }
+            drop(worker);
+            Ok(disk)
+        });
+        Self { fiber, stops, sleeps: false }
+    }
+}
+
+/// Has this thread's fibers stop in front of what queues share, and counts the heads they take.
+fn observe(ram: &Ram, queues: &[Queue]) {
+    let count: Vec<_> = queues.iter().map(Queue::counts_heads).collect();
+    let guest = minivmm::mem::regions(ram);
+    let is_guests = move |at: usize| {
+        let at = u64::try_from(at).unwrap();
+        guest.iter().any(|&(_, host, len)| (host..host + len).contains(&at))
+    };
+    observed::observe(Some(Rc::new(move |access| {
+        match access {
+            // The rings are between a queue and its driver; `tests/fences.rs` is about them.
+            Access::Load { at, .. } | Access::Store { at, .. } if is_guests(at) => {
+                count.iter().for_each(|count| count(access));
+            }
+            _ => pause(Pause::Access(access)),
+        }
+        None
+    })));
 }
 
 /// Runs a plan; its trace in words comes back with what was violated.
@@ -102,24 +116,25 @@ pub fn run(plan: &Plan, ram: &Ram, with_trace: bool) -> Result<u64, (Violation, 
     world.say(|| {
         let mode = POLICIES[plan.mode].name;
         format!(
-            "cache={mode}, {} queues, FLUSH {}, CONFIG_WCE {}, stable by {}, blocks of {}, faults {:?}",
+            "cache={mode}, {} queues, FLUSH {}, CONFIG_WCE {}, stable by {}, blocks of {}, faults {:?}, of syncs {:?}",
             plan.queues,
             plan.flush,
             plan.config_wce,
             plan.stable.name(),
             if plan.blocks_of_4096 { 4096 } else { 512 },
-            plan.faults
+            plan.faults,
+            plan.sync_faults
         )
     });
-    world.run().map_err(|violation| {
+    let outcome = world.run();
+    // Fibers that are left unwind without pauses.
+    observed::observe(None);
+    world.workers.clear();
+    outcome.map_err(|violation| {
         let trace = world.storage.lock().unwrap().trace.take().unwrap_or_default();
         (violation, trace)
     })?;
     Ok(world.completed_ok)
-}
-
-fn word(value: u64) -> u16 {
-    u16::try_from(value).unwrap()
 }
 
 impl<'a> World<'a> {
@@ -139,8 +154,13 @@ impl<'a> World<'a> {
             bounce_always: plan.bounce_always,
             ..DiskOptions::new("simulated")
         };
-        let storage = Storage::new(plan.queues, policy.direct, plan.faults.clone(), plan.dice, ram.clone());
-        let queue = || Queue { slots: [None; SLOTS], avail: 0, used: 0 };
+        let faults = [plan.faults.clone(), plan.sync_faults.clone()];
+        let storage = Storage::new(plan.queues, policy.direct, faults, plan.dice, ram.clone());
+        let manners = Manners {
+            event_idx: plan.event_idx,
+            waits_for_interrupts: plan.waits_for_interrupts,
+            rings_always: plan.rings_always,
+        };
         Self {
             plan,
             ram: ram.clone(),
@@ -148,12 +168,15 @@ impl<'a> World<'a> {
             image: Arc::new(Image::simulated(&options, geometry).unwrap()),
             cache: Arc::new(WriteCache::new(policy)),
             promises: Promises::new(),
+            drained: (0..plan.queues).map(|_| None).collect(),
             images: Images::new(plan.dice),
-            queues: (0..plan.queues).map(|_| queue()).collect(),
+            queues: (0..plan.queues).map(|queue| Queue::new(ram, queue, manners)).collect(),
+            workers: Vec::new(),
             next_tag: 2,
             acked: Negotiated { flush: plan.flush, config_wce: plan.config_wce },
             writeback: policy.write_cache,
             through_since: 0,
+            switched_off: None,
             completed_ok: 0,
         }
     }
@@ -169,65 +192,160 @@ impl<'a> World<'a> {
         let disk =
             |queue| Disk::new(Arc::clone(&self.image), Arc::clone(&self.cache), engine(queue), stable_by);
         let mut disks: Vec<Disk> = (0..self.plan.queues).map(disk).collect();
+        observe(&self.ram, &self.queues);
         let mut steps = self.plan.steps.iter();
         loop {
-            let next = self.live(&mut disks, &mut steps)?;
+            self.negotiate();
+            for (index, disk) in disks.drain(..).enumerate() {
+                let job = self.queues[index].job(index);
+                self.workers.push(Worker::new(disk, job));
+            }
+            let next = self.live(&mut steps)?;
+            disks = self.drain()?;
+            self.forget_driver()?;
             let Some((flush, config_wce)) = next else { return Ok(()) };
             self.acked = Negotiated { flush, config_wce };
         }
     }
 
     /// From DRIVER_OK to reset, or to the end; what is negotiated next.
-    fn live(
-        &mut self,
-        disks: &mut [Disk],
-        steps: &mut std::slice::Iter<'_, Step>,
-    ) -> Result<Option<(bool, bool)>, Violation> {
-        self.negotiate();
-        let mut limits: Vec<RateLimit> = disks.iter().map(|_| RateLimit::for_guest_errors("blk")).collect();
-        let mut workers: Vec<QueueWorker<'_>> = Vec::new();
-        for (index, (disk, limit)) in disks.iter_mut().zip(&mut limits).enumerate() {
-            workers.push(QueueWorker::new(self.job(index), disk, limit));
-        }
-        let mut next = None;
+    fn live(&mut self, steps: &mut std::slice::Iter<'_, Step>) -> Result<Option<(bool, bool)>, Violation> {
         for &step in steps.by_ref() {
             self.storage.lock().unwrap().tick();
             match step {
                 Step::Submit { queue, ask } => self.submit(queue % self.plan.queues, ask),
-                Step::Turn { queue } => {
-                    let queue = queue % self.plan.queues;
-                    workers[queue].turn().map_err(|error| format!("the worker failed: {error}"))?;
-                    self.collect(queue)?;
-                }
+                Step::Turn { queue } => self.turn(queue % self.plan.queues)?,
+                Step::Move { queue, pauses } => self.go_on(queue % self.plan.queues, pauses)?,
                 Step::Progress => {
                     self.storage.lock().unwrap().progress(None);
                 }
                 Step::WriteBack { sector } => self.storage.lock().unwrap().write_back(sector),
                 Step::SetWriteback { on } => self.set_writeback(on),
-                Step::Reset { flush, config_wce } => {
-                    next = Some((flush, config_wce));
-                    break;
-                }
+                Step::Reset { flush, config_wce } => return Ok(Some((flush, config_wce))),
             }
             self.check_floors()?;
         }
-        // A reset, or the end: everything in flight is waited for, by workers that run side by side.
-        while !workers.iter().all(QueueWorker::is_idle) {
-            self.storage.lock().unwrap().progress(None);
-            for (queue, worker) in workers.iter_mut().enumerate() {
-                worker.wait_for_ends().map_err(|error| format!("the worker failed: {error}"))?;
-                self.collect(queue)?;
+        self.come_to_rest()?;
+        Ok(None)
+    }
+
+    /// A worker goes on, at most so many pauses, or until it sleeps.
+    fn go_on(&mut self, queue: usize, pauses: usize) -> Result<(), Violation> {
+        for _ in 0..pauses {
+            match self.resume(queue)? {
+                Some(Pause::Sleeps) | None => break,
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A worker does the rest of its round, which does not sleep.
+    fn turn(&mut self, queue: usize) -> Result<(), Violation> {
+        // A doorbell that nobody needed is nothing wrong (virtio 2.7.10.2).
+        self.queues[queue].ring();
+        while !matches!(self.resume(queue)?, Some(Pause::Turned) | None) {}
+        Ok(())
+    }
+
+    /// A worker goes on to its next pause; `None` at its end. The driver looks.
+    fn resume(&mut self, queue: usize) -> Result<Option<Pause>, Violation> {
+        let worker = &mut self.workers[queue];
+        if worker.fiber.is_done() {
+            return Ok(None);
+        }
+        let paused = match worker.fiber.resume() {
+            Resumed::Paused(pause) => Some(pause),
+            Resumed::Done(result) => {
+                self.drained[queue] = Some(result?);
+                None
+            }
+        };
+        self.workers[queue].sleeps = paused == Some(Pause::Sleeps);
+        self.collect(queue)?;
+        Ok(paused)
+    }
+
+    /// Nobody submits any more: workers and host go on, in any order, until nothing moves. Then every
+    /// request must have been completed.
+    fn come_to_rest(&mut self) -> Result<(), Violation> {
+        self.run_dry()?;
+        for (index, queue) in self.queues.iter().enumerate() {
+            if queue.missed_an_interrupt() {
+                return Err(format!("the end: queue {index} has an answer that the driver was not told of"));
+            }
+            if let Some(request) = queue.in_flight().next() {
+                return Err(format!("the end: queue {index}: {:?} is never completed", request.ask));
+            }
+        }
+        self.check_rest()
+    }
+
+    /// What is so when nothing moves.
+    fn check_rest(&self) -> Result<(), Violation> {
+        if self.image.latch.open_now().is_some() {
+            return Err("the end: a sync is open that nobody has in flight".to_owned());
+        }
+        let storage = self.storage.lock().unwrap();
+        let is_promised = POLICIES[self.plan.mode].honour_flush && storage.first_failure.is_none();
+        match self.switched_off {
+            Some(at) if is_promised && !storage.syncs.iter().any(|sync| sync.ok && sync.started >= at) => {
+                Err("the end: the driver has set writeback to 0, and nothing was synced since".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Workers and host go on until nothing moves.
+    fn run_dry(&mut self) -> Result<(), Violation> {
+        for _ in 0..PAUSES_MAX {
+            let (who, pauses) = {
+                let mut storage = self.storage.lock().unwrap();
+                (storage.roll(self.plan.queues + 1), 1 + storage.roll(12))
+            };
+            if who < self.plan.queues {
+                self.go_on(who, pauses)?;
+            } else if !self.storage.lock().unwrap().progress(None) && self.is_at_rest()? {
+                return Ok(());
             }
             self.check_floors()?;
         }
-        for (queue, worker) in workers.iter_mut().enumerate() {
-            worker.drain().map_err(|error| format!("the worker failed: {error}"))?;
-            self.collect(queue)?;
-            self.check_floors()?;
+        Err("the end: the workers go on for ever".to_owned())
+    }
+
+    /// Nothing is with the host; whether every worker sleeps, or has ended, and stays so.
+    fn is_at_rest(&mut self) -> Result<bool, Violation> {
+        for queue in 0..self.plan.queues {
+            if !matches!(self.resume(queue)?, Some(Pause::Sleeps) | None) {
+                return Ok(false);
+            }
         }
-        drop(workers);
-        self.forget_driver()?;
-        Ok(next)
+        Ok(self.storage.lock().unwrap().is_idle())
+    }
+
+    /// A reset, or the end: whatever is in flight is waited for, by workers that go on side by side, or
+    /// that are stopped one after the other, as the device does it.
+    fn drain(&mut self) -> Result<Vec<Disk>, Violation> {
+        let all_at_once = self.storage.lock().unwrap().roll(2) == 0;
+        for queue in 0..self.plan.queues {
+            self.workers[queue].stops.set(true);
+            self.queues[queue].ring();
+            if !all_at_once {
+                self.run_dry()?;
+            }
+        }
+        self.run_dry()?;
+        self.workers.clear();
+        let mut disks = Vec::new();
+        for (index, disk) in self.drained.iter_mut().enumerate() {
+            disks.push(disk.take().ok_or(format!("R15: the drain of queue {index} sleeps for ever"))?);
+            match self.queues[index].unanswered() {
+                0 => {}
+                // Told or not: after a reset the driver looks for itself.
+                some => return Err(format!("R15: queue {index} was drained and owes {some} answers")),
+            }
+        }
+        Ok(disks)
     }
 
     fn negotiate(&mut self) {
@@ -236,6 +354,7 @@ impl<'a> World<'a> {
         self.cache.negotiate(acked);
         self.writeback = default && (acked.flush || !acked.config_wce);
         self.through_since = self.storage.lock().unwrap().now;
+        self.switched_off = None;
     }
 
     fn forget_driver(&mut self) -> Result<(), Violation> {
@@ -247,45 +366,23 @@ impl<'a> World<'a> {
             if left > 0 {
                 return Err(format!("R15: queue {queue} has {left} operations in flight after reset"));
             }
-            for slot in &mut self.queues[queue].slots {
-                // A request that was never taken, or never answered, is nobody's promise.
-                if let Some(change) = slot.take().and_then(|request| request.change) {
-                    self.promises.completed(change, now, false, false);
-                }
+            // A request that was never taken is nobody's promise.
+            for change in self.queues[queue].forget().filter_map(|request| request.change) {
+                self.promises.completed(change, now, false, false);
             }
-            (self.queues[queue].avail, self.queues[queue].used) = (0, 0);
         }
         self.storage.lock().unwrap().claims.clear();
         Ok(())
     }
 
-    fn base(queue: usize) -> u64 {
-        QUEUE_BYTES * (1 + u64::try_from(queue).unwrap())
-    }
-
-    fn job(&self, queue: usize) -> Job {
-        let base = Self::base(queue);
-        mem::write_bytes(&self.ram, base, &[0; 0x3000]).unwrap();
-        let config = QueueConfig {
-            size: u32::from(QUEUE_SIZE),
-            descriptors: base,
-            available: base + AVAIL,
-            used: base + USED,
-        };
-        let features = F_VERSION_1 | F_DISCARD | F_WRITE_ZEROES;
-        Job {
-            ram: self.ram.clone(),
-            features,
-            index: word(u64::try_from(queue).unwrap()),
-            ring: Ring::new(&self.ram, &config, QUEUE_SIZE, features).unwrap(),
-            doorbell: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
-            interrupt: Arc::new(NoInterrupt),
-        }
-    }
-
     fn set_writeback(&mut self, on: bool) {
         self.say(|| format!("driver: writeback = {}", u8::from(on)));
-        self.cache.guest_sets_writeback(on);
+        if self.cache.guest_sets_writeback(on) {
+            // As the device does: any worker that works sees to it.
+            let first = self.storage.lock().unwrap().roll(self.plan.queues);
+            self.queues[first].ring();
+            self.switched_off = Some(self.storage.lock().unwrap().now);
+        }
         if self.acked.config_wce && (self.acked.flush || !on) {
             if self.writeback && !on {
                 self.through_since = self.storage.lock().unwrap().now;
@@ -295,15 +392,16 @@ impl<'a> World<'a> {
     }
 
     fn submit(&mut self, queue: usize, ask: Ask) {
-        let Some(slot) = self.queues[queue].slots.iter().position(Option::is_none) else { return };
+        let Some(slot) = self.queues[queue].free_slot() else { return };
         let submitted = self.storage.lock().unwrap().now;
-        let (kind, sector, sectors, writes) = match ask {
-            Ask::Read { sector, sectors } => (IN, sector, sectors, None),
-            Ask::Write { sector, sectors } => (OUT, sector, sectors, Some(self.next_tag)),
-            Ask::WriteFarAway { sector } => (OUT, sector, 1, None),
-            Ask::Flush => (FLUSH, 0, 0, None),
-            Ask::Discard { sector, sectors } => (DISCARD, sector, sectors, Some(ZEROES)),
-            Ask::WriteZeroes { sector, sectors, .. } => (WRITE_ZEROES, sector, sectors, Some(ZEROES)),
+        let (sector, sectors, writes) = match ask {
+            Ask::Read { sector, sectors } => (sector, sectors, None),
+            Ask::Write { sector, sectors } => (sector, sectors, Some(self.next_tag)),
+            Ask::WriteFarAway { sector } => (sector, 1, None),
+            Ask::Flush => (0, 0, None),
+            Ask::Discard { sector, sectors } | Ask::WriteZeroes { sector, sectors, .. } => {
+                (sector, sectors, Some(ZEROES))
+            }
         };
         let number = self.next_tag;
         self.next_tag += 1;
@@ -315,96 +413,20 @@ impl<'a> World<'a> {
             let (completed, ok, stable) = (None, false, false);
             self.promises.submitted(Change { tag, from, to, submitted, completed, ok, is_advice, stable })
         });
-        self.put_request(queue, slot, kind, ask, number);
         let request = Request { ask, submitted, change, tag: writes.unwrap_or(number) };
-        self.queues[queue].slots[slot] = Some(request);
-    }
-
-    /// The request's bytes in guest memory, and its head in the available ring.
-    fn put_request(&mut self, queue: usize, slot: usize, kind: u32, ask: Ask, tag: Tag) {
-        let base = Self::base(queue);
-        let at = base + SLOT + SLOT_BYTES * u64::try_from(slot).unwrap();
-        let (sector, bytes) = match ask {
-            Ask::Read { sector, sectors } | Ask::Write { sector, sectors } => (sector, sectors * 512),
-            Ask::WriteFarAway { sector } => (sector, 512),
-            Ask::Discard { .. } | Ask::WriteZeroes { .. } => (0, 16),
-            Ask::Flush => (0, 0),
-        };
-        let far = if matches!(ask, Ask::WriteFarAway { .. }) { 1 << 55 } else { 0 };
-        let mut header = [0; 16];
-        header[..4].copy_from_slice(&kind.to_le_bytes());
-        header[8..].copy_from_slice(&(u64::try_from(sector).unwrap() | far).to_le_bytes());
-        self.poke(at, &header);
-        self.poke(at + SLOT_STATUS, &[UNTOUCHED]);
-        match ask {
-            Ask::Write { sector, sectors } => {
-                for index in 0..sectors {
-                    let to = at + SLOT_DATA + 512 * u64::try_from(index).unwrap();
-                    self.poke(to, &tag_bytes(tag, sector + index));
-                }
-            }
-            Ask::WriteFarAway { sector } => self.poke(at + SLOT_DATA, &tag_bytes(tag, sector)),
-            Ask::Discard { sector, sectors } | Ask::WriteZeroes { sector, sectors, .. } => {
-                let unmap = matches!(ask, Ask::WriteZeroes { unmap: true, .. });
-                let mut payload = [0; 16];
-                payload[..8].copy_from_slice(&u64::try_from(sector).unwrap().to_le_bytes());
-                payload[8..12].copy_from_slice(&u32::try_from(sectors).unwrap().to_le_bytes());
-                payload[12..].copy_from_slice(&u32::from(unmap).to_le_bytes());
-                self.poke(at + SLOT_DATA, &payload);
-            }
-            Ask::Read { sectors, .. } => {
-                for index in 0..sectors {
-                    self.poke(at + SLOT_DATA + 512 * u64::try_from(index).unwrap(), &[UNTOUCHED; 16]);
-                }
-            }
-            Ask::Flush => {}
-        }
-        let head = word(u64::try_from(3 * slot).unwrap());
-        let data_flags = if kind == IN { 3 } else { 1 };
-        let next = if bytes == 0 { head + 2 } else { head + 1 };
-        self.put_desc(base, head, at, 16, 1, next);
-        self.put_desc(base, head + 1, at + SLOT_DATA, u32::try_from(bytes).unwrap(), data_flags, head + 2);
-        self.put_desc(base, head + 2, at + SLOT_STATUS, 1, 2, 0);
-        let avail = self.queues[queue].avail;
-        self.poke(base + AVAIL + 4 + 2 * u64::from(avail % QUEUE_SIZE), &head.to_le_bytes());
-        self.queues[queue].avail = avail.wrapping_add(1);
-        self.poke(base + AVAIL + 2, &self.queues[queue].avail.to_le_bytes());
-    }
-
-    fn put_desc(&self, table: u64, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
-        let bytes = desc::bytes((addr, len, flags, next));
-        self.poke(table + 16 * u64::from(index), &bytes);
-    }
-
-    fn poke(&self, addr: u64, bytes: &[u8]) {
-        mem::write_bytes(&self.ram, addr, bytes).unwrap();
-    }
-
-    fn peek<const N: usize>(&self, addr: u64) -> [u8; N] {
-        let mut bytes = [0; N];
-        mem::read_bytes(&self.ram, addr, &mut bytes).unwrap();
-        bytes
+        self.queues[queue].submit(slot, request, number);
     }
 
     /// The driver looks at the used ring.
     fn collect(&mut self, queue: usize) -> Result<(), Violation> {
-        let base = Self::base(queue);
-        loop {
-            let idx = u16::from_le_bytes(self.peek(base + USED + 2));
-            let used = self.queues[queue].used;
-            if idx == used {
-                return Ok(());
-            }
-            let entry: [u8; 8] = self.peek(base + USED + 4 + 8 * u64::from(used % QUEUE_SIZE));
-            self.queues[queue].used = used.wrapping_add(1);
-            let slot = usize::from(entry[0]) / 3;
+        while let Some(slot) = self.queues[queue].next_done() {
             let Some(request) = self.queues[queue].slots.get_mut(slot).and_then(Option::take) else {
                 return Err(format!("queue {queue}: slot {slot} is completed, and nothing was in flight"));
             };
-            let at = base + SLOT + SLOT_BYTES * u64::try_from(slot).unwrap();
-            let [status] = self.peek(at + SLOT_STATUS);
-            self.completed(queue, request, status, at + SLOT_DATA)?;
+            let (status, data) = self.queues[queue].answer(slot);
+            self.completed(queue, request, status, data)?;
         }
+        Ok(())
     }
 
     fn completed(&mut self, queue: usize, request: Request, status: u8, data: u64) -> Result<(), Violation> {
@@ -420,7 +442,7 @@ impl<'a> World<'a> {
         match ask {
             Ask::Read { sector, sectors } if ok => {
                 for index in 0..sectors {
-                    let found = self.peek(data + 512 * u64::try_from(index).unwrap());
+                    let found = self.queues[queue].peek(data + 512 * u64::try_from(index).unwrap());
                     self.check_read(sector + index, read_tag(&found, sector + index), submitted)?;
                 }
             }

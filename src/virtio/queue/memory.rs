@@ -5,9 +5,8 @@
 //! leaves it whatever the caller or the guest says. Every field is read by exactly one load and no
 //! reference to guest memory outlives it: the two-byte fields are atomics, a descriptor is copied.
 
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
-
 use crate::mem::{OutsideRam, Ram, Segment};
+use crate::sync::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// Bytes of one descriptor.
 pub const DESCRIPTOR_BYTES: u16 = 16;
