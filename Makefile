@@ -39,8 +39,8 @@ PACKAGES := gcc make libc6-dev xz-utils zstd bzip2 cpio e2fsprogs strace fio ope
 	lz4 flex bison bc libelf-dev shellcheck tmux acpica-tools procps
 
 # What only the tests need: the peer that the auditor and --explain are compared with, what counts
-# instructions, and the database that a loss of power is tried on.
-TEST_PACKAGES := qemu-system-x86 valgrind sqlite3
+# instructions, the database that a loss of power is tried on, and what makes deliberate mistakes.
+TEST_PACKAGES := qemu-system-x86 valgrind sqlite3 patch
 
 deps:
 	@guest-images/install-packages $(PACKAGES)
@@ -61,7 +61,7 @@ test: test-deps lint build guest-all guest-small
 	done
 	@echo "The suites without a kernel over virtio-pci."
 	@MINIVMM_TRANSPORT=pci cargo test --release --locked --quiet $(PCI_SUITES)
-	@cargo test --release --locked --features mutants --test durability
+	@cargo test --release --locked --features mutants --test durability --test fences
 
 # The suites without a kernel run once with the defaults, and once with each engine and each way in
 # which writes are made stable.
@@ -104,11 +104,14 @@ study: deps build guest
 	@QUICK="$(QUICK)" OUT="$(OUT)" ONLY="$(ONLY)" ROUNDS="$(ROUNDS)" guest-images/study
 
 # The long suites: every combination of killed hosts and lost power TRIALS times (five minutes each), the same
-# with QEMU, hundreds of times as many seeds of the durability proof; half an hour of soak on this machine's KVM,
-# and five minutes of it in the emulated host (SOAK= seconds, in place of either); emulated Intel hosts.
+# with QEMU, hundreds of times as many seeds of the durability proof, each deliberate mistake of tests/mutants built
+# and found; half an hour of soak on this machine's KVM, and five minutes of it in the emulated host (SOAK= seconds,
+# in place of either); emulated Intel hosts.
 torture: test-deps build guest emuhost
 	@MINIVMM_TRIALS=$(or $(TRIALS),10) MINIVMM_BESIDE_QEMU=1 cargo test --release --locked --test killed -- --nocapture --test-threads 1
 	@MINIVMM_SEEDS=$(or $(SEEDS),5000000) cargo test --release --locked --features mutants --test durability -- --nocapture
+	@MINIVMM_REQUESTS=2 cargo test --release --locked --features mutants --test fences -- --nocapture
+	@MINIVMM_MUTANTS=all cargo test --release --locked --test mutants -- --nocapture
 	@case $$(guest-images/which-host) in directly*) \
 		MINIVMM_SOAK_SECONDS=$(or $(SOAK),1800) cargo test --release --locked --test soak -- --nocapture ;; esac
 	@MINIVMM_HOST=emulated MINIVMM_SOAK_SECONDS=$(or $(SOAK),300) cargo test --release --locked --test soak -- --nocapture
