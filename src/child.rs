@@ -1,16 +1,29 @@
-//! A child process, watched.
+//! A child process in a group of its own, watched, and ended with its whole group whatever happens.
 //!
-//! Owns the wait that three things may end: the process itself, its time, and a stop of all.
+//! Owns the group's life: however the wait for it ends (by an error, a panic, a stop), nothing of the group is left
+//! when its [`Group`] is dropped; [`kill_all`] is for a process that exits without dropping.
 
 use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, getpid, kill_process, kill_process_group, pidfd_open,
+    set_child_subreaper, waitpgid, waitpid,
+};
 
-/// How often it is looked whether all is to stop.
+/// How often a stop of all is looked for.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// What is killed is gone after this; a process that the kernel holds is not waited for.
+const REAP_MAX: Duration = Duration::from_secs(1);
+
+/// The groups of this process that run, for [`kill_all`].
+static RUNNING: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 
 /// What has ended a child, or the wait for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,23 +36,163 @@ pub enum How {
     Late,
 }
 
-/// Waits until the process has ended by itself, or must not go on. It is not waited for in the sense of wait(2):
-/// its number stays its own.
-pub fn watch(process: Pid, deadline: Instant, stop: &AtomicBool) -> io::Result<How> {
-    let pidfd = pidfd_open(process, PidfdFlags::empty())?;
+/// A child process that leads a process group. Dropping it kills the group and waits for the child.
+#[derive(Debug)]
+pub struct Group {
+    child: Child,
+    group: Pid,
+}
+
+impl Group {
+    /// Starts `command` in a group of its own: a Ctrl-C on our terminal is ours to pass on.
+    pub fn start(command: &mut Command) -> io::Result<Self> {
+        // Held over the start, so that no group is missed by `kill_all`.
+        let mut running = running();
+        let child = command.process_group(0).spawn()?;
+        let group = Pid::from_child(&child);
+        running.push(group);
+        Ok(Self { child, group })
+    }
+
+    /// The child, whose streams may be taken.
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.child
+    }
+
+    /// The child's number, which is its own until [`Self::end`].
+    pub fn pid(&self) -> Pid {
+        self.group
+    }
+
+    /// Waits until the child has ended by itself, or must not go on: one of `stops` is set, or it is too late.
+    pub fn watch(&self, deadline: Instant, stops: &[&AtomicBool]) -> io::Result<How> {
+        let pidfd = pidfd_open(self.group, PidfdFlags::empty())?;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now()).min(LOOK_EVERY);
+            let left = Timespec { tv_sec: 0, tv_nsec: i64::from(left.subsec_nanos()) };
+            match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) => return Ok(How::ByItself),
+                Err(errno) => return Err(errno.into()),
+            }
+            if stops.iter().any(|stop| stop.load(Ordering::Relaxed)) {
+                return Ok(How::Interrupted);
+            }
+            if Instant::now() >= deadline {
+                return Ok(How::Late);
+            }
+        }
+    }
+
+    /// Asks the group to end (SIGTERM).
+    pub fn terminate(&self) {
+        let _ = kill_process_group(self.group, Signal::TERM);
+    }
+
+    /// Kills what is left of the group, and tells how the child itself has ended.
+    pub fn end(mut self) -> io::Result<ExitStatus> {
+        self.kill()
+    }
+
+    fn kill(&mut self) -> io::Result<ExitStatus> {
+        let mut running = running();
+        // The group's number is its own until the child is waited for, and not used twice.
+        if running.contains(&self.group) {
+            let _ = kill_process_group(self.group, Signal::KILL);
+            running.retain(|group| *group != self.group);
+        }
+        drop(running);
+        let status = self.child.wait()?;
+        // Its children are ours now (`adopt_orphans`), and killed; whoever removes their files waits for their end.
+        let until = Instant::now() + REAP_MAX;
+        while let Ok(ended) = waitpgid(self.group, WaitOptions::NOHANG) {
+            match ended {
+                Some(_) => {}
+                None if Instant::now() < until => std::thread::sleep(Duration::from_millis(1)),
+                None => break,
+            }
+        }
+        Ok(status)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = self.kill();
+    }
+}
+
+fn running() -> MutexGuard<'static, Vec<Pid>> {
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes this process the parent of whatever its children leave behind, for as long as it lives.
+pub fn adopt_orphans() -> io::Result<()> {
+    Ok(set_child_subreaper(Some(getpid()))?)
+}
+
+/// Kills every group of this process, and what has left its group (setsid(1)): this process is about to exit. No
+/// further group is started.
+pub fn kill_all() {
+    let running = running();
+    for group in running.iter() {
+        let _ = kill_process_group(*group, Signal::KILL);
+    }
+    // What is killed hands its own children over to us; a process that the kernel holds is not waited for.
+    let until = Instant::now() + REAP_MAX;
     loop {
-        let left = deadline.saturating_duration_since(Instant::now()).min(LOOK_EVERY);
-        let left = Timespec { tv_sec: 0, tv_nsec: i64::from(left.subsec_nanos()) };
-        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)) {
-            Ok(0) | Err(rustix::io::Errno::INTR) => {}
-            Ok(_) => return Ok(How::ByItself),
-            Err(errno) => return Err(errno.into()),
+        let children = children();
+        if children.is_empty() || Instant::now() >= until {
+            break;
         }
-        if stop.load(Ordering::Relaxed) {
-            return Ok(How::Interrupted);
+        for child in children {
+            let _ = kill_process(child, Signal::KILL);
+            let _ = waitpid(Some(child), WaitOptions::NOHANG);
         }
-        if Instant::now() >= deadline {
-            return Ok(How::Late);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Whoever is about to start one waits for us, and we exit.
+    std::mem::forget(running);
+}
+
+/// Our children, those that we have adopted too. A kernel without this list (CONFIG_PROC_CHILDREN) has none to tell.
+fn children() -> Vec<Pid> {
+    let Ok(threads) = std::fs::read_dir("/proc/self/task") else { return Vec::new() };
+    let lists =
+        threads.flatten().filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+    let text = lists.collect::<Vec<_>>().join(" ");
+    text.split_whitespace().filter_map(|number| Pid::from_raw(number.parse().ok()?)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_that_ignores_sigterm_is_gone_when_its_owner_panics() {
+        let script = "trap '' TERM; sh -c 'trap \"\" TERM; sleep 600' & echo $!; wait";
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).stdout(std::process::Stdio::piped());
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let panicked = std::thread::spawn(move || {
+            let mut group = Group::start(&mut command).unwrap();
+            let mut line = String::new();
+            let mut stdout = io::BufReader::new(group.child().stdout.take().unwrap());
+            io::BufRead::read_line(&mut stdout, &mut line).unwrap();
+            sender.send((group.group, line.trim().parse::<i32>().unwrap())).unwrap();
+            std::panic::resume_unwind(Box::new("on purpose"));
+        });
+        assert!(panicked.join().is_err());
+        let (leader, inner) = receiver.recv().unwrap();
+        for pid in [leader.as_raw_nonzero().get(), inner] {
+            // Killed, and not yet reaped by whoever has inherited it: a zombie counts as gone.
+            let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let is_gone = || state.is_empty() || state.rsplit(')').next().unwrap().trim().starts_with('Z');
+            let until = Instant::now() + Duration::from_secs(60);
+            while !is_gone() && rustix::process::test_kill_process(Pid::from_raw(pid).unwrap()).is_ok() {
+                assert!(Instant::now() < until, "{pid} is still there: {state}");
+                std::thread::sleep(Duration::from_millis(10));
+            }
         }
     }
 }

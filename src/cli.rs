@@ -13,6 +13,7 @@ mod inventory;
 pub mod process;
 mod size;
 mod study;
+mod usage;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -33,6 +34,7 @@ pub use crash::CrashArgs;
 pub use find_guest::GuestNotFound;
 pub use inventory::STATUS_FILE;
 pub use study::StudyArgs;
+pub use usage::Answer;
 
 /// A minimal KVM hypervisor whose virtio-blk can be trusted.
 ///
@@ -113,7 +115,7 @@ pub struct Args {
     ///
     /// A disk that hangs would hang minivmm: after 3 seconds it tells what it waits for, and past the limit it
     /// ends with status 125. The last fdatasync of an image may have much to write: it has a limit only if one
-    /// is given.
+    /// is given. Signals do not shorten the wait; Ctrl-C on minivmm's terminal ends it, once it is told.
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = help::RUNNING)]
     stop_timeout: Option<Duration>,
 
@@ -311,17 +313,19 @@ pub enum ConfigError {
 }
 
 impl Args {
-    /// The arguments of this process; ends it where they are wrong, or ask for help.
-    pub fn of_process() -> Self {
-        let args = Self::try_parse().unwrap_or_else(|error| help::improve(error).exit());
-        if let Err(conflict) = args.job.console(args.console.clone(), false) {
-            Self::command().error(ErrorKind::ArgumentConflict, conflict).exit();
+    /// The arguments of this process, or what to answer where they are wrong or ask for help.
+    pub fn of_process() -> Result<Self, Answer> {
+        let args = Self::try_parse().map_err(Answer::new)?;
+        let conflict = |why: &dyn std::fmt::Display| {
+            Err(Answer::new(Self::command().error(ErrorKind::ArgumentConflict, why)))
+        };
+        if let Err(taken) = args.job.console(args.console.clone(), false) {
+            return conflict(&taken);
         }
         if args.job.is_given() && args.initrd.as_deref().is_some_and(|path| path.as_os_str() == "none") {
-            let why = "a COMMAND is run by the init of the --initrd, which cannot be none";
-            Self::command().error(ErrorKind::ArgumentConflict, why).exit();
+            return conflict(&"a COMMAND is run by the init of the --initrd, which cannot be none");
         }
-        args
+        Ok(args)
     }
 
     /// What is to be done, where that is not to run a guest.

@@ -29,6 +29,7 @@
 //! | [`files`] | which files are the same, who uses one, and every opening for output | guests, disks |
 //! | [`layout`], [`mem`] | the address map; guest memory and pieces of it | everything |
 //! | [`ratelimit`], [`slab`], [`text`], [`program`], [`child`], [`mutants`], [`sync`] | quiet logs; private numbers; wrapped lines; where the binaries lie; processes watched; deliberate mistakes; std's atomics and mutex, which tests may watch | everything |
+//! | [`signals`], [`scratch_dir`] | the signals that ask us to end; directories for a run's temporary files | everything |
 //!
 //! One write, there and back, is told in `docs/architecture.md`.
 
@@ -56,6 +57,8 @@ pub mod pci;
 pub mod program;
 pub mod ratelimit;
 pub mod sandbox;
+pub mod scratch_dir;
+pub mod signals;
 pub mod slab;
 pub mod stats;
 pub mod study;

@@ -4,46 +4,75 @@
 //! (`cli::command`). What runs no guest of its own is minivmm-tools' (`tools.rs`), to which it is handed
 //! over: a VMM that has none of it in its memory is smaller by a fifth.
 
-use std::os::unix::process::CommandExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::process::Command;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use minivmm::cli::command::{self, End};
-use minivmm::cli::process::{print, start_logging, told};
+use minivmm::cli::process::{ended, print, start_logging, told};
 use minivmm::cli::{Args, ExitStatus, STATUS_FILE, Task};
 use minivmm::disk::DiskOptions;
 use minivmm::files::{Inventory, Output};
 use minivmm::job::status::StatusFile;
+use minivmm::signals::Signals;
 use minivmm::vmm;
 use minivmm::{check, explain, program};
 
 fn main() {
-    let args = Args::of_process();
-    start_logging(args.log_level());
-    std::process::exit(run(args).code());
+    // Before anything else: from here on a signal waits until somebody has read it.
+    let signals = Signals::block().context("cannot block signals");
+    // What has panicked has been told.
+    let status = catch_unwind(AssertUnwindSafe(|| match signals {
+        Ok(signals) => run(signals),
+        Err(error) => told(Err(error)),
+    }));
+    ended(status.unwrap_or(ExitStatus::Failure));
 }
 
-fn run(args: Args) -> ExitStatus {
+fn run(signals: Signals) -> ExitStatus {
+    let args = match Args::of_process() {
+        Ok(args) => args,
+        Err(answer) => {
+            signals.release();
+            return answer.give();
+        }
+    };
+    start_logging(args.log_level());
     match args.task() {
-        Task::Run => run_guest(args),
+        Task::Run => return run_guest(args, &signals),
+        Task::Log { .. } | Task::Top { .. } | Task::Crash(_) | Task::Bench(_) | Task::Study(_) => {
+            return told(hand_over());
+        }
+        // These leave nothing behind.
+        Task::Check { .. } | Task::Explain { .. } => signals.release(),
+    }
+    match args.task() {
         Task::Check { json, quiet } => told(run_check(json, quiet)),
         Task::Explain { disks, json } => told(explain_disks(&disks, json)),
-        Task::Log { .. } | Task::Top { .. } | Task::Crash(_) | Task::Bench(_) | Task::Study(_) => {
-            told(hand_over())
-        }
+        _ => ExitStatus::Usage,
     }
 }
 
-fn run_guest(args: Args) -> ExitStatus {
+fn run_guest(args: Args, signals: &Signals) -> ExitStatus {
     let (command, quiet) = args.command_args();
-    let telling = command::Run::begin(command.name(), quiet);
+    let telling = Arc::new(command::Run::begin(command.name(), quiet));
+    let told_early = Arc::clone(&telling);
+    // The start hangs: there is no machine yet that would have to be stopped in order.
+    let watched = signals.while_starting(move |signal| ended(told_early.tell(&End::signal(signal))));
+    if let Err(error) = watched {
+        return telling.tell(&End::failed(format!("cannot start a thread: {error}")));
+    }
     let files = args.files();
-    let file = match command.status_file().map(|path| open_status_file(path, &files)).transpose() {
-        Ok(file) => file,
-        Err(error) => return telling.tell(&End::failed(format!("{error:#}")), None),
-    };
-    telling.tell(&run_vm(args, &files), file)
+    match command.status_file().map(|path| open_status_file(path, &files)).transpose() {
+        Ok(file) => telling.keep_in(file),
+        Err(error) => return telling.tell(&End::failed(format!("{error:#}"))),
+    }
+    let panicked = "minivmm has panicked (see above); this is an error in minivmm";
+    let end = catch_unwind(AssertUnwindSafe(|| run_vm(args, &files, signals)))
+        .unwrap_or_else(|_| End::failed(panicked.to_owned()));
+    signals.started();
+    telling.tell(&end)
 }
 
 fn open_status_file(path: &Path, files: &Inventory) -> Result<StatusFile> {
@@ -51,7 +80,7 @@ fn open_status_file(path: &Path, files: &Inventory) -> Result<StatusFile> {
     Ok(StatusFile::new(opened.file))
 }
 
-fn run_vm(args: Args, files: &Inventory) -> End {
+fn run_vm(args: Args, files: &Inventory, signals: &Signals) -> End {
     // Before a file is emptied, made or packed.
     if let Some(refused) = files.check().into_iter().next() {
         return End::failed(format!("{:#}", anyhow::Error::from(refused)));
@@ -60,7 +89,7 @@ fn run_vm(args: Args, files: &Inventory) -> End {
         Ok(config) => config,
         Err(error) => return End::failed(format!("{:#}", anyhow::Error::from(error))),
     };
-    let ended = vmm::run(&config);
+    let ended = vmm::run(&config, signals);
     End {
         outcome: ended.outcome.map_err(|error| format!("{:#}", anyhow::Error::from(error))),
         kernel_lines: ended.kernel_lines,
@@ -87,7 +116,7 @@ fn explain_disks(disks: &[DiskOptions], json: bool) -> Result<ExitStatus> {
 /// The other binary, in the place of this one, with the same arguments.
 fn hand_over() -> Result<ExitStatus> {
     let tools = program::beside(program::TOOLS).context("this program's own file is not known")?;
-    let error = Command::new(&tools).args(std::env::args_os().skip(1)).exec();
+    let error = program::replace(&tools, std::env::args_os().skip(1));
     let path = tools.display();
     Err(error).with_context(|| {
         format!("cannot start {path}, which `make build` and `make install` put beside minivmm")

@@ -15,9 +15,9 @@ static SAVED: OnceLock<libc::termios> = OnceLock::new();
 /// Whether the terminal is in raw mode now.
 static RAW: AtomicBool = AtomicBool::new(false);
 
-/// Signals that kill a process by default and that nobody else handles here.
-const FATAL: [libc::c_int; 6] =
-    [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT, libc::SIGQUIT];
+/// Signals that report an error of the program's own and kill it. The others are `signals`'.
+const FATAL: [libc::c_int; 7] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT, libc::SIGTRAP, libc::SIGSYS];
 
 /// What handled each of them before us (Rust's own says of a stack that it has overflowed).
 static BEFORE: [OnceLock<libc::sigaction>; FATAL.len()] = [const { OnceLock::new() }; FATAL.len()];
@@ -134,6 +134,10 @@ fn install_restorers() {
             next(info);
         }));
         for (signal, before) in FATAL.into_iter().zip(&BEFORE) {
+            // The sandbox has its own handler, which restores the terminal too.
+            if signal == libc::SIGSYS && is_handled(signal) {
+                continue;
+            }
             let mut action: libc::sigaction = zeroed();
             action.sa_sigaction = on_fatal as *const () as libc::sighandler_t;
             // On the alternative stack, because a stack may have overflowed.
@@ -145,6 +149,15 @@ fn install_restorers() {
             }
         }
     });
+}
+
+fn is_handled(signal: libc::c_int) -> bool {
+    let mut action: libc::sigaction = zeroed();
+    // SAFETY: only asks; the structure is whole.
+    unsafe {
+        libc::sigaction(signal, std::ptr::null(), &raw mut action) == 0
+            && action.sa_sigaction != libc::SIG_DFL
+    }
 }
 
 /// Restores the terminal. A fault then comes again, for whoever handled it before us, because its

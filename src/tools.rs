@@ -3,40 +3,95 @@
 //!
 //! Owns as little as `main.rs`: which tool it is, its signals, its exit status.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use minivmm::bench::{self, BenchError};
-use minivmm::cli::process::{print, start_logging, told};
+use minivmm::cli::process::{ended, print, say, start_logging, told};
 use minivmm::cli::{Args, BenchArgs, CrashArgs, ExitStatus, StudyArgs, Task};
 use minivmm::crash::log::WriteLog;
 use minivmm::crash::{campaign, list};
 use minivmm::files::output;
 use minivmm::observe::top;
-use minivmm::study;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::flag;
+use minivmm::signals::{Signals, Stop};
+use minivmm::{child, scratch_dir, study};
+
+/// A tool has this long to end in order after a signal: a VM that it has started gets 20 s of it.
+const END_MAX: Duration = Duration::from_secs(30);
 
 fn main() {
-    let args = Args::of_process();
-    start_logging(args.log_level());
-    std::process::exit(told(run(&args)).code());
+    // Before anything else. Where minivmm has handed over, they have been blocked since its own start.
+    let signals = Signals::block().context("cannot block signals");
+    // What has panicked has been told; its children and its scratch files are gone with its stack.
+    let status = catch_unwind(AssertUnwindSafe(|| match signals {
+        Ok(signals) => run(signals),
+        Err(error) => told(Err(error)),
+    }));
+    child::kill_all();
+    ended(status.unwrap_or(ExitStatus::Failure));
 }
 
-fn run(args: &Args) -> Result<ExitStatus> {
-    match args.task() {
-        Task::Log { log, json } => list_log(&log, json),
-        Task::Top { observation } => show_observation(&observation),
-        Task::Crash(args) => crash(*args),
-        Task::Bench(args) => measure(*args),
-        Task::Study(args) => run_study(args),
-        Task::Run | Task::Check { .. } | Task::Explain { .. } => {
-            bail!("that is minivmm's: give it these arguments")
+fn run(signals: Signals) -> ExitStatus {
+    let args = match Args::of_process() {
+        Ok(args) => args,
+        Err(answer) => {
+            signals.release();
+            return answer.give();
         }
+    };
+    start_logging(args.log_level());
+    let task = args.task();
+    if let Err(error) = child::adopt_orphans() {
+        log::debug!("cannot adopt what children leave behind: {error}");
     }
+    let stop = if leaves_nothing(&task) {
+        signals.release();
+        Ok(Stop::default())
+    } else {
+        signals.into_stop(END_MAX, end_by_force).context("cannot start a thread")
+    };
+    let stop = match stop {
+        Ok(stop) => stop,
+        Err(error) => return told(Err(error)),
+    };
+    told(match task {
+        Task::Log { log, json } => list_log(&log, json),
+        Task::Top { observation } => show_observation(&observation, &stop),
+        Task::Crash(args) => crash(*args, &stop),
+        Task::Bench(args) => measure(*args, &stop),
+        Task::Study(args) => run_study(args, &stop),
+        Task::Run | Task::Check { .. } | Task::Explain { .. } => {
+            Err(anyhow::anyhow!("minivmm-tools is for minivmm's own use: call minivmm with these arguments"))
+        }
+    })
+}
+
+/// Whether a signal may simply kill the tool: it has no children, no files, and not the terminal's screen.
+fn leaves_nothing(task: &Task) -> bool {
+    match task {
+        Task::Log { .. } => true,
+        Task::Top { .. } => !std::io::stdout().is_terminal(),
+        _ => false,
+    }
+}
+
+/// A tool that hangs leaves nothing behind either.
+fn end_by_force(signal: i32) {
+    child::kill_all();
+    scratch_dir::remove_all();
+    say(format_args!(
+        "minivmm: ended by signal {signal}, without a report: something did not end within {} s",
+        END_MAX.as_secs()
+    ));
+    ended(ExitStatus::Signal(signal));
+}
+
+/// The status that says which signal has stopped the tool, if one has.
+fn stopped(stop: &Stop) -> Option<ExitStatus> {
+    stop.signal().map(ExitStatus::Signal)
 }
 
 fn list_log(path: &Path, json: bool) -> Result<ExitStatus> {
@@ -45,37 +100,35 @@ fn list_log(path: &Path, json: bool) -> Result<ExitStatus> {
     Ok(ExitStatus::Success)
 }
 
-fn show_observation(path: &Path) -> Result<ExitStatus> {
-    top::run(path)?;
-    Ok(ExitStatus::Success)
+fn show_observation(path: &Path, stop: &Stop) -> Result<ExitStatus> {
+    top::run(path, stop.flag())?;
+    Ok(stopped(stop).unwrap_or(ExitStatus::Success))
 }
 
-fn crash(args: CrashArgs) -> Result<ExitStatus> {
+fn crash(args: CrashArgs, stop: &Stop) -> Result<ExitStatus> {
     let json = args.json;
     let options = args.options();
     if let Some(out) = &options.write {
         print(&campaign::write_image(&options, out)?)?;
         return Ok(ExitStatus::Success);
     }
-    let signals = Signals::taken()?;
-    let report = campaign::run(&options, &signals.stop)?;
+    let report = campaign::run(&options, stop.flag())?;
     print(&if json { report.to_json()? } else { report.to_text() })?;
-    Ok(match signals.status() {
+    Ok(match stopped(stop) {
         Some(status) => status,
         _ if report.failures.is_empty() => ExitStatus::Success,
         _ => ExitStatus::NotGood,
     })
 }
 
-fn run_study(args: StudyArgs) -> Result<ExitStatus> {
-    let signals = Signals::taken()?;
+fn run_study(args: StudyArgs, stop: &Stop) -> Result<ExitStatus> {
     let options = args.options();
-    let report = study::run::run(&options, &signals.stop)?;
+    let report = study::run::run(&options, stop.flag())?;
     print(&format!("{}\n{}", report.to_text(), options.out.join(study::run::PAGE).display()))?;
-    Ok(signals.status().unwrap_or(ExitStatus::Success))
+    Ok(stopped(stop).unwrap_or(ExitStatus::Success))
 }
 
-fn measure(args: BenchArgs) -> Result<ExitStatus> {
+fn measure(args: BenchArgs, stop: &Stop) -> Result<ExitStatus> {
     let options = args.options();
     // What cannot be written is an error before the hour that it takes.
     let files = options.files();
@@ -85,9 +138,8 @@ fn measure(args: BenchArgs) -> Result<ExitStatus> {
     }
     // An older report stays until there is a new one.
     let json = options.report().map(|output| files.open_unchanged(&output)).transpose()?;
-    let signals = Signals::taken()?;
-    let report = match bench::run::run(&options, &signals.stop) {
-        Err(BenchError::Interrupted) => return Ok(signals.status().unwrap_or(ExitStatus::Failure)),
+    let report = match bench::run::run(&options, stop.flag()) {
+        Err(BenchError::Interrupted) => return Ok(stopped(stop).unwrap_or(ExitStatus::Failure)),
         other => other?,
     };
     if let Some(opened) = json {
@@ -97,35 +149,9 @@ fn measure(args: BenchArgs) -> Result<ExitStatus> {
     if report.has_figures() {
         print(&report.to_text())?;
     }
-    match (&report.error, signals.status()) {
+    match (&report.error, stopped(stop)) {
         (Some(error), _) => bail!("{error}"),
         (None, Some(status)) => Ok(status),
         (None, None) => Ok(ExitStatus::Success),
-    }
-}
-
-/// The signals that stop a tool, which then tells what it has.
-struct Signals {
-    stop: Arc<AtomicBool>,
-    last: Arc<AtomicUsize>,
-}
-
-impl Signals {
-    /// From here on they are ours. A second one ends us at once.
-    fn taken() -> Result<Self> {
-        let (stop, last) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-        for number in [SIGHUP, SIGINT, SIGTERM] {
-            let value = usize::try_from(number).unwrap_or_default();
-            flag::register_conditional_shutdown(number, 128 + number, Arc::clone(&stop))?;
-            flag::register(number, Arc::clone(&stop))?;
-            flag::register_usize(number, Arc::clone(&last), value)?;
-        }
-        Ok(Self { stop, last })
-    }
-
-    /// The status that says which came, if one did.
-    fn status(&self) -> Option<ExitStatus> {
-        let signal = i32::try_from(self.last.load(Ordering::SeqCst)).unwrap_or_default();
-        (signal > 0).then_some(ExitStatus::Signal(signal))
     }
 }

@@ -39,10 +39,11 @@ use crate::observe::control::ControlError;
 use crate::observe::csv;
 use crate::observe::limit::{LimitError, MemoryLimit};
 use crate::sandbox::{self, Role, SandboxError, Ticket};
+use crate::signals::Signals;
 use crate::terminal::{self, Input, RawMode};
 use crate::vcpu::{End, Vcpu};
 use build::Machine;
-use events::{Report, Reporter, Reports, Signals};
+use events::{Report, Reporter, Reports};
 use input::{Console, READ_BYTES_MAX, Wish};
 use job::JobEnd;
 pub use job::Times;
@@ -240,10 +241,11 @@ fn host<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> VmmError {
     move |source| VmmError::Host { what, source: source.into() }
 }
 
-/// Builds the machine, runs its guest to the end, stops it.
-pub fn run(config: &Config) -> Ended {
+/// Builds the machine, runs its guest to the end, stops it. `signals` are blocked already, so that all threads inherit
+/// that, and stay blocked: whatever arrives after the first one does not keep us from the end.
+pub fn run(config: &Config, signals: &Signals) -> Ended {
     let log = KernelLog::default();
-    let outcome = run_logged(config, &log);
+    let outcome = run_logged(config, signals, &log);
     let is_told = match &outcome {
         Ok(Ending::GuestPanic | Ending::NoReport | Ending::Incomplete(_) | Ending::BootTimeout(_)) => true,
         Ok(Ending::Timeout) => config.job.is_some(),
@@ -254,9 +256,7 @@ pub fn run(config: &Config) -> Ended {
     Ended { outcome, kernel_lines: is_told.then(|| log.lines()), lines_were_shown }
 }
 
-fn run_logged(config: &Config, log: &KernelLog) -> Result<Ending, VmmError> {
-    // Before the first thread is started, so that all inherit it.
-    let signals = Signals::block().map_err(host("block signals"))?;
+fn run_logged(config: &Config, signals: &Signals, log: &KernelLog) -> Result<Ending, VmmError> {
     register_signal_handler(SIGRTMIN(), on_kick).map_err(host("handle the signal that stops a CPU"))?;
     if let Some(limit) = config.host_memory_limit.filter(|limit| *limit <= config.memory_bytes) {
         log::warn!(
@@ -272,7 +272,8 @@ fn run_logged(config: &Config, log: &KernelLog) -> Result<Ending, VmmError> {
     let mut machine = build::build(config, log)?;
     let open = |target| stop::StatsReport::open(target, &config.files);
     let mut report = config.stats.as_ref().map(open).transpose()?;
-    let mut run = Run::new(&mut machine, &signals, config)?;
+    signals.started();
+    let mut run = Run::new(&mut machine, signals, config)?;
     let ended =
         run.start(&mut machine, ticket).and_then(|()| run.supervise(&mut || tell(report.as_mut(), &machine)));
     let stopped = run.stop(&machine);
@@ -452,10 +453,10 @@ impl<'a> Run<'a> {
 
     fn take_signals(&self, tell: &mut dyn FnMut()) -> Option<Ending> {
         while let Some(signal) = self.signals.take() {
-            match (signal, &self.raw_mode) {
+            match (signal.number, &self.raw_mode) {
                 (libc::SIGCONT, Some(raw_mode)) => raw_mode.renew(),
                 (libc::SIGUSR1, _) => tell(),
-                _ if events::is_ending(signal) => return Some(Ending::Signal(signal)),
+                (number, _) if signal.is_ending() => return Some(Ending::Signal(number)),
                 _ => {}
             }
         }

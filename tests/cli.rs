@@ -155,7 +155,7 @@ fn an_error_is_printed_once_with_what_it_is_about() {
         let output = minivmm(directory.path(), args);
         assert_eq!(output.status.code(), Some(FAILURE), "{args:?}");
         let text = stderr(&output);
-        assert!(text.starts_with("error: ") && text.matches("error: ").count() == 1, "{text}");
+        assert!(text.starts_with("minivmm: error: ") && text.matches("error: ").count() == 1, "{text}");
         assert!(words.iter().all(|word| text.contains(word)), "{text}");
     }
 }

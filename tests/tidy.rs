@@ -17,8 +17,8 @@ const LAYERS: [(&str, Option<&[&str]>); 27] = [
     ("vcpu", Some(&["kvm", "bus", "mem", "layout", "ratelimit"])),
     ("kvm", Some(&["bus", "pci", "mem", "layout", "ratelimit"])),
     ("boot", Some(&["mem", "layout"])),
-    ("crash", Some(&["disk", "blk", "files", "mem", "ratelimit", "child"])),
-    ("bench", Some(&["lab", "disk", "explain", "files", "observe", "text"])),
+    ("crash", Some(&["disk", "blk", "files", "mem", "ratelimit", "child", "scratch_dir"])),
+    ("bench", Some(&["lab", "disk", "explain", "files", "observe", "text", "scratch_dir"])),
     (
         "study",
         Some(&[
@@ -33,9 +33,11 @@ const LAYERS: [(&str, Option<&[&str]>); 27] = [
             "program",
             "ratelimit",
             "text",
+            "child",
+            "scratch_dir",
         ]),
     ),
-    ("lab", Some(&["disk", "observe", "explain", "files", "program", "child"])),
+    ("lab", Some(&["disk", "observe", "explain", "files", "program", "child", "scratch_dir"])),
     ("observe", Some(&["disk", "explain", "files", "sandbox"])),
     ("explain", Some(&["blk", "virtio", "disk", "files", "mem", "text"])),
     ("blk", Some(&["virtio", "disk", "mem", "ratelimit", "slab", "sandbox"])),
@@ -52,7 +54,8 @@ const LAYERS: [(&str, Option<&[&str]>); 27] = [
     ("terminal", Some(&[])),
 ];
 /// Modules that stand alone and that anybody may have named in [`LAYERS`].
-const ALONE: [&str; 8] = ["layout", "ratelimit", "slab", "text", "program", "child", "mutants", "sync"];
+const ALONE: [&str; 10] =
+    ["layout", "ratelimit", "slab", "text", "program", "child", "mutants", "sync", "signals", "scratch_dir"];
 
 /// Inside a layer: (who, must not name).
 const FORBIDDEN: [(&str, &[&str]); 4] = [

@@ -19,6 +19,7 @@ use crate::files::output;
 use crate::lab::fio::{self, FioError, Summary};
 use crate::lab::{Boot, BootError, DiskSpec, How, Outcome, boot, image};
 use crate::observe::Residency;
+use crate::scratch_dir::ScratchDir;
 
 /// Where the job file is in the guest.
 const GUEST_FILE: &str = "/tmp/bench.fio";
@@ -141,8 +142,9 @@ fn in_guest(
     mode: &'static CachePolicy,
     stop: &AtomicBool,
 ) -> Result<Run, BenchError> {
-    let mut file = tempfile::NamedTempFile::new()?;
-    std::io::Write::write_all(&mut file, job.file(GUEST_DISK).as_bytes())?;
+    let dir = ScratchDir::new("bench")?;
+    let file = dir.path().join("bench.fio");
+    output::write_anew(&file, job.file(GUEST_DISK))?;
     let mut disk = DiskSpec::new(&options.disk.path, mode);
     disk.host_cache = options.host_cache;
     disk.keys.clone_from(&options.keys);
@@ -153,7 +155,7 @@ fn in_guest(
     let script = format!("cd /tmp && fio {readonly}--output-format=json {GUEST_FILE}\n");
     let mut boot = Boot::new(vec![disk], script);
     (boot.memory_bytes, boot.cpus) = (options.memory_bytes, options.cpus);
-    boot.files = vec![(file.path().to_owned(), GUEST_FILE.into())];
+    boot.files = vec![(file, GUEST_FILE.into())];
     boot.timeout = Duration::from_secs(job.seconds_max());
     let outcome = boot.run(stop)?;
     let summary = guests_summary(job, mode, &outcome)?;
@@ -207,7 +209,7 @@ fn on_host(options: &Options, competitor: &Competitor, stop: &AtomicBool) -> Res
     };
     let locked = Image::open(&disk)?;
     let before = image::settle(&options.disk.path, options.host_cache)?;
-    let dir = tempfile::tempdir()?;
+    let dir = ScratchDir::new("bench")?;
     // A name without characters that mean something to fio.
     let (link, file) = (dir.path().join("image"), dir.path().join("bench.fio"));
     std::os::unix::fs::symlink(std::path::absolute(&options.disk.path)?, &link)?;

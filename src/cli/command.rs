@@ -5,11 +5,13 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Args;
 
 use super::ExitStatus;
+use super::process::{say, say_error};
 use crate::job::report::CommandEnd;
 use crate::job::status::{Seconds, Status, StatusFile};
 use crate::job::{Add, Job};
@@ -148,6 +150,11 @@ impl End {
     pub fn failed(message: String) -> Self {
         Self { outcome: Err(message), kernel_lines: None, lines_were_shown: false }
     }
+
+    /// A run that a signal has ended before it had a machine.
+    pub fn signal(number: i32) -> Self {
+        Self { outcome: Ok(Ending::Signal(number)), kernel_lines: None, lines_were_shown: false }
+    }
 }
 
 /// A run, for the telling of its end.
@@ -155,23 +162,30 @@ pub struct Run {
     began: Instant,
     command: String,
     quiet: bool,
+    file: Mutex<Option<StatusFile>>,
 }
 
 impl Run {
     /// It begins now.
     pub fn begin(command: String, quiet: bool) -> Self {
-        Self { began: Instant::now(), command, quiet }
+        Self { began: Instant::now(), command, quiet, file: Mutex::new(None) }
     }
 
-    /// Tells how it ended: on standard error what the exit status does not say by itself, and all of
-    /// it in the status file.
-    pub fn tell(&self, end: &End, file: Option<StatusFile>) -> ExitStatus {
+    /// How it ends is to be written to `file`, if there is one.
+    pub fn keep_in(&self, file: Option<StatusFile>) {
+        *self.file.lock().unwrap_or_else(PoisonError::into_inner) = file;
+    }
+
+    /// Tells how it ended: all of it in the status file, and on standard error what the exit status does not say by
+    /// itself. The file comes first: nobody may read standard error.
+    pub fn tell(&self, end: &End) -> ExitStatus {
         let outcome = &end.outcome;
         let exit_status = match outcome {
             Ok(ending) => ExitStatus::from(*ending),
             Err(_) => ExitStatus::Failure,
         };
         let (cause, message) = self.cause(outcome);
+        let written = self.write_status(end, exit_status, cause, message.clone());
         let is_error = exit_status == ExitStatus::Failure;
         if let Some(lines) = &end.kernel_lines
             && !lines.is_empty()
@@ -185,28 +199,39 @@ impl Run {
             ));
         }
         match outcome {
-            _ if is_error => say(format_args!("error: {message}")),
+            _ if is_error => say_error(&message),
             Ok(ending) if !self.quiet && self.is_worth_a_word(*ending) => {
                 say(format_args!("minivmm: {message}"));
             }
             _ => log::info!("{message}"),
         }
-        let Some(file) = file else { return exit_status };
+        match written {
+            Ok(()) => exit_status,
+            Err(error) => {
+                say_error(format_args!("cannot write the status file: {error}"));
+                ExitStatus::Failure
+            }
+        }
+    }
+
+    fn write_status(
+        &self,
+        end: &End,
+        exit_status: ExitStatus,
+        cause: &'static str,
+        message: String,
+    ) -> std::io::Result<()> {
+        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(file) = file else { return Ok(()) };
         let mut status = Status::new(exit_status.code(), cause, message);
         status.kernel_messages.clone_from(&end.kernel_lines);
-        if let Ok(Ending::Command(end, times)) = outcome {
-            status.command = Some((*end).into());
+        if let Ok(Ending::Command(command, times)) = &end.outcome {
+            status.command = Some((*command).into());
             status.seconds.boot = Some(Seconds::of(times.boot));
             status.seconds.command = Some(Seconds::of(times.command));
         }
         status.seconds.total = Seconds::of(self.began.elapsed());
-        match file.write(&status) {
-            Ok(()) => exit_status,
-            Err(error) => {
-                say(format_args!("error: cannot write the status file: {error}"));
-                ExitStatus::Failure
-            }
-        }
+        file.write(&status)
     }
 
     /// Where the exit status alone could be taken for the command's.
@@ -287,9 +312,4 @@ impl Run {
         let here = here.filter(|path| path.is_file())?;
         Some(format!("; this host's can be brought along: --add {}", here.display()))
     }
-}
-
-/// Whoever reads it may be gone; the status still says it.
-fn say(text: std::fmt::Arguments<'_>) {
-    let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{text}\n"));
 }

@@ -2,12 +2,6 @@
 //!
 //! Owns what clap cannot derive from the arguments themselves.
 
-use std::path::Path;
-
-use clap::error::{ContextKind, ContextValue, ErrorKind};
-
-use crate::disk::DiskOptions;
-
 /// What the machine runs.
 pub const GUEST: &str = "Guest";
 /// What the machine is.
@@ -43,7 +37,8 @@ Exit status:
   124    the guest has panicked
   125    minivmm or the host has failed; a failed last fdatasync is one
   126    --timeout has passed
-  128+n  ended by signal n (SIGHUP 129, SIGINT 130, SIGTERM 143), in order
+  128+n  ended by signal n (SIGHUP 129, SIGINT 130, SIGTERM 143), in order; the
+         first one counts, and later ones change nothing
 With a COMMAND its own status is minivmm's, and besides:
   123    also for its own 124, 125 and 126, with a word on standard error
   125    also where the guest has never reported (--boot-timeout), has ended without telling how
@@ -59,36 +54,4 @@ Without one:
 /// What stands at the end of `--help`.
 pub fn after() -> String {
     format!("{EXAMPLES}\n\n{STATUSES}")
-}
-
-/// A word where clap expects none: a key of a disk, most likely, or a disk if there is such a file, or
-/// else a command for the guest.
-pub fn improve(mut error: clap::Error) -> clap::Error {
-    let place = match error.kind() {
-        ErrorKind::InvalidSubcommand => ContextKind::InvalidSubcommand,
-        ErrorKind::UnknownArgument => ContextKind::InvalidArg,
-        _ => return error,
-    };
-    let Some(ContextValue::String(word)) = error.get(place) else { return error };
-    let tip = if let Some(name) = word.strip_prefix("--") {
-        if !is_disk_key(name) {
-            return error;
-        }
-        format!("{name} is a key of --disk: --disk IMAGE,{name}=VALUE")
-    } else if word.starts_with('-') {
-        return error;
-    } else if Path::new(word).exists() {
-        format!("to give the guest a disk: --disk {word}")
-    } else {
-        format!(
-            "a command for the guest stands behind --: minivmm [OPTIONS] -- {word}; minivmm's own are 'bench', 'check', 'crash', 'log' and 'top'"
-        )
-    };
-    error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
-    error
-}
-
-fn is_disk_key(name: &str) -> bool {
-    let key = format!("  {name}=");
-    !name.is_empty() && DiskOptions::keys_help().lines().any(|line| line.starts_with(&key))
 }

@@ -1,27 +1,51 @@
-//! What both binaries do alike: log, print, tell an error once.
+//! What both binaries do alike: log, print, report an error once, exit.
 //!
-//! Owns the words of a log line and of an error.
+//! Owns the words around a log line and an error: `minivmm: error: ...`, `minivmm: warning: ...`.
 
-use std::io::Write;
+use std::fmt::{Arguments, Display};
+use std::io::{self, Write};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::ExitStatus;
 
-/// The status; of an error, once it is told.
+/// A reader of standard error that does not read is waited for this long.
+const READER_MAX: Duration = Duration::from_secs(3);
+
+/// Exits. Signals stay blocked: one that arrives now changes nothing.
+pub fn ended(status: ExitStatus) -> ! {
+    std::process::exit(status.code())
+}
+
+/// The status; of an error, once it is reported.
 pub fn told(outcome: Result<ExitStatus>) -> ExitStatus {
     outcome.unwrap_or_else(|error| {
-        // Whoever reads it may be gone; the status still says it.
-        let _ = writeln!(std::io::stderr(), "error: {error:#}");
+        say_error(format_args!("{error:#}"));
         ExitStatus::Failure
     })
 }
 
-/// To standard output, all of it. A reader that has gone, as `head` does, is no error.
+/// Reports an error on standard error.
+pub fn say_error(text: impl Display) {
+    say(format_args!("minivmm: error: {text}"));
+}
+
+/// Writes a line to standard error. Its reader may be gone, or not read: the exit status still says what happened.
+pub fn say(text: Arguments<'_>) {
+    let mut stderr = io::stderr().lock();
+    let limit = Timespec { tv_sec: READER_MAX.as_secs().cast_signed(), tv_nsec: 0 };
+    if let Ok(1..) = poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&limit)) {
+        let _ = stderr.write_fmt(format_args!("{text}\n"));
+    }
+}
+
+/// Writes all of `text` to standard output. A reader that has gone, as `head` does, is no error.
 pub fn print(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = io::stdout().lock();
     match writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             Err(error).context("cannot write to standard output")
         }
         _ => Ok(()),
@@ -33,7 +57,11 @@ pub fn start_logging(level: log::LevelFilter) {
     env_logger::Builder::new()
         .filter_level(level)
         .format(|buffer, record| {
-            writeln!(buffer, "minivmm: {}: {}", record.level().as_str().to_lowercase(), record.args())
+            let level = match record.level() {
+                log::Level::Warn => "warning".to_owned(),
+                level => level.as_str().to_lowercase(),
+            };
+            writeln!(buffer, "minivmm: {level}: {}", record.args())
         })
         .init();
 }

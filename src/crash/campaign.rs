@@ -11,7 +11,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use tempfile::TempDir;
 
 use super::check::{Check, CheckError, Verdict, find_e2fsck};
 use super::legal::StateName;
@@ -21,6 +20,7 @@ use super::points::{At, NoPoint, points};
 use super::report::{Failure, Report, Told};
 use super::scratch::{Base, ScratchError, Stage, default_place};
 use crate::files::{Input, Output, OutputRefused, output};
+use crate::scratch_dir::{ScratchDir, remove_abandoned};
 
 /// Images of so many failures are kept, the first ones.
 pub const KEPT_MAX: usize = 16;
@@ -184,10 +184,14 @@ fn choose_check(options: &Options, base: &Base) -> Result<Check, CrashError> {
     }
 }
 
-fn scratch_directory(options: &Options, needed_bytes: u64) -> Result<TempDir, CrashError> {
+fn scratch_directory(options: &Options, needed_bytes: u64) -> Result<ScratchDir, CrashError> {
+    // What a killed run has left may be in the way in memory, wherever the images are made this time.
+    for place in [Path::new("/dev/shm"), &std::env::temp_dir()] {
+        remove_abandoned(place);
+    }
     let place = options.scratch.clone().unwrap_or_else(|| default_place(needed_bytes));
-    let made = tempfile::Builder::new().prefix("minivmm-crash-").tempdir_in(&place);
-    made.map_err(|source| CrashError::Place { place: place.display().to_string(), source })
+    ScratchDir::new_in(&place, "crash")
+        .map_err(|source| CrashError::Place { place: place.display().to_string(), source })
 }
 
 /// On a terminal; elsewhere nothing.
@@ -220,6 +224,17 @@ struct Shared<'a> {
     ended: AtomicBool,
 }
 
+/// Tells the other workers to end when its own panics.
+struct EndsOthers<'a>(&'a AtomicBool);
+
+impl Drop for EndsOthers<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
 #[derive(Default)]
 struct Found {
     states: u64,
@@ -233,6 +248,8 @@ impl Shared<'_> {
     }
 
     fn work(&self, number: usize) {
+        // One that panics ends the others, too.
+        let _panicking = EndsOthers(&self.ended);
         if let Err(error) = self.work_on(number) {
             self.ended.store(true, Ordering::Relaxed);
             self.found().error.get_or_insert(error);
@@ -251,7 +268,7 @@ impl Shared<'_> {
             stage.make(&task.extents, &image)?;
             let about = Told::about(self.log, &task);
             let limit = self.options.check_timeout;
-            let failure = match self.check.run(&image, &about, &output, limit, self.stop)? {
+            let failure = match self.check.run(&image, &about, &output, limit, &[self.stop, &self.ended])? {
                 Verdict::Interrupted => break,
                 Verdict::Good => None,
                 Verdict::Bad { why, output } => Some(self.failed(&stage, &task, why, output)?),

@@ -6,15 +6,13 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process_group};
-
-use crate::child::{How, watch};
+use crate::child::{Group, How};
 use crate::files::output;
 
 /// So much of a check's output is kept: its end.
@@ -119,7 +117,7 @@ impl Check {
         about: &About,
         output: &Path,
         limit: Duration,
-        stop: &AtomicBool,
+        stops: &[&AtomicBool],
     ) -> Result<Verdict, CheckError> {
         let started = |source| CheckError::Start { command: self.to_string(), source };
         let deadline = Instant::now() + limit;
@@ -130,9 +128,8 @@ impl Check {
             command.env("MINIVMM_CRASH_STATE", &about.state);
             command.env("MINIVMM_CRASH_MARK", about.mark.as_deref().unwrap_or_default());
             command.stdin(Stdio::null()).stdout(said.try_clone().map_err(started)?);
-            command.stderr(said).process_group(0);
-            let child = command.spawn().map_err(started)?;
-            let why = match wait(child, deadline, stop).map_err(started)? {
+            let group = Group::start(command.stderr(said)).map_err(started)?;
+            let why = match wait(group, deadline, stops).map_err(started)? {
                 End::Interrupted => return Ok(Verdict::Interrupted),
                 End::Late => format!("it was not done after {} s", limit.as_secs_f64()),
                 End::Signal(signal) => format!("signal {signal} has ended it"),
@@ -166,12 +163,9 @@ enum End {
 }
 
 /// Until it has ended, the time is over, or all is to stop. Nothing of its group is left then.
-fn wait(mut child: Child, deadline: Instant, stop: &AtomicBool) -> io::Result<End> {
-    let group = Pid::from_child(&child);
-    let ended = watch(group, deadline, stop);
-    // Also whatever it has left running; the group's number is its own until it is waited for.
-    let _ = kill_process_group(group, Signal::KILL);
-    let status = child.wait()?;
+fn wait(group: Group, deadline: Instant, stops: &[&AtomicBool]) -> io::Result<End> {
+    let ended = group.watch(deadline, stops);
+    let status = group.end()?;
     Ok(match (ended?, status.code()) {
         (How::Interrupted, _) => End::Interrupted,
         (How::Late, _) => End::Late,

@@ -21,6 +21,7 @@ use crate::disk::options::HostCache;
 use crate::files::output;
 use crate::observe::csv::Row;
 use crate::program;
+use crate::scratch_dir::ScratchDir;
 
 /// Where the script is in the guest.
 const SCRIPT: &str = "/tmp/job";
@@ -167,7 +168,7 @@ impl Boot {
 
     /// The same by this minivmm.
     pub fn run_by(&self, program: &Path, stop: &AtomicBool) -> Result<Outcome, BootError> {
-        let dir = tempfile::Builder::new().prefix("minivmm-lab-").tempdir().map_err(BootError::Files)?;
+        let dir = ScratchDir::new("lab").map_err(BootError::Files)?;
         let (mut command, files) = self.command(program, dir.path()).map_err(BootError::Files)?;
         log::debug!("{command:?}");
         let started = Instant::now();

@@ -3,15 +3,13 @@
 //! Owns its group, the order to stop (SIGTERM, and SIGKILL when that is not heeded) and what it said.
 
 use std::io::{self, Read};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process_group};
-
+use crate::child::Group;
 pub use crate::child::How;
-use crate::child::watch;
 
 /// What is told to end gets so long: a VM drains its disks meanwhile.
 const GRACE: Duration = Duration::from_secs(20);
@@ -35,14 +33,14 @@ pub struct Ended {
 /// Runs `command` without input, in a process group of its own: a Ctrl-C on our terminal is ours to pass on.
 /// Of its group nothing is left afterwards.
 pub fn run(command: &mut Command, limit: Duration, stop: &AtomicBool) -> io::Result<Ended> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let before = disk_read_bytes();
-    let mut child = command.spawn()?;
-    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let mut group = Group::start(command)?;
+    let (stdout, stderr) = (group.child().stdout.take(), group.child().stderr.take());
     std::thread::scope(|scope| {
         let stdout = scope.spawn(|| read_all(stdout));
         let stderr = scope.spawn(|| read_all(stderr));
-        let waited = wait(child, limit, stop);
+        let waited = wait(group, limit, stop);
         let said = |reader: std::thread::ScopedJoinHandle<'_, String>| reader.join().unwrap_or_default();
         let (stdout, stderr) = (said(stdout), said(stderr));
         let (status, how) = waited?;
@@ -73,20 +71,16 @@ fn read_all(from: Option<impl Read>) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-fn wait(mut child: Child, limit: Duration, stop: &AtomicBool) -> io::Result<(ExitStatus, How)> {
-    let group = Pid::from_child(&child);
-    let never = AtomicBool::new(false);
-    let mut how = watch(group, Instant::now() + limit, stop);
+fn wait(group: Group, limit: Duration, stop: &AtomicBool) -> io::Result<(ExitStatus, How)> {
+    let mut how = group.watch(Instant::now() + limit, &[stop]);
     if !matches!(how, Ok(How::ByItself)) {
-        let _ = kill_process_group(group, Signal::TERM);
+        group.terminate();
         // Neither a second signal nor another deadline changes why it ends.
-        if let Err(error) = watch(group, Instant::now() + GRACE, &never) {
+        if let Err(error) = group.watch(Instant::now() + GRACE, &[]) {
             how = how.and(Err(error));
         }
     }
-    // Also whatever it has left running; the group's number is its own until it is waited for.
-    let _ = kill_process_group(group, Signal::KILL);
-    Ok((child.wait()?, how?))
+    Ok((group.end()?, how?))
 }
 
 #[cfg(test)]

@@ -13,20 +13,19 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::process::{Signal, kill_process};
 use serde_json::Value;
-use tempfile::TempDir;
 
 use super::figures::Record;
 use super::steps::{Bench, open};
+use crate::child::Group;
 use crate::disk::cache::CachePolicy;
 use crate::files::{Inventory, Output, output};
 use crate::lab::boot::Files;
@@ -36,6 +35,7 @@ use crate::observe::control::drop_cache;
 use crate::observe::csv::Row;
 use crate::observe::host::HostDisk;
 use crate::program;
+use crate::scratch_dir::ScratchDir;
 
 /// Before every script.
 const PRELUDE: &str = r#"
@@ -103,10 +103,10 @@ pub struct Left {
 impl Guest {
     /// Runs it; its figures and curves go into the record.
     pub fn run(&self, bench: &Bench<'_>, record: &mut Record, others: Others<'_>) -> Result<Left> {
-        let place = tempfile::Builder::new().prefix("minivmm-study-").tempdir()?;
+        let place = ScratchDir::new("study")?;
         let mut talk = Talk::begin(self, &place, bench)?;
         let ended = talk.listen(bench, record, others);
-        let status = talk.end(ended.is_err());
+        let status = talk.end(bench, ended.is_err());
         if let Err(error) = ended {
             let said = talk.said();
             return Err(error).with_context(|| format!("the guest{said}"));
@@ -130,7 +130,8 @@ struct Span {
 }
 
 struct Talk {
-    child: Child,
+    /// Nothing once it has ended.
+    group: Option<Group>,
     lines: Receiver<String>,
     images: Vec<(String, File)>,
     disk: Option<HostDisk>,
@@ -142,7 +143,7 @@ struct Talk {
 }
 
 impl Talk {
-    fn begin(guest: &Guest, place: &TempDir, bench: &Bench<'_>) -> Result<Self> {
+    fn begin(guest: &Guest, place: &ScratchDir, bench: &Bench<'_>) -> Result<Self> {
         let dir = place.path();
         let mut images = Vec::new();
         for (at, disk) in guest.disks.iter().enumerate() {
@@ -158,14 +159,10 @@ impl Talk {
         };
         let (mut command, files) = boot.command(&program::beside(program::VMM)?, dir)?;
         let said = dir.join("said");
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(output::make_anew(&said)?)
-            .process_group(0);
-        let mut child = command.spawn().context("cannot start minivmm")?;
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(output::make_anew(&said)?);
+        let mut group = Group::start(&mut command).context("cannot start minivmm")?;
         let (send, lines) = channel();
-        let stdout = BufReader::new(child.stdout.take().context("no standard output")?);
+        let stdout = BufReader::new(group.child().stdout.take().context("no standard output")?);
         // It ends with the pipe.
         std::thread::spawn(move || {
             for line in stdout.lines().map_while(Result::ok) {
@@ -177,7 +174,17 @@ impl Talk {
         let spans = Vec::new();
         let transcript = Output::text("--out", bench.out.join(TRANSCRIPT));
         let transcript = Inventory::default().open(&transcript)?.file;
-        Ok(Self { child, lines, images, disk, files, said, spans, begun: Instant::now(), transcript })
+        Ok(Self {
+            group: Some(group),
+            lines,
+            images,
+            disk,
+            files,
+            said,
+            spans,
+            begun: Instant::now(),
+            transcript,
+        })
     }
 
     /// The next line; nothing at the end.
@@ -209,7 +216,11 @@ impl Talk {
             } else if let Some(wish) = line.strip_prefix('!') {
                 let words: Vec<&str> = wish.split_whitespace().collect();
                 self.grant(&words, record, others).with_context(|| format!("asked for {wish}"))?;
-                let stdin = self.child.stdin.as_mut().context("no standard input")?;
+                let stdin = self
+                    .group
+                    .as_mut()
+                    .and_then(|group| group.child().stdin.as_mut())
+                    .context("no standard input")?;
                 stdin.write_all(b"ok\n").and_then(|()| stdin.flush()).context("cannot be answered")?;
             }
         }
@@ -298,7 +309,7 @@ impl Talk {
     fn stats(&self, name: &str, device: &str, record: &mut Record) -> Result<()> {
         // Figures may be the same as before.
         let before = self.files.stats_written();
-        kill_process(Pid::from_child(&self.child), Signal::USR1)?;
+        kill_process(self.group.as_ref().context("it has ended")?.pid(), Signal::USR1)?;
         let until = Instant::now() + STATS_PATIENCE;
         loop {
             if self.files.stats_written() != before
@@ -338,12 +349,13 @@ impl Talk {
     }
 
     /// Waits for its end, or brings it about.
-    fn end(&mut self, kill: bool) -> Result<i32> {
-        if kill {
-            let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+    fn end(&mut self, bench: &Bench<'_>, kill: bool) -> Result<i32> {
+        let mut group = self.group.take().context("it has ended")?;
+        drop(group.child().stdin.take());
+        if !kill {
+            group.watch(Instant::now() + LIFE, &[bench.stop])?;
         }
-        drop(self.child.stdin.take());
-        Ok(self.child.wait()?.code().unwrap_or(-1))
+        Ok(group.end()?.code().unwrap_or(-1))
     }
 
     /// The end of what it has said on standard error, for a message.
@@ -356,15 +368,6 @@ impl Talk {
         match last.is_empty() {
             true => String::new(),
             false => format!(": {}", last.into_iter().rev().collect::<Vec<_>>().join(" / ")),
-        }
-    }
-}
-
-impl Drop for Talk {
-    fn drop(&mut self) {
-        // Of one that has ended there is nothing left to kill.
-        if !matches!(self.child.try_wait(), Ok(Some(_))) {
-            let _ = self.end(true);
         }
     }
 }

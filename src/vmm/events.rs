@@ -3,8 +3,7 @@
 //! Owns the waiting. What an event means is `vmm`'s business.
 
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -67,88 +66,6 @@ impl Reports {
 impl AsRawFd for Reports {
     fn as_raw_fd(&self) -> RawFd {
         self.wake.as_raw_fd()
-    }
-}
-
-/// Signals that end the VM in order.
-const ENDING: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
-
-/// Signals that end nothing: the terminal is ours again; the statistics are wanted.
-const HARMLESS: [libc::c_int; 2] = [libc::SIGCONT, libc::SIGUSR1];
-
-/// Whether this signal ends the VM, or whatever keeps it from ending.
-pub fn is_ending(signal: libc::c_int) -> bool {
-    ENDING.contains(&signal)
-}
-
-/// The ending signals, SIGCONT and SIGUSR1, as something to read: blocked in this thread and in all that it
-/// starts, for as long as this lives.
-pub struct Signals {
-    fd: OwnedFd,
-    old: libc::sigset_t,
-}
-
-impl Signals {
-    /// Blocks them, and ignores SIGXFSZ. Called before any other thread is started. A SIGHUP that whoever started us has
-    /// ignored (nohup) stays so.
-    pub fn block() -> io::Result<Self> {
-        let mut set = MaybeUninit::uninit();
-        let mut old = MaybeUninit::uninit();
-        // SAFETY: the sets are initialised by sigemptyset and by pthread_sigmask before they are
-        // read; the other calls take numbers.
-        unsafe {
-            libc::sigemptyset(set.as_mut_ptr());
-            for signal in ENDING.into_iter().chain(HARMLESS) {
-                if signal != libc::SIGHUP || !is_ignored(signal) {
-                    libc::sigaddset(set.as_mut_ptr(), signal);
-                }
-            }
-            // A file that may not grow any more (RLIMIT_FSIZE) is an answer to a write, EFBIG, and no end.
-            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
-            let error = libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), old.as_mut_ptr());
-            if error != 0 {
-                return Err(io::Error::from_raw_os_error(error));
-            }
-            let fd = libc::signalfd(-1, set.as_ptr(), libc::SFD_NONBLOCK | libc::SFD_CLOEXEC);
-            if fd < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            Ok(Self { fd: OwnedFd::from_raw_fd(fd), old: old.assume_init() })
-        }
-    }
-
-    /// The next signal, if one has come.
-    pub fn take(&self) -> Option<libc::c_int> {
-        let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
-        let len = size_of::<libc::signalfd_siginfo>();
-        // SAFETY: the kernel writes a whole structure or nothing, and only a whole one is read.
-        unsafe {
-            let count = libc::read(self.fd.as_raw_fd(), info.as_mut_ptr().cast(), len);
-            (usize::try_from(count) == Ok(len)).then(|| info.assume_init().ssi_signo.cast_signed())
-        }
-    }
-}
-
-impl AsRawFd for Signals {
-    fn as_raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
-    }
-}
-
-impl Drop for Signals {
-    /// From here on a signal kills: nothing is left that would have to be ended in order.
-    fn drop(&mut self) {
-        // SAFETY: the set is the one that pthread_sigmask gave.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.old, std::ptr::null_mut()) };
-    }
-}
-
-fn is_ignored(signal: libc::c_int) -> bool {
-    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: only asks; the structure is plain data, for which zero is a value.
-    unsafe {
-        libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) == 0
-            && action.assume_init().sa_sigaction == libc::SIG_IGN
     }
 }
 

@@ -16,12 +16,12 @@ use rustix::fs::FlockOperation;
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use super::build::Machine;
-use super::events::{Signals, is_ending};
 use super::{StatsTarget, VmmError};
 use crate::disk::Image;
 use crate::files::{Inventory, Opened};
 use crate::kvm::run_page::RunPage;
 use crate::sandbox::{Role, Ticket};
+use crate::signals::{Arrived, Signals};
 use crate::stats::{ExitStats, Stats};
 use crate::vcpu::Exits;
 
@@ -197,7 +197,8 @@ fn in_flight(disks: &[OpenDisk]) -> String {
     }
 }
 
-/// Closes every image: the last fdatasync, which may have much to write: only `--stop-timeout` and a signal limit it.
+/// Closes every image. The last fdatasync may have much to write: only `--stop-timeout` limits it, and a Ctrl-C that is
+/// typed when we have said that we wait.
 pub fn close(
     ender: &Ender,
     disks: &[OpenDisk],
@@ -302,7 +303,8 @@ fn lock(file: &File) -> bool {
     }
 }
 
-/// Waits until `done`; one more signal from the user means that they do not want to wait.
+/// Waits until `done`. Signals change nothing: whoever ends us may send several (GNU timeout sends two, a supervisor one
+/// every second). Only a key, typed after we have said what we wait for, means that the user does not want to wait.
 fn wait_until(
     mut done: impl FnMut() -> bool,
     what: impl Fn() -> String,
@@ -313,8 +315,8 @@ fn wait_until(
     let mut said = false;
     while !done() {
         let waited = begin.elapsed();
-        let gave_up = said && signals.take().is_some_and(is_ending);
-        if gave_up || limit.is_some_and(|limit| waited >= limit) {
+        let typed = std::iter::from_fn(|| signals.take()).filter(|it| gives_up(*it)).count() > 0;
+        if said && typed || limit.is_some_and(|limit| waited >= limit) {
             return Err(StopError::Stuck { what: what() });
         }
         if !said && waited >= SILENT_MAX {
@@ -322,9 +324,14 @@ fn wait_until(
             crate::terminal::restore();
             let limit =
                 limit.map_or(String::new(), |limit| format!("after {} s gives up; ", limit.as_secs_f64()));
-            eprintln!("minivmm: waiting for {}; {limit}Ctrl-C, or another signal, gives up now", what());
+            eprintln!("minivmm: waiting for {}; {limit}Ctrl-C on the terminal gives up now", what());
         }
         thread::sleep(LOOK.min(Duration::from_micros(200) + waited / 4));
     }
     Ok(())
+}
+
+/// Whether it is Ctrl-C or Ctrl-\\, typed.
+fn gives_up(signal: Arrived) -> bool {
+    signal.typed && matches!(signal.number, libc::SIGINT | libc::SIGQUIT)
 }

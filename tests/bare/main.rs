@@ -21,6 +21,7 @@ mod observe;
 mod refusals;
 mod reports;
 mod sandbox;
+mod signals;
 mod start;
 mod stats;
 mod syncs;

@@ -129,7 +129,22 @@ fn signals_stop_the_machine_in_order_and_restore_the_terminal() {
         return;
     }
     for (scenario, seen) in [("hang", "halting"), ("spin", "spinning"), ("echo", "until q")] {
-        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        // All kinds in one scenario, and those that are sent every day in all.
+        let rare = [
+            libc::SIGQUIT,
+            libc::SIGALRM,
+            libc::SIGUSR2,
+            libc::SIGVTALRM,
+            libc::SIGPROF,
+            libc::SIGIO,
+            libc::SIGPWR,
+            libc::SIGSTKFLT,
+            libc::SIGXCPU,
+            libc::SIGRTMIN() + 1,
+            libc::SIGRTMAX(),
+        ];
+        let rare = if scenario == "hang" { &rare[..] } else { &[] };
+        for &signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP].iter().chain(rare) {
             let what = format!("signal {signal} in {scenario}");
             let image = Image::new();
             let mut command = minivmm();
@@ -141,10 +156,69 @@ fn signals_stop_the_machine_in_order_and_restore_the_terminal() {
             let mut session = Session::start(command.arg(image.disk("cache=none")));
             session.read_until(seen);
             assert!(session.is_raw(), "{what}: the terminal is not raw while the machine runs");
-            kill(i32::try_from(session.child.id()).unwrap(), signal);
+            let pid = i32::try_from(session.child.id()).unwrap();
+            kill(pid, signal);
+            // What comes after the first one changes nothing. (Where both are there before minivmm has run, the
+            // lower number is taken first.) The child is not reaped before `end`.
+            let later = [libc::SIGQUIT, libc::SIGALRM, libc::SIGTERM, libc::SIGUSR2, libc::SIGRTMAX()];
+            for more in later.into_iter().filter(|&more| more >= signal).chain([libc::SIGUSR1, libc::SIGPIPE])
+            {
+                kill(pid, more);
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
             assert_eq!(session.end(), (128 + signal, true), "{what}: (status, terminal restored)");
         }
     }
+}
+
+#[test]
+fn a_signal_that_kills_leaves_no_raw_terminal() {
+    if !kvm() {
+        return;
+    }
+    for sandbox in ["on", "off"] {
+        for signal in [libc::SIGSEGV, libc::SIGABRT, libc::SIGTRAP, libc::SIGSYS] {
+            let mut command = minivmm();
+            start(&mut command, Entry::Elf, "scenario=hang").args(["--timeout", "60", "--sandbox", sandbox]);
+            let mut session = Session::start(&mut command);
+            session.read_until("halting");
+            assert!(session.is_raw());
+            kill(i32::try_from(session.child.id()).unwrap(), signal);
+            session.child.wait().unwrap();
+            assert!(!session.is_raw(), "signal {signal} with --sandbox={sandbox}");
+        }
+    }
+}
+
+#[test]
+fn only_a_key_ends_the_wait_for_a_disk_that_hangs_and_no_signal_does() {
+    if !kvm() {
+        return;
+    }
+    let image = Image::new();
+    let mut command = minivmm();
+    start(&mut command, Entry::Elf, "scenario=io").args(["--timeout", "1", "--disk"]);
+    command.arg(image.disk("cache=writeback,fault=delay=300s:flush"));
+    // The terminal has to be the one that controls the process, for its keys to become signals.
+    // SAFETY: setsid and ioctl take numbers here, and may be called between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            libc::setsid();
+            libc::ioctl(0, libc::TIOCSCTTY, 0);
+            Ok(())
+        })
+    };
+    let mut session = Session::start(command.args(["--stop-timeout", "100"]));
+    session.read_until("Ctrl-C on the terminal gives up now");
+    let pid = i32::try_from(session.child.id()).unwrap();
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGALRM].repeat(5) {
+        kill(pid, signal);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!(session.child.try_wait().unwrap().is_none(), "signal {signal} has ended it");
+    }
+    session.type_in(b"\x03");
+    session.read_until("gave up waiting for requests in flight");
+    assert_eq!(session.end(), (FAILURE, true), "(status, terminal restored)");
 }
 
 #[test]

@@ -9,6 +9,7 @@ pub mod view;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
@@ -43,8 +44,8 @@ pub enum TopError {
     Terminal(#[source] io::Error),
 }
 
-/// Shows `path`: on a terminal until the user has seen enough, elsewhere as lines, to its end.
-pub fn run(path: &Path) -> Result<(), TopError> {
+/// Shows `path`: on a terminal until the user has seen enough, elsewhere as lines, to its end; or until `stop` is set.
+pub fn run(path: &Path, stop: &AtomicBool) -> Result<(), TopError> {
     let name = path.display().to_string();
     let file = File::open(path).map_err(|source| TopError::Read { path: name.clone(), source })?;
     let mut follower = Follower::new(file);
@@ -52,10 +53,10 @@ pub fn run(path: &Path) -> Result<(), TopError> {
     let mut history = History::default();
     look(&mut follower, &mut history, &name)?;
     if !io::stdout().is_terminal() {
-        return print(follower, history, &name);
+        return print(follower, history, &name, stop);
     }
     let mut terminal = ratatui::try_init().map_err(TopError::Terminal)?;
-    let shown = show(&mut terminal, follower, history, &name);
+    let shown = show(&mut terminal, follower, history, &name, stop);
     ratatui::restore();
     shown
 }
@@ -70,7 +71,12 @@ fn look(follower: &mut Follower, history: &mut History, name: &str) -> Result<bo
     Ok(goes_on)
 }
 
-fn print(mut follower: Follower, mut history: History, name: &str) -> Result<(), TopError> {
+fn print(
+    mut follower: Follower,
+    mut history: History,
+    name: &str,
+    stop: &AtomicBool,
+) -> Result<(), TopError> {
     let mut out = io::stdout().lock();
     loop {
         let goes_on = look(&mut follower, &mut history, name)?;
@@ -81,7 +87,7 @@ fn print(mut follower: Follower, mut history: History, name: &str) -> Result<(),
                 written => written.map_err(TopError::Terminal)?,
             }
         }
-        if !goes_on {
+        if !goes_on || stop.load(Ordering::SeqCst) {
             return Ok(());
         }
         std::thread::sleep(LOOK);
@@ -93,8 +99,9 @@ fn show(
     mut follower: Follower,
     mut history: History,
     name: &str,
+    stop: &AtomicBool,
 ) -> Result<(), TopError> {
-    loop {
+    while !stop.load(Ordering::SeqCst) {
         let goes_on = look(&mut follower, &mut history, name)?;
         history.take_lines();
         terminal.draw(|frame| view::draw(frame, &history, name, goes_on)).map_err(TopError::Terminal)?;
@@ -108,4 +115,5 @@ fn show(
             }
         }
     }
+    Ok(())
 }

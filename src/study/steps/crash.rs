@@ -18,6 +18,8 @@ use crate::crash::log::WriteLog;
 use crate::crash::plan::Breadth;
 use crate::crash::points::At;
 use crate::files::output;
+use crate::lab::child::{self, How};
+use crate::scratch_dir::ScratchDir;
 use crate::study::figures::Record;
 use crate::study::guest::{Guest, device, disk, no_others};
 use crate::study::t02::{CASES, Case, GROUP};
@@ -27,12 +29,14 @@ const RECORD: u64 = 4096;
 const RECORDS: u64 = 64;
 const IMAGE_MIB: u64 = 4;
 const EXT4_MIB: u64 = 24;
+/// mkfs takes less than a second, and some on a disk that is busy.
+const MKFS_MAX: Duration = Duration::from_secs(120);
 /// States by chance at one point are looked at so often.
 const STATES: usize = 32;
 
 /// Does it.
 pub fn crash(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
-    let place = tempfile::Builder::new().prefix("crash-").tempdir_in(&bench.images)?;
+    let place = ScratchDir::new_in(&bench.images, "crash")?;
     let base = ext4(bench)?;
     let (mut disks, mut script, mut logs) = (Vec::new(), String::new(), Vec::new());
     for case in &CASES {
@@ -77,12 +81,12 @@ fn ext4(bench: &Bench<'_>) -> Result<Option<PathBuf>> {
     output::make_anew(&part)?.set_len(EXT4_MIB << 20)?;
     let mut command = Command::new("mkfs.ext4");
     command.args(["-q", "-F", "-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0"]);
-    match command.arg(&part).output() {
-        Ok(output) if output.status.success() => {
+    match child::run(command.arg(&part), MKFS_MAX, bench.stop) {
+        Ok(ended) if ended.how == How::ByItself && ended.status == 0 => {
             fs::rename(&part, &path)?;
             Ok(Some(path))
         }
-        Ok(output) => bail!("mkfs.ext4: {}", String::from_utf8_lossy(&output.stderr).trim()),
+        Ok(ended) => bail!("mkfs.ext4 ended with status {}: {}", ended.status, ended.stderr.trim()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             log::warn!(
                 "no mkfs.ext4 on this host (Debian's package e2fsprogs): what becomes of an ext4 is not measured"
