@@ -26,7 +26,7 @@ use crate::disk::{DiskOptions, TransportChoice};
 use crate::job::{self, JobError};
 use crate::kvm::failure;
 use crate::sandbox;
-use crate::vmm::{Config, ConsoleTarget, Ending, ObserveTarget, StatsTarget};
+use crate::vmm::{Config, ConsoleTarget, Ending, ObserveTarget, Plan, StatsTarget};
 use command::{CommandArgs, ConsoleTaken};
 
 pub use bench::BenchArgs;
@@ -250,10 +250,10 @@ pub enum Task {
     Bench(Box<BenchArgs>),
     /// Claims measured.
     Study(StudyArgs),
-    /// These disks explained.
+    /// The disks of this machine explained.
     Explain {
-        /// Which.
-        disks: Vec<DiskOptions>,
+        /// Which machine.
+        plan: Plan,
         /// As JSON.
         json: bool,
     },
@@ -337,7 +337,7 @@ impl Args {
             Some(Command::Crash(crash)) => Task::Crash(crash.clone()),
             Some(Command::Bench(bench)) => Task::Bench(bench.clone()),
             Some(Command::Study(study)) => Task::Study(study.clone()),
-            None if self.explain => Task::Explain { disks: disks(&self.disks, self.cpus), json: self.json },
+            None if self.explain => Task::Explain { plan: self.plan(), json: self.json },
             None => Task::Run,
         }
     }

@@ -17,7 +17,7 @@ use serde::Serialize;
 use crate::blk::config;
 use crate::disk::cache::WriteCache;
 use crate::disk::choice::{EngineKind, choose};
-use crate::disk::geometry::SECTOR;
+use crate::disk::geometry::{self, SECTOR};
 use crate::disk::{DiskOptions, Image, ImageError};
 
 pub use dry_run::{Answer, Driver};
@@ -62,6 +62,8 @@ pub struct Explanation {
     pub flush_reaches_disk: FlushReach,
     /// What the user should know before.
     pub warnings: Vec<String>,
+    /// Why a run would be refused.
+    pub refusals: Vec<String>,
 }
 
 /// Block sizes and alignment in bytes.
@@ -77,6 +79,9 @@ pub struct Blocks {
     pub offset_alignment: u32,
     /// How the alignment was found.
     pub found_by: &'static str,
+    /// `blk_size` in the modes that use the other way, cached or direct, to the image; null where it is the same
+    /// or not known.
+    pub other_modes: Option<u32>,
 }
 
 /// The host's system calls on the image, as strace names them.
@@ -106,12 +111,7 @@ pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
     let host_disks = layers::below(&image, &place);
     let policy = image.policy();
     let mut warnings = image.warnings().to_vec();
-    if image.is_locked_by_another() {
-        warnings.push("another VM has locked the image now: minivmm would refuse to start".into());
-    }
-    if image.is_device() && !image.readonly() && layers::is_in_use(&image) {
-        warnings.push("the device is mounted, or part of another one: minivmm would refuse to start".into());
-    }
+    let mut refusals: Vec<String> = image.refusals(options).iter().map(ToString::to_string).collect();
     if std::env::var("LD_PRELOAD").is_ok_and(|libraries| libraries.contains("eatmydata")) {
         warnings.push("LD_PRELOAD names libeatmydata: fdatasync will do nothing".into());
     }
@@ -123,7 +123,7 @@ pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
         }
         Err(error) => {
             let why = error.source;
-            warnings.push(format!("minivmm would refuse to start: there is no io_uring here: {why}"));
+            refusals.push(format!("there is no io_uring here (engine=io_uring): {why}"));
             EngineKind::Uring
         }
     };
@@ -145,6 +145,7 @@ pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
             memory_alignment: geometry.alignment.memory,
             offset_alignment: geometry.alignment.offset,
             found_by: geometry.alignment.found_by,
+            other_modes: other_modes(&image, options),
         },
         engine: engine.name(),
         stable: image.stable().name(),
@@ -157,7 +158,17 @@ pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
         place,
         host_disks,
         warnings,
+        refusals,
     })
+}
+
+/// The logical block in the modes that are direct where this one is not, or the reverse, if it is another.
+fn other_modes(image: &Image, options: &DiskOptions) -> Option<u32> {
+    if options.block_size.is_some() || image.is_device() {
+        return None;
+    }
+    let other = if image.policy().direct { 512 } else { geometry::direct_block(image.file())?.max(512) };
+    (other != image.geometry().logical_block).then_some(other)
 }
 
 /// As JSON: a list, a disk each.

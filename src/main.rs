@@ -8,15 +8,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use minivmm::cli::command::{self, End};
-use minivmm::cli::process::{ended, print, start_logging, told};
+use minivmm::cli::process::{ended, print, start_logging, tell_all, told};
 use minivmm::cli::{Args, ExitStatus, STATUS_FILE, Task};
-use minivmm::disk::DiskOptions;
 use minivmm::files::{Inventory, Output};
 use minivmm::job::status::StatusFile;
 use minivmm::signals::Signals;
-use minivmm::vmm;
+use minivmm::vmm::{self, Plan};
 use minivmm::{check, explain, program};
 
 fn main() {
@@ -49,7 +48,7 @@ fn run(signals: Signals) -> ExitStatus {
     }
     match args.task() {
         Task::Check { json, quiet } => told(run_check(json, quiet)),
-        Task::Explain { disks, json } => told(explain_disks(&disks, json)),
+        Task::Explain { plan, json } => told(explain_disks(&plan, json)),
         _ => ExitStatus::Usage,
     }
 }
@@ -81,7 +80,7 @@ fn open_status_file(path: &Path, files: &Inventory) -> Result<StatusFile> {
 }
 
 fn run_vm(args: Args, files: &Inventory, signals: &Signals) -> End {
-    // Before a file is emptied, made or packed.
+    // Before a file is packed.
     if let Some(refused) = files.check().into_iter().next() {
         return End::failed(format!("{:#}", anyhow::Error::from(refused)));
     }
@@ -107,10 +106,23 @@ fn run_check(json: bool, quiet: bool) -> Result<ExitStatus> {
     Ok(if report.linux_runs { ExitStatus::Success } else { ExitStatus::NoLinux })
 }
 
-fn explain_disks(disks: &[DiskOptions], json: bool) -> Result<ExitStatus> {
-    let explained = disks.iter().map(explain::explain).collect::<Result<Vec<_>, _>>()?;
-    print(&if json { explain::to_json(&explained)? } else { explain::to_text(&explained) })?;
-    Ok(ExitStatus::Success)
+/// What each disk will do, and all for which a run would be refused, which is the status too.
+fn explain_disks(plan: &Plan, json: bool) -> Result<ExitStatus> {
+    plan.files.check_stdout()?;
+    let mut refused: Vec<anyhow::Error> = plan.refusals().into_iter().map(Into::into).collect();
+    let mut explained = Vec::new();
+    for disk in &plan.disks {
+        match explain::explain(disk) {
+            Ok(disk) => explained.push(disk),
+            Err(error) => refused.push(error.into()),
+        }
+    }
+    if !explained.is_empty() {
+        print(&if json { explain::to_json(&explained)? } else { explain::to_text(&explained) })?;
+    }
+    let disks = explained.iter().flat_map(|disk| disk.refusals.iter().map(|why| (&disk.image, why)));
+    let disks: Vec<_> = disks.map(|(image, why)| anyhow!("cannot use disk image {image}: {why}")).collect();
+    Ok(tell_all(refused.into_iter().chain(disks)))
 }
 
 /// The other binary, in the place of this one, with the same arguments.

@@ -54,6 +54,8 @@ struct DiskStats {
     path: String,
     cache: &'static str,
     readonly: bool,
+    /// The image's last name has gone since it was opened.
+    deleted: bool,
     engine: &'static str,
     stable: &'static str,
     queues: u16,
@@ -266,6 +268,7 @@ fn disk(name: String, image: &Image) -> DiskStats {
         path: image.path().display().to_string(),
         cache: image.policy().name,
         readonly: image.readonly(),
+        deleted: image.is_deleted(),
         engine: image.engine_in_use(),
         stable: image.stable().name(),
         queues: image.queues(),

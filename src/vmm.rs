@@ -9,7 +9,9 @@ mod input;
 mod job;
 mod limits;
 mod pace;
+mod preflight;
 mod stop;
+mod vanished;
 mod watch;
 mod wiring;
 
@@ -29,14 +31,13 @@ use crate::boot::cpu::CpuError;
 use crate::bus::{BusError, Outcome};
 use crate::devices::kernel_log::KernelLog;
 use crate::disk::{DiskOptions, Image, ImageError, TransportChoice};
-use crate::files::{Inventory, Output, OutputRefused};
+use crate::files::{Inventory, OutputRefused};
 use crate::job::Archive;
 use crate::job::report::{CommandEnd, Incomplete};
 use crate::kvm::KvmError;
 use crate::kvm::failure::Failure;
 use crate::mem::RamError;
 use crate::observe::control::ControlError;
-use crate::observe::csv;
 use crate::observe::limit::{LimitError, MemoryLimit};
 use crate::sandbox::{self, Role, SandboxError, Ticket};
 use crate::signals::Signals;
@@ -49,7 +50,9 @@ use job::JobEnd;
 pub use job::Times;
 pub use limits::BootTimeout;
 use limits::{Heard, Limits, Over, Standing};
+pub use preflight::Plan;
 use stop::{Ender, Patience, StopError, VcpuThread};
+use vanished::Names;
 use watch::Watch;
 
 /// What machine, with what guest.
@@ -122,33 +125,6 @@ pub enum ConsoleTarget {
     File(PathBuf),
 }
 
-impl StatsTarget {
-    /// The file, if it is one.
-    pub fn output(&self) -> Option<Output> {
-        match self {
-            Self::Stderr => None,
-            Self::Json(path) => Some(Output::text("--stats", path)),
-        }
-    }
-}
-
-impl ObserveTarget {
-    /// The file.
-    pub fn output(&self) -> Output {
-        Output { option: "--observe", path: self.path.clone(), content: csv::CONTENT }
-    }
-}
-
-impl ConsoleTarget {
-    /// The file, if it is one.
-    pub fn output(&self) -> Option<Output> {
-        match self {
-            Self::File(path) => Some(Output::text("--console", path)),
-            Self::Stdio | Self::Stderr | Self::Off => None,
-        }
-    }
-}
-
 /// How a VM ended that neither we nor the host have failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
@@ -208,6 +184,11 @@ pub enum VmmError {
     Device(#[from] DeviceError),
     #[error(transparent)]
     Stop(#[from] StopError),
+    #[error(
+        "--disk {first} and --disk {second} are the same bytes: give each disk an image of its own (readers can share \
+         an image when all say readonly)"
+    )]
+    SameDisk { first: PathBuf, second: PathBuf },
     #[error("too many disks: {asked}, and there is room for {max}")]
     TooManyDisks { asked: usize, max: usize },
     #[error(
@@ -257,6 +238,9 @@ pub fn run(config: &Config, signals: &Signals) -> Ended {
 }
 
 fn run_logged(config: &Config, signals: &Signals, log: &KernelLog) -> Result<Ending, VmmError> {
+    if let Some(refused) = Plan::of(config).refusals().into_iter().next() {
+        return Err(refused);
+    }
     register_signal_handler(SIGRTMIN(), on_kick).map_err(host("handle the signal that stops a CPU"))?;
     if let Some(limit) = config.host_memory_limit.filter(|limit| *limit <= config.memory_bytes) {
         log::warn!(
@@ -273,9 +257,11 @@ fn run_logged(config: &Config, signals: &Signals, log: &KernelLog) -> Result<End
     let open = |target| stop::StatsReport::open(target, &config.files);
     let mut report = config.stats.as_ref().map(open).transpose()?;
     signals.started();
+    let mut names = Names::watch(&machine.disks);
     let mut run = Run::new(&mut machine, signals, config)?;
-    let ended =
-        run.start(&mut machine, ticket).and_then(|()| run.supervise(&mut || tell(report.as_mut(), &machine)));
+    let ended = run
+        .start(&mut machine, ticket)
+        .and_then(|()| run.supervise(&mut names, &machine, &mut || tell(report.as_mut(), &machine)));
     let stopped = run.stop(&machine);
     let observed = std::mem::replace(&mut run.observed, Ok(()));
     // What the guest said last may have come to us only when its device was stopped.
@@ -408,12 +394,17 @@ impl<'a> Run<'a> {
     }
 
     /// Waits for what ends the VM, and moves input meanwhile; `tell` tells the statistics.
-    fn supervise(&mut self, tell: &mut dyn FnMut()) -> Result<Ending, VmmError> {
+    fn supervise(
+        &mut self,
+        names: &mut Names,
+        machine: &Machine,
+        tell: &mut dyn FnMut(),
+    ) -> Result<Ending, VmmError> {
         let mut retry = false;
         loop {
             let left = self.limits.wait(Instant::now());
             let timeout = if retry { Some(left.map_or(RETRY, |left| left.min(RETRY))) } else { left };
-            let [signal, report, asked, typed, told, panic] = events::wait(
+            let [signal, report, asked, typed, told, panic, renamed] = events::wait(
                 [
                     Some(self.signals.as_raw_fd()),
                     Some(self.reports.as_raw_fd()),
@@ -421,12 +412,17 @@ impl<'a> Run<'a> {
                     self.console.wants_to_read().then(|| self.stdin.as_raw_fd()),
                     self.job.as_ref().map(JobEnd::as_raw_fd),
                     Some(self.serial.alarm.as_raw_fd()),
+                    names.as_raw_fd(),
                 ],
                 timeout,
             )
             .map_err(host("wait for events"))?;
             if told && let Some(job) = &mut self.job {
                 job.listen();
+            }
+            // Also with the statistics that a signal asks for: not every file system tells of it.
+            if renamed || signal {
+                names.look(&machine.disks);
             }
             if let Some(ending) = signal.then(|| self.take_signals(tell)).flatten() {
                 return Ok(ending);

@@ -146,7 +146,10 @@ fn an_error_is_printed_once_with_what_it_is_about() {
             &["--kernel", "k", "--initrd", "i", "--add", "/etc/passwd:/a/../b", "--", "x"],
             &["/a/../b", "without `..`"],
         ),
-        (&["--kernel", "k", "--initrd", "i", "--add", "/dev/null:/n", "--", "x"], &["/dev/null", "no file"]),
+        (
+            &["--kernel", "k", "--initrd", "i", "--add", "/dev/null:/n", "--", "x"],
+            &["/dev/null", "not a file"],
+        ),
         (
             &["--kernel", "k", "--initrd", "none", "--status-file", "no/dir/file"],
             &["--status-file", "No such file"],

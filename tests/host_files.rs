@@ -4,10 +4,16 @@
 //! mounts) says so where it is not run.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot begin has failed")]
 
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "common/loops.rs"]
+mod loops;
+
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+
+use loops::{LoopDevice, Mounted};
 
 const FAILURE: i32 = 125;
 
@@ -40,6 +46,36 @@ impl Place {
         self.dir.path().join(name)
     }
 
+    /// Refused by a run, and by `--explain` with the same words and status.
+    fn must_refuse_and_explain(&self, args: &[&str], words: &[&str]) {
+        self.must_refuse(args, words);
+        self.must_refuse(&[&["--explain"], args].concat(), words);
+    }
+
+    /// A run comes as far as the kernel, which is none, and `--explain` has no objection.
+    fn must_pass(&self, args: &[&str], warning: &str) {
+        let told = self.minivmm(args);
+        let told = String::from_utf8_lossy(&told.stderr);
+        assert!(told.contains("kernel") && told.contains(warning), "{args:?}: {told}");
+        assert!(!told.contains("cannot use disk image"), "{args:?}: {told}");
+        let told = self.minivmm(&[&["--explain"], args].concat());
+        assert_eq!(told.status.code(), Some(0), "{args:?}: {}", String::from_utf8_lossy(&told.stderr));
+        assert!(words_of(&told.stdout).contains(warning), "{args:?}: {}", words_of(&told.stdout));
+    }
+
+    /// A file of this size with the file system of mkfs.ext4, or `None`, said aloud.
+    fn ext4(&self, name: &str) -> Option<PathBuf> {
+        let path = self.at(name);
+        File::create(&path).unwrap().set_len(16 << 20).unwrap();
+        match Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&path).status() {
+            Ok(status) if status.success() => Some(path),
+            other => {
+                println!("not run: there is no mkfs.ext4 here: {other:?}");
+                None
+            }
+        }
+    }
+
     fn minivmm(&self, args: &[&str]) -> Output {
         let guest = ["--kernel", "kernel", "--initrd", "initrd", "--timeout", "20"];
         let mut command = Command::new(env!("CARGO_BIN_EXE_minivmm"));
@@ -63,6 +99,11 @@ impl Place {
         }
         assert!(!self.at("new").exists(), "{args:?} made a file");
     }
+}
+
+/// Text without the line breaks that a page of 80 columns has.
+fn words_of(text: &[u8]) -> String {
+    String::from_utf8_lossy(text).split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// A lock as a VM has it on its image, as long as this lives.
@@ -160,6 +201,21 @@ fn standard_output_is_a_place_for_the_status_and_keeps_what_it_has() {
 }
 
 #[test]
+fn nothing_is_printed_to_a_disk() {
+    let place = Place::new();
+    for more in ["--kernel kernel --initrd none", "--explain", "--explain --json"] {
+        let mut command = Command::new("sh");
+        let script = format!("\"$0\" {more} --disk hard >> a.img");
+        let program = env!("CARGO_BIN_EXE_minivmm");
+        let output = command.current_dir(place.dir.path()).args(["-c", &script, program]).output().unwrap();
+        let told = words_of(&output.stderr);
+        assert_eq!(output.status.code(), Some(FAILURE), "{script}: {told}");
+        assert!(told.contains("standard output") && told.contains("--disk hard"), "{told}");
+        assert!(fs::read(place.at("a.img")).unwrap() == Place::content(), "{script}");
+    }
+}
+
+#[test]
 fn a_bench_report_destroys_neither_image_nor_job_file() {
     let place = Place::new();
     for (args, input) in [
@@ -171,5 +227,172 @@ fn a_bench_report_destroys_neither_image_nor_job_file() {
         let told = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.code() == Some(FAILURE) && told.contains(input), "{args:?}: {told}");
         assert!(fs::read(place.at("a.img")).unwrap() == Place::content(), "{args:?}");
+    }
+}
+
+#[test]
+fn what_a_run_refuses_explain_refuses_with_the_same_words() {
+    let place = Place::new();
+    fs::write(place.at("letter"), "dear").unwrap();
+    place.must_refuse_and_explain(
+        &["--disk", "a.img,log-writes=a.img"],
+        &["log-writes= to a.img", "same file"],
+    );
+    place.must_refuse_and_explain(&["--disk", "a.img,log-writes=letter"], &["letter", "an older write log"]);
+    place.must_refuse_and_explain(&["--disk", "a.img,log-writes=no/log"], &["no/log", "the directory no"]);
+    place.must_refuse_and_explain(&["--disk", "a.img", "--disk", "hard"], &["a.img", "hard", "same bytes"]);
+    place.must_refuse_and_explain(&["--disk", "a.img", "--stats=soft"], &["--stats to soft", "--disk a.img"]);
+    place.must_refuse_and_explain(&["--disk", "gone.img"], &["gone.img", "does not exist"]);
+    let all = |count: usize, key: &str| {
+        let disk = format!("a.img,readonly{key}");
+        let args: Vec<String> = (0..count).flat_map(|_| ["--disk".into(), disk.clone()]).collect();
+        args
+    };
+    for (args, words) in [
+        (all(27, ""), ["too many disks: 27", "26"]),
+        (all(20, ",transport=mmio"), ["too many virtio-mmio devices: 20", "transport=pci"]),
+    ] {
+        place.must_refuse_and_explain(&args.iter().map(String::as_str).collect::<Vec<_>>(), &words);
+    }
+    let byte = lock(&place.at("a.img"), libc::F_WRLCK, 0, 0);
+    place.must_refuse_and_explain(&["--disk", "a.img"], &["a.img", "another VM"]);
+    drop(byte);
+    place.must_pass(&["--disk", "a.img,readonly", "--disk", "hard,readonly"], "");
+    // What can be explained is, beside what is refused; JSON has the reasons, disk by disk.
+    let _byte = lock(&place.at("a.img"), libc::F_WRLCK, 0, 0);
+    let output = place.minivmm(&["--explain", "--json", "--disk", "a.img", "--disk", "other.img"]);
+    assert_eq!(output.status.code(), Some(FAILURE));
+    let told: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let refusals = |at: usize| told[at]["refusals"].as_array().unwrap().len();
+    assert_eq!((refusals(0), refusals(1)), (1, 0), "{told:#}");
+}
+
+#[test]
+fn a_program_that_has_an_image_by_flock_is_named() {
+    let place = Place::new();
+    let ready = "exec 9<>a.img; flock 9; echo ready; read line";
+    let mut holder = Command::new("sh");
+    holder.args(["-c", ready]).current_dir(place.dir.path());
+    holder.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+    let Ok(mut holder) = holder.spawn() else { panic!("no sh") };
+    let mut line = [0; 6];
+    std::io::Read::read_exact(holder.stdout.as_mut().unwrap(), &mut line).unwrap();
+    let id = format!("process {}", holder.id());
+    place.must_refuse_and_explain(&["--disk", "a.img"], &["a.img", &id, "flock", "shared-with-host"]);
+    place.must_pass(&["--disk", "a.img,shared-with-host"], "");
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    place.must_pass(&["--disk", "a.img"], "");
+}
+
+#[test]
+fn an_image_behind_a_loop_device_is_refused_mounted_or_not() {
+    let place = Place::new();
+    let Some(image) = place.ext4("e.img") else { return };
+    let Some(device) = LoopDevice::new(&image, 512) else { return };
+    let name = device.0.display().to_string();
+    fs::hard_link(&image, place.at("link")).unwrap();
+    let attached = format!("{name} is attached to it");
+    for disk in ["e.img", "link", "e.img,cache=writeback"] {
+        let remedy = format!("losetup -d {name}");
+        place.must_refuse_and_explain(&["--disk", disk], &[&attached, &remedy, "shared-with-host"]);
+    }
+    place.must_pass(&["--disk", "e.img,shared-with-host"], &attached);
+    place.must_pass(&["--disk", "e.img,readonly"], &attached);
+    // Two names of the same bytes.
+    place.must_refuse_and_explain(
+        &["--disk", &name, "--disk", "e.img,shared-with-host"],
+        &["same bytes", &name],
+    );
+    // A report must not go there either: its beginning is text.
+    let text = place.at("text");
+    fs::write(&text, "text\n".repeat(1 << 16)).unwrap();
+    let Some(report) = LoopDevice::new(&text, 512) else { return };
+    let word = format!("{} is attached to it", report.0.display());
+    place.must_refuse(&["--console", "file=text"], &[&word, "this host uses it"]);
+    assert_eq!(fs::metadata(&text).unwrap().len(), 5 << 16);
+
+    let Some(mounted) = Mounted::device(&device.0) else { return };
+    let point = mounted.dir.path().display().to_string();
+    let words = format!("is mounted on {point}");
+    place.must_refuse_and_explain(&["--disk", "e.img"], &[&words, &format!("umount {point}")]);
+    place.must_refuse_and_explain(&["--disk", &name], &[&words]);
+    place.must_pass(&["--disk", &format!("{name},readonly")], &words);
+    drop(mounted);
+    drop(device);
+    place.must_pass(&["--disk", "e.img"], "");
+}
+
+#[test]
+fn a_swap_file_is_refused() {
+    let place = Place::new();
+    let script = "dd if=/dev/zero of=swap bs=1M count=2 2>&1; chmod 600 swap; mkswap swap && swapon swap";
+    let made = Command::new("sh").args(["-ec", script]).current_dir(place.dir.path()).output().unwrap();
+    if !made.status.success() {
+        println!("not run: this user, or this file system, cannot swap: {}", words_of(&made.stderr));
+        return;
+    }
+    let refused = std::panic::catch_unwind(|| {
+        place.must_refuse_and_explain(&["--disk", "swap"], &["it is swap space", "swapoff"]);
+    });
+    assert!(Command::new("swapoff").arg(place.at("swap")).status().unwrap().success());
+    refused.unwrap();
+}
+
+#[test]
+fn a_partition_table_for_other_blocks_is_warned_of() {
+    let place = Place::new();
+    let gpt = |name: &str, block: usize| {
+        let mut image = vec![0; 1 << 20];
+        image[block..block + 8].copy_from_slice(b"EFI PART");
+        image[block + 24] = 1;
+        fs::write(place.at(name), image).unwrap();
+    };
+    gpt("512.img", 512);
+    gpt("4096.img", 4096);
+    let warning = "was made for blocks of";
+    for (disk, told) in [
+        ("512.img,cache=writeback", false),
+        ("512.img,cache=writeback,block-size=4096", true),
+        ("4096.img,cache=writeback", true),
+        ("4096.img,cache=writeback,block-size=4096", false),
+    ] {
+        for args in [&["--disk", disk][..], &["--explain", "--disk", disk]] {
+            let output = place.minivmm(args);
+            let text = words_of(&[output.stdout, output.stderr].concat());
+            assert_eq!(text.contains(warning), told, "{args:?}: {text}");
+        }
+    }
+    // A host's disk with blocks of 4096 bytes, where mode none needs them. (An image on it: see below.)
+    let Some(device) = LoopDevice::new(&place.at("512.img"), 4096) else { return };
+    let name = device.0.display().to_string();
+    for mode in ["none", "writeback"] {
+        place.must_pass(&["--disk", &format!("{name},cache={mode}")], "made for blocks of 512 bytes");
+    }
+    place.must_pass(&["--disk", &format!("{name},cache=writeback,block-size=512")], "");
+}
+
+/// A file system on a disk with blocks of 4096 bytes: what mode none needs, writeback does not.
+#[test]
+fn an_image_on_a_4kn_disk_loses_its_partitions_with_a_warning() {
+    let place = Place::new();
+    let host = place.at("host.img");
+    File::create(&host).unwrap().set_len(64 << 20).unwrap();
+    let Some(device) = LoopDevice::new(&host, 4096) else { return };
+    assert!(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&device.0).status().unwrap().success());
+    let Some(mounted) = Mounted::device(&device.0) else { return };
+    let image = mounted.dir.path().join("g.img");
+    let mut bytes = vec![0; 1 << 20];
+    bytes[512..520].copy_from_slice(b"EFI PART");
+    bytes[512 + 24] = 1;
+    fs::write(&image, bytes).unwrap();
+    let disk = |keys: &str| format!("{}{keys}", image.display());
+    place.must_pass(&["--disk", &disk(",cache=none")], "use cache=writeback,block-size=512");
+    place.must_pass(&["--disk", &disk(",cache=writeback")], "");
+    // The change of the size itself is told beforehand, whatever is in the image.
+    for (mode, other) in [("none", 512), ("writeback", 4096)] {
+        let output = place.minivmm(&["--explain", "--json", "--disk", &disk(&format!(",cache={mode}"))]);
+        let told: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(told[0]["blocks"]["other_modes"], other, "{mode}: {told:#}");
     }
 }

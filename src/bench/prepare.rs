@@ -52,12 +52,10 @@ pub enum PrepareError {
     Image(#[from] image::ImageError),
     #[error("cannot look at the machine below {0}")]
     Host(PathBuf, #[source] std::io::Error),
+    #[error("{} cannot be measured now: {why}", image.display())]
+    Refused { image: PathBuf, why: String },
     #[error("cache={mode} cannot be had of {image}")]
     Mode { mode: &'static str, image: PathBuf, source: ImageError },
-    #[error(
-        "another VM has locked {0}, so its cache is in use, and so is its disk: end that VM, or take another image"
-    )]
-    Locked(PathBuf),
 }
 
 /// Sees to it, or says what is in the way. `written` is told of the bytes that are written, and first of how
@@ -89,8 +87,8 @@ pub fn prepare(
         let disk = disk(options, mode, writing.is_empty());
         let failed = |source| PrepareError::Mode { mode: mode.name, image: path.clone(), source };
         let looked = crate::disk::Image::look(&disk).map_err(failed)?;
-        if looked.is_locked_by_another() {
-            return Err(PrepareError::Locked(path.clone()));
+        if let Some(reason) = looked.refusals(&disk).into_iter().next() {
+            return Err(PrepareError::Refused { image: path.clone(), why: reason.to_string() });
         }
         explained.push(explain::explain(&disk).map_err(failed)?);
     }

@@ -35,7 +35,8 @@ Exit status:
   0      the guest has powered off or reset (or Ctrl-A x)
   2      usage
   124    the guest has panicked
-  125    minivmm or the host has failed; a failed last fdatasync is one
+  125    minivmm or the host has failed: an image or output that is refused, a failed
+         last fdatasync, an image that was deleted while the VM ran
   126    --timeout has passed
   128+n  ended by signal n (SIGHUP 129, SIGINT 130, SIGTERM 143), in order; the
          first one counts, and later ones change nothing

@@ -4,19 +4,29 @@
 
 use super::{Args, find_guest};
 use crate::disk::writelog;
-use crate::files::{Input, Inventory, Output};
-use crate::vmm::{ObserveTarget, StatsTarget};
+use crate::files::{Input, Inventory, Output, output};
+use crate::vmm::{ObserveTarget, Plan, StatsTarget};
 
 /// The option of the status file.
 pub const STATUS_FILE: &str = "--status-file";
 
 impl Args {
+    /// What of the machine its disks and files decide.
+    pub(super) fn plan(&self) -> Plan {
+        Plan {
+            disks: super::disks(&self.disks, self.cpus),
+            transport: self.transport,
+            has_console: self.job.is_given() || self.observe.is_some(),
+            files: self.files(),
+        }
+    }
+
     /// All files that a run with these arguments names.
     pub fn files(&self) -> Inventory {
         let mut inputs: Vec<Input> = Vec::new();
         let mut input = |option, path| inputs.push(Input { option, path });
         for disk in &self.disks {
-            input("--disk", disk.path.clone());
+            input(output::DISK, disk.path.clone());
         }
         // That there is none is said later.
         let found = find_guest::find(self.kernel.is_none(), self.initrd.is_none()).ok();

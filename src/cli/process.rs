@@ -27,6 +27,11 @@ pub fn told(outcome: Result<ExitStatus>) -> ExitStatus {
     })
 }
 
+/// Reports all of these, if there are any; the status is that of a failure then.
+pub fn tell_all(errors: impl Iterator<Item = anyhow::Error>) -> ExitStatus {
+    errors.fold(ExitStatus::Success, |_, error| told(Err(error)))
+}
+
 /// Reports an error on standard error.
 pub fn say_error(text: impl Display) {
     say(format_args!("minivmm: error: {text}"));

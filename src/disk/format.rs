@@ -20,11 +20,15 @@ static FORMATS: [(&[u8], &str); 6] = [
     (b"<<< ", "vdi"),
 ];
 
+/// The same file through a descriptor without O_DIRECT's alignment.
+pub(super) fn read_anew(file: &File) -> io::Result<File> {
+    // Through the open descriptor, so that it is the same file.
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
 /// Refuses what looks like another format than raw.
 pub(super) fn refuse(file: &File, path: &Path) -> Result<(), ImageProblem> {
-    // Through the open descriptor, so that it is the same file; without O_DIRECT's alignment.
-    let again = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let mut plain = File::open(again).map_err(host("its first bytes cannot be read"))?;
+    let mut plain = read_anew(file).map_err(host("its first bytes cannot be read"))?;
     let mut first = [0; 32];
     let filled = read_some(&mut plain, &mut first).map_err(host("its first bytes cannot be read"))?;
     let found =

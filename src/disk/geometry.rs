@@ -98,6 +98,15 @@ pub fn probe_direct_alignment(file: &Arc<File>) -> io::Result<Option<Alignment>>
     Ok(Some(probe_by_reading(file)))
 }
 
+/// The block in bytes that direct transfers would need on `file`, however it is open; `None` where only trying
+/// would tell.
+pub fn direct_block(file: &File) -> Option<u32> {
+    match statx_dio_alignment(file) {
+        Ok(StatxDio::Alignment(found)) => Some(found.offset),
+        _ => None,
+    }
+}
+
 enum StatxDio {
     Alignment(Alignment),
     Unsupported,

@@ -3,19 +3,19 @@
 //! Owns the descriptor, which stays open for the life of the process (E3), the checks before the
 //! first byte is touched, and the final fdatasync (E4).
 
+mod opening;
 mod problem;
 
-use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use super::cache::CachePolicy;
+use super::contents;
 use super::counters::Counters;
 use super::fault::plan::Faults;
 use super::format;
@@ -28,6 +28,10 @@ use super::queue_stats::QueueStats;
 use super::stable::StableBy;
 use super::writelog::WriteLog;
 use crate::files::locks;
+use opening::{
+    Kind, check_access, check_flock, check_host_use, check_kind, flags_in_words, open_file, open_problem,
+    wanted_flags,
+};
 pub use problem::{ImageError, ImageProblem};
 
 /// An open, locked image and everything that its queues share.
@@ -65,6 +69,8 @@ pub struct Image {
     faults: Option<Arc<Faults>>,
     write_log: Option<WriteLog>,
     warnings: Vec<String>,
+    /// Whether it had a name when it was opened. What was deleted before is meant to be.
+    has_name: bool,
 }
 
 impl Image {
@@ -83,16 +89,31 @@ impl Image {
             let opened =
                 OpenOptions::new().read(true).custom_flags(direct | libc::O_NOCTTY).open(&options.path);
             let file = Arc::new(opened.map_err(|source| open_problem(options, kind, source))?);
-            Self::describe(options, kind, file)
+            let mut image = Self::describe(options, kind, file)?;
+            // What is refused is among the refusals.
+            image.warnings.extend(check_host_use(options, &host_metadata(&options.path)?).ok().flatten());
+            Ok(image)
         };
         looked().map_err(|reason| ImageError { path: options.path.clone(), reason })
     }
 
+    /// Everything that would keep [`Image::open`] from opening what [`Image::look`] has looked at.
+    pub fn refusals(&self, options: &DiskOptions) -> Vec<ImageProblem> {
+        let in_use = host_metadata(&options.path).and_then(|found| check_host_use(options, &found));
+        let flocked = check_flock(options, &self.file);
+        let is_locked = locks::stays(|| self.is_locked_by_another());
+        let locked = is_locked.then(|| ImageProblem::Locked(io::Error::from_raw_os_error(libc::EAGAIN)));
+        in_use.err().into_iter().chain(flocked.err()).chain(locked).collect()
+    }
+
     fn try_open(options: &DiskOptions) -> Result<Self, ImageProblem> {
         let kind = check_kind(&options.path)?;
+        let shared = check_host_use(options, &host_metadata(&options.path)?)?;
         let file = Arc::new(open_file(options, kind)?);
+        check_flock(options, &file)?;
         lock::take(&file, options.readonly)?;
         let mut image = Self::describe(options, kind, file)?;
+        image.warnings.extend(shared);
         let log = options.log_writes.as_deref().map(|path| WriteLog::create(path, &image.file));
         image.write_log = log.transpose()?;
         if image.is_synced_at_both_ends() {
@@ -108,6 +129,9 @@ impl Image {
         }
         let mut warnings = Vec::new();
         let geometry = find_geometry(&file, options, kind)?;
+        // Not known is not worth failing: the image is read anew, without O_DIRECT's alignment.
+        let plain = format::read_anew(&file).ok();
+        warnings.extend(plain.and_then(|plain| contents::warning(&plain, &options.path, &geometry)));
         // A device's node lies in a tmpfs too.
         if options.cache.direct && kind == Kind::File && is_tmpfs(&file) {
             warnings.push(format!(
@@ -148,6 +172,7 @@ impl Image {
         geometry: Geometry,
         warnings: Vec<String>,
     ) -> Self {
+        let has_name = kind == Kind::File && file.metadata().is_ok_and(|found| found.nlink() > 0);
         // A disk without FUA is flushed before and after a DSYNC write of the raw device (part 2.3).
         let dsync_is_one_flush = kind == Kind::File || geometry::has_fua(&file).unwrap_or(true);
         Self {
@@ -178,6 +203,7 @@ impl Image {
             faults: options.fault.clone().map(|spec| Arc::new(Faults::new(spec))),
             write_log: None,
             warnings,
+            has_name,
         }
     }
 
@@ -333,6 +359,12 @@ impl Image {
         self.kind == Kind::Device
     }
 
+    /// Whether its last name has gone since it was opened: it was deleted, or another file has taken its name. What
+    /// is written to it then goes with the last descriptor.
+    pub fn is_deleted(&self) -> bool {
+        self.has_name && self.file.metadata().is_ok_and(|found| found.nlink() == 0)
+    }
+
     /// Whether somebody else has locked the image so that [`Image::open`] would be refused.
     pub fn is_locked_by_another(&self) -> bool {
         locks::is_locked(&self.file, self.readonly)
@@ -389,88 +421,12 @@ impl Image {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    File,
-    Device,
-}
-
 pub(super) fn host(what: &'static str) -> impl FnOnce(io::Error) -> ImageProblem {
     move |source| ImageProblem::Host { what, source }
 }
 
-/// Looks before opening: opening a FIFO or a tape has effects.
-fn check_kind(path: &Path) -> Result<Kind, ImageProblem> {
-    let found = std::fs::metadata(path).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => ImageProblem::Missing(path.display().to_string()),
-        _ => ImageProblem::Open { flags: "at all", source },
-    })?;
-    let kind = found.file_type();
-    if kind.is_file() {
-        Ok(Kind::File)
-    } else if kind.is_block_device() {
-        Ok(Kind::Device)
-    } else if kind.is_dir() {
-        Err(ImageProblem::Kind("a directory"))
-    } else if kind.is_char_device() {
-        Err(ImageProblem::Kind("a character device"))
-    } else {
-        Err(ImageProblem::Kind("a pipe or socket"))
-    }
-}
-
-/// What the image is opened with.
-fn wanted_flags(options: &DiskOptions, kind: Kind) -> libc::c_int {
-    let access = if options.readonly { libc::O_RDONLY } else { libc::O_RDWR };
-    let direct = if options.cache.direct { libc::O_DIRECT } else { 0 };
-    // For a block device O_EXCL fails while it is mounted or otherwise in use.
-    let exclusive = if kind == Kind::Device && !options.readonly { libc::O_EXCL } else { 0 };
-    access | direct | exclusive
-}
-
-/// The flags that matter here, as strace writes them.
-fn flags_in_words(flags: libc::c_int) -> String {
-    let access = if flags & libc::O_ACCMODE == libc::O_RDONLY { "O_RDONLY" } else { "O_RDWR" };
-    let others = [(libc::O_EXCL, "O_EXCL"), (libc::O_DSYNC, "O_DSYNC"), (libc::O_DIRECT, "O_DIRECT")];
-    let set = others.iter().filter(|(flag, _)| flags & flag != 0).map(|(_, name)| *name);
-    std::iter::once(access).chain(set).collect::<Vec<_>>().join("|")
-}
-
-fn open_file(options: &DiskOptions, kind: Kind) -> Result<File, ImageProblem> {
-    let opened = OpenOptions::new()
-        .read(true)
-        .write(!options.readonly)
-        // The access mode is what `write` says.
-        .custom_flags(wanted_flags(options, kind) & !libc::O_ACCMODE | libc::O_NOCTTY)
-        .open(&options.path);
-    opened.map_err(|source| open_problem(options, kind, source))
-}
-
-fn open_problem(options: &DiskOptions, kind: Kind, source: io::Error) -> ImageProblem {
-    let exclusive = wanted_flags(options, kind) & libc::O_EXCL != 0;
-    match source.raw_os_error() {
-        Some(libc::EINVAL) if options.cache.direct => ImageProblem::NoDirect { mode: options.cache.name },
-        Some(libc::EBUSY) if exclusive => {
-            ImageProblem::Open { flags: "exclusively (is it mounted, or part of a RAID or LVM?)", source }
-        }
-        _ if options.readonly => ImageProblem::Open { flags: "for reading", source },
-        _ => ImageProblem::Open { flags: "for reading and writing (readonly would do with reading)", source },
-    }
-}
-
-/// Whether the image may be opened as it would be, found without opening it for writing.
-fn check_access(options: &DiskOptions) -> Result<(), ImageProblem> {
-    let flags = "for reading and writing (readonly would do with reading)";
-    let failed = |source| ImageProblem::Open { flags, source };
-    if options.readonly {
-        return Ok(());
-    }
-    let path = CString::new(options.path.as_os_str().as_bytes())
-        .map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
-    // SAFETY: `path` is a string with its terminator, which the kernel only reads.
-    let result =
-        unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::R_OK | libc::W_OK, libc::AT_EACCESS) };
-    if result == 0 { Ok(()) } else { Err(failed(io::Error::last_os_error())) }
+fn host_metadata(path: &Path) -> Result<std::fs::Metadata, ImageProblem> {
+    std::fs::metadata(path).map_err(host("it cannot be looked at"))
 }
 
 fn find_geometry(file: &Arc<File>, options: &DiskOptions, kind: Kind) -> Result<Geometry, ImageProblem> {
@@ -523,7 +479,8 @@ fn is_tmpfs(file: &File) -> bool {
 /// and the directory, so that a new image's name is as stable as its content.
 fn first_sync(file: &File, options: &DiskOptions, kind: Kind) -> Result<(), ImageProblem> {
     file.sync_data().map_err(ImageProblem::FirstSync)?;
-    if kind == Kind::File {
+    // What was deleted before it was opened (by a descriptor's name) has no place to be found again.
+    if kind == Kind::File && file.metadata().is_ok_and(|found| found.nlink() > 0) {
         let real = options.path.canonicalize().map_err(host("its real path cannot be found"))?;
         let directory = real.parent().unwrap_or(Path::new("/"));
         // A directory that we may not open was synced by whoever made the image, or not at all.

@@ -8,6 +8,7 @@
 pub mod blocking;
 pub mod cache;
 pub mod choice;
+mod contents;
 pub mod counters;
 pub mod engine;
 pub mod erase;

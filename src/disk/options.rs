@@ -68,6 +68,8 @@ pub struct DiskOptions {
     pub log_writes: Option<PathBuf>,
     /// What the host's cache has of the image when the guest starts.
     pub host_cache: HostCache,
+    /// The image may be used by this host at the same time: mounted, behind a loop device, as swap.
+    pub shared_with_host: bool,
     /// Latencies are measured. No key: `--stats` turns it on.
     pub timed: bool,
 }
@@ -176,7 +178,7 @@ struct Key {
     set: fn(&mut DiskOptions, &str) -> Option<()>,
 }
 
-static KEYS: [Key; 18] = [
+static KEYS: [Key; 19] = [
     Key {
         name: "cache",
         takes: "none|writethrough|writeback|directsync|unsafe",
@@ -364,6 +366,14 @@ static KEYS: [Key; 18] = [
             Some(())
         },
     },
+    Key {
+        name: "shared-with-host",
+        takes: "on|off",
+        help: "start although this host uses the image: has it mounted, behind a loop device, as swap, or locked by \
+               flock; two writers destroy a file system [off]",
+        alone: Some("on"),
+        set: |options, value| on_off(value).map(|on| options.shared_with_host = on),
+    },
 ];
 
 fn on_off(value: &str) -> Option<bool> {
@@ -397,6 +407,7 @@ impl DiskOptions {
             fault: None,
             log_writes: None,
             host_cache: HostCache::Keep,
+            shared_with_host: false,
             timed: false,
         }
     }
@@ -474,7 +485,7 @@ mod tests {
     fn every_key_is_understood() {
         let text = "a.img,cache=unsafe,readonly,serial=x y,queue-size=64,block-size=4096,discard=off,\
                     bounce=always,format=raw,engine=io_uring,stable=group,buffers=fixed,poll-us=7,batch=9,\
-                     transport=mmio,queues=16,fault=fail:read:nth=2+seed=3,log-writes=a.log,host-cache=warm";
+                     transport=mmio,queues=16,fault=fail:read:nth=2+seed=3,log-writes=a.log,host-cache=warm,shared-with-host";
         let expected = DiskOptions {
             path: "a.img".into(),
             cache: CachePolicy::by_name("unsafe").unwrap(),
@@ -495,6 +506,7 @@ mod tests {
             fault: Some("fail:read:nth=2+seed=3".parse().unwrap()),
             log_writes: Some("a.log".into()),
             host_cache: HostCache::Warm,
+            shared_with_host: true,
             timed: false,
         };
         assert_eq!(text.parse(), Ok(expected));

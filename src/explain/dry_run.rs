@@ -269,6 +269,7 @@ mod tests {
     use super::*;
     use crate::disk::DiskOptions;
     use crate::disk::cache::POLICIES;
+    use crate::disk::image::ImageProblem;
 
     fn image(directory: &tempfile::TempDir, keys: &str) -> Arc<Image> {
         let path = directory.path().join("a.img");
@@ -353,11 +354,11 @@ mod tests {
         let looked = image(&directory, "cache=writeback");
         drivers(&looked, EngineKind::Blocking);
         assert_eq!(std::fs::read(looked.path()).unwrap(), [7; 8192]);
-        let running =
-            Image::open(&DiskOptions { cache: &POLICIES[1], ..DiskOptions::new(looked.path()) }).unwrap();
-        assert!(looked.is_locked_by_another());
+        let options = DiskOptions { cache: &POLICIES[1], ..DiskOptions::new(looked.path()) };
+        let running = Image::open(&options).unwrap();
+        assert!(matches!(looked.refusals(&options)[..], [ImageProblem::Locked(_)]));
         drop(running);
-        assert!(!looked.is_locked_by_another());
+        assert!(looked.refusals(&options).is_empty());
     }
 
     #[test]

@@ -55,16 +55,6 @@ pub fn below_device(device: Device) -> Vec<Layer> {
     layers
 }
 
-/// Whether the block device `image` is mounted, or part of another device: minivmm would find it busy.
-pub fn is_in_use(image: &Image) -> bool {
-    let Ok(found) = image.file().metadata() else { return false };
-    let device = Device::from_number(found.rdev()).to_string();
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mounted = mounts.lines().any(|line| line.split(' ').nth(2) == Some(device.as_str()));
-    let holders = fs::read_dir(format!("/sys/dev/block/{device}/holders"));
-    mounted || holders.is_ok_and(|mut holders| holders.next().is_some())
-}
-
 fn descend(sysfs: &Path, device: Device, layers: &mut Vec<Layer>, depth: usize) {
     let Ok(mut path) = sysfs.join(device.to_string()).canonicalize() else { return };
     if path.join("partition").exists() {

@@ -42,6 +42,9 @@ fn disk_text(disk: &Explanation) -> String {
     for warning in &disk.warnings {
         page += &hang("warning: ", warning);
     }
+    for why in &disk.refusals {
+        page += &hang("a run would be refused: ", why);
+    }
     page
 }
 
@@ -51,7 +54,17 @@ fn size(bytes: u64) -> String {
 
 fn blocks(disk: &Explanation) -> String {
     let blocks = &disk.blocks;
-    let sizes = format!("{} bytes for the guest, {} on the host", blocks.logical, blocks.physical);
+    let mut sizes = format!("{} bytes for the guest, {} on the host", blocks.logical, blocks.physical);
+    if let Some(other) = blocks.other_modes {
+        let modes = match blocks.memory_alignment {
+            1 => "none and directsync",
+            _ => "writeback, writethrough and unsafe",
+        };
+        sizes += &format!(
+            ", {other} for the guest in the modes {modes} (block-size=4096 keeps it the same in all; partition tables need \
+             that)"
+        );
+    }
     if blocks.memory_alignment == 1 {
         return format!("{sizes}; no alignment, because of the {}", blocks.found_by);
     }

@@ -36,6 +36,12 @@ pub fn of(found: &Metadata) -> Vec<HostUse> {
     Host::default().uses_of(found)
 }
 
+/// Whether a write to one is a write to the other: one file or device, a disk and its partition, a loop device
+/// and its file, two loop devices over one file.
+pub fn share_bytes(a: &Metadata, b: &Metadata) -> bool {
+    Host::default().share_bytes(Node::of(a), Node::of(b))
+}
+
 /// In words, with the remedies: "it is mounted on /mnt, ... (end that first: umount /mnt)".
 pub fn in_words(uses: &[HostUse]) -> String {
     let what: Vec<_> = uses.iter().map(|it| it.what.as_str()).collect();
@@ -118,6 +124,37 @@ impl Host {
             self.add_below(device, &loops, &mut uses);
         }
         uses
+    }
+
+    fn share_bytes(&self, a: Node, b: Node) -> bool {
+        let loops = self.loops();
+        let (below_a, below_b) = (self.chain(a, &loops), self.chain(b, &loops));
+        if below_a.contains(&b) || below_b.contains(&a) {
+            return true;
+        }
+        // Partitions of one loop device are apart; what two loop devices show of a file is not known.
+        let top = |node| match node {
+            Node::Block(device) => Some(self.disk_of(device).unwrap_or(device)),
+            Node::File(_) => None,
+        };
+        let file = |chain: &[Node]| chain.iter().copied().find(|node| matches!(node, Node::File(_)));
+        file(&below_a).is_some() && file(&below_a) == file(&below_b) && top(a) != top(b)
+    }
+
+    /// `node`, and what it is a part of or stands on.
+    fn chain(&self, node: Node, loops: &[Loop]) -> Vec<Node> {
+        let mut chain = vec![node];
+        while let Some(&Node::Block(device)) = chain.last()
+            && chain.len() <= DEPTH_MAX
+        {
+            let disk = self.disk_of(device).map(Node::Block);
+            let below = || loops.iter().find(|it| it.device == device).and_then(|it| it.below);
+            match disk.or_else(below) {
+                Some(next) => chain.push(next),
+                None => break,
+            }
+        }
+        chain
     }
 
     /// What is done with `node` itself, which messages call `name`.

@@ -20,6 +20,11 @@ use super::locks;
 /// So many bytes of an older output are looked at.
 const FIRST_BYTES: u64 = 4096;
 
+/// The option of what a guest writes to.
+pub const DISK: &str = "--disk";
+/// What we print to.
+const STREAMS: [(RawFd, &str); 2] = [(1, "standard output"), (2, "standard error")];
+
 /// What kind of content an output has, for which an older one may be replaced.
 #[derive(Debug, Clone, Copy)]
 pub struct Content {
@@ -149,7 +154,21 @@ impl Inventory {
             let earlier = self.outputs.get(..at).unwrap_or_default();
             self.look(output, earlier).map_err(|problem| output.refused(problem)).err()
         };
-        self.outputs.iter().enumerate().filter_map(check).collect()
+        let stdout = self.check_stdout().err();
+        stdout.into_iter().chain(self.outputs.iter().enumerate().filter_map(check)).collect()
+    }
+
+    /// Whether standard output is a disk (`>> disk.img`), which must not be printed to.
+    pub fn check_stdout(&self) -> Result<(), OutputRefused> {
+        let disks = self.inputs.iter().filter(|input| input.option == DISK).cloned().collect();
+        let disks = Inventory { inputs: disks, outputs: Vec::new() };
+        let stdout = Output::text("standard output", "/proc/self/fd/1");
+        match fs::metadata(&stdout.path) {
+            Ok(found) if is_writable(1) => {
+                disks.compare_inputs(&Spot::Exists(found)).map_err(|problem| stdout.refused(problem))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Opens `output`, which is empty then.
@@ -228,7 +247,7 @@ impl Inventory {
         if others.iter().any(|other| other.is(output)) {
             return Err(Problem::Output { option: format!("another {}", output.option) });
         }
-        for (descriptor, name) in [(1, "standard output"), (2, "standard error")] {
+        for (descriptor, name) in STREAMS {
             if is_writable(descriptor) && is_same(Path::new(&format!("/proc/self/fd/{descriptor}"))) {
                 return Err(Problem::Output { option: name.into() });
             }

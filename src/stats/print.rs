@@ -24,10 +24,11 @@ impl fmt::Display for Stats {
 impl fmt::Display for DiskStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let readonly = if self.readonly { ", readonly" } else { "" };
+        let deleted = if self.deleted { ", its file deleted" } else { "" };
         let (engine, stable, queues) = (self.engine, self.stable, self.queues);
         writeln!(
             f,
-            "{}: {}, cache={}, engine={engine}, stable={stable}, queues={queues}{readonly}",
+            "{}: {}, cache={}, engine={engine}, stable={stable}, queues={queues}{readonly}{deleted}",
             self.name, self.path, self.cache
         )?;
         let asked = &self.requests;

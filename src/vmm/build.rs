@@ -37,9 +37,6 @@ use crate::pci::root::{ConfigPorts, PORTS_LEN, PciRoot};
 use crate::vcpu::{Exits, Vcpu};
 use crate::virtio::{Transport, VirtioDevice};
 
-/// Most disks: they have letters.
-const DISKS_MAX: usize = 26;
-
 /// Everything that lives as long as the VM.
 pub struct Machine {
     /// The CPUs, until they run.
@@ -169,10 +166,6 @@ fn ms(duration: Duration) -> String {
 }
 
 fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
-    let asked = config.disks.len();
-    if asked > DISKS_MAX {
-        return Err(VmmError::TooManyDisks { asked, max: DISKS_MAX });
-    }
     let workers: usize = config.disks.iter().map(|disk| usize::from(disk.queues.unwrap_or(1))).sum();
     let crowded = is_crowded(usize::from(config.cpus) + workers);
     let open = |options: &DiskOptions| {

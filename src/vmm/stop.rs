@@ -56,6 +56,14 @@ pub enum StopError {
         /// The host's answer.
         source: io::Error,
     },
+    /// The image's last name has gone.
+    #[error(
+        "disk image {path} was deleted, or another file has taken its name, while the VM ran: what the guest wrote is lost"
+    )]
+    Deleted {
+        /// As named on the command line.
+        path: PathBuf,
+    },
     /// What was done is not wholly in the write log.
     #[error("the write log of disk image {path} could not be written: it ends too early")]
     Log {
@@ -216,6 +224,9 @@ pub fn close(
         if let Err(source) = result {
             log::error!("{}: the last fdatasync failed: {source}", disk.path.display());
             failed = Err(StopError::Sync { path: disk.path.clone(), source });
+        }
+        if !disk.image.readonly() && disk.image.is_deleted() && failed.is_ok() {
+            failed = Err(StopError::Deleted { path: disk.path.clone() });
         }
         let image = Arc::clone(&disk.image);
         let mut work = ender.begin(move || image.close_log());

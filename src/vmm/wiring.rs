@@ -9,7 +9,7 @@ use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::build::Planned;
-use super::{VmmError, host};
+use super::{VmmError, host, preflight};
 use crate::boot::MmioDevice;
 use crate::bus::Bus;
 use crate::disk::TransportChoice;
@@ -41,10 +41,7 @@ pub struct Wired {
 /// Gives each device its place.
 pub fn connect(vm: &Arc<VmFd>, ram: &Ram, devices: Vec<Planned>) -> Result<Wired, VmmError> {
     let asked = devices.iter().filter(|(_, transport)| *transport == TransportChoice::Mmio).count();
-    let max = layout::VIRTIO_IRQS.len();
-    if asked > max {
-        return Err(VmmError::TooManyMmio { asked, max });
-    }
+    preflight::too_many_mmio(asked)?;
     let mut wired = Wired::default();
     let routes = Arc::new(Routes::new(Arc::clone(vm)));
     let mut functions = Vec::new();

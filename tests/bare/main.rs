@@ -26,3 +26,4 @@ mod start;
 mod stats;
 mod syncs;
 mod terminal;
+mod vanished;

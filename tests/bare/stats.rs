@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 
 use serde_json::Value;
 
@@ -150,6 +150,7 @@ fn the_json_counts_the_calls_of_io_uring_that_strace_counts() {
 pub struct Echo {
     child: Child,
     console: BufReader<ChildStdout>,
+    told: BufReader<ChildStderr>,
     _watchdog: Watchdog,
 }
 
@@ -161,15 +162,16 @@ impl Echo {
         let mut child = command.args(more).stdin(io()).stdout(io()).stderr(io()).spawn().unwrap();
         let watchdog = Watchdog::over(&child);
         let mut console = BufReader::new(child.stdout.take().unwrap());
+        let told = BufReader::new(child.stderr.take().unwrap());
         let mut line = String::new();
         while !line.contains("until q") {
             line.clear();
             assert_ne!(console.read_line(&mut line).unwrap(), 0, "the guest has not come so far");
         }
-        Self { child, console, _watchdog: watchdog }
+        Self { child, console, told, _watchdog: watchdog }
     }
 
-    fn signal(&self) {
+    pub fn signal(&self) {
         kill(i32::try_from(self.child.id()).unwrap(), libc::SIGUSR1);
     }
 
@@ -185,11 +187,28 @@ impl Echo {
         assert_eq!(echoed, *b"x");
     }
 
-    pub fn end(mut self) -> String {
+    /// The next line on standard error with `word` in it.
+    pub fn hears(&mut self, word: &str) -> String {
+        loop {
+            let mut line = String::new();
+            assert_ne!(self.told.read_line(&mut line).unwrap(), 0, "{word} was not said");
+            if line.contains(word) {
+                return line;
+            }
+        }
+    }
+
+    pub fn end(self) -> String {
+        self.end_with(exit(0x21))
+    }
+
+    /// What else it says on standard error until it has ended so.
+    pub fn end_with(mut self, status: i32) -> String {
         self.child.stdin.as_mut().unwrap().write_all(b"q").unwrap();
-        let output = self.child.wait_with_output().unwrap();
-        assert_eq!(output.status.code(), Some(exit(0x21)), "{output:?}");
-        String::from_utf8(output.stderr).unwrap()
+        let mut rest = String::new();
+        self.told.read_to_string(&mut rest).unwrap();
+        assert_eq!(self.child.wait().unwrap().code(), Some(status), "{rest}");
+        rest
     }
 }
 

@@ -98,13 +98,20 @@ pub enum ImageProblem {
     Output(OutputRefused),
     /// This host uses it.
     #[error(
-        "this host uses it: {uses}; {danger}. End that use first, or start all the same with the key shared-with-host"
+        "this host uses it: {uses}. Guest and host would each destroy what the other writes: end that use first, or \
+         start all the same with the key shared-with-host"
     )]
     InUse {
         /// What the host does with it.
         uses: String,
-        /// What would come of it.
-        danger: &'static str,
+    },
+    /// A program has it.
+    #[error(
+        "{holders} has locked it (flock): end that first, or start all the same with the key shared-with-host"
+    )]
+    Flocked {
+        /// Which processes, as far as that is known.
+        holders: String,
     },
     /// Its write log cannot be had.
     #[error("its write log {path} cannot {what}")]

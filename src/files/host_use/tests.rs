@@ -174,3 +174,28 @@ fn a_btrfs_of_several_devices_holds_each() {
     fake.link("sys/fs/btrfs/1234/devices/sdc", "sys/devices/sdc");
     assert_eq!(words(&fake.uses_of_device("8:16")), [("it is a part of the mounted btrfs 1234", true)]);
 }
+
+#[test]
+fn two_names_for_the_same_bytes_are_known() {
+    let fake = FakeHost::new();
+    let image = fake.put("a.img", "x");
+    fake.attach("loop0", "7:0", &image, false);
+    fake.attach("loop1", "7:1", &image, false);
+    fake.attach("loop2", "7:2", &fake.put("b.img", "x"), false);
+    fake.disk("sda", "8:0", &[("sda1", "8:1"), ("sda2", "8:2")]);
+    let file = Node::at(&image).unwrap();
+    let block = |number: &str| Node::Block(Device::parse(number).unwrap());
+    for (a, b, same) in [
+        (file, file, true),
+        (file, block("7:0"), true),
+        (block("7:0"), block("7:1"), true),
+        (block("7:0"), block("7:2"), false),
+        (file, block("7:2"), false),
+        (block("8:0"), block("8:1"), true),
+        (block("8:1"), block("8:2"), false),
+        (block("8:1"), file, false),
+    ] {
+        assert_eq!(fake.host.share_bytes(a, b), same, "{a:?} {b:?}");
+        assert_eq!(fake.host.share_bytes(b, a), same, "{b:?} {a:?}");
+    }
+}

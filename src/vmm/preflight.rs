@@ -1,0 +1,142 @@
+//! What is found wrong with a machine before anything of it is opened, made or emptied.
+//!
+//! Owns the rules for the machine's disks and files taken together. A run refuses the first, `--explain` tells all;
+//! what is wrong with one image by itself is found by `disk::Image`, for both.
+
+use std::path::PathBuf;
+
+use super::{Config, ConsoleTarget, ObserveTarget, StatsTarget, VmmError};
+use crate::disk::{DiskOptions, TransportChoice};
+use crate::files::{Inventory, Output, host_use};
+use crate::layout;
+use crate::observe::csv;
+
+/// Most disks: they have letters.
+const DISKS_MAX: usize = 26;
+
+/// What of a machine its disks and files decide.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The disks, in order.
+    pub disks: Vec<DiskOptions>,
+    /// How the guest reaches its virtio devices, where a disk does not say otherwise.
+    pub transport: TransportChoice,
+    /// Whether there is a virtio-console besides: for a command, or an observation.
+    pub has_console: bool,
+    /// All files that the command names.
+    pub files: Inventory,
+}
+
+impl Plan {
+    pub(super) fn of(config: &Config) -> Self {
+        Self {
+            disks: config.disks.clone(),
+            transport: config.transport,
+            has_console: config.job.is_some() || config.observe.is_some(),
+            files: config.files.clone(),
+        }
+    }
+
+    /// All that would be refused.
+    pub fn refusals(&self) -> Vec<VmmError> {
+        let mut refusals: Vec<VmmError> = self.files.check().into_iter().map(VmmError::from).collect();
+        let asked = self.disks.len();
+        if asked > DISKS_MAX {
+            refusals.push(VmmError::TooManyDisks { asked, max: DISKS_MAX });
+        }
+        let is_mmio = |disk: &&DiskOptions| disk.transport.unwrap_or(self.transport) == TransportChoice::Mmio;
+        let console = self.has_console && self.transport == TransportChoice::Mmio;
+        let mmio = self.disks.iter().filter(is_mmio).count() + usize::from(console);
+        refusals.extend(too_many_mmio(mmio).err());
+        refusals.extend(self.shared_disks());
+        refusals
+    }
+
+    /// Pairs of disks that are the same bytes. Readers may share.
+    fn shared_disks(&self) -> Vec<VmmError> {
+        let found: Vec<_> = self.disks.iter().map(|disk| std::fs::metadata(&disk.path).ok()).collect();
+        let mut pairs = Vec::new();
+        for (at, (first, is_first)) in self.disks.iter().zip(&found).enumerate() {
+            for (second, is_second) in self.disks.iter().zip(&found).skip(at + 1) {
+                let (Some(a), Some(b)) = (is_first, is_second) else { continue };
+                if !(first.readonly && second.readonly) && host_use::share_bytes(a, b) {
+                    let (first, second): (PathBuf, PathBuf) = (first.path.clone(), second.path.clone());
+                    pairs.push(VmmError::SameDisk { first, second });
+                }
+            }
+        }
+        pairs
+    }
+}
+
+impl StatsTarget {
+    /// The file, if it is one.
+    pub fn output(&self) -> Option<Output> {
+        match self {
+            Self::Stderr => None,
+            Self::Json(path) => Some(Output::text("--stats", path)),
+        }
+    }
+}
+
+impl ObserveTarget {
+    /// The file.
+    pub fn output(&self) -> Output {
+        Output { option: "--observe", path: self.path.clone(), content: csv::CONTENT }
+    }
+}
+
+impl ConsoleTarget {
+    /// The file, if it is one.
+    pub fn output(&self) -> Option<Output> {
+        match self {
+            Self::File(path) => Some(Output::text("--console", path)),
+            Self::Stdio | Self::Stderr | Self::Off => None,
+        }
+    }
+}
+
+/// Whether there is an interrupt line for each of so many virtio-mmio devices.
+pub(super) fn too_many_mmio(asked: usize) -> Result<(), VmmError> {
+    let max = layout::VIRTIO_IRQS.len();
+    if asked > max { Err(VmmError::TooManyMmio { asked, max }) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(disks: &[&str], transport: TransportChoice, has_console: bool) -> Vec<String> {
+        let disks = disks.iter().map(|text| text.parse().unwrap()).collect();
+        let plan = Plan { disks, transport, has_console, files: Inventory::default() };
+        plan.refusals().iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn disks_have_letters_and_mmio_devices_lines() {
+        let many = |count: usize, key: &str| vec![format!("/nonexistent{key}"); count];
+        let refused = |count, key: &str, transport, console| {
+            let disks = many(count, key);
+            plan(&disks.iter().map(String::as_str).collect::<Vec<_>>(), transport, console).join(" ")
+        };
+        let (pci, mmio) = (TransportChoice::Pci, TransportChoice::Mmio);
+        let lines = layout::VIRTIO_IRQS.len();
+        assert_eq!(refused(DISKS_MAX, "", pci, true), "");
+        assert!(refused(DISKS_MAX + 1, "", pci, false).contains("too many disks: 27"));
+        assert_eq!(refused(lines, "", mmio, false), "");
+        assert!(refused(lines, "", mmio, true).contains("too many virtio-mmio devices"));
+        assert!(refused(lines + 1, ",transport=mmio", pci, false).contains("too many virtio-mmio devices"));
+        assert_eq!(refused(lines, ",transport=mmio", pci, true), "", "the console is behind PCI");
+    }
+
+    #[test]
+    fn the_same_image_twice_is_for_readers_only() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let path = image.path().display().to_string();
+        let readonly = format!("{path},readonly");
+        let pci = TransportChoice::Pci;
+        assert!(plan(&[&path, &path], pci, false)[0].contains("are the same"));
+        assert!(plan(&[&readonly, &path], pci, false)[0].contains("are the same"));
+        assert!(plan(&[&readonly, &readonly], pci, false).is_empty());
+    }
+}
