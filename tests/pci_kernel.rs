@@ -108,3 +108,38 @@ fn a_function_is_removed_and_found_again_on_6_1() {
 fn a_function_is_removed_and_found_again_on_a_small_kernel() {
     a_function_is_removed_and_found_again("small");
 }
+
+/// Port 0xCF9 (Linux: `reboot=pci`) is a reset like any other, whichever transport there is. A kernel whose
+/// first way of rebooting does nothing would end in a triple fault, which is a failure.
+#[test]
+fn a_reboot_by_the_reset_control_register_is_a_reset() {
+    let place = Host::get().place();
+    place.sh("truncate -s 1M a.img");
+    for transport in ["pci", "mmio"] {
+        let args = format!("--append 'reboot=pci minivmm.end=reboot' --transport {transport} --disk a.img");
+        let outcome = boot(&place, "small", &args, "echo T ran yes");
+        assert_eq!((outcome.status, told(&outcome, "ran")), (0, "yes"), "{transport}: {outcome:#?}");
+        assert!(!outcome.stderr.contains("triple fault"), "{transport}: {outcome:#?}");
+    }
+}
+
+/// What a parameter costs is said before the guest begins, on the transport where it costs something.
+#[test]
+fn a_parameter_that_takes_the_disks_away_is_warned_of() {
+    let place = Host::get().place();
+    place.sh("truncate -s 1M a.img");
+    for (parameter, transport, warned) in [
+        ("pci=nomsi", "pci", true),
+        ("nolapic", "pci", true),
+        ("acpi=off", "mmio", true),
+        ("quiet", "pci", false),
+    ] {
+        // The guest need not run for that.
+        let outcome = place.sh(&format!(
+            "minivmm --timeout 1 --kernel $GUESTS/small/bzImage --initrd none --transport {transport} \
+             --append {parameter} --disk a.img"
+        ));
+        let said = outcome.stderr.contains(&format!("the kernel's parameter {parameter}:"));
+        assert_eq!(said, warned, "{parameter} on {transport}: {outcome:#?}");
+    }
+}

@@ -81,12 +81,15 @@ pub fn check(line: &str, bytes_max: usize) -> Result<(), CmdlineError> {
 
 /// Whether the line asks Linux to reboot by a triple fault (`reboot=t` or `reboot=triple`).
 pub fn reboots_by_triple_fault(line: &str) -> bool {
-    let (params, _) = split(line);
-    params
-        .split_whitespace()
+    parameters(line)
         .filter_map(|param| param.strip_prefix("reboot="))
         .flat_map(|modes| modes.split(','))
         .any(|mode| mode.starts_with('t'))
+}
+
+/// The kernel's own parameters, without init's arguments.
+pub fn parameters(line: &str) -> impl Iterator<Item = &str> {
+    split(line).0.split_whitespace()
 }
 
 /// The kernel's parameters, and init's arguments if there is a `--`.

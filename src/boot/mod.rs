@@ -7,6 +7,7 @@
 
 pub mod acpi;
 mod bzimage;
+pub mod caveats;
 pub mod cmdline;
 pub mod cpu;
 mod e820;
@@ -129,6 +130,10 @@ pub fn load(ram: &Ram, guest: &Guest<'_>) -> Result<Entry, BootError> {
     let cmdline = cmdline::announce(guest.cmdline, guest.devices);
     cmdline::check(&cmdline, kernel.cmdline_bytes_max)?;
     log::info!("kernel command line: {cmdline}");
+    let devices = caveats::Devices { pci: guest.pci, mmio: !guest.devices.is_empty() };
+    for caveat in caveats::of(guest.cmdline, devices) {
+        log::warn!("{caveat}");
+    }
     write_cmdline(ram, &cmdline)?;
     mem::write_bytes(ram, layout::RESET_VECTOR, &RESET_CODE)?;
     acpi::write(ram, &Hardware { cpus: guest.cpus, devices: guest.devices, pci: guest.pci })?;
