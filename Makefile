@@ -148,6 +148,7 @@ lint: deps
 		guest-images/install-packages guest-images/emuhost guest-images/boot-times guest-images/build-guest \
 		guest-images/build-host guest-images/build-small-kernel guest-images/build-intel-host guest-images/test-intel \
 		guest-images/intel/init guest-images/intel/guest-init guest-images/freestanding/build.sh guest-images/pack-qemu .ci/run \
+		guest-images/guest/init guest-images/guest/minivmm-* guest-images/host/* \
 		fuzz/run examples/crash/*.sh examples/crash/*/*.sh
 	@command -v cargo-deny >/dev/null || cargo install --quiet --debug --locked cargo-deny
 	@cargo deny --log-level error check bans licenses sources
@@ -197,8 +198,8 @@ install-files: $(manual)/minivmm.1
 	@install -D -m 644 $(manual)/minivmm.fish $(installed)/share/fish/vendor_completions.d/minivmm.fish
 	@install -m 644 $(wildcard README.md) CHANGELOG.md docs/*.md $(installed)/share/doc/minivmm
 	@install -m 644 LICENSE-APACHE LICENSE-MIT $(installed)/share/doc/minivmm
-	@rm -f $(installed)/share/minivmm/vmlinux
-	@for image in vmlinuz vmlinux initrd.cpio; do \
+	@rm -f $(installed)/share/minivmm/vmlinux $(installed)/share/minivmm/modules.cpio
+	@for image in vmlinuz vmlinux initrd.cpio modules.cpio; do \
 		[ ! -e $(guest_build)/$$image ] || \
 			install -D -m 644 $(guest_build)/$$image $(installed)/share/minivmm/$$image; \
 	done

@@ -4,6 +4,8 @@
 #   make guest                   Debian's 6.12 cloud kernel and the test initramfs; the default one
 #   make guest KERNEL=6.1        the same with Debian's 6.1; it becomes the default one
 #   make guest KERNEL=PATH [MODULES=DIR]   with a kernel of your own
+#   make guest EXTRA="xfsprogs btrfs-progs f2fs-tools"   with programs of these Debian packages too, until
+#                                another EXTRA (or an empty one) is given
 #   make guest-all               6.12 and 6.1 side by side, 6.12 the default one
 #   make guest-small             a small kernel with all of virtio built in (needs flex, bison, ...)
 #   make emuhost                 the emulated host for machines whose KVM cannot run Linux
@@ -13,6 +15,7 @@
 
 KERNEL ?= 6.12
 MODULES ?=
+# EXTRA: what was given last stays, so that `make run` and `make test` do not undo it.
 
 guest_dir := $(patsubst %/,%,$(dir $(lastword $(MAKEFILE_LIST))))
 guest_build := $(guest_dir)/build
@@ -27,18 +30,31 @@ small_inputs := $(guest_dir)/lib/common.sh $(guest_dir)/lib/apt.sh $(guest_dir)/
 
 .PHONY: guest guest-all guest-small emuhost emuhost-intel guest-refresh guest-clean
 
-# vmlinuz, initrd.cpio and, where it could be unpacked, vmlinux at a fixed place are the default guest:
-# links to the one asked for last.
+extra_record := $(guest_build)/extra
+ifeq ($(origin EXTRA),undefined)
+EXTRA := $(file <$(extra_record))
+endif
+ifneq ($(strip $(EXTRA)),$(strip $(file <$(extra_record))))
+.PHONY: $(extra_record)
+endif
+$(extra_record):
+	@mkdir -p $(@D)
+	@echo '$(strip $(EXTRA))' >$@
+
+# vmlinuz, initrd.cpio and, where there are such, vmlinux and modules.cpio at a fixed place are the default
+# guest: links to the one asked for last.
 guest: $(guest_build)/$(guest_name)/manifest
 	@ln -sfn $(guest_name)/vmlinuz $(guest_build)/vmlinuz
 	@ln -sfn $(guest_name)/initrd.cpio $(guest_build)/initrd.cpio
-	@rm -f $(guest_build)/vmlinux
-	@[ ! -e $(guest_build)/$(guest_name)/vmlinux ] || ln -s $(guest_name)/vmlinux $(guest_build)/vmlinux
+	@rm -f $(guest_build)/vmlinux $(guest_build)/modules.cpio
+	@for image in vmlinux modules.cpio; do \
+		[ ! -e $(guest_build)/$(guest_name)/$$image ] || ln -s $(guest_name)/$$image $(guest_build)/$$image; \
+	done
 
 guest-all: guest $(guest_build)/6.12/manifest $(guest_build)/6.1/manifest
 
-$(guest_build)/6.12/manifest $(guest_build)/6.1/manifest: $(guest_inputs)
-	@$(guest_dir)/build-guest $(notdir $(@D))
+$(guest_build)/6.12/manifest $(guest_build)/6.1/manifest: $(guest_inputs) $(extra_record)
+	@EXTRA='$(strip $(EXTRA))' $(guest_dir)/build-guest $(notdir $(@D))
 
 ifeq ($(guest_name),own)
 # Another path in KERNEL or MODULES is a new input too.
@@ -51,8 +67,8 @@ $(own_record):
 	@mkdir -p $(@D)
 	@echo '$(own_asked)' >$@
 
-$(guest_build)/own/manifest: $(guest_inputs) $(KERNEL) $(own_record)
-	@$(guest_dir)/build-guest '$(KERNEL)' $(if $(MODULES),'$(MODULES)')
+$(guest_build)/own/manifest: $(guest_inputs) $(KERNEL) $(own_record) $(extra_record)
+	@EXTRA='$(strip $(EXTRA))' $(guest_dir)/build-guest '$(KERNEL)' $(if $(MODULES),'$(MODULES)')
 endif
 
 guest-small: $(guest_build)/small/manifest

@@ -13,6 +13,7 @@ mod inventory;
 pub mod process;
 mod size;
 mod study;
+mod test_guest;
 mod usage;
 
 use std::path::PathBuf;
@@ -31,7 +32,7 @@ use command::{CommandArgs, ConsoleTaken};
 
 pub use bench::BenchArgs;
 pub use crash::CrashArgs;
-pub use find_guest::GuestNotFound;
+pub use find_guest::{GuestNotFound, ModulesNotFound};
 pub use inventory::STATUS_FILE;
 pub use study::StudyArgs;
 pub use usage::Answer;
@@ -60,6 +61,13 @@ pub struct Args {
     /// Initial RAM disk, or `none` [default: the test guest's]
     #[arg(long, value_name = "PATH", help_heading = help::GUEST)]
     initrd: Option<PathBuf>,
+
+    /// Give the guest the kernel's other modules too: `modprobe xfs`, or just `mount`
+    ///
+    /// An archive with lib/modules/VERSION, put behind the initial RAM disk; without PATH, the modules.cpio
+    /// that `make guest` has built beside the kernel. It lies in the guest's memory.
+    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true, help_heading = help::GUEST)]
+    modules: Option<Option<PathBuf>>,
 
     /// Add to the kernel command line (repeatable)
     ///
@@ -307,6 +315,8 @@ pub enum ConfigError {
     #[error(transparent)]
     Guest(#[from] GuestNotFound),
     #[error(transparent)]
+    Modules(#[from] ModulesNotFound),
+    #[error(transparent)]
     Console(#[from] ConsoleTaken),
     #[error(transparent)]
     Job(#[from] JobError),
@@ -324,6 +334,9 @@ impl Args {
         }
         if args.job.is_given() && args.initrd.as_deref().is_some_and(|path| path.as_os_str() == "none") {
             return conflict(&"a COMMAND is run by the init of the --initrd, which cannot be none");
+        }
+        if let Some(why) = args.unbootable_root() {
+            return conflict(&why);
         }
         Ok(args)
     }
@@ -381,6 +394,9 @@ impl Args {
         let pci = self.uses_pci();
         let files = self.files();
         let initrd_given = self.initrd.is_some();
+        let bundled = self.kernel.is_none() && !initrd_given;
+        let hvc = self.wants_hvc(bundled);
+        let for_terminal = self.terminal_cmdline(bundled);
         let (kernel, initrd) = match (self.kernel, self.initrd) {
             (Some(kernel), Some(initrd)) => (kernel, initrd),
             (kernel, initrd) => {
@@ -393,14 +409,17 @@ impl Args {
         // A command line of the user's stays as it is.
         let base = match self.job.is_given() && self.cmdline == cmdline::DEFAULT {
             true => cmdline::for_command(self.verbose > 0, pci),
-            false => self.cmdline.clone(),
+            false => for_terminal,
         };
         let base = match self.observe.is_some() && self.cmdline == cmdline::DEFAULT {
             true => cmdline::append(&base, cmdline::OBSERVE),
             false => base,
         };
+        let modules = test_guest::modules(self.modules, &kernel)?;
         Ok(Config {
             kernel,
+            modules,
+            hvc,
             initrd: (!no_initrd).then_some(initrd),
             cmdline: self.append.iter().fold(base, |line, more| cmdline::append(&line, more)),
             memory_bytes: self.memory,

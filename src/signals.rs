@@ -31,7 +31,7 @@ const ENDING: [libc::c_int; 12] = [
 ];
 
 /// Signals that are read as well and end nothing.
-const HARMLESS: [libc::c_int; 2] = [libc::SIGCONT, libc::SIGUSR1];
+const HARMLESS: [libc::c_int; 3] = [libc::SIGCONT, libc::SIGUSR1, libc::SIGWINCH];
 
 /// A process that is starting gets this long to reach the point where it reads its signals itself.
 const START_GRACE: Duration = Duration::from_secs(2);

@@ -37,6 +37,18 @@ pub enum Input {
     Stream,
 }
 
+/// Returns the terminal's columns and rows; none where no standard stream is a terminal that knows them.
+pub fn size() -> Option<(u16, u16)> {
+    let mut window = MaybeUninit::<libc::winsize>::zeroed();
+    [STDIN, libc::STDOUT_FILENO].into_iter().find_map(|fd| {
+        // SAFETY: the kernel fills the structure, for whose plain data zero is a value too.
+        let asked = unsafe { libc::ioctl(fd, libc::TIOCGWINSZ, window.as_mut_ptr()) };
+        // SAFETY: as above.
+        let window = unsafe { window.assume_init() };
+        (asked == 0 && window.ws_col > 0 && window.ws_row > 0).then_some((window.ws_col, window.ws_row))
+    })
+}
+
 /// Looks what standard input is.
 pub fn input() -> Input {
     // SAFETY: three questions about a descriptor and about this process, without memory.

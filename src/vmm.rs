@@ -5,6 +5,7 @@
 
 mod build;
 mod events;
+mod hvc;
 mod input;
 mod job;
 mod limits;
@@ -45,6 +46,7 @@ use crate::terminal::{self, Input, RawMode};
 use crate::vcpu::{End, Vcpu};
 use build::Machine;
 use events::{Report, Reporter, Reports};
+use hvc::{HvcEnd, Way};
 use input::{Console, READ_BYTES_MAX, Wish};
 use job::JobEnd;
 pub use job::Times;
@@ -62,6 +64,8 @@ pub struct Config {
     pub kernel: PathBuf,
     /// The initial RAM disk.
     pub initrd: Option<PathBuf>,
+    /// The archive with the kernel's other modules, put behind the initial RAM disk.
+    pub modules: Option<PathBuf>,
     /// The kernel's parameters.
     pub cmdline: String,
     /// RAM in bytes.
@@ -76,6 +80,8 @@ pub struct Config {
     pub files: Inventory,
     /// Where the serial port leads.
     pub console: ConsoleTarget,
+    /// A terminal on standard input is the guest's hvc0 too, for an init that opens it.
+    pub hvc: bool,
     /// How long the guest may run.
     pub timeout: Option<Duration>,
     /// How long the guest's init may take to report, where there is a command.
@@ -320,6 +326,7 @@ struct Run<'a> {
     serial: build::SerialEnd,
     stdin: File,
     console: Console,
+    hvc: Option<HvcEnd>,
     raw_mode: Option<RawMode>,
     timeout: Option<Duration>,
     boot_timeout: BootTimeout,
@@ -348,6 +355,7 @@ impl<'a> Run<'a> {
             serial: machine.serial.clone(),
             stdin: stdin.into(),
             console: Console::new(kind),
+            hvc: machine.hvc.take(),
             raw_mode: match kind {
                 Some(Input::Terminal) => {
                     Some(RawMode::enter().map_err(host("put the terminal into raw mode"))?)
@@ -452,6 +460,7 @@ impl<'a> Run<'a> {
             match (signal.number, &self.raw_mode) {
                 (libc::SIGCONT, Some(raw_mode)) => raw_mode.renew(),
                 (libc::SIGUSR1, _) => tell(),
+                (libc::SIGWINCH, _) => self.hvc.iter().for_each(HvcEnd::follow_terminal),
                 (number, _) if signal.is_ending() => return Some(Ending::Signal(number)),
                 _ => {}
             }
@@ -541,6 +550,16 @@ impl<'a> Run<'a> {
     fn hand_input_over(&mut self) -> bool {
         if !self.console.has_waiting() {
             return false;
+        }
+        if let Some(hvc) = &self.hvc {
+            match hvc.way(self.begin.elapsed()) {
+                Way::Serial => {}
+                Way::Wait => return true,
+                Way::Hvc => {
+                    self.console.hand_over(|bytes| hvc.offer(bytes));
+                    return self.console.has_waiting();
+                }
+            }
         }
         let mut port = match self.serial.port.try_lock() {
             Ok(port) => port,

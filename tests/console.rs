@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use console_rig::*;
 use minivmm::console::stream::{Sink, Source};
+use minivmm::console::window::WindowSize;
 use minivmm::console::{CONTROL_RX, CONTROL_TX, PortConfig, rx_queue, tx_queue};
 
 const DEVICE_READY: u16 = 0;
@@ -328,4 +329,79 @@ fn a_flood_of_messages_takes_no_memory_and_an_answer_that_does_not_fit_is_passed
     assert_eq!(rig.hear().0, 3);
     rig.send(OUTPUT, b"x");
     assert_eq!(rig.used(CONTROL_RX), 3, "no more was kept");
+}
+
+/// Bit 1 of InterruptStatus, which is taken back: the configuration has changed.
+fn wait_config_changed(rig: &mut ConsoleRig) {
+    let begin = std::time::Instant::now();
+    while rig.read(0x060) & 2 == 0 {
+        assert!(begin.elapsed() < Duration::from_secs(10), "no configuration change was told");
+        std::thread::yield_now();
+    }
+    rig.write(0x064, 3);
+}
+
+#[test]
+fn a_terminals_device_shows_its_size_and_tells_each_change() {
+    let (source, mut input) = std::io::pipe().unwrap();
+    let (mut output, sink) = std::io::pipe().unwrap();
+    let size = |columns, rows| WindowSize { columns, rows };
+    let (mut rig, window) =
+        ConsoleRig::terminal(Source::new(source).unwrap(), Sink::new(sink).unwrap(), size(101, 31));
+    rig.write(0x014, 0);
+    assert_eq!(rig.read(0x010) & 7, 1, "F_SIZE, and neither MULTIPORT nor EMERG_WRITE");
+    rig.start(1);
+    assert_eq!(rig.config32(0), 31 << 16 | 101, "cols, rows");
+    assert_eq!(rig.config32(4), 0, "max_nr_ports belongs to MULTIPORT");
+    wait_config_changed(&mut rig);
+
+    // Linux throws away what it is told before its port is there; output comes after that.
+    assert!(!window.has_output());
+    assert_eq!(rig.send(0, b"prompt"), 0);
+    let mut told = [0; 6];
+    output.read_exact(&mut told).unwrap();
+    assert_eq!(&told, b"prompt");
+    assert!(window.has_output());
+    wait_config_changed(&mut rig);
+
+    let generation = rig.read(0x0fc);
+    assert_eq!(rig.read(0x0fc), generation);
+    window.resize(size(80, 24));
+    wait_config_changed(&mut rig);
+    assert_eq!(rig.config32(0), 24 << 16 | 80);
+    assert_ne!(rig.read(0x0fc), generation, "a driver that has read half of the old size reads again");
+    window.resize(size(80, 24));
+    rig.send(0, b"x");
+    assert_eq!(rig.read(0x060) & 2, 0, "the same size is no change");
+
+    input.write_all(b"typed").unwrap();
+    assert_eq!(rig.receive(0, 100), b"typed");
+    // The next driver is told as well.
+    rig.start(1);
+    wait_config_changed(&mut rig);
+    assert_eq!(rig.config32(0), 24 << 16 | 80);
+    drop(input);
+    rig.offer(rx_queue(0), 1, 64);
+    rig.send(0, b"y");
+    assert_eq!(rig.used(rx_queue(0)), 0, "the end of a terminal's input is no empty buffer");
+    assert!(!rig.needs_reset());
+}
+
+#[test]
+fn a_terminals_queues_can_be_taken_back_and_broken_rings_end_in_a_reset() {
+    let (source, _input) = std::io::pipe().unwrap();
+    let (_output, sink) = std::io::pipe().unwrap();
+    let size = WindowSize { columns: 80, rows: 24 };
+    let (mut rig, _window) =
+        ConsoleRig::terminal(Source::new(source).unwrap(), Sink::new(sink).unwrap(), size);
+    rig.start(1);
+    if !over_pci::is_pci() {
+        rig.stop_queue(rx_queue(0));
+    }
+    rig.send(0, b"x");
+    rig.set_avail_idx(tx_queue(0), 1000);
+    rig.ring(tx_queue(0));
+    rig.wait_needs_reset("an index that jumps");
+    rig.start(1);
+    rig.send(0, b"x");
 }

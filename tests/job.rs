@@ -6,13 +6,11 @@
 #[path = "common/host.rs"]
 #[allow(dead_code, reason = "each test file uses its part")]
 mod host;
-
-use std::io::{Read, Write};
-use std::process::Child;
-use std::sync::mpsc::{self, Receiver};
-use std::time::Duration;
+#[path = "common/session.rs"]
+mod session;
 
 use host::{Host, Outcome, Place};
+use session::Session;
 
 /// Sets `vm`: minivmm with a guest of this kernel, found as the bundled guest is.
 fn vm(kernel: &str) -> String {
@@ -220,44 +218,6 @@ fn output_that_the_host_cannot_keep_is_a_failure() {
     let (_, outcome) = run("6.12", "vm -- echo lost > /dev/full");
     assert_eq!(outcome.status, 125, "{outcome:#?}");
     assert!(outcome.stderr.contains("No space left on device"), "{outcome:#?}");
-}
-
-/// A script at a terminal, and what it has shown there.
-struct Session {
-    child: Child,
-    output: Receiver<Vec<u8>>,
-    shown: String,
-}
-
-impl Session {
-    fn start(place: &Place, script: &str) -> Self {
-        // A terminal that nobody sits at begins without echo, lines and signals.
-        let mut child = place.on_terminal(&format!("stty sane erase '^?'\n{script}"));
-        let mut stdout = child.stdout.take().unwrap();
-        let (sender, output) = mpsc::channel();
-        std::thread::spawn(move || {
-            let mut bytes = [0; 4096];
-            while let Ok(count @ 1..) = stdout.read(&mut bytes) {
-                let _ = sender.send(bytes[..count].to_vec());
-            }
-        });
-        Self { child, output, shown: String::new() }
-    }
-
-    #[track_caller]
-    fn wait_for(&mut self, text: &str) {
-        while !self.shown.contains(text) {
-            let Ok(bytes) = self.output.recv_timeout(Duration::from_secs(200)) else {
-                panic!("{text:?} has not come: {:?}", self.shown);
-            };
-            self.shown += &String::from_utf8_lossy(&bytes);
-        }
-    }
-
-    fn type_keys(&mut self, keys: &str) {
-        let keyboard = self.child.stdin.as_mut().unwrap();
-        keyboard.write_all(keys.as_bytes()).and_then(|()| keyboard.flush()).unwrap();
-    }
 }
 
 #[test]

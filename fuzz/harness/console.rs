@@ -94,7 +94,7 @@ impl VirtioDevice for Inline {
 
     fn activate(&mut self, parts: Activation) -> Result<(), ActivateError> {
         let mut inside = self.inside.lock().unwrap();
-        inside.live = Some(Live::new(parts, &inside.ports));
+        inside.live = Some(Live::new(parts, &inside.ports, None));
         Ok(())
     }
 

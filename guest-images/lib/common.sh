@@ -37,6 +37,9 @@ with_lock() {
 
 sha256_of() { sha256sum -- "$1" | cut -d' ' -f1; }
 
+# host_scripts: what tells whether an emulated host has the scripts that this version talks to.
+host_scripts() { cat "$IMAGES_DIR"/host/* | sha256sum | cut -d' ' -f1; }
+
 # tree_bytes DIR: bytes of the regular files below DIR.
 tree_bytes() { find "$1" -type f -printf '%s\n' | awk '{ sum += $1 } END { print sum + 0 }'; }
 

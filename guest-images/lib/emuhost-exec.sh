@@ -18,9 +18,18 @@ vm_connect() {
     local dir=$1 control
     control=$(mktemp -d /tmp/emuhost.XXXXXX)
     printf '%s\n' "$control" >"$dir/control"
-    ssh "${SSH_OPTIONS[@]}" -i "$dir/key" -p "$(cat "$dir/port")" -o ControlMaster=yes -o ControlPath="$control/ssh" \
+    unlocked ssh "${SSH_OPTIONS[@]}" -i "$dir/key" -p "$(cat "$dir/port")" -o ControlMaster=yes -o ControlPath="$control/ssh" \
         -o ServerAliveInterval=15 -o ServerAliveCountMax=4 -fN root@127.0.0.1 </dev/null >/dev/null 2>>"$dir/qemu.log" ||
         warn "no shared connection to the emulated host (see $dir/qemu.log); each command makes its own"
+}
+
+# unlocked COMMAND...: COMMAND without the lock of a warm host, which a process that stays would keep.
+unlocked() {
+    if [ -n "${WARM_LOCK:-}" ]; then
+        "$@" {WARM_LOCK}>&-
+    else
+        "$@"
+    fi
 }
 
 vm_disconnect() {
@@ -54,15 +63,28 @@ vm_require() {
 
 # vm_exec DIR TTY LIMIT_SECONDS CWD COMMAND...: returns the command's status.
 vm_exec() {
-    local dir=$1 tty=$2 limit=$3 cwd=$4 id=$$.$RANDOM mode=plain status=0 ssh_pid timer='' line
+    local dir=$1 tty=$2 limit=$3 cwd=$4 id=$$.$RANDOM mode=plain status=0 ssh_pid timer='' line out=1 err=2
+    local -a relays=()
     shift 4
     vm_require "$dir"
     local -a option=(-T)
     if [ "$tty" = yes ] || { [ "$tty" = auto ] && [ -t 0 ] && [ -t 1 ]; }; then
         mode="tty"
         option=(-tt)
+    else
+        # A reader that goes away must be a broken pipe for the command, which ssh does not make it.
+        if [ -p /dev/fd/1 ]; then
+            mode+=,out
+            exec {out}> >(relay "$dir" "$id.out")
+            relays+=("$!")
+        fi
+        if [ -p /dev/fd/2 ]; then
+            mode+=,err
+            exec {err}> >(relay "$dir" "$id.err" >&2)
+            relays+=("$!")
+        fi
     fi
-    line=$(quote /usr/bin/emuhost-run "$id" "$cwd" "$mode" "$@")
+    line=$(in_room "$dir" /usr/bin/emuhost-run "$id" "$cwd" "$mode" "$@")
     TIMED_OUT=''
     trap 'vm_signal "$dir" "$id" INT' INT
     trap 'vm_signal "$dir" "$id" TERM' TERM
@@ -70,7 +92,7 @@ vm_exec() {
     trap 'TIMED_OUT=yes; vm_signal "$dir" "$id" TERM; (sleep 10; vm_signal "$dir" "$id" KILL; sleep 5; kill "$ssh_pid") >/dev/null 2>&1 &' USR1
     # ssh runs beside us, so that our traps act at once. Its standard input is ours: a job of a
     # script would get /dev/null.
-    vm_session "$dir" "${option[@]}" -- "$line" <&0 &
+    vm_session "$dir" "${option[@]}" -- "$line" <&0 >&"$out" 2>&"$err" &
     ssh_pid=$!
     if [ "$limit" -gt 0 ]; then
         (
@@ -79,6 +101,9 @@ vm_exec() {
         ) </dev/null >/dev/null 2>&1 &
         timer=$!
     fi
+    # Their end is the end of what ssh writes.
+    [ "$out" = 1 ] || exec {out}>&-
+    [ "$err" = 2 ] || exec {err}>&-
     while :; do
         status=0
         wait "$ssh_pid" || status=$?
@@ -89,7 +114,26 @@ vm_exec() {
     trap - USR1
     end_on_signals
     [ -z "$timer" ] || kill_tree "$timer"
+    [ ${#relays[@]} -eq 0 ] || wait "${relays[@]}" 2>/dev/null || true
     vm_exec_status "$dir" "$id" "$status"
+}
+
+# relay DIR STREAM: passes a stream of the command on. Where nobody reads it any more, its way inside is
+# cut, which the command sees as a broken pipe.
+relay() {
+    local status=0
+    trap '' INT TERM HUP
+    cat || status=$?
+    [ "$status" = 0 ] || vm_session "$1" -- "kill \$(cat /run/emuhost/$2)" </dev/null >/dev/null 2>&1 || true
+}
+
+# in_room DIR COMMAND...: the command line that runs COMMAND where the run that has DIR keeps its files.
+in_room() {
+    local dir=$1 room=''
+    shift
+    # shellcheck disable=SC2016  # the other shell expands it
+    [ ! -e "$dir/room" ] || room='nsenter -t "$(cat /run/emuhost/room.pid)" -m '
+    printf '%s%s' "$room" "$(quote "$@")"
 }
 
 kill_tree() {

@@ -4,7 +4,8 @@
 #   disk.img   its ext4 disk              pid, port   of the running emulator
 #   key        the throw-away ssh key     control     the directory of the shared ssh connection
 #   heartbeat  a line every 2 s           why         why it ended
-#   console.log, qemu.log                 settings    of `start`, for booting the disk again
+#   console.log, qemu.log
+#   monitor.in, monitor.out               the emulator's monitor, of a host that serves runs (emuhost-warm.sh)
 
 START_SECONDS_MAX=120
 # Two busy CPUs that emulate can starve a heartbeat for a while; a minute is no longer load.
@@ -18,6 +19,9 @@ host_build() {
     esac
     if [ ! -e "$HOST_BUILD/manifest" ]; then
         say "building the emulated host (once)"
+        "$IMAGES_DIR/build-host" "$HOST_KERNEL" || exit "$STATUS_EMULATOR"
+    elif ! grep -qsx "scripts $(host_scripts)" "$HOST_BUILD/manifest"; then
+        say "building the emulated host again: it is of another version of minivmm"
         "$IMAGES_DIR/build-host" "$HOST_KERNEL" || exit "$STATUS_EMULATOR"
     fi
     QEMU_DIR=$(cat "$HOST_BUILD/qemu")
@@ -69,9 +73,17 @@ stage_libraries() {
 
 # stage_common STAGE: what every emulated host has on its disk.
 stage_common() {
-    local stage=$1 name file
+    local stage=$1
+    stage_binary "$stage"
+    stage_guests "$stage"
+}
+
+# stage_binary STAGE: the program, and the directories that a disk at /data has.
+stage_binary() {
+    local stage=$1
     mkdir -p "$stage/.emuhost" "$stage/bin" "$stage/guest" "$stage/lib"
     : >"$stage/.emuhost/dirs"
+    : >"$stage/.emuhost/brought"
     find_binary
     if [ -n "$BINARY" ]; then
         place "$BINARY" "$stage/bin/minivmm"
@@ -82,11 +94,21 @@ stage_common() {
             stage_libraries "$stage" "$BINARY-tools"
         fi
     fi
+}
+
+# guest_files: the guests' images that are built, below $BUILD_DIR.
+guest_files() {
+    local name file
     for name in . 6.12 6.1 small own; do
-        for file in vmlinuz bzImage vmlinux initrd.cpio; do
-            [ ! -e "$BUILD_DIR/$name/$file" ] || place "$BUILD_DIR/$name/$file" "$stage/guest/$name/$file"
+        for file in vmlinuz bzImage vmlinux initrd.cpio modules.cpio; do
+            [ ! -e "$BUILD_DIR/$name/$file" ] || printf '%s\n' "$name/$file"
         done
     done
+}
+
+stage_guests() {
+    local stage=$1 file
+    guest_files | while read -r file; do place "$BUILD_DIR/$file" "$stage/guest/$file"; done
 }
 
 # vm_create DIR: the disk with its contents, unless DIR has one already.
@@ -136,7 +158,9 @@ vm_start() {
         printf '%s\n' $((20000 + (RANDOM * 32768 + RANDOM) % 12000)) >"$dir/port"
         : >"$dir/heartbeat"
         (
-            export HOST_BUILD QEMU_DIR MEMORY_MIB CPUS DISK_CACHE LOG_WRITES
+            export HOST_BUILD QEMU_DIR MEMORY_MIB CPUS DISK_CACHE LOG_WRITES WARM_FILE
+            # The lock of a warm host is the run's, not the emulator's.
+            [ -z "${WARM_LOCK:-}" ] || exec {WARM_LOCK}>&-
             setsid "$IMAGES_DIR/emuhost" _supervise "$dir" "$life_seconds" </dev/null >/dev/null 2>>"$dir/qemu.log" &
         )
         if vm_wait_ready "$dir"; then
@@ -181,6 +205,11 @@ vm_supervise() {
         elif [ $SECONDS -ge $deadline ]; then
             echo "its time of $life s was over" >"$dir/why"
             break
+        elif [ -n "${WARM_FILE:-}" ] && warm_is_over "$dir" "$WARM_FILE"; then
+            # The lock is ours now, so no run has the host, and none gets it before it is gone.
+            kill -KILL "$qemu" 2>/dev/null || true
+            warm_discard "$dir"
+            break
         fi
         sleep 1 &
         # Whichever ends first, the second or the emulator; a stop is then seen at once.
@@ -219,7 +248,9 @@ vm_qemu() {
     fi
     # Debian's cloud kernel takes the network addresses it is given; nothing but the ssh port on
     # 127.0.0.1 reaches in, and nothing gets out (restrict).
-    qemu_exec -name emuhost -accel tcg,thread=multi -cpu max,xlevel=0x8000001e \
+    local -a monitor=()
+    [ ! -p "$dir/monitor.in" ] || monitor=(-chardev "pipe,id=monitor,path=${dir//,/,,}/monitor" -mon "chardev=monitor,mode=readline")
+    qemu_exec -name emuhost "${monitor[@]}" -accel tcg,thread=multi -cpu max,xlevel=0x8000001e \
         -smp "$CPUS" -m "$MEMORY_MIB" -display none -nodefaults -no-user-config -no-reboot \
         -serial "file:$dir/console.log" -serial "file:$dir/heartbeat" \
         -kernel "$HOST_BUILD/vmlinuz" -initrd "$HOST_BUILD/initrd.cpio" \

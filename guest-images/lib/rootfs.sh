@@ -31,6 +31,26 @@ rootfs_libraries() {
     fi
 }
 
+# rootfs_libraries_bytes TREE DEBROOT ELF: bytes of the shared libraries that ELF would bring into TREE.
+rootfs_libraries_bytes() {
+    local tree=$1 debroot=$2 elf soname found bytes=0
+    local -a elves=("$3")
+    local -A seen=()
+    while [ ${#elves[@]} -gt 0 ]; do
+        elf=${elves[0]}
+        elves=("${elves[@]:1}")
+        for soname in $(LC_ALL=C objdump -p "$elf" 2>/dev/null | awk '$1 == "NEEDED" { print $2 }'); do
+            [ -z "${seen[$soname]:-}" ] && [ ! -e "$tree/$ROOTFS_LIB/$soname" ] || continue
+            seen[$soname]=yes
+            found=$(find "$debroot/lib" "$debroot/usr/lib" "$debroot/lib64" -name "$soname" 2>/dev/null | head -n 1)
+            [ -n "$found" ] || continue
+            bytes=$((bytes + $(stat -L -c %s -- "$found")))
+            elves+=("$found")
+        done
+    done
+    printf '%s\n' "$bytes"
+}
+
 # rootfs_busybox TREE DEBROOT: busybox and a link for each applet that no real program provides.
 # Debian's busybox shell prefers its own applets to any program of the same name (its blkdiscard
 # knows no -z), so /bin/sh is dash; the interactive busybox shell learns the real ones by alias.
@@ -49,8 +69,12 @@ rootfs_busybox() {
     done
 }
 
+# Programs are in /usr/bin and busybox's in /bin; the names with sbin lead there, since scripts and the
+# kernel itself (/sbin/modprobe) use them.
 rootfs_skeleton() {
     mkdir -p "$1"/{bin,dev,etc,lib/modules,mnt,proc,root,run,sys,tmp,usr/bin,var}
+    ln -s bin "$1/usr/sbin"
+    ln -s bin "$1/sbin"
     printf 'root:x:0:0:root:/root:/bin/sh\n' >"$1/etc/passwd"
     printf 'root:x:0:\n' >"$1/etc/group"
     ln -s /proc/mounts "$1/etc/mtab"

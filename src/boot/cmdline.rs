@@ -22,6 +22,34 @@ pub const OBSERVE: &str = "minivmm.observe";
 /// What tells the test guest's init that a command travels with it, which it then must find.
 const JOB: &str = "minivmm.job";
 
+/// For a guest at a terminal: no kernel messages but errors, and the terminal's kind for programs, where
+/// `term` is a plain word.
+pub fn for_terminal(line: &str, messages: bool, term: Option<&str>) -> String {
+    let is_plain = |term: &&str| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "+-._".contains(c);
+        !term.is_empty() && term.len() <= 64 && term.chars().all(plain)
+    };
+    let line = if messages { line.to_owned() } else { append(line, "quiet") };
+    match term.filter(is_plain) {
+        // The kernel passes what it does not know on to its init's environment.
+        Some(term) => append(&line, &format!("TERM={term}")),
+        None => line,
+    }
+}
+
+/// The last value of the kernel parameter `name`, if `line` has it with one.
+pub fn value<'a>(line: &'a str, name: &str) -> Option<&'a str> {
+    let (params, _) = split(line);
+    let value = |word: &'a str| word.strip_prefix(name)?.strip_prefix('=');
+    params.split_whitespace().filter_map(value).next_back()
+}
+
+/// Whether the kernel parameter `name` is in `line`, with a value or without.
+pub fn has(line: &str, name: &str) -> bool {
+    let (params, _) = split(line);
+    params.split_whitespace().any(|word| word.split('=').next() == Some(name))
+}
+
 /// The command line of a guest that is there for one command.
 pub fn for_command(messages: bool, pci: bool) -> String {
     let quiet = if messages { "" } else { "quiet" };
@@ -163,6 +191,34 @@ mod tests {
         assert_eq!(check("abc", 3), Ok(()));
         assert_eq!(check("abcd", 3), Err(CmdlineError::TooLong { bytes: 4, max: 3 }));
         assert_eq!(check("a\0", 3), Err(CmdlineError::Nul));
+    }
+
+    #[test]
+    fn a_terminal_is_quiet_unless_messages_are_wanted_and_names_its_kind() {
+        for (messages, term, expected) in [
+            (false, Some("xterm-256color"), "a quiet TERM=xterm-256color -- i"),
+            (true, Some("vt100"), "a TERM=vt100 -- i"),
+            (true, None, "a -- i"),
+            (false, Some(""), "a quiet -- i"),
+            (false, Some("x init=/bin/evil"), "a quiet -- i"),
+            (false, Some("\"x"), "a quiet -- i"),
+        ] {
+            assert_eq!(for_terminal("a -- i", messages, term), expected, "{term:?}");
+        }
+    }
+
+    #[test]
+    fn parameters_are_found_before_the_arguments_of_init_only() {
+        for (line, value_of_root, has_root) in [
+            ("root=/dev/vda", Some("/dev/vda"), true),
+            ("a root=/dev/vda root=LABEL=x", Some("LABEL=x"), true),
+            ("rootwait xroot=1", None, false),
+            ("a -- root=/dev/vda", None, false),
+            ("root", None, true),
+        ] {
+            assert_eq!(value(line, "root"), value_of_root, "{line}");
+            assert_eq!(has(line, "root"), has_root, "{line}");
+        }
     }
 
     #[test]

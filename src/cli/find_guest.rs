@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 const KERNEL: &str = "vmlinuz";
 const KERNEL_ELF: &str = "vmlinux";
 const INITRD: &str = "initrd.cpio";
+const MODULES: &str = "modules.cpio";
 /// Names a directory, and then that one only.
 const VARIABLE: &str = "MINIVMM_GUEST";
 
@@ -33,6 +34,24 @@ pub struct TestGuest {
 pub struct GuestNotFound {
     files: Vec<&'static str>,
     places: Vec<PathBuf>,
+}
+
+/// The kernel's other modules are not beside the test guest.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "cannot find the kernel's other modules ({}): `make guest` builds them beside the test guest; or give \
+     --modules=PATH, an archive with lib/modules/VERSION",
+    .0.display()
+)]
+pub struct ModulesNotFound(PathBuf);
+
+/// The archive of modules beside `kernel`: where its links lead, since modules belong to one kernel, or beside
+/// the last link.
+pub fn modules_beside(kernel: &Path) -> Result<PathBuf, ModulesNotFound> {
+    let real = kernel.canonicalize().unwrap_or_else(|_| kernel.into());
+    let places = [real.with_file_name(MODULES), kernel.with_file_name(MODULES)];
+    let [first, _] = &places;
+    places.iter().find(|place| place.is_file()).ok_or_else(|| ModulesNotFound(first.clone())).cloned()
 }
 
 /// Looks for the test guest, of which the kernel or the initrd or both are needed.
@@ -123,6 +142,20 @@ mod tests {
         // One alone is no test guest: whoever wants it names it.
         std::fs::remove_file(&packed).unwrap();
         assert_eq!(find_in(&[root.path().into()], &[KERNEL]), None);
+    }
+
+    #[test]
+    fn modules_are_those_of_the_kernel_that_a_link_leads_to() {
+        let root = tempfile::tempdir().unwrap();
+        let own = root.path().join("6.12");
+        std::fs::create_dir(&own).unwrap();
+        std::fs::write(own.join(KERNEL), "").unwrap();
+        let link = root.path().join(KERNEL);
+        std::os::unix::fs::symlink("6.12/vmlinuz", &link).unwrap();
+        let missing = modules_beside(&link).unwrap_err().to_string();
+        assert!(missing.contains("6.12/modules.cpio") && missing.contains("make guest"), "{missing}");
+        std::fs::write(own.join(MODULES), "x").unwrap();
+        assert_eq!(modules_beside(&link).unwrap(), own.canonicalize().unwrap().join(MODULES));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::control::{Control, MESSAGE_BYTES};
 use super::stream::Moved;
+use super::window::Window;
 use super::{CONTROL_RX, CONTROL_TX, MULTIPORT, PortConfig, rx_queue, tx_queue};
 use crate::mem::{self, Iov, OutsideRam, Ram};
 use crate::ratelimit::RateLimit;
@@ -95,11 +96,13 @@ pub struct Live {
     control: Control,
     places: Vec<Place>,
     multiport: bool,
+    /// Of a terminal's device, whose only port has the id 0.
+    window: Option<Arc<Window>>,
 }
 
 impl Live {
-    /// A driver has come for a device of these ports.
-    pub fn new(parts: Activation, ports: &[PortConfig]) -> Self {
+    /// A driver has come for a device of these ports, or for a terminal's.
+    pub fn new(parts: Activation, ports: &[PortConfig], window: Option<Arc<Window>>) -> Self {
         let Activation { ram, features, queues, interrupt } = parts;
         let count = usize::from(CONTROL_TX) + 1 + 2 * ports.len();
         let mut lanes: Vec<Option<Lane>> = (0..count).map(|_| None).collect();
@@ -118,7 +121,19 @@ impl Live {
             }
         }
         let places = ports.iter().map(|_| Place::default()).collect();
-        Self { ram, interrupt, lanes, control, places, multiport: features & MULTIPORT != 0 }
+        Self { ram, interrupt, lanes, control, places, multiport: features & MULTIPORT != 0, window }
+    }
+
+    /// The id of the port at this place of the list; there are fewer ports than ids by far.
+    fn id_of(&self, at: usize) -> u16 {
+        let first = usize::from(self.window.is_none());
+        u16::try_from(first + at).unwrap_or(u16::MAX / 2 - 2)
+    }
+
+    /// Whether a program in the guest may read port `at`. A terminal's driver does not tell: Linux keeps
+    /// what comes before somebody opens hvc0.
+    fn takes_input(&self, at: usize) -> bool {
+        self.window.is_some() || self.control.is_guest_open(at)
     }
 
     /// The driver has taken this queue back.
@@ -126,7 +141,9 @@ impl Live {
         if let Some(lane) = self.lanes.get_mut(usize::from(index)) {
             *lane = None;
         }
-        for (id, place) in (1..).zip(&mut self.places) {
+        for at in 0..self.places.len() {
+            let id = self.id_of(at);
+            let Some(place) = self.places.get_mut(at) else { continue };
             if index == rx_queue(id) {
                 place.input = None;
             }
@@ -157,7 +174,7 @@ impl Live {
     pub fn waits_for(&self, ports: &[PortConfig]) -> Vec<(RawFd, bool)> {
         let mut fds = Vec::new();
         for (at, (place, port)) in self.places.iter().zip(ports).enumerate() {
-            let reads = place.source_later && place.input.is_some() && self.control.is_guest_open(at);
+            let reads = place.source_later && place.input.is_some() && self.takes_input(at);
             fds.extend(port.source.as_ref().filter(|_| reads).and_then(|s| s.fd()).map(|fd| (fd, false)));
             let writes = place.sink_later && place.output.is_some();
             fds.extend(port.sink.as_ref().filter(|_| writes).and_then(|s| s.fd()).map(|fd| (fd, true)));
@@ -169,6 +186,9 @@ impl Live {
     /// so that a flood on one does not keep the others waiting (R17).
     pub fn turn(&mut self, ports: &mut [PortConfig], errors: &mut RateLimit) -> Result<bool, RingError> {
         let result = self.move_all(ports, errors);
+        if self.window.as_ref().is_some_and(|window| window.take_change()) {
+            self.interrupt.config();
+        }
         // Of what was returned before a ring broke, the driver is told all the same.
         for lane in self.lanes.iter_mut().flatten() {
             lane.notify(&*self.interrupt);
@@ -178,7 +198,9 @@ impl Live {
 
     fn move_all(&mut self, ports: &mut [PortConfig], errors: &mut RateLimit) -> Result<bool, RingError> {
         let mut more = self.take_messages(errors)?;
-        more |= !self.discard(tx_queue(0))?;
+        if self.window.is_none() {
+            more |= !self.discard(tx_queue(0))?;
+        }
         // A chain that must go after others is popped first: what was written before it is then
         // seen by the others' turns.
         for (at, port) in ports.iter().enumerate().filter(|(_, port)| port.after_others) {
@@ -253,16 +275,19 @@ impl Live {
 
     /// Pops the next chain of output that has bytes, unless one is held; whether one is held now.
     fn next_output(&mut self, at: usize, has_sink: bool, errors: &mut RateLimit) -> Result<bool, RingError> {
+        let queue = usize::from(tx_queue(self.id_of(at)));
         let Some(place) = self.places.get_mut(at) else { return Ok(false) };
         if place.output.is_some() {
             return Ok(true);
         }
-        let queue = usize::from(tx_queue(id_of(at)));
         let Some(Some(lane)) = self.lanes.get_mut(queue) else { return Ok(false) };
         for _ in 0..lane.queue.ring.size() {
             let Some(chain) = lane.pop()? else { return Ok(false) };
             match bytes_of(&self.ram, &chain, false) {
                 Ok(iov) if iov.bytes() > 0 && has_sink => {
+                    if let Some(window) = &self.window {
+                        window.note_output();
+                    }
                     place.output = Some(Held { head: chain.head, iov, done: 0 });
                     place.sink_later = false;
                     return Ok(true);
@@ -283,7 +308,7 @@ impl Live {
         port: &mut PortConfig,
         errors: &mut RateLimit,
     ) -> Result<(bool, bool), RingError> {
-        let queue = usize::from(tx_queue(id_of(at)));
+        let queue = usize::from(tx_queue(self.id_of(at)));
         let budget = match self.lanes.get_mut(queue) {
             Some(Some(lane)) => {
                 lane.queue.ring.disable_doorbell();
@@ -304,6 +329,7 @@ impl Live {
 
     /// Moves some of the output chain that is held; whether the host's end may take more at once.
     fn move_one(&mut self, at: usize, port: &mut PortConfig) -> Result<bool, RingError> {
+        let queue = usize::from(tx_queue(self.id_of(at)));
         let Some(place) = self.places.get_mut(at) else { return Ok(false) };
         let (Some(held), Some(sink)) = (&mut place.output, &mut port.sink) else { return Ok(false) };
         match sink.write(&held.iov, held.done) {
@@ -322,7 +348,7 @@ impl Live {
         if held.done >= held.iov.bytes() {
             let head = held.head;
             place.output = None;
-            if let Some(Some(lane)) = self.lanes.get_mut(usize::from(tx_queue(id_of(at)))) {
+            if let Some(Some(lane)) = self.lanes.get_mut(queue) {
                 lane.push(head, 0)?;
             }
         }
@@ -337,14 +363,14 @@ impl Live {
         port: &mut PortConfig,
         errors: &mut RateLimit,
     ) -> Result<bool, RingError> {
+        let queue = usize::from(rx_queue(self.id_of(at)));
+        if !self.takes_input(at) {
+            return Ok(false);
+        }
         let (Some(place), Some(source)) = (self.places.get_mut(at), &mut port.source) else {
             return Ok(false);
         };
-        let queue = usize::from(rx_queue(id_of(at)));
         let Some(Some(lane)) = self.lanes.get_mut(queue) else { return Ok(false) };
-        if !self.control.is_guest_open(at) {
-            return Ok(false);
-        }
         for _ in 0..lane.queue.ring.size() {
             if source.fd().is_none() {
                 self.control.close(at);
@@ -379,11 +405,6 @@ impl Live {
         }
         Ok(true)
     }
-}
-
-/// The id of the port at this place of the list; there are fewer ports than ids by far.
-fn id_of(at: usize) -> u16 {
-    u16::try_from(at + 1).unwrap_or(u16::MAX / 2 - 2)
 }
 
 fn read_message(ram: &Ram, chain: &Chain) -> Result<[u8; MESSAGE_BYTES], BadChain> {

@@ -4,18 +4,23 @@
 //! are moved by [`worker`], by one thread for all ports; what a control message means is
 //! [`control`]'s; the host's ends are [`stream`]'s. Knows nothing of what the bytes say.
 //!
-//! Port 0 is never announced: it is the one that a driver without MULTIPORT takes for its console,
-//! and what such a driver writes is thrown away.
+//! There are two kinds of device. One has MULTIPORT and named ports; its port 0 is never announced: it is
+//! the one that a driver without MULTIPORT takes for its console, and what such a driver writes is thrown
+//! away. The other has port 0 alone, without MULTIPORT: Linux makes it hvc0, a terminal, whose size
+//! ([`window`]) configuration space shows.
 
 pub mod control;
 pub mod live;
 pub mod stream;
+pub mod window;
 pub mod worker;
 
 use std::io;
+use std::sync::Arc;
 
 use crate::virtio::{ActivateError, Activation, VirtioDevice, feature};
 use stream::{Sink, Source};
+use window::{Window, WindowSize};
 use worker::WorkerThread;
 
 /// Device ID of a console (virtio 5.3.1).
@@ -63,7 +68,10 @@ pub struct PortConfig {
 /// A virtio-console device.
 pub struct ConsoleDevice {
     queue_sizes: Vec<u16>,
+    /// Of a device with MULTIPORT: how many ports there can be, port 0 included.
     ports_max: u32,
+    /// Of a device for a terminal.
+    window: Option<Arc<Window>>,
     worker: WorkerThread,
 }
 
@@ -73,7 +81,16 @@ impl ConsoleDevice {
         let mut queue_sizes = vec![PORT_QUEUE_SIZE, PORT_QUEUE_SIZE, CONTROL_QUEUE_SIZE, CONTROL_QUEUE_SIZE];
         queue_sizes.resize(queue_sizes.len() + 2 * ports.len(), PORT_QUEUE_SIZE);
         let ports_max = u32::try_from(ports.len() + 1).map_err(io::Error::other)?;
-        Ok(Self { queue_sizes, ports_max, worker: WorkerThread::park(ports)? })
+        Ok(Self { queue_sizes, ports_max, window: None, worker: WorkerThread::park(ports, None)? })
+    }
+
+    /// Returns a device with one port and no others, a terminal, and the window whose size it shows.
+    pub fn terminal(source: Source, sink: Sink, size: WindowSize) -> io::Result<(Self, Arc<Window>)> {
+        let port = PortConfig { name: "", source: Some(source), sink: Some(sink), after_others: false };
+        let worker = WorkerThread::park(vec![port], Some(size))?;
+        let window = worker.window().ok_or(io::ErrorKind::NotFound)?;
+        let queue_sizes = vec![PORT_QUEUE_SIZE, PORT_QUEUE_SIZE];
+        Ok((Self { queue_sizes, ports_max: 0, window: Some(Arc::clone(&window)), worker }, window))
     }
 }
 
@@ -83,17 +100,20 @@ impl VirtioDevice for ConsoleDevice {
     }
 
     fn features(&self) -> u64 {
-        feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC | MULTIPORT
+        let own = if self.window.is_some() { window::SIZE } else { MULTIPORT };
+        feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC | own
     }
 
     fn queue_sizes(&self) -> &[u16] {
         &self.queue_sizes
     }
 
-    /// struct virtio_console_config (virtio 5.3.4): cols, rows and emerg_wr belong to features that
-    /// are not offered, and read 0.
+    /// struct virtio_console_config (virtio 5.3.4): fields of features that are not offered read 0.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut space = [0; 12];
+        if let Some(window) = &self.window {
+            space[..4].copy_from_slice(&window.config());
+        }
         space[4..8].copy_from_slice(&self.ports_max.to_le_bytes());
         let from = usize::try_from(offset).unwrap_or(usize::MAX).min(space.len());
         for (to, from) in data.iter_mut().zip(&space[from..]) {

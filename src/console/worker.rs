@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::PortConfig;
 use super::live::Live;
+use super::window::{Window, WindowSize};
 use crate::ratelimit::RateLimit;
 use crate::sandbox::{Role, Ticket};
 use crate::virtio::Activation;
@@ -38,18 +39,21 @@ pub struct WorkerGone;
 pub struct WorkerThread {
     orders: Option<Sender<Order>>,
     wake: Arc<EventFd>,
+    window: Option<Arc<Window>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl WorkerThread {
-    /// Starts the thread, which waits for a driver.
-    pub fn park(ports: Vec<PortConfig>) -> io::Result<Self> {
+    /// Starts the thread, which waits for a driver. With a size the one port is a terminal's.
+    pub fn park(ports: Vec<PortConfig>, size: Option<WindowSize>) -> io::Result<Self> {
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let window = size.map(|size| Arc::new(Window::new(size, Arc::clone(&wake))));
         let (orders, received) = mpsc::channel();
         let mut worker = Worker {
             ports,
             orders: received,
             wake: Arc::clone(&wake),
+            window: window.clone(),
             errors: RateLimit::for_guest_errors("console"),
             live: None,
         };
@@ -58,7 +62,12 @@ impl WorkerThread {
             ticket.enter();
             worker.work();
         })?;
-        Ok(Self { orders: Some(orders), wake, thread: Some(thread) })
+        Ok(Self { orders: Some(orders), wake, window, thread: Some(thread) })
+    }
+
+    /// The window of a terminal's device.
+    pub fn window(&self) -> Option<Arc<Window>> {
+        self.window.clone()
     }
 
     /// Hands over the queues.
@@ -116,6 +125,7 @@ struct Worker {
     ports: Vec<PortConfig>,
     orders: Receiver<Order>,
     wake: Arc<EventFd>,
+    window: Option<Arc<Window>>,
     /// It outlives drivers, or one that resets the device again and again could log without end (R18).
     errors: RateLimit,
     live: Option<Live>,
@@ -141,7 +151,12 @@ impl Worker {
     fn obey(&mut self) -> bool {
         loop {
             match self.orders.try_recv() {
-                Ok(Order::Start(parts)) => self.live = Some(Live::new(*parts, &self.ports)),
+                Ok(Order::Start(parts)) => {
+                    self.live = Some(Live::new(*parts, &self.ports, self.window.clone()));
+                    if let Some(window) = &self.window {
+                        window.tell_again();
+                    }
+                }
                 Ok(Order::StopQueue(index, done)) => {
                     if let Some(live) = &mut self.live {
                         live.stop_queue(index);

@@ -95,6 +95,7 @@ const KVM_IOEVENTFD: (&str, u32) = ("KVM_IOEVENTFD", 0x4040_ae79);
 /// A terminal's, as `asm-generic/ioctls.h` numbers them.
 const TCGETS: (&str, u32) = ("TCGETS", 0x5401);
 const TCSETS: (&str, u32) = ("TCSETS", 0x5402);
+const TIOCGWINSZ: (&str, u32) = ("TIOCGWINSZ", 0x5413);
 /// A block device's, as `linux/fs.h` numbers them.
 const BLKDISCARD: (&str, u32) = ("BLKDISCARD", 0x1277);
 const BLKZEROOUT: (&str, u32) = ("BLKZEROOUT", 0x127f);
@@ -142,6 +143,7 @@ const MAIN: &[Call] = calls! {
     fcntl Command(&[GETFL, SETFL]), "streams that are put back as they were";
     wait4 Always, "the process that removes the memory limit's cgroup";
     io_uring_enter Always, "rings that end";
+    ioctl Request(&[TIOCGWINSZ]), "the terminal's size";
 };
 
 const VCPU: &[Call] = calls! {

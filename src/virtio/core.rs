@@ -15,6 +15,9 @@ use crate::mem::Ram;
 use crate::ratelimit::RateLimit;
 use crate::warn_limited;
 
+/// Longer than any device's configuration space here.
+const CONFIG_BYTES_MAX: usize = 128;
+
 /// Bits of the device status field (virtio 2.1).
 pub mod status {
     /// The driver has noticed the device.
@@ -146,6 +149,8 @@ pub struct Core {
     config_generation: u32,
     /// Configuration space may have changed by itself since the generation was last read.
     config_changed: bool,
+    /// Configuration space when the generation was last read.
+    config_seen: [u8; CONFIG_BYTES_MAX],
     errors: RateLimit,
 }
 
@@ -172,9 +177,11 @@ impl Core {
             doorbells,
             config_generation: 0,
             config_changed: false,
+            config_seen: [0; CONFIG_BYTES_MAX],
             errors: RateLimit::for_guest_errors("virtio"),
         };
         core.forget_driver();
+        core.device.read_config(0, &mut core.config_seen);
         Ok(core)
     }
 
@@ -267,7 +274,11 @@ impl Core {
     /// Another one after each change that a driver may have seen half of. It is counted when it is read,
     /// so that of the 256 values that PCI has room for two neighbours always differ (virtio 4.1.4.3.1).
     fn generation(&mut self) -> u32 {
-        let changed = std::mem::take(&mut self.config_changed);
+        let mut now = [0; CONFIG_BYTES_MAX];
+        self.device.read_config(0, &mut now);
+        // What a device changes by itself (a console's size) shows here.
+        let differs = std::mem::replace(&mut self.config_seen, now) != now;
+        let changed = std::mem::take(&mut self.config_changed) || differs;
         self.config_generation = self.config_generation.wrapping_add(u32::from(changed)) & 0xff;
         self.config_generation
     }

@@ -11,12 +11,13 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::hvc::{self, HvcEnd};
 use super::job::{self, JobEnd};
 use super::stop::OpenDisk;
 use super::wiring::{self, Wired};
 use super::{Config, ConsoleTarget, VmmError, host, watch};
 use crate::blk::BlockDevice;
-use crate::boot::{self, Guest, cmdline};
+use crate::boot::{self, BootError, Guest, Piece, Tail, cmdline};
 use crate::bus::Bus;
 use crate::console::ConsoleDevice;
 use crate::devices::console::{ConsoleOutput, Panicked, Stopping};
@@ -34,6 +35,7 @@ use crate::mem::{self, Ram};
 use crate::observe::control;
 use crate::observe::guest::GuestEnd;
 use crate::pci::root::{ConfigPorts, PORTS_LEN, PciRoot};
+use crate::terminal::{self, Input};
 use crate::vcpu::{Exits, Vcpu};
 use crate::virtio::{Transport, VirtioDevice};
 
@@ -49,6 +51,8 @@ pub struct Machine {
     pub serial: SerialEnd,
     /// What is heard of the guest's command, until it runs.
     pub job: Option<JobEnd>,
+    /// The terminal as the guest's hvc0, until it runs.
+    pub hvc: Option<HvcEnd>,
     /// Where the guest is asked for its view, until the observation begins.
     pub observed: Option<GuestEnd>,
     /// What the CPUs have come out of KVM for.
@@ -88,14 +92,16 @@ pub fn build(config: &Config, log: &KernelLog) -> Result<Machine, VmmError> {
     laps.end("RAM and VM");
     let mut devices = block_devices(config, &disks, &ram)?;
     let ConsoleEnds { device, job, observed } = console_device(config)?;
-    devices.extend(device.map(|device| (Box::new(device) as Box<dyn VirtioDevice>, config.transport)));
+    let (terminal, hvc) = terminal_device(config)?.unzip();
+    let consoles = device.into_iter().chain(terminal);
+    devices.extend(consoles.map(|device| (Box::new(device) as Box<dyn VirtioDevice>, config.transport)));
     let Wired { mmio, transports, announced, root } = wiring::connect(&vm, &ram, devices)?;
     place_reset_control(&mut ports, root.as_ref())?;
     laps.end("queues and devices");
     let guest = Guest {
         kernel: &config.kernel,
         initrd: config.initrd.as_deref(),
-        initrd_tail: config.job.as_ref().map(job::tail).unwrap_or_default(),
+        initrd_tail: tail_of(config)?,
         cmdline: &config.cmdline,
         cpus: config.cpus,
         devices: &announced,
@@ -112,7 +118,22 @@ pub fn build(config: &Config, log: &KernelLog) -> Result<Machine, VmmError> {
     }
     laps.end("CPUs");
     log::info!("built in {}", laps.in_words());
-    Ok(Machine { vcpus, transports, disks, serial, job, observed, exits, stopping, _vm: vm, _ram: ram })
+    Ok(Machine { vcpus, transports, disks, serial, job, hvc, observed, exits, stopping, _vm: vm, _ram: ram })
+}
+
+/// What is put behind the initrd: the command's archive, then that of the kernel's other modules.
+fn tail_of(config: &Config) -> Result<Tail<'_>, VmmError> {
+    /// Between two archives, so that the second begins where the kernel looks for one.
+    static ZEROS: [u8; 512] = [0; 512];
+    let mut tail = config.job.as_ref().map(job::tail).unwrap_or_default();
+    let Some(path) = &config.modules else { return Ok(tail) };
+    let found = std::fs::metadata(path);
+    let bytes = found.map_err(|source| BootError::Added { path: path.clone(), source })?.len();
+    let end = usize::try_from(tail.total_bytes() % ZEROS.len() as u64).unwrap_or_default();
+    tail.pieces.push(Piece::Bytes(ZEROS.get(..(ZEROS.len() - end) % ZEROS.len()).unwrap_or_default()));
+    tail.pieces.push(Piece::File(path, bytes));
+    tail.unpacked_bytes = tail.unpacked_bytes.saturating_add(bytes);
+    Ok(tail)
 }
 
 /// The console device, and our ends of its ports.
@@ -134,6 +155,15 @@ fn console_device(config: &Config) -> Result<ConsoleEnds, VmmError> {
     let device = port.map(|port| ConsoleDevice::new(vec![port])).transpose();
     let device = device.map_err(host("start a thread for the console"))?;
     Ok(ConsoleEnds { device, job: None, observed })
+}
+
+/// The device that makes the terminal the guest's hvc0, where that is wanted and there is a terminal.
+fn terminal_device(config: &Config) -> Result<Option<(ConsoleDevice, HvcEnd)>, VmmError> {
+    let wanted = config.hvc && config.console == ConsoleTarget::Stdio;
+    if !wanted || terminal::input() != Input::Terminal {
+        return Ok(None);
+    }
+    hvc::console().map(Some).map_err(host("make the console device for the terminal"))
 }
 
 /// Where the time before the guest goes, for `-v`.

@@ -1,10 +1,13 @@
 //! A driver of a console for tests: every queue of a device, rings byte by byte.
 #![allow(dead_code, reason = "each test uses its part")]
 
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use minivmm::bus::{BusDevice, Outcome};
+use minivmm::console::stream::{Sink, Source};
+use minivmm::console::window::{Window, WindowSize};
 use minivmm::console::{CONTROL_RX, CONTROL_TX, ConsoleDevice, PortConfig, rx_queue, tx_queue};
 use minivmm::mem::{self, Ram};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -43,9 +46,18 @@ pub struct ConsoleRig {
 impl ConsoleRig {
     pub fn new(ports: Vec<PortConfig>) -> Self {
         let queues = u16::try_from(4 + 2 * ports.len()).unwrap();
+        Self::of(ConsoleDevice::new(ports).unwrap(), queues)
+    }
+
+    /// A terminal's device, which has port 0 alone.
+    pub fn terminal(source: Source, sink: Sink, size: WindowSize) -> (Self, Arc<Window>) {
+        let (device, window) = ConsoleDevice::terminal(source, sink, size).unwrap();
+        (Self::of(device, 2), window)
+    }
+
+    fn of(device: ConsoleDevice, queues: u16) -> Self {
         let ram = mem::map_ram(&[(0, RAM_BYTES)]).unwrap();
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-        let device = ConsoleDevice::new(ports).unwrap();
         let mmio = over_pci::transport(Box::new(device), ram.clone(), irq.try_clone().unwrap());
         let none = vec![0; usize::from(queues)];
         Self { ram, mmio, irq, queues, avail: none.clone(), seen: none }

@@ -1,0 +1,104 @@
+//! The user's terminal as the guest's hvc0: a virtio console beside the serial port.
+//!
+//! Owns the way of what is typed, the terminal's size, and the choice between hvc0 and the serial port. The
+//! guest's first output on hvc0 decides: from then on a program reads there. Until then what is typed waits,
+//! but not for ever: a guest without a driver for hvc0 is served through its serial port.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::console::ConsoleDevice;
+use crate::console::stream::{Sink, Source};
+use crate::console::window::{Window, WindowSize};
+use crate::terminal;
+
+/// What is typed waits this long for a program on hvc0.
+const HOLD: Duration = Duration::from_secs(10);
+
+/// Our end of hvc0.
+pub struct HvcEnd {
+    input: File,
+    window: Arc<Window>,
+}
+
+/// Where typed bytes go now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// To hvc0.
+    Hvc,
+    /// Nowhere yet.
+    Wait,
+    /// To the serial port.
+    Serial,
+}
+
+/// Makes the device, and our end of it.
+pub fn console() -> io::Result<(ConsoleDevice, HvcEnd)> {
+    let (from_us, input) = io::pipe()?;
+    let input = OwnedFd::from(input);
+    // A guest that does not read must not stop the main thread.
+    // SAFETY: sets a flag of a descriptor that is ours alone.
+    if unsafe { libc::fcntl(input.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let stdout = io::stdout().as_fd().try_clone_to_owned()?;
+    let (device, window) =
+        ConsoleDevice::terminal(Source::new(from_us)?, Sink::new(stdout)?, size().unwrap_or_default())?;
+    Ok((device, HvcEnd { input: input.into(), window }))
+}
+
+fn size() -> Option<WindowSize> {
+    terminal::size().map(|(columns, rows)| WindowSize { columns, rows })
+}
+
+impl HvcEnd {
+    /// Shows the guest the size that the terminal has now.
+    pub fn follow_terminal(&self) {
+        if let Some(size) = size() {
+            self.window.resize(size);
+        }
+    }
+
+    /// Where typed bytes go, so long after the guest's start.
+    pub fn way(&self, since_start: Duration) -> Way {
+        match self.window.has_output() {
+            true => Way::Hvc,
+            false if since_start < HOLD => Way::Wait,
+            false => Way::Serial,
+        }
+    }
+
+    /// Hands bytes over; how many were taken.
+    pub fn offer(&self, bytes: &[u8]) -> usize {
+        // A full pipe takes none, and they are offered again.
+        (&self.input).write(bytes).unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_typed_waits_for_a_while_and_then_goes_to_the_serial_port() {
+        let (_device, end) = console().unwrap();
+        assert_eq!(end.way(Duration::ZERO), Way::Wait);
+        assert_eq!(end.way(HOLD), Way::Serial);
+    }
+
+    #[test]
+    fn a_guest_that_reads_nothing_stops_nobody() {
+        let (_device, end) = console().unwrap();
+        let mut taken = 0;
+        loop {
+            match end.offer(&[b'x'; 4096]) {
+                0 => break,
+                count => taken += count,
+            }
+        }
+        assert!(taken > 0);
+    }
+}
