@@ -37,6 +37,7 @@ impl Args {
             let path = given.clone().or(bundled);
             path.into_iter().for_each(|path| input(option, path));
         }
+        self.modules.iter().flatten().for_each(|path| input("--modules", path.clone()));
         self.job.added().for_each(|path| input("--add", path.to_owned()));
         let mut outputs = Vec::new();
         outputs.extend(self.job.status_file().map(|path| Output::text(STATUS_FILE, path)));
