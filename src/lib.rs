@@ -44,6 +44,7 @@ pub mod console;
 pub mod crash;
 pub mod devices;
 pub mod disk;
+pub mod estimate;
 pub mod explain;
 pub mod files;
 pub mod job;

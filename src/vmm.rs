@@ -46,7 +46,7 @@ use crate::terminal::{self, Input, RawMode};
 use crate::vcpu::{End, Vcpu};
 use build::Machine;
 use events::{Report, Reporter, Reports};
-use hvc::{HvcEnd, Way};
+use hvc::HvcEnd;
 use input::{Console, READ_BYTES_MAX, Wish};
 use job::JobEnd;
 pub use job::Times;
@@ -548,18 +548,8 @@ impl<'a> Run<'a> {
     /// Whether it has to be tried again soon. The port's lock is only tried: a CPU may hold it for
     /// long, when whoever reads our output does not.
     fn hand_input_over(&mut self) -> bool {
-        if !self.console.has_waiting() {
-            return false;
-        }
-        if let Some(hvc) = &self.hvc {
-            match hvc.way(self.begin.elapsed()) {
-                Way::Serial => {}
-                Way::Wait => return true,
-                Way::Hvc => {
-                    self.console.hand_over(|bytes| hvc.offer(bytes));
-                    return self.console.has_waiting();
-                }
-            }
+        if let Some(retry) = hvc::serve(self.hvc.as_ref(), &mut self.console, self.begin) {
+            return retry;
         }
         let mut port = match self.serial.port.try_lock() {
             Ok(port) => port,

@@ -17,11 +17,12 @@ const LAYERS: [(&str, Option<&[&str]>); 27] = [
     ("vcpu", Some(&["kvm", "bus", "mem", "layout", "ratelimit"])),
     ("kvm", Some(&["bus", "pci", "mem", "layout", "ratelimit"])),
     ("boot", Some(&["mem", "layout"])),
-    ("crash", Some(&["disk", "blk", "files", "mem", "ratelimit", "child", "scratch_dir"])),
-    ("bench", Some(&["lab", "disk", "explain", "files", "observe", "text", "scratch_dir"])),
+    ("crash", Some(&["disk", "blk", "files", "mem", "ratelimit", "child", "estimate", "scratch_dir"])),
+    ("bench", Some(&["lab", "disk", "explain", "files", "observe", "text", "estimate", "scratch_dir"])),
     (
         "study",
         Some(&[
+            "estimate",
             "lab",
             "disk",
             "blk",
@@ -54,8 +55,19 @@ const LAYERS: [(&str, Option<&[&str]>); 27] = [
     ("terminal", Some(&[])),
 ];
 /// Modules that stand alone and that anybody may have named in [`LAYERS`].
-const ALONE: [&str; 10] =
-    ["layout", "ratelimit", "slab", "text", "program", "child", "mutants", "sync", "signals", "scratch_dir"];
+const ALONE: [&str; 11] = [
+    "layout",
+    "ratelimit",
+    "slab",
+    "text",
+    "program",
+    "child",
+    "mutants",
+    "sync",
+    "signals",
+    "scratch_dir",
+    "estimate",
+];
 
 /// Inside a layer: (who, must not name).
 const FORBIDDEN: [(&str, &[&str]); 4] = [

@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::jobs::Job;
 use super::prepare::{self, PrepareError, Written};
@@ -15,6 +15,7 @@ use super::who::{Competitor, competitors};
 use super::{Options, warn};
 use crate::disk::cache::CachePolicy;
 use crate::disk::{DiskOptions, Image};
+use crate::estimate::{Clock, Rate};
 use crate::files::output;
 use crate::lab::fio::{self, FioError, Summary};
 use crate::lab::{Boot, BootError, DiskSpec, How, Outcome, boot, image};
@@ -90,6 +91,21 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
 }
 
+/// The places of all competitors in their order of a round: neighbours in time are compared, and nobody is
+/// always the first.
+fn places(count: usize, round: usize) -> impl Iterator<Item = usize> {
+    (0..count).map(move |step| if round.is_multiple_of(2) { step } else { count - 1 - step })
+}
+
+/// What a round measures, in its order.
+fn order(plan: &[(Job, Vec<Competitor>)], round: usize) -> Vec<String> {
+    let of = |(job, who): &(Job, Vec<Competitor>)| {
+        let names = places(who.len(), round).filter_map(|place| who.get(place));
+        names.map(|who| format!("{} by {}", job.name, who.name)).collect::<Vec<_>>()
+    };
+    plan.iter().flat_map(of).collect()
+}
+
 fn rounds(
     options: &Options,
     plan: &[(Job, Vec<Competitor>)],
@@ -98,13 +114,13 @@ fn rounds(
 ) -> Result<(), BenchError> {
     let steps = options.rounds * plan.iter().map(|(_, who)| who.len()).sum::<usize>();
     let bar = bar();
-    begin(&bar, steps as u64, "{bar:30} {pos}/{len} {msg}, {left} left");
+    let clock = Clock::new((0..options.rounds).flat_map(|round| order(plan, round)));
+    let shown = clock.clone();
+    begin(&bar, steps as u64, "{bar:30} {pos}/{len} {msg}, {left}", move |_, _| shown.left());
     let mut outcome = Ok(());
     'all: for round in 0..options.rounds {
         for (at, (job, who)) in plan.iter().enumerate() {
-            // Neighbours in time are compared, and nobody is always the first.
-            let turn = |step| if round % 2 == 0 { step } else { who.len() - 1 - step };
-            for place in (0..who.len()).map(turn) {
+            for place in places(who.len(), round) {
                 let Some(competitor) = who.get(place) else { continue };
                 bar.set_message(format!(
                     "round {} of {}, {} by {}",
@@ -113,7 +129,10 @@ fn rounds(
                     job.name,
                     competitor.name
                 ));
-                match measure(options, competitor, stop) {
+                clock.begin();
+                let measured = measure(options, competitor, stop);
+                clock.end();
+                match measured {
                     Ok(run) => report.add(at, place, Run { round, ..run }),
                     Err(error) => {
                         outcome =
@@ -237,26 +256,30 @@ fn bar() -> ProgressBar {
     ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(5))
 }
 
-/// It is known how much there is to do.
-fn begin(bar: &ProgressBar, length: u64, template: &str) {
-    let left = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
-        let _ = match state.pos() {
-            0 => out.write_str("?"),
-            _ => write!(out, "{:#}", HumanDuration(state.eta())),
-        };
+/// It is known how much there is to do. `left` says in words how long that takes, from what is done and all of
+/// it; it is asked at each tick, so that the answer never stands still.
+fn begin(
+    bar: &ProgressBar,
+    length: u64,
+    template: &str,
+    left: impl Fn(u64, u64) -> String + Clone + Send + Sync + 'static,
+) {
+    let told = move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+        let _ = out.write_str(&left(state.pos(), state.len().unwrap_or_default()));
     };
     if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style.with_key("left", left));
+        bar.set_style(style.with_key("left", told));
     }
     bar.set_length(length);
-    // The time left goes down between two steps, too.
     bar.enable_steady_tick(Duration::from_secs(1));
 }
 
 fn writing(bar: &ProgressBar, options: &Options, step: Written) {
     match step {
         Written::Of(bytes) => {
-            begin(bar, bytes, "{bar:30} {bytes}/{total_bytes} {msg}, {left} left");
+            let rate = Rate::begin();
+            let left = move |done, total| rate.left(done, total);
+            begin(bar, bytes, "{bar:30} {bytes}/{total_bytes} {msg}, {left}", left);
             bar.set_message(format!("written to {}", options.disk.path.display()));
         }
         Written::More(bytes) => bar.inc(bytes),

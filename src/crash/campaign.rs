@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::check::{Check, CheckError, Verdict, find_e2fsck};
 use super::legal::StateName;
@@ -19,6 +19,7 @@ use super::plan::{Breadth, Plan, Task, one};
 use super::points::{At, NoPoint, points};
 use super::report::{Failure, Report, Told};
 use super::scratch::{Base, ScratchError, Stage, default_place};
+use crate::estimate::Rate;
 use crate::files::{Input, Output, OutputRefused, output};
 use crate::scratch_dir::{ScratchDir, remove_abandoned};
 
@@ -197,10 +198,16 @@ fn scratch_directory(options: &Options, needed_bytes: u64) -> Result<ScratchDir,
 /// On a terminal; elsewhere nothing.
 fn bar(states: u64) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(states), ProgressDrawTarget::stderr_with_hz(5));
-    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} states, {msg}, {eta} left");
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} states, {msg}, {left}");
     if let Ok(style) = style {
-        bar.set_style(style);
+        let rate = Rate::begin();
+        let left = move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+            let _ = out.write_str(&rate.left(state.pos(), state.len().unwrap_or_default()));
+        };
+        bar.set_style(style.with_key("left", left));
     }
+    // A check that takes long shows, too.
+    bar.enable_steady_tick(Duration::from_secs(1));
     bar.set_message("0 failed");
     bar
 }

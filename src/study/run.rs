@@ -3,7 +3,7 @@
 //! Owns repetitions and the budget. The first repetition is always whole; what a quick run has no time
 //! for are further ones.
 
-use std::cell::Cell;
+use std::fmt;
 use std::fs;
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::experiment::Experiment;
 use super::figures::Record;
@@ -21,6 +21,7 @@ use super::record::{Header, Journal, VERSION};
 use super::report::{self, Report};
 use super::steps::{self, Bench, Step};
 use super::{EXPERIMENTS, by_id};
+use crate::estimate::Clock;
 use crate::files::{Output, output};
 
 /// A full run repeats each step so often.
@@ -100,7 +101,7 @@ fn measure(
     journal: &mut Journal,
 ) -> Result<()> {
     let begun = Instant::now();
-    let progress = Progress::new(plan.len() as u64 * u64::from(rounds));
+    let progress = Progress::new(plan, rounds);
     for round in 1..=rounds {
         let round_begun = Instant::now();
         for step in plan {
@@ -145,41 +146,37 @@ fn one(bench: &Bench<'_>, step: &Step, round: u32) -> Record {
 struct Progress {
     bar: ProgressBar,
     is_terminal: bool,
-    measured: Cell<(u32, f64)>,
+    clock: Clock,
 }
 
 impl Progress {
-    fn new(steps: u64) -> Self {
+    fn new(plan: &[&Step], rounds: u32) -> Self {
+        let names = (0..rounds).flat_map(|_| plan.iter().map(|step| step.name.to_owned()));
+        let (clock, steps) = (Clock::new(names), plan.len() as u64 * u64::from(rounds));
         let is_terminal = std::io::stderr().is_terminal();
         let target = if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(steps), target);
-        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} steps, {msg}") {
-            bar.set_style(style);
+        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} steps, {left}: {msg}") {
+            let clock = clock.clone();
+            // Asked anew at each tick: what was estimated when a step began would stand still.
+            let left = move |_: &ProgressState, out: &mut dyn fmt::Write| {
+                let _ = out.write_str(&clock.left());
+            };
+            bar.set_style(style.with_key("left", left));
         }
         bar.enable_steady_tick(Duration::from_millis(500));
-        Self { bar, is_terminal, measured: Cell::new((0, 0.0)) }
+        Self { bar, is_terminal, clock }
     }
 
     fn begin(&self, step: &str, round: u32, rounds: u32) {
-        self.bar.set_message(format!("{}: {step}, repetition {round} of at most {rounds}", self.left()));
-    }
-
-    /// In words.
-    fn left(&self) -> String {
-        let (steps, seconds) = self.measured.get();
-        let rest = self.bar.length().unwrap_or_default().saturating_sub(self.bar.position());
-        match (steps, rest) {
-            (_, 0) => "the last one".to_owned(),
-            (0, _) => "time left not known yet".to_owned(),
-            _ => format!("{} left at most", minutes(seconds / f64::from(steps) * rest as f64)),
-        }
+        self.clock.begin();
+        self.bar.set_message(format!("{step}, repetition {round} of at most {rounds}"));
     }
 
     fn done(&self, record: Option<&Record>) {
         self.bar.inc(1);
-        let Some(record) = record else { return };
-        let (steps, seconds) = self.measured.get();
-        self.measured.set((steps + 1, seconds + record.seconds));
+        let Some(record) = record else { return self.clock.skip() };
+        self.clock.end();
         let told = record.error.as_deref().unwrap_or("done");
         let line = format!(
             "{}/{} {} (repetition {}): {told}, {:.1} s; {}",
@@ -188,7 +185,7 @@ impl Progress {
             record.step,
             record.round,
             record.seconds,
-            self.left(),
+            self.clock.left(),
         );
         if !self.is_terminal {
             eprintln!("{line}");
@@ -200,8 +197,4 @@ impl Progress {
     fn end(&self) {
         self.bar.finish_and_clear();
     }
-}
-
-fn minutes(seconds: f64) -> String {
-    if seconds < 100.0 { format!("{seconds:.0} s") } else { format!("{:.0} min", seconds / 60.0) }
 }

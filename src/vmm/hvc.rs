@@ -8,8 +8,9 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::input::Console;
 use crate::console::ConsoleDevice;
 use crate::console::stream::{Sink, Source};
 use crate::console::window::{Window, WindowSize};
@@ -26,7 +27,7 @@ pub struct HvcEnd {
 
 /// Where typed bytes go now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+enum Way {
     /// To hvc0.
     Hvc,
     /// Nowhere yet.
@@ -50,6 +51,23 @@ pub fn console() -> io::Result<(ConsoleDevice, HvcEnd)> {
     Ok((device, HvcEnd { input: input.into(), window }))
 }
 
+/// Hands over what was typed, where the guest has hvc0 and that is to have it: whether this has to be tried again
+/// soon. None: it is the serial port's.
+pub fn serve(end: Option<&HvcEnd>, console: &mut Console, guest_start: Instant) -> Option<bool> {
+    if !console.has_waiting() {
+        return Some(false);
+    }
+    let end = end?;
+    match end.way(guest_start.elapsed()) {
+        Way::Serial => None,
+        Way::Wait => Some(true),
+        Way::Hvc => {
+            console.hand_over(|bytes| end.offer(bytes));
+            Some(console.has_waiting())
+        }
+    }
+}
+
 fn size() -> Option<WindowSize> {
     terminal::size().map(|(columns, rows)| WindowSize { columns, rows })
 }
@@ -63,7 +81,7 @@ impl HvcEnd {
     }
 
     /// Where typed bytes go, so long after the guest's start.
-    pub fn way(&self, since_start: Duration) -> Way {
+    fn way(&self, since_start: Duration) -> Way {
         match self.window.has_output() {
             true => Way::Hvc,
             false if since_start < HOLD => Way::Wait,
@@ -72,7 +90,7 @@ impl HvcEnd {
     }
 
     /// Hands bytes over; how many were taken.
-    pub fn offer(&self, bytes: &[u8]) -> usize {
+    fn offer(&self, bytes: &[u8]) -> usize {
         // A full pipe takes none, and they are offered again.
         (&self.input).write(bytes).unwrap_or(0)
     }

@@ -1,11 +1,13 @@
 //! `minivmm top FILE`: an observation as it grows, on a terminal or as lines.
 //!
 //! Owns the choice between the two, and the loop. [`follow`] reads the file, [`view`] says how a moment
-//! looks. Nothing is asked of the minivmm that writes the file: whoever may read it may look.
+//! looks, and [`columns`] which figures a width has room for. Nothing is asked of the minivmm that writes the file: whoever may read it may look.
 
+mod columns;
 pub mod follow;
 pub mod view;
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -15,7 +17,7 @@ use std::time::Duration;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 
 use follow::{Follower, NotAnObservation};
-use view::History;
+use view::{History, Screen};
 
 /// How often the file is looked at.
 const LOOK: Duration = Duration::from_millis(100);
@@ -94,6 +96,16 @@ fn print(
     }
 }
 
+/// Whether the terminal has colours, by its kind, and the user wants them: a NO_COLOR that is not empty says no
+/// (no-color.org).
+fn has_colours(no_color: Option<&OsStr>, term: Option<&OsStr>) -> bool {
+    let unwanted = no_color.is_some_and(|value| !value.is_empty());
+    let term = term.map(OsStr::to_string_lossy).unwrap_or_default();
+    let without =
+        ["", "dumb", "unknown"].contains(&&*term) || term.starts_with("vt1") || term.ends_with("-m");
+    !unwanted && !without
+}
+
 fn show(
     terminal: &mut ratatui::DefaultTerminal,
     mut follower: Follower,
@@ -101,10 +113,12 @@ fn show(
     name: &str,
     stop: &AtomicBool,
 ) -> Result<(), TopError> {
+    let colours = has_colours(std::env::var_os("NO_COLOR").as_deref(), std::env::var_os("TERM").as_deref());
     while !stop.load(Ordering::SeqCst) {
         let goes_on = look(&mut follower, &mut history, name)?;
         history.take_lines();
-        terminal.draw(|frame| view::draw(frame, &history, name, goes_on)).map_err(TopError::Terminal)?;
+        let screen = Screen { name, goes_on, colours };
+        terminal.draw(|frame| view::draw(frame, &history, &screen)).map_err(TopError::Terminal)?;
         if event::poll(LOOK).map_err(TopError::Terminal)?
             && let Event::Key(key) = event::read().map_err(TopError::Terminal)?
             && key.kind == KeyEventKind::Press
@@ -116,4 +130,24 @@ fn show(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colours_are_for_terminals_that_have_them_and_users_who_want_them() {
+        for (no_color, term, expected) in [
+            (None, Some("xterm-256color"), true),
+            (Some(""), Some("screen"), true),
+            (Some("1"), Some("xterm-256color"), false),
+            (None, Some("dumb"), false),
+            (None, Some("vt100"), false),
+            (None, None, false),
+        ] {
+            let found = has_colours(no_color.map(OsStr::new), term.map(OsStr::new));
+            assert_eq!(found, expected, "{no_color:?} {term:?}");
+        }
+    }
 }

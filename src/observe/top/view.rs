@@ -1,15 +1,17 @@
 //! How a moment of an observation looks: as a line, and on a terminal.
 //!
-//! Owns the words and the layout, and the rates, which are the difference of the last two rows of a disk.
+//! Owns the words and the layout, and the rates, which are the difference of the last two rows of a disk. On a
+//! terminal nothing is cut: what there is no room for goes as a whole ([`super::columns`], [`lines_of`]).
 
 use std::collections::VecDeque;
 
 use ratatui::Frame;
-use ratatui::layout::{Constraint, Layout, Rect};
-use ratatui::style::{Style, Stylize};
-use ratatui::text::Line;
-use ratatui::widgets::{Block, Cell, Paragraph, Row as TableRow, Sparkline, Table};
+use ratatui::layout::{Alignment, Constraint, Layout, Rect};
+use ratatui::style::{Color, Style, Stylize};
+use ratatui::text::{Line, Span};
+use ratatui::widgets::{Paragraph, RenderDirection, Sparkline};
 
+use super::columns::{count, factor, percent, size, table};
 use crate::observe::csv::Row;
 
 /// Moments that a curve shows at most.
@@ -22,13 +24,25 @@ pub struct History {
     lines: Vec<String>,
 }
 
+/// What has been seen of one disk.
 #[derive(Debug, Default)]
-struct Disk {
+pub struct Disk {
     name: String,
     last: Row,
     before: Option<Row>,
-    /// Bytes in the host's cache, the oldest first.
-    cached: VecDeque<u64>,
+    /// Moments, the oldest first: seconds, and bytes in the host's cache.
+    cached: VecDeque<(f64, u64)>,
+}
+
+/// What a screen shows besides the history.
+#[derive(Debug, Clone, Copy)]
+pub struct Screen<'a> {
+    /// The observation's file.
+    pub name: &'a str,
+    /// Whether more may come.
+    pub goes_on: bool,
+    /// Whether the terminal has colours, and the user wants them.
+    pub colours: bool,
 }
 
 impl History {
@@ -62,13 +76,29 @@ impl Disk {
         if self.cached.len() == MOMENTS_MAX {
             self.cached.pop_front();
         }
-        self.cached.push_back(row.text("host_cached_bytes").parse().unwrap_or(0));
+        let seconds = row.number("time_s").unwrap_or_default();
+        self.cached.push_back((seconds, row.text("host_cached_bytes").parse().unwrap_or(0)));
         let before = std::mem::replace(&mut self.last, row);
         self.before = (!before.text("disk").is_empty()).then_some(before);
     }
 
+    /// Its name in the guest.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The newest row.
+    pub fn last(&self) -> &Row {
+        &self.last
+    }
+
+    /// A column of bytes of the newest row.
+    pub fn bytes(&self, column: &str) -> String {
+        size(self.last.number(column))
+    }
+
     /// What a column has grown by in a second.
-    fn rate(&self, column: &str) -> Option<f64> {
+    pub fn rate(&self, column: &str) -> Option<f64> {
         let before = self.before.as_ref()?;
         let seconds = self.last.number("time_s")? - before.number("time_s")?;
         let grown = self.growth(column)?;
@@ -86,18 +116,17 @@ impl Disk {
     }
 
     fn line(&self) -> String {
-        let bytes = |column: &str| size(self.last.number(column));
         format!(
             "{:>8.1} s {} {}: host {} (dirty {}, writeback {}), guest {}, both {}; {} r/s {}/s, {} w/s {}/s, {} FLUSH/s; \
              hits {}, FLUSHes x{}, at risk {}",
             self.last.number("time_s").unwrap_or_default(),
             self.name,
             self.last.text("cache"),
-            bytes("host_cached_bytes"),
-            bytes("host_dirty_bytes"),
-            bytes("host_writeback_bytes"),
-            bytes("guest_cache_growth_bytes"),
-            bytes("double_cached_bytes"),
+            self.bytes("host_cached_bytes"),
+            self.bytes("host_dirty_bytes"),
+            self.bytes("host_writeback_bytes"),
+            self.bytes("guest_cache_growth_bytes"),
+            self.bytes("double_cached_bytes"),
             count(self.rate("reads")),
             size(self.rate("read_bytes")),
             count(self.rate("writes")),
@@ -105,134 +134,182 @@ impl Disk {
             count(self.rate("flushes")),
             percent(self.hit_share()),
             factor(self.last.number("flush_amplification")),
-            bytes("bytes_at_risk"),
+            self.bytes("bytes_at_risk"),
         )
-    }
-
-    fn cells(&self) -> TableRow<'_> {
-        let bytes = |column: &str| size(self.last.number(column));
-        let cells = [
-            self.name.clone(),
-            self.last.text("cache").to_owned(),
-            bytes("host_cached_bytes"),
-            bytes("host_dirty_bytes"),
-            bytes("host_writeback_bytes"),
-            bytes("double_cached_bytes"),
-            count(self.rate("reads")),
-            size(self.rate("read_bytes")),
-            count(self.rate("writes")),
-            size(self.rate("written_bytes")),
-            count(self.rate("flushes")),
-            factor(self.last.number("flush_amplification")),
-            bytes("bytes_at_risk"),
-        ];
-        TableRow::new(cells.map(Cell::from))
     }
 }
 
-/// What stands above the table's columns.
-const HEADINGS: [&str; 13] = [
-    "disk", "cache", "HOST", "dirty", "wrback", "BOTH", "r/s", "B/s", "w/s", "B/s", "FL/s", "xFLUSH",
-    "at risk",
-];
-const WIDTHS: [u16; 13] = [4, 12, 7, 7, 7, 7, 6, 7, 6, 7, 5, 6, 7];
-
 /// Draws the newest moment.
-pub fn draw(frame: &mut Frame<'_>, history: &History, name: &str, goes_on: bool) {
-    let disks = u16::try_from(history.disks.len()).unwrap_or(u16::MAX);
-    let [title, table, facts, curves] = Layout::vertical([
+pub fn draw(frame: &mut Frame<'_>, history: &History, screen: &Screen<'_>) {
+    let width = frame.area().width;
+    let first = history.disks.first();
+    let facts: Vec<Line<'_>> = first
+        .map_or(vec![], |disk| facts_of(disk, history.lately()))
+        .iter()
+        .flat_map(|fact| lines_of(fact, width))
+        .collect();
+    let height = |count: usize| Constraint::Length(u16::try_from(count).unwrap_or(u16::MAX));
+    let [title, disks, facts_area, curves] = Layout::vertical([
         Constraint::Length(1),
-        Constraint::Length(disks.saturating_add(2)),
-        Constraint::Length(4),
+        height(history.disks.len() + 2),
+        height(facts.len() + 1),
         Constraint::Min(0),
     ])
     .areas(frame.area());
-    let first = history.disks.first();
-    let seconds = first.and_then(|disk| disk.last.number("time_s")).unwrap_or_default();
-    let state = if goes_on { "running" } else { "ended" };
-    let text = format!("minivmm top  {name}  {seconds:.1} s  {state}  (q quits)");
-    frame.render_widget(Line::from(text).bold(), title);
-    let rows = history.disks.iter().map(Disk::cells);
-    let headings = TableRow::new(HEADINGS.map(Cell::from)).style(Style::new().underlined());
-    frame.render_widget(Table::new(rows, WIDTHS.map(Constraint::Length)).header(headings), table);
-    if let Some(disk) = first {
-        frame.render_widget(Paragraph::new(facts_of(disk, history.lately())), facts);
-    }
-    draw_curves(frame, history, curves);
+    frame.render_widget(title_of(history, screen, width), title);
+    frame.render_widget(table(&history.disks, disks.width, screen.colours), disks);
+    frame.render_widget(Paragraph::new(facts), facts_area);
+    draw_curves(frame, history, screen, curves);
 }
+
+/// The first line: as many of its parts as there is room for, the state before all others.
+fn title_of<'a>(history: &History, screen: &Screen<'_>, width: u16) -> Line<'a> {
+    let seconds = history.disks.first().and_then(|disk| disk.last.number("time_s")).unwrap_or_default();
+    let (state, colour) = if screen.goes_on { ("running", Color::Green) } else { ("ended", Color::Gray) };
+    let file = screen.name.rsplit('/').next().unwrap_or_default();
+    let time = format!("{seconds:.1} s");
+    let whole = |name: &str, keys: &str| format!("minivmm top  {name}  {time}  {state}{keys}");
+    let texts = [
+        whole(screen.name, "  (q quits)"),
+        whole(file, "  (q quits)"),
+        whole(file, ""),
+        format!("{file}  {time}  {state}"),
+        format!("{time}  {state}"),
+        state.to_owned(),
+    ];
+    let text = texts.into_iter().find(|text| fits(text, width)).unwrap_or_default();
+    let Some((before, after)) = text.split_once(state).filter(|_| screen.colours) else {
+        return Line::from(text).bold();
+    };
+    let coloured = Span::styled(state, Style::new().fg(colour));
+    Line::from(vec![Span::from(before.to_owned()), coloured, Span::from(after.to_owned())]).bold()
+}
+
+fn fits(text: &str, width: u16) -> bool {
+    text.chars().count() <= usize::from(width)
+}
+
+/// A label and what it says, in parts that are not divided.
+type Fact = (&'static str, Vec<String>);
 
 /// What is of all disks together.
-fn facts_of(disk: &Disk, lately: Option<f64>) -> Vec<Line<'static>> {
-    let bytes = |column: &str| size(disk.last.number(column));
+fn facts_of(disk: &Disk, lately: Option<f64>) -> Vec<Fact> {
+    let bytes = |column: &str| disk.bytes(column);
     let guest = match disk.last.text("guest_age_s") {
-        "" => "guest   tells nothing of itself (the test guest does)".to_owned(),
-        age => format!(
-            "guest   cached {}, buffers {}, grown by {}; dirty {}, writeback {} ({age} s ago)",
-            bytes("guest_cached_bytes"),
-            bytes("guest_buffers_bytes"),
-            bytes("guest_cache_growth_bytes"),
-            bytes("guest_dirty_bytes"),
-            bytes("guest_writeback_bytes"),
-        ),
+        "" => vec!["tells nothing of itself".to_owned(), "(the test guest does)".to_owned()],
+        age => vec![
+            format!("cached {},", bytes("guest_cached_bytes")),
+            format!("buffers {},", bytes("guest_buffers_bytes")),
+            format!("grown by {};", bytes("guest_cache_growth_bytes")),
+            format!("dirty {},", bytes("guest_dirty_bytes")),
+            format!("writeback {}", bytes("guest_writeback_bytes")),
+            format!("({age} s ago)"),
+        ],
     };
     let host = match disk.last.text("host_disk") {
-        "" => "host    its disk cannot be seen".to_owned(),
-        name => format!(
-            "host    {name}: reads {}/s, writes {}/s, {} FLUSH/s, for everybody",
-            size(disk.rate("host_disk_read_bytes")),
-            size(disk.rate("host_disk_written_bytes")),
-            count(disk.rate("host_disk_flushes")),
-        ),
+        "" => vec!["its disk cannot be seen".to_owned()],
+        name => vec![
+            format!("{name}:"),
+            format!("reads {}/s,", size(disk.rate("host_disk_read_bytes"))),
+            format!("writes {}/s,", size(disk.rate("host_disk_written_bytes"))),
+            format!("{} FLUSH/s,", count(disk.rate("host_disk_flushes"))),
+            "for everybody".to_owned(),
+        ],
     };
-    let hits = format!(
-        "reads   from the host's cache: {} of the bytes lately, {} so far",
-        percent(lately),
-        percent(disk.hit_share())
-    );
-    vec![Line::from(guest), Line::from(host), Line::from(hits)]
+    let hits = vec![
+        "from the host's cache:".to_owned(),
+        format!("{} of the bytes lately,", percent(lately)),
+        format!("{} so far", percent(disk.hit_share())),
+    ];
+    vec![("guest", guest), ("host", host), ("reads", hits)]
 }
 
-fn draw_curves(frame: &mut Frame<'_>, history: &History, area: Rect) {
+/// The columns of a label.
+const LABEL: u16 = 8;
+
+/// A fact in lines of at most `width`, broken between its parts. A part that is longer is left out.
+fn lines_of((label, parts): &Fact, width: u16) -> Vec<Line<'static>> {
+    let mut lines = Vec::new();
+    let indent = usize::from(LABEL);
+    let mut line = format!("{label:<indent$}");
+    let mut is_empty = true;
+    for part in parts.iter().filter(|part| fits(part, width.saturating_sub(LABEL))) {
+        let gap = if is_empty { "" } else { " " };
+        if !is_empty && !fits(&format!("{line}{gap}{part}"), width) {
+            lines.push(Line::from(std::mem::replace(&mut line, " ".repeat(indent))));
+            line.push_str(part);
+            continue;
+        }
+        line.push_str(gap);
+        line.push_str(part);
+        is_empty = false;
+    }
+    if !is_empty {
+        lines.push(Line::from(line));
+    }
+    lines
+}
+
+fn draw_curves(frame: &mut Frame<'_>, history: &History, screen: &Screen<'_>, area: Rect) {
     let parts = Layout::vertical(vec![Constraint::Fill(1); history.disks.len()]).split(area);
     for (disk, part) in history.disks.iter().zip(parts.iter()).filter(|(_, part)| part.height > 1) {
-        let most = disk.cached.iter().copied().max().unwrap_or(0);
-        let title = format!("{} in the host's cache, at most {}", disk.name, size(Some(most as f64)));
-        let newest = disk.cached.len().saturating_sub(usize::from(part.width));
-        let curve: Vec<u64> = disk.cached.iter().skip(newest).copied().collect();
-        frame.render_widget(Sparkline::default().data(curve).block(Block::new().title(title)), *part);
+        draw_curve(frame, disk, screen, *part);
     }
 }
 
-/// Bytes, in seven places at most.
-fn size(bytes: Option<f64>) -> String {
-    let Some(bytes) = bytes else { return "-".to_owned() };
-    let units = ["B", "K", "M", "G", "T"];
-    let mut scaled = bytes;
-    let mut unit = 0;
-    while scaled >= 1024.0 && unit + 1 < units.len() {
-        scaled /= 1024.0;
-        unit += 1;
+/// A disk's curve: a title, the newest moment at the right edge, and the times below where there is room.
+fn draw_curve(frame: &mut Frame<'_>, disk: &Disk, screen: &Screen<'_>, area: Rect) {
+    let axis_rows = u16::from(area.height > 2);
+    let [title, curve, axis] =
+        Layout::vertical([Constraint::Length(1), Constraint::Min(1), Constraint::Length(axis_rows)])
+            .areas(area);
+    let most = size(Some(disk.cached.iter().map(|(_, bytes)| *bytes).max().unwrap_or(0) as f64));
+    let titles = [
+        format!("{} in the host's cache, at most {most}", disk.name),
+        format!("{} cached, at most {most}", disk.name),
+        disk.name.clone(),
+    ];
+    let text = titles.into_iter().find(|text| fits(text, title.width)).unwrap_or_default();
+    frame.render_widget(Line::from(text), title);
+    let moments: Vec<&(f64, u64)> = disk.cached.iter().rev().take(usize::from(curve.width)).collect();
+    let style = if screen.colours { Style::new().fg(Color::Cyan) } else { Style::new() };
+    let bytes = moments.iter().map(|(_, bytes)| *bytes);
+    let line = Sparkline::default().data(bytes).direction(RenderDirection::RightToLeft).style(style);
+    frame.render_widget(line, curve);
+    if axis_rows > 0
+        && let (Some((newest, _)), Some((oldest, _))) = (moments.first(), moments.last())
+    {
+        let drawn = u16::try_from(moments.len()).unwrap_or(axis.width).min(axis.width);
+        let under = Rect { x: axis.x + axis.width - drawn, width: drawn, ..axis };
+        draw_axis(frame, *oldest, *newest, under, axis);
     }
-    let places = usize::from(unit > 0 && scaled < 100.0);
-    format!("{scaled:.places$}{}", units.get(unit).unwrap_or(&""))
 }
 
-fn count(value: Option<f64>) -> String {
-    value.map_or("-".to_owned(), |value| format!("{value:.0}"))
-}
-
-fn percent(value: Option<f64>) -> String {
-    value.map_or("-".to_owned(), |value| format!("{:.0}%", value * 100.0))
-}
-
-fn factor(value: Option<f64>) -> String {
-    value.map_or("-".to_owned(), |value| format!("{value:.2}"))
+/// The times of the oldest and the newest moment at the ends of `under`, which the curve covers, and of the
+/// one in the middle. Where the curve is short the newest alone stands at the edge.
+fn draw_axis(frame: &mut Frame<'_>, oldest: f64, newest: f64, under: Rect, axis: Rect) {
+    let label = |seconds: f64| format!("{seconds:.1} s");
+    let length = |text: &str| u16::try_from(text.chars().count()).unwrap_or(u16::MAX);
+    let [first, middle, last] = [oldest, f64::midpoint(oldest, newest), newest].map(label);
+    if fits(&last, axis.width) {
+        frame.render_widget(Line::from(last.as_str()).alignment(Alignment::Right), axis);
+    }
+    let room = |texts: &[&str]| texts.iter().map(|text| length(text).saturating_add(2)).sum::<u16>();
+    if under.width >= room(&[&first, &last]) {
+        frame.render_widget(Line::from(first.as_str()), under);
+    }
+    if under.width >= room(&[&first, &middle, &last]).saturating_mul(2) {
+        frame.render_widget(Line::from(middle.as_str()).alignment(Alignment::Center), under);
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
+    use ratatui::buffer::Buffer;
 
     use super::*;
 
@@ -245,11 +322,48 @@ mod tests {
         history
     }
 
-    fn screen(history: &History, width: u16, height: u16, goes_on: bool) -> String {
+    fn buffer(history: &History, width: u16, height: u16, screen: &Screen<'_>) -> Buffer {
         let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
-        terminal.draw(|frame| draw(frame, history, "a.csv", goes_on)).unwrap();
-        let cells = terminal.backend().buffer().content().iter();
-        cells.map(|cell| cell.symbol()).collect::<String>()
+        terminal.draw(|frame| draw(frame, history, screen)).unwrap();
+        terminal.backend().buffer().clone()
+    }
+
+    /// The screen's lines.
+    fn lines(history: &History, width: u16, height: u16, goes_on: bool) -> Vec<String> {
+        let screen = Screen { name: "/somewhere/else/a.csv", goes_on, colours: false };
+        let buffer = buffer(history, width, height, &screen);
+        let symbols: Vec<&str> = buffer.content().iter().map(|cell| cell.symbol()).collect();
+        symbols.chunks(usize::from(width)).map(|line| line.concat()).collect()
+    }
+
+    fn screen(history: &History, width: u16, height: u16, goes_on: bool) -> String {
+        lines(history, width, height, goes_on).concat()
+    }
+
+    /// Two disks at work, for as many moments as fill any of the screens.
+    fn busy() -> History {
+        let mut history = History::default();
+        let header = "time_s,disk,cache,host_cached_bytes,host_dirty_bytes,host_writeback_bytes,double_cached_bytes,reads,\
+             read_bytes,writes,written_bytes,flushes,flush_amplification,bytes_at_risk,guest_age_s,guest_cached_bytes,\
+             guest_buffers_bytes,guest_cache_growth_bytes,guest_dirty_bytes,guest_writeback_bytes,host_disk,\
+             host_disk_read_bytes,host_disk_written_bytes,host_disk_flushes,host_hit_share,process_read_bytes";
+        for moment in 0..300_u32 {
+            let seconds = f64::from(moment) / 2.0;
+            for (disk, mode) in [("vda", "writethrough"), ("vdb", "none")] {
+                let grown = u64::from(moment) * 123_456_789;
+                let row = format!(
+                    "{seconds},{disk},{mode},{grown},{grown},{grown},{grown},{},{grown},{},{grown},{},12.34,{grown},0.012,{grown},\
+                     {grown},{grown},{grown},{grown},nvme0n1,{grown},{grown},{},0.987,{}",
+                    moment * 54_321,
+                    moment * 54_322,
+                    moment * 1_234,
+                    moment * 4_321,
+                    grown / 2
+                );
+                history.take(Row::parse(header, &row).unwrap());
+            }
+        }
+        history
     }
 
     #[test]
@@ -278,7 +392,7 @@ mod tests {
             "1.0,vda,writeback,0,0,0,0,,,,,,",
             "2.0,vda,writeback,8388608,100,8388608,3,0.010,4096,4096,0.25,1.5,sda",
         ]);
-        let text = screen(&found, 100, 30, true);
+        let text = screen(&found, 110, 30, true);
         for word in [
             "a.csv",
             "2.0 s",
@@ -294,7 +408,7 @@ mod tests {
         ] {
             assert!(text.contains(word), "no {word} in {text}");
         }
-        assert!(screen(&found, 100, 30, false).contains("ended"));
+        assert!(screen(&found, 110, 30, false).contains("ended"));
         assert!(text.contains("- of the bytes lately, 25% so far"), "{text}");
         let silent = history(&["1.0,vda,none,0,0,0,0,,,,,,"]);
         assert!(screen(&silent, 100, 30, true).contains("tells nothing of itself"));
@@ -304,6 +418,83 @@ mod tests {
         assert!(screen(&History::default(), 80, 24, true).contains("a.csv"));
     }
 
+    /// Every word of the screens, in one set: a cut word or a cut unit would be one more.
+    #[test]
+    fn no_width_cuts_a_word_or_a_unit() {
+        let found = busy();
+        let is_bar = |text: &str| {
+            text.chars()
+                .any(|c| "\u{2581}\u{2582}\u{2583}\u{2584}\u{2585}\u{2586}\u{2587}\u{2588}".contains(c))
+        };
+        let words = |width: u16| -> BTreeSet<String> {
+            let lines = lines(&found, width, 40, true);
+            let words = lines.iter().flat_map(|line| line.split_whitespace().map(str::to_owned));
+            words.filter(|word| !is_bar(word)).collect()
+        };
+        // The times below a curve depend on the width; they are looked at in a test of their own.
+        let is_time = |word: &str| word.parse::<f64>().is_ok_and(|_| word.contains('.'));
+        let whole: BTreeSet<String> = words(300);
+        for word in
+            ["HOST", "wrback", "xFLUSH", "at", "risk", "writethrough", "34.4G", "12.34", "108642", "nvme0n1:"]
+        {
+            assert!(whole.contains(word), "no {word} in {whole:?}");
+        }
+        for width in 40..=200 {
+            let others: Vec<String> =
+                words(width).into_iter().filter(|word| !whole.contains(word) && !is_time(word)).collect();
+            // Shorter wordings of the title and of the curves.
+            let known = ["a.csv", "cached,"];
+            assert!(others.iter().all(|word| known.contains(&word.as_str())), "{width} columns: {others:?}");
+        }
+    }
+
+    #[test]
+    fn figures_end_where_their_heading_ends() {
+        for width in [40, 60, 80, 100, 120] {
+            let lines = lines(&busy(), width, 30, true);
+            let heading = lines.iter().find(|line| line.contains("HOST")).unwrap();
+            let end = heading.find("HOST").unwrap() + 4;
+            for row in lines.iter().filter(|line| line.starts_with("vd") && !line.contains("cache")).take(2) {
+                assert_eq!(&row[end - 1..end], "G", "{width}: {row}");
+                assert!(row[end..].starts_with(' ') || row.len() == end, "{width}: {row}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_axis_tells_when_and_the_newest_moment_is_at_the_right() {
+        for width in 40..=200_u16 {
+            let lines = lines(&busy(), width, 40, true);
+            let axes: Vec<&String> = lines.iter().filter(|line| line.ends_with("149.5 s")).collect();
+            assert_eq!(axes.len(), 2, "{width}: {lines:#?}");
+            // A column is half a second.
+            let oldest = 149.5 - f64::from(width - 1) / 2.0;
+            assert!(axes[0].starts_with(&format!("{oldest:.1} s ")), "{width}: {}", axes[0]);
+        }
+        let young = history(&["1.0,vda,none,4096,0,0,0,,,,,,", "1.5,vda,none,8192,0,0,0,,,,,,"]);
+        let lines = lines(&young, 60, 20, true);
+        assert!(lines.iter().any(|line| line.ends_with("1.5 s") && line.trim() == "1.5 s"), "{lines:#?}");
+    }
+
+    #[test]
+    fn colours_are_there_only_where_they_are_wanted() {
+        let found = busy();
+        let colours_of = |colours| {
+            let screen = Screen { name: "a.csv", goes_on: true, colours };
+            let buffer = buffer(&found, 120, 30, &screen);
+            buffer
+                .content()
+                .iter()
+                .map(|cell| cell.fg)
+                .filter(|colour| *colour != Color::Reset)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(colours_of(false), []);
+        for colour in [Color::Cyan, Color::Yellow, Color::Red, Color::Green] {
+            assert!(colours_of(true).contains(&colour), "{colour}");
+        }
+    }
+
     #[test]
     fn the_share_lately_is_of_all_disks() {
         let mut found = History::default();
@@ -311,20 +502,5 @@ mod tests {
             found.take(Row::parse("time_s,disk,read_bytes,process_read_bytes", row).unwrap());
         }
         assert_eq!(found.lately(), Some(0.75), "100 of 400 bytes came from a disk");
-    }
-
-    #[test]
-    fn sizes_are_short() {
-        for (bytes, text) in [
-            (0.0, "0B"),
-            (1023.0, "1023B"),
-            (1024.0, "1.0K"),
-            (150.0 * 1024.0, "150K"),
-            (1e12, "931G"),
-            (1e18, "909495T"),
-        ] {
-            assert_eq!(size(Some(bytes)), text);
-        }
-        assert_eq!(size(None), "-");
     }
 }
