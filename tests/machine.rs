@@ -16,6 +16,7 @@ use minivmm::disk::erase::ZeroedRange;
 use minivmm::disk::geometry::SectorRange;
 use minivmm::disk::machine::{Disk, Op, StableBy};
 use minivmm::mem::{AlignedBuffer, Iov};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const BLOCK: u32 = 4096;
 
@@ -25,6 +26,8 @@ struct Held {
     operations: Vec<(u64, HostOp)>,
     ended: Vec<Ended>,
     room: usize,
+    /// The last wait was one that may sleep.
+    slept: bool,
     /// What happens on the host, and on other queues, before a submission returns.
     at_submit: Option<Box<dyn FnMut() + Send>>,
 }
@@ -50,8 +53,10 @@ impl Engine for Manual {
         Ok(())
     }
 
-    fn wait(&mut self, _: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
-        ended.append(&mut self.0.0.lock().unwrap().ended);
+    fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
+        let mut held = self.0.0.lock().unwrap();
+        held.slept = !matches!(wake, Wake::Now);
+        ended.append(&mut held.ended);
         Ok(())
     }
 }
@@ -606,6 +611,26 @@ fn every_success_that_was_held_completes_and_once() {
             assert!(queue.disk.is_idle() && other.disk.is_idle());
         }
     }
+}
+
+#[test]
+fn a_wait_that_releases_the_last_success_does_not_sleep_behind_it() {
+    let (_test, image, cache) = disk("none");
+    let mut other = Queue::new(&image, &cache, StableBy::Dsync);
+    let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
+    other.disk.submit(9, Op::Flush);
+    assert_eq!(other.kinds(), [Kind::Fdatasync]);
+    cache.guest_sets_writeback(false);
+    queue.disk.sync_if_switched_off();
+    queue.end(Ok(0));
+    assert!(queue.disk.holds_success(), "by the other queue's sync");
+    // That one is judged before this queue has asked to be rung for, and the sync of our own completes no
+    // request: a drain that sleeps now sleeps for ever, and a reset with it.
+    other.end(Ok(0));
+    let doorbell = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+    queue.disk.wait(Wake::Doorbell(&doorbell)).unwrap();
+    assert!(!queue.hands.0.lock().unwrap().slept);
+    assert!(queue.disk.is_idle() && doorbell.read().is_err());
 }
 
 #[test]

@@ -159,8 +159,9 @@ impl Disk {
         self.decide();
         self.feed_engine();
         self.start_shared_sync();
-        self.release_settled();
-        let wake = if self.may_sleep(wake) { wake } else { Wake::Now };
+        // A release is an end. That of a sync of our own completes no request, and nothing may be left to ring.
+        let has_ended = self.release_settled();
+        let wake = if !has_ended && self.may_sleep(wake) { wake } else { Wake::Now };
         let mut ended = std::mem::take(&mut self.ended);
         let waited = self.engine.wait(wake, &mut ended);
         self.woke_now();
@@ -266,8 +267,9 @@ impl Disk {
         }
     }
 
-    /// Completes what was held, once all the syncs that it waited for are judged.
-    fn release_settled(&mut self) {
+    /// Completes what was held, once all the syncs that it waited for are judged; whether there was any.
+    fn release_settled(&mut self) -> bool {
+        let before = self.held.len();
         let mut at = 0;
         while let Some(&(horizon, _)) = self.held.get(at) {
             if self.image.latch.is_settled(horizon) {
@@ -277,6 +279,7 @@ impl Disk {
                 at += 1;
             }
         }
+        self.held.len() < before
     }
 
     fn take_off(&mut self, flight: Flight, first: HostOp) {

@@ -219,7 +219,14 @@ impl<'a> World<'a> {
                 Step::Progress => {
                     self.storage.lock().unwrap().progress(None);
                 }
+                Step::Serve { queue, times } => {
+                    let mut storage = self.storage.lock().unwrap();
+                    for _ in 0..times {
+                        storage.progress(Some(queue % self.plan.queues));
+                    }
+                }
                 Step::WriteBack { sector } => self.storage.lock().unwrap().write_back(sector),
+                Step::Rest => self.come_to_rest()?,
                 Step::SetWriteback { on } => self.set_writeback(on),
                 Step::Reset { flush, config_wce } => return Ok(Some((flush, config_wce))),
             }
