@@ -13,6 +13,8 @@ named_path() {
     # --option=PATH and file=PATH as well as PATH, each with ",key=value" or ":PLACE" behind it.
     for candidate in "$word" "${word%%,*}" "${word%%:*}" "${word#*=}" "${word##*file=}"; do
         candidate=${candidate%%,*}
+        # The kernel's own files are those of inside.
+        case $(realpath -m -- "$candidate" 2>/dev/null) in /proc/* | /sys/* | /dev/*) continue ;; esac
         if [ -n "$candidate" ] && { [ -f "$candidate" ] || is_named_dir "$candidate"; }; then
             printf '%s\n' "$candidate"
             return
