@@ -126,10 +126,8 @@ pub const PORT_ACPI_SLEEP_CONTROL: u64 = 0x600;
 pub const PORT_ACPI_SLEEP_STATUS: u64 = 0x601;
 /// ACPI's reset register.
 pub const PORT_ACPI_RESET: u64 = 0x602;
-/// PCI configuration: an address and, at +4, data.
+/// PCI configuration: an address (32 bits at once) and, at +4, data; at +1 the reset control register.
 pub const PORT_PCI: u64 = 0xcf8;
-/// The reset control register: an access of a byte inside PCI's address register, which takes 32 bits.
-pub const PORT_RESET_CONTROL: u64 = 0xcf9;
 
 const _: () = assert!(
     PORT_I8042 + 5 <= PORT_RTC
@@ -138,7 +136,6 @@ const _: () = assert!(
         && PORT_SERIAL + 8 <= PORT_PVPANIC
         && PORT_PVPANIC < PORT_ACPI_SLEEP_CONTROL
         && PORT_ACPI_RESET < PORT_PCI
-        && PORT_RESET_CONTROL == PORT_PCI + 1
 );
 
 // What the ACPI tables promise of devices' registers.

@@ -172,7 +172,7 @@ impl Ways {
     fn new(function: Arc<Mutex<dyn PciFunction>>) -> Self {
         let root = bus_of(function);
         let mut others = Bus::new();
-        others.place("reset", 1, 1, Arc::new(Mutex::new(ResetControl::default()))).unwrap();
+        others.place("reset", 0, 4, Arc::new(Mutex::new(ResetControl::default()))).unwrap();
         let mut ways = Self { ports: Bus::new(), ecam: Bus::new(), memory: Bus::new() };
         let ports = ConfigPorts::new(Arc::clone(&root), others);
         ways.ports.place("ports", 0xcf8, 8, Arc::new(Mutex::new(ports))).unwrap();

@@ -79,8 +79,10 @@ impl BusDevice for I8042 {
     }
 }
 
-/// Length of the reset control register's port.
-pub const RESET_CONTROL_LEN: u64 = 1;
+/// Length of the reset control register's ports, 0xCF8 to 0xCFB.
+pub const RESET_CONTROL_LEN: u64 = 4;
+/// Offset of the register.
+const CONTROL: u64 = 1;
 /// A hard reset, not one of the CPU alone; here both end the machine.
 const SYSTEM_RESET: u8 = 1 << 1;
 /// The reset itself, when this bit becomes 1.
@@ -88,24 +90,35 @@ const RESET_CPU: u8 = 1 << 2;
 /// A reset that takes the power away for a moment.
 const FULL_RESET: u8 = 1 << 3;
 
-/// Port 0xCF9, which resets the machine (Linux: `reboot=pci`; firmware and boot loaders too).
+/// Port 0xCF9, which resets the machine (Linux: `reboot=pci`; firmware and boot loaders too). An access of
+/// 32 bits to 0xCF8 is PCI's address register's, also where there is no PCI: a kernel that looks for a bus
+/// must not reset the machine.
 #[derive(Debug, Default)]
 pub struct ResetControl {
     /// What kind of reset the guest has chosen.
     kind: u8,
 }
 
+/// Whether an access is one of PCI's address register.
+fn is_address(offset: u64, len: usize) -> bool {
+    offset == 0 && len == 4
+}
+
 impl BusDevice for ResetControl {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let is_address = is_address(offset, data.len());
         for (register, byte) in (offset..).zip(data) {
-            *byte = if register == 0 { self.kind } else { 0 };
+            *byte = if register == CONTROL && !is_address { self.kind } else { 0xff };
         }
     }
 
     /// The bit that resets never stays set, so that every write of 1 is its change.
     fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
+        if is_address(offset, data.len()) {
+            return Outcome::Continue;
+        }
         each_byte(offset, data, |register, value| {
-            if register != 0 {
+            if register != CONTROL {
                 return Outcome::Continue;
             }
             self.kind = value & (SYSTEM_RESET | FULL_RESET);
@@ -151,16 +164,30 @@ mod tests {
         let mut control = ResetControl::default();
         for value in 0..=255_u8 {
             let expected = if value & 4 == 0 { Outcome::Continue } else { Outcome::Reset };
-            assert_eq!(control.write(0, &[value]), expected, "{value:#x}");
+            assert_eq!(control.write(1, &[value]), expected, "{value:#x}");
             let mut data = [0xee; 2];
-            control.read(0, &mut data);
-            assert_eq!(data, [value & 0x0a, 0]);
+            control.read(1, &mut data);
+            assert_eq!(data, [value & 0x0a, 0xff]);
         }
         // What Linux does with reboot=pci.
-        assert_eq!(control.write(0, &[0x02]), Outcome::Continue);
-        assert_eq!(control.write(0, &[0x0e]), Outcome::Reset);
-        assert_eq!(control.write(1, &[0x0e]), Outcome::Continue);
-        assert_eq!(control.write(0, &[]), Outcome::Continue);
+        assert_eq!(control.write(1, &[0x02]), Outcome::Continue);
+        assert_eq!(control.write(1, &[0x0e]), Outcome::Reset);
+        assert_eq!(control.write(0, &[0, 0x0e]), Outcome::Reset);
+        assert_eq!(control.write(2, &[0x0e]), Outcome::Continue);
+        assert_eq!(control.write(1, &[]), Outcome::Continue);
+    }
+
+    /// A kernel that scans for PCI writes 0x80000000 and more there, whether there is a bus or not.
+    #[test]
+    fn an_address_of_pci_is_no_reset() {
+        let mut control = ResetControl::default();
+        for device in 0..256_u32 {
+            let address = 1 << 31 | device << 8;
+            assert_eq!(control.write(0, &address.to_le_bytes()), Outcome::Continue, "{address:#x}");
+        }
+        let mut data = [0; 4];
+        control.read(0, &mut data);
+        assert_eq!(data, [0xff; 4]);
     }
 
     #[test]

@@ -267,10 +267,10 @@ fn ports(serial: &SerialEnd) -> Result<Bus, VmmError> {
 fn place_reset_control(ports: &mut Bus, root: Option<&Arc<PciRoot>>) -> Result<(), VmmError> {
     let reset = Arc::new(Mutex::new(ResetControl::default()));
     let Some(root) = root else {
-        return Ok(ports.place("reset control", layout::PORT_RESET_CONTROL, RESET_CONTROL_LEN, reset)?);
+        return Ok(ports.place("reset control", layout::PORT_PCI, RESET_CONTROL_LEN, reset)?);
     };
     let mut others = Bus::new();
-    others.place("reset control", layout::PORT_RESET_CONTROL - layout::PORT_PCI, RESET_CONTROL_LEN, reset)?;
+    others.place("reset control", 0, RESET_CONTROL_LEN, reset)?;
     let configuration = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(root), others)));
     Ok(ports.place("PCI configuration", layout::PORT_PCI, PORTS_LEN, configuration)?)
 }
