@@ -4,10 +4,14 @@
 //! figures, or to other files, is not known here. Each section is a job of its own, and runs alone.
 
 use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 /// The jobs where there is no file.
 pub const BUILT_IN: &str = include_str!("default.fio");
+/// A longer file is no job file.
+const FILE_BYTES_MAX: u64 = 1 << 20;
 /// How long a job runs where nothing says otherwise, in seconds.
 const SECONDS: u64 = 10;
 /// A job that ends by itself, by an amount that it says, has so long.
@@ -239,7 +243,7 @@ pub fn read(file: Option<&Path>, only: &[String]) -> Result<Vec<Job>, JobError> 
         None => parse(BUILT_IN, "the built-in job file")?,
         Some(path) => {
             let failed = |source| JobError::Read { path: path.to_owned(), source };
-            parse(&std::fs::read_to_string(path).map_err(failed)?, &path.display().to_string())?
+            parse(&read_text(path).map_err(failed)?, &path.display().to_string())?
         }
     };
     if let Some(name) = only.iter().find(|name| !jobs.iter().any(|job| job.name == **name)) {
@@ -247,6 +251,14 @@ pub fn read(file: Option<&Path>, only: &[String]) -> Result<Vec<Job>, JobError> 
         return Err(JobError::Unknown { name: name.clone(), known: known.join(", ") });
     }
     Ok(jobs.into_iter().filter(|job| only.is_empty() || only.contains(&job.name)).collect())
+}
+
+/// The text of a file, or of a pipe. One that has no end is not read to it.
+fn read_text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let count = File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)?;
+    let too_long = || io::Error::other("it has more than 1 MiB, and is no job file");
+    if count as u64 > FILE_BYTES_MAX { Err(too_long()) } else { Ok(text) }
 }
 
 fn parse(text: &str, file: &str) -> Result<Vec<Job>, JobError> {
@@ -450,6 +462,13 @@ mod tests {
         assert_eq!(some.len(), 1);
         let unknown = read(None, &["seq".into()]).unwrap_err().to_string();
         assert!(unknown.contains("randwrite-sync, seqread"), "{unknown}");
+    }
+
+    #[test]
+    fn a_file_without_an_end_is_not_read_to_it() {
+        let error = read(Some(Path::new("/dev/zero")), &[]).unwrap_err();
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(source.contains("more than 1 MiB"), "{error}: {source}");
     }
 
     #[test]

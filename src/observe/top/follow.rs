@@ -9,6 +9,9 @@ use std::os::fd::AsRawFd;
 
 use crate::observe::csv::{self, Row};
 
+/// A first line that is longer is none of ours: nothing more is read of such a file, which may have no end.
+const HEADER_BYTES_MAX: usize = 64 * 1024;
+
 /// The first line is not one of ours.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("its first line is not that of a file of --observe")]
@@ -49,27 +52,31 @@ impl Follower {
 
     /// The rows that have come since.
     pub fn read(&mut self) -> io::Result<Result<Vec<Row>, NotAnObservation>> {
+        if self.header.is_none() && !self.read_header()? {
+            return Ok(Err(NotAnObservation));
+        }
+        let Some(header) = self.header.clone() else { return Ok(Ok(Vec::new())) };
         self.file.read_to_end(&mut self.waiting)?;
         let whole = self.waiting.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
         let text: Vec<u8> = self.waiting.drain(..whole).collect();
         let text = String::from_utf8_lossy(&text);
-        let mut lines = text.lines();
-        if self.header.is_none() {
-            match lines.next() {
-                // The columns that a view needs; others may be more or fewer.
-                Some(line)
-                    if csv::columns()
-                        .take(2)
-                        .eq([line.split(',').next(), line.split(',').nth(1)].into_iter().flatten()) =>
-                {
-                    self.header = Some(line.to_owned());
-                }
-                Some(_) => return Ok(Err(NotAnObservation)),
-                None => {}
-            }
-        }
-        let header = self.header.as_deref().unwrap_or_default();
-        Ok(Ok(lines.filter_map(|line| Row::parse(header, line)).collect()))
+        Ok(Ok(text.lines().filter_map(|line| Row::parse(&header, line)).collect()))
+    }
+
+    /// Reads the first line, if all of it has come; false: it is not one of ours.
+    fn read_header(&mut self) -> io::Result<bool> {
+        let room = HEADER_BYTES_MAX.saturating_sub(self.waiting.len());
+        self.file.by_ref().take(room as u64).read_to_end(&mut self.waiting)?;
+        let Some(end) = self.waiting.iter().position(|byte| *byte == b'\n') else {
+            return Ok(self.waiting.len() < HEADER_BYTES_MAX);
+        };
+        let line: Vec<u8> = self.waiting.drain(..=end).collect();
+        let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+        // The columns that a view needs; others may be more or fewer.
+        let first_two = [line.split(',').next(), line.split(',').nth(1)];
+        let is_ours = csv::columns().take(2).eq(first_two.into_iter().flatten());
+        self.header = is_ours.then_some(line);
+        Ok(is_ours)
     }
 }
 
@@ -109,5 +116,9 @@ mod tests {
 
         fs::write(&path, "hello\nworld\n").unwrap();
         assert_eq!(Follower::new(File::open(&path).unwrap()).read().unwrap(), Err(NotAnObservation));
+        for endless in ["/dev/zero", "/dev/urandom"] {
+            let mut follower = Follower::new(File::open(endless).unwrap());
+            assert_eq!(follower.read().unwrap(), Err(NotAnObservation), "{endless}");
+        }
     }
 }
