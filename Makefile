@@ -173,7 +173,7 @@ $(static_binary): $(sources)
 	@touch $@
 
 $(manual)/minivmm.1: $(sources)
-	@cargo run --release --locked --quiet --example manual -- $(manual)
+	@cargo run --locked --quiet --example manual -- $(manual)
 	@touch $@
 
 $(guest_build)/vmlinuz:

@@ -19,6 +19,7 @@ mod usage;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 
@@ -44,7 +45,7 @@ pub use usage::Answer;
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 #[command(after_long_help = help::after(), after_help = "--help tells more: keys, examples, exit statuses.")]
-#[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
     #[command(subcommand)]
     command: Option<Command>,
@@ -90,7 +91,7 @@ pub struct Args {
     /// How the guest reaches its virtio devices: pci, or mmio
     ///
     /// virtio-pci with MSI-X, or virtio-mmio; the key `transport` of a disk says otherwise for that disk.
-    #[arg(long, value_name = "pci|mmio", default_value = "pci", value_parser = transport, help_heading = help::MACHINE)]
+    #[arg(long, value_name = "pci|mmio", default_value = "pci", value_parser = transport(), hide_possible_values = true, help_heading = help::MACHINE)]
     transport: TransportChoice,
 
     /// Disk image, with keys (repeatable: vda, vdb, ...)
@@ -157,7 +158,7 @@ pub struct Args {
     /// on: no path can be opened, no program started; each thread has a list of the system calls that it may
     /// make, and one that is not on it ends minivmm with status 125 and is named. log: such a call is named and
     /// made. What each may, and why, is in docs/security.md.
-    #[arg(long, value_name = "on|log|off", default_value = "on", value_parser = sandbox_mode, help_heading = help::MACHINE)]
+    #[arg(long, value_name = "on|log|off", default_value = "on", value_parser = sandbox_mode(), hide_possible_values = true, help_heading = help::MACHINE)]
     sandbox: sandbox::Mode,
 
     /// Say more (twice: much more)
@@ -281,12 +282,17 @@ fn cpus(text: &str) -> Result<u8, String> {
     text.parse().ok().filter(|count| (1..=254).contains(count)).ok_or_else(wrong)
 }
 
-fn transport(text: &str) -> Result<TransportChoice, String> {
-    TransportChoice::by_name(text).ok_or_else(|| "it is pci or mmio".into())
+// Lists of words, so that shells complete them and a wrong one is answered by the nearest.
+fn transport() -> impl TypedValueParser<Value = TransportChoice> {
+    let unknown = || "it is pci or mmio".to_owned();
+    PossibleValuesParser::new(["pci", "mmio"])
+        .try_map(move |name| TransportChoice::by_name(&name).ok_or_else(unknown))
 }
 
-fn sandbox_mode(text: &str) -> Result<sandbox::Mode, String> {
-    sandbox::Mode::by_name(text).ok_or_else(|| "it is on, log or off".into())
+fn sandbox_mode() -> impl TypedValueParser<Value = sandbox::Mode> {
+    let unknown = || "it is on, log or off".to_owned();
+    PossibleValuesParser::new(sandbox::Mode::ALL.map(|(name, _)| name))
+        .try_map(move |name| sandbox::Mode::by_name(&name).ok_or_else(unknown))
 }
 
 fn console(text: &str) -> Result<ConsoleTarget, String> {
@@ -326,6 +332,13 @@ impl Args {
     /// The arguments of this process, or what to answer where they are wrong or ask for help.
     pub fn of_process() -> Result<Self, Answer> {
         let args = Self::try_parse().map_err(Answer::new)?;
+        if args.command.is_none()
+            && !args.job.is_given()
+            && std::env::args_os().next_back().is_some_and(|it| it == "--")
+        {
+            let why = "a COMMAND for the guest stands behind --, and there is none";
+            return Err(Answer::new(Self::command().error(ErrorKind::MissingRequiredArgument, why)));
+        }
         let conflict = |why: &dyn std::fmt::Display| {
             Err(Answer::new(Self::command().error(ErrorKind::ArgumentConflict, why)))
         };

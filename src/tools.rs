@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use minivmm::bench::{self, BenchError};
-use minivmm::cli::process::{ended, print, say, start_logging, told};
+use minivmm::cli::process::{ended, print, say, say_error, start_logging, told};
 use minivmm::cli::{Args, BenchArgs, CrashArgs, ExitStatus, StudyArgs, Task};
 use minivmm::crash::log::WriteLog;
 use minivmm::crash::{campaign, list};
@@ -123,6 +123,10 @@ fn crash(args: CrashArgs, stop: &Stop) -> Result<ExitStatus> {
 
 fn run_study(args: StudyArgs, stop: &Stop) -> Result<ExitStatus> {
     let options = args.options();
+    if let Some(why) = study::run::unknown(&options.only) {
+        say_error(why);
+        return Ok(ExitStatus::Usage);
+    }
     let report = study::run::run(&options, stop.flag())?;
     print(&format!("{}\n{}", report.to_text(), options.out.join(study::run::PAGE).display()))?;
     Ok(stopped(stop).unwrap_or(ExitStatus::Success))

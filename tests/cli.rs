@@ -23,6 +23,7 @@ fn stderr(output: &Output) -> String {
 fn wrong_usage_ends_with_2_and_says_what_is_right() {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("there.img"), "").unwrap();
+    std::fs::write(directory.path().join("comma,readonly"), "").unwrap();
     for (args, word) in [
         (&["--memory", "512"][..], "did you mean 512M"),
         (&["--memory", "1.5G"], "512M, 4G"),
@@ -44,7 +45,24 @@ fn wrong_usage_ends_with_2_and_says_what_is_right() {
         (&["--no-such-option"], "--no-such-option"),
         (&["a.img"], "a.img"),
         (&["there.img"], "--disk there.img"),
-        (&["chek"], "'check'"),
+        (&["chek"], "did you mean 'check'?"),
+        (&["stduy"], "did you mean 'study'?"),
+        (&["frobnicate"], "study"),
+        (&["--stats", "s.json"], "use --stats=s.json"),
+        (&["-m", "512"], "--memory 512M"),
+        (&["-smp", "2"], "--cpus 2"),
+        (&["-drive", "file=a.img,if=virtio,cache=none"], "--disk a.img,cache=none"),
+        (&["-hda", "a.img"], "--disk a.img"),
+        (&["-kernel", "bzImage"], "--kernel bzImage"),
+        (&["-append", "x"], "--append x"),
+        (&["--"], "there is none"),
+        (&["--transport", "pcie"], "pci, mmio"),
+        (&["--sandbox", "no"], "on, log, off"),
+        (&["study", "--only", "T99"], "there is no experiment T99"),
+        (&["--disk", "a.img,chache=none"], "did you mean 'cache'?"),
+        (&["--disk", "a.img,cache=writethru"], "cache takes"),
+        (&["--disk", "a.img,serial="], "1 to 20 bytes"),
+        (&["--disk", "comma,readonly"], "comma,,readonly"),
         (&["--disk", "a.img", "--cache", "none"], "--disk IMAGE,cache=VALUE"),
         (&["--readonly"], "is a key of --disk"),
         (&["--explain"], "--disk"),
@@ -67,6 +85,37 @@ fn wrong_usage_ends_with_2_and_says_what_is_right() {
         let output = minivmm(directory.path(), args);
         assert_eq!(output.status.code(), Some(USAGE), "{args:?}");
         assert!(stderr(&output).contains(word), "{args:?}: {}", stderr(&output));
+        assert!(stderr(&output).starts_with("minivmm: error: "), "{args:?}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn an_argument_that_is_not_utf_8_is_named() {
+    use std::os::unix::ffi::OsStrExt;
+    let mut command = Command::cargo_bin("minivmm").unwrap();
+    let output = command.arg("--disk").arg(std::ffi::OsStr::from_bytes(b"d\xff.img")).output().unwrap();
+    assert_eq!(output.status.code(), Some(USAGE));
+    let text = stderr(&output);
+    assert!(text.contains("'d\u{fffd}.img' is not UTF-8") && text.contains("symbolic link"), "{text}");
+}
+
+#[test]
+fn help_is_a_command_too_and_what_cannot_be_written_is_an_error() {
+    let directory = tempfile::tempdir().unwrap();
+    for (args, word) in
+        [(&["help"][..], "--disk"), (&["help", "crash"], "--base"), (&["help", "study"], "--only")]
+    {
+        let output = minivmm(directory.path(), args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", stderr(&output));
+        assert!(String::from_utf8_lossy(&output.stdout).contains(word), "{args:?}");
+    }
+    for args in [&["--help"][..], &["-h"], &["--version"], &["help", "log"], &["crash", "--help"], &["check"]]
+    {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_minivmm"));
+        let output = command.args(args).stdout(full).stderr(std::process::Stdio::piped()).output().unwrap();
+        assert_eq!(output.status.code(), Some(FAILURE), "{args:?}");
+        assert!(stderr(&output).contains("cannot write to standard output"), "{args:?}: {}", stderr(&output));
     }
 }
 

@@ -44,7 +44,7 @@ const LAYERS: [(&str, Option<&[&str]>); 27] = [
     ("blk", Some(&["virtio", "disk", "mem", "ratelimit", "slab", "sandbox"])),
     ("console", Some(&["virtio", "mem", "ratelimit", "sandbox"])),
     ("job", Some(&[])),
-    ("disk", Some(&["files", "mem", "ratelimit", "slab", "mutants", "sync", "sandbox"])),
+    ("disk", Some(&["files", "text", "mem", "ratelimit", "slab", "mutants", "sync", "sandbox"])),
     ("virtio", Some(&["bus", "pci", "mem", "ratelimit", "sync"])),
     ("pci", Some(&["bus", "mem", "layout", "ratelimit"])),
     ("devices", Some(&["bus", "layout", "ratelimit"])),

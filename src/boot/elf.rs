@@ -22,6 +22,8 @@ const MACHINE_X86_64: u16 = 62;
 const TYPE_EXECUTABLE: u16 = 2;
 const TYPE_SHARED: u16 = 3;
 const SEGMENT_LOAD: u32 = 1;
+/// The path of a program's loader.
+const SEGMENT_INTERPRETER: u32 = 3;
 const SEGMENT_NOTE: u32 = 4;
 /// A kernel has a handful of program headers.
 const SEGMENTS_MAX: u16 = 64;
@@ -36,6 +38,7 @@ pub fn load(ram: &Ram, image: &Image) -> Result<Kernel, KernelError> {
     let header: Elf64_Ehdr = read(image, 0, "its ELF header")?;
     check_header(&header)?;
     let segments = read_segments(image, &header)?;
+    check_no_program(&segments)?;
     let loads: Vec<&Elf64_Phdr> =
         segments.iter().filter(|s| s.p_type == SEGMENT_LOAD && s.p_memsz > 0).collect();
     check_loads(ram, &loads)?;
@@ -88,6 +91,14 @@ fn read_segments(image: &Image, header: &Elf64_Ehdr) -> Result<Vec<Elf64_Phdr>, 
         header.e_phoff.checked_add(offset).ok_or(KernelError::Truncated { what, file_bytes: image.len() })
     };
     (0..header.e_phnum).map(|index| read(image, offset_of(index)?, what)).collect()
+}
+
+/// A program has a loader, as every dynamic one does.
+fn check_no_program(segments: &[Elf64_Phdr]) -> Result<(), KernelError> {
+    match segments.iter().any(|segment| segment.p_type == SEGMENT_INTERPRETER) {
+        true => Err(KernelError::Unusable("it is a program for Linux (it names its loader)".into())),
+        false => Ok(()),
+    }
 }
 
 /// Every segment is in RAM, above what we put below 1 MiB, and none lies on another.

@@ -7,8 +7,20 @@ const MEMORY_MIN: u64 = 16 * MIB;
 /// More than this the page tables and processors of today do not reach.
 const MEMORY_MAX: u64 = 16 << 40;
 
-/// Guest memory.
+/// Guest memory, on this host.
 pub fn memory(text: &str) -> Result<u64, String> {
+    memory_on(text, address_bits())
+}
+
+/// How many bits a physical address has here (CPUID 0x80000008, which every x86-64 processor has): a guest's too.
+fn address_bits() -> u32 {
+    #[allow(unused_unsafe, reason = "newer compilers know it to be safe")]
+    // SAFETY: every CPU that this is built for (x86-64) has the instruction.
+    let sizes = unsafe { std::arch::x86_64::__cpuid(0x8000_0008) };
+    sizes.eax & 0xff
+}
+
+fn memory_on(text: &str, address_bits: u32) -> Result<u64, String> {
     let bytes = bytes(text)?;
     if bytes < MEMORY_MIN {
         let meant = if bytes.saturating_mul(MIB) >= MEMORY_MIN { text } else { "16" };
@@ -21,6 +33,14 @@ pub fn memory(text: &str) -> Result<u64, String> {
     }
     if bytes > MEMORY_MAX {
         return Err("it is more than 16T".into());
+    }
+    // The gap below 4 GiB moves the rest of the memory up.
+    let most = 1_u64.checked_shl(address_bits).unwrap_or(u64::MAX).saturating_sub(GIB);
+    if bytes > most {
+        let most = most / GIB;
+        return Err(format!(
+            "it is more than this host's {address_bits} bits of physical address reach ({most}G)"
+        ));
     }
     if !bytes.is_multiple_of(MIB) {
         return Err("it is no multiple of 1M".into());
@@ -68,7 +88,20 @@ mod tests {
             ("134217728", 128 * MIB),
             ("1T", 1 << 40),
         ] {
-            assert_eq!(memory(text), Ok(bytes), "{text}");
+            assert_eq!(memory_on(text, 46), Ok(bytes), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_the_hosts_addresses_do_not_reach_is_refused_with_the_figure() {
+        assert_eq!(memory_on("1023G", 40), Ok(1023 * GIB));
+        for (text, bits) in [("1T", 39), ("1T", 40), ("512G", 39), ("64G", 36)] {
+            let error = memory_on(text, bits).unwrap_err();
+            assert!(
+                error.contains(&format!("{bits} bits"))
+                    && error.contains(&format!("({}G)", (1_u64 << (bits - 30)) - 1)),
+                "{error}"
+            );
         }
     }
 
@@ -99,7 +132,7 @@ mod tests {
             ("99999999999999G", "count"),
             ("33554433", "multiple"),
         ] {
-            let error = memory(text).unwrap_err();
+            let error = memory_on(text, 52).unwrap_err();
             assert!(error.contains(word), "{text}: {error}");
         }
     }

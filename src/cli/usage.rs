@@ -6,11 +6,13 @@
 use std::io::{self, IsTerminal};
 use std::path::Path;
 
+use clap::CommandFactory;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-use super::ExitStatus;
 use super::process::{print, say, told};
+use super::{Args, ExitStatus};
 use crate::disk::DiskOptions;
+use crate::text;
 
 /// What ends the process instead of a task: help, the version, or an error in the arguments.
 #[derive(Debug)]
@@ -37,34 +39,134 @@ impl Answer {
     }
 }
 
-/// A word where clap expects none: a key of a disk, most likely, or a disk if there is such a file, or
-/// else a command for the guest.
-fn improve(mut error: clap::Error) -> clap::Error {
+/// Adds what the user may have meant.
+fn improve(error: clap::Error) -> clap::Error {
+    let words: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|word| word.to_string_lossy().into_owned())
+        .take_while(|word| word != "--")
+        .collect();
+    improve_for(error, &words)
+}
+
+fn improve_for(mut error: clap::Error, words: &[String]) -> clap::Error {
+    // -hda asks for help, as clap reads it.
+    if let Some(advice) = qemu_advice(words) {
+        return Args::command().error(ErrorKind::UnknownArgument, advice);
+    }
+    if error.kind() == ErrorKind::InvalidUtf8 {
+        let wrong = std::env::args_os().find(|word| word.to_str().is_none()).unwrap_or_default();
+        let why = format!(
+            "the argument '{}' is not UTF-8 (give a file of such a name another one, or a symbolic link to it)",
+            wrong.to_string_lossy()
+        );
+        return Args::command().error(ErrorKind::InvalidUtf8, why);
+    }
     let place = match error.kind() {
         ErrorKind::InvalidSubcommand => ContextKind::InvalidSubcommand,
         ErrorKind::UnknownArgument => ContextKind::InvalidArg,
         _ => return error,
     };
     let Some(ContextValue::String(word)) = error.get(place) else { return error };
+    let before = words.iter().position(|it| it == word).and_then(|at| words.get(at.checked_sub(1)?));
+    let own: Vec<String> = Args::command().get_subcommands().map(|it| it.get_name().to_owned()).collect();
     let tip = if let Some(name) = word.strip_prefix("--") {
-        if !is_disk_key(name) {
+        if !DiskOptions::keys().any(|(key, _)| key == name) {
             return error;
         }
         format!("{name} is a key of --disk: --disk IMAGE,{name}=VALUE")
     } else if word.starts_with('-') {
         return error;
+    } else if before.is_some_and(|before| before == "--stats") {
+        format!("a file for the statistics is given with '=': use --stats={word}")
+    } else if let Some(meant) = text::nearest(word, own.iter().map(String::as_str)) {
+        format!(
+            "did you mean '{meant}'? (a command for the guest stands behind --: minivmm [OPTIONS] -- {word})"
+        )
     } else if Path::new(word).exists() {
-        format!("to give the guest a disk: --disk {word}")
+        format!("to give the guest a disk: --disk {}", word.replace(',', ",,"))
     } else {
         format!(
-            "a command for the guest stands behind --: minivmm [OPTIONS] -- {word}; minivmm's own are 'bench', 'check', 'crash', 'log' and 'top'"
+            "a command for the guest stands behind --: minivmm [OPTIONS] -- {word}; minivmm's own are {}",
+            own.join(", ")
         )
     };
     error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
     error
 }
 
-fn is_disk_key(name: &str) -> bool {
-    let key = format!("  {name}=");
-    !name.is_empty() && DiskOptions::keys_help().lines().any(|line| line.starts_with(&key))
+/// What QEMU's users type, in minivmm's words. `{}` is the value that follows.
+const QEMU: [(&str, &str); 17] = [
+    ("-m", "--memory {}"),
+    ("-smp", "--cpus {}"),
+    ("-kernel", "--kernel {}"),
+    ("-initrd", "--initrd {}"),
+    ("-append", "--append {} (or --cmdline, in place of the default)"),
+    ("-drive", "--disk {}"),
+    ("-hda", "--disk {}"),
+    ("-hdb", "--disk {}, the second one"),
+    ("-cdrom", "--disk {},readonly"),
+    ("-blockdev", "--disk PATH,cache=MODE"),
+    ("-device", "--disk PATH for a disk; there are no other devices to add"),
+    ("-serial", "--console stdio|stderr|off|file=PATH"),
+    ("-nographic", "nothing: the console is on this terminal, and Ctrl-A x ends the VM"),
+    ("-enable-kvm", "nothing: KVM is always used"),
+    ("-accel", "nothing: KVM is always used"),
+    ("-cpu", "nothing: the guest has the host's CPU"),
+    ("-machine", "nothing: there is one machine"),
+];
+
+fn qemu_advice(words: &[String]) -> Option<String> {
+    let find = |word: &String| QEMU.iter().find(|(name, _)| name == word);
+    let (at, (name, ours)) = words.iter().enumerate().find_map(|(at, word)| Some((at, find(word)?)))?;
+    let value = words.get(at + 1).map_or("VALUE", String::as_str);
+    let first = value.split(',').next().unwrap_or_default();
+    let value = match *name {
+        // QEMU counts in MiB.
+        "-m" if first.bytes().all(|byte| byte.is_ascii_digit()) => format!("{first}M"),
+        "-m" => first.trim_start_matches("size=").to_owned(),
+        "-smp" => first.trim_start_matches("cpus=").to_owned(),
+        "-drive" => drive(value),
+        _ => value.to_owned(),
+    };
+    Some(format!("{name} is an option of QEMU; minivmm's is {}", ours.replace("{}", &value)))
+}
+
+/// A -drive as a --disk: its file, and the keys that mean the same here.
+fn drive(value: &str) -> String {
+    let mut disk = "PATH".to_owned();
+    let mut keys = String::new();
+    for (key, value) in value.split(',').filter_map(|part| part.split_once('=')) {
+        match key {
+            "file" => value.clone_into(&mut disk),
+            "cache" | "readonly" | "serial" => keys += &format!(",{key}={value}"),
+            _ => {}
+        }
+    }
+    disk + &keys
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn qemus_options_are_answered_in_minivmms_words() {
+        for (typed, ours) in [
+            ("-m 512", "--memory 512M"),
+            ("-m 2G,slots=2", "--memory 2G"),
+            ("-smp cpus=4,cores=2", "--cpus 4"),
+            ("-drive file=a.img,if=virtio,cache=none,format=raw", "--disk a.img,cache=none"),
+            ("-hda a.img", "--disk a.img"),
+            ("-kernel bzImage", "--kernel bzImage"),
+            ("-append root=/dev/vda", "--append root=/dev/vda"),
+            ("-nographic", "Ctrl-A x"),
+            ("-smp", "--cpus VALUE"),
+        ] {
+            let words: Vec<String> = typed.split(' ').map(str::to_owned).collect();
+            let advice = qemu_advice(&words).unwrap();
+            assert!(advice.contains(ours), "{typed}: {advice}");
+        }
+        assert_eq!(qemu_advice(&["-v".into(), "--memory".into(), "1G".into()]), None);
+    }
 }

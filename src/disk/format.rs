@@ -28,7 +28,8 @@ pub(super) fn read_anew(file: &File) -> io::Result<File> {
 
 /// Refuses what looks like another format than raw.
 pub(super) fn refuse(file: &File, path: &Path) -> Result<(), ImageProblem> {
-    let mut plain = read_anew(file).map_err(host("its first bytes cannot be read"))?;
+    let mut plain = read_anew(file)
+        .map_err(host("it cannot be opened anew through /proc/self/fd (is /proc mounted?)"))?;
     let mut first = [0; 32];
     let filled = read_some(&mut plain, &mut first).map_err(host("its first bytes cannot be read"))?;
     let found =

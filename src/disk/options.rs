@@ -2,12 +2,13 @@
 //!
 //! Owns the table of keys, from which parsing, errors and `--help` are made: a new key is a row.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use super::cache::{CachePolicy, POLICIES};
 use super::fault::spec::{FaultError, FaultSpec};
 use super::stable::StableBy;
+use crate::text;
 
 /// Largest virtqueue: as many pieces as one preadv takes (IOV_MAX).
 pub const QUEUE_SIZE_MAX: u16 = 1024;
@@ -144,10 +145,12 @@ pub enum OptionsError {
     #[error("--disk needs the path of an image: --disk PATH[,KEY=VALUE]...")]
     NoPath,
     /// No such key.
-    #[error("unknown key '{key}' (the keys are {known}; a comma in the path is written twice)")]
+    #[error("unknown key '{key}'{} (the keys are {known}; a comma in the path is written twice)", meant(*.nearest))]
     UnknownKey {
         /// As given.
         key: String,
+        /// What may have been meant.
+        nearest: Option<&'static str>,
         /// All keys.
         known: String,
     },
@@ -155,7 +158,7 @@ pub enum OptionsError {
     #[error("the key '{0}' is given twice")]
     Twice(&'static str),
     /// The value does not fit the key.
-    #[error("{key}={value} cannot be: {key} takes {takes}")]
+    #[error("{key}={value} cannot be{}: {key} takes {takes}", meant(text::nearest(value, takes.split('|'))))]
     Value {
         /// The key.
         key: &'static str,
@@ -163,6 +166,19 @@ pub enum OptionsError {
         value: String,
         /// What it could have been.
         takes: &'static str,
+    },
+    /// The image's name has a comma, most likely.
+    #[error(
+        "the path '{path}' does not exist, but there is a file '{whole}': a comma in a path is written twice, --disk \
+         '{doubled}'"
+    )]
+    Comma {
+        /// What stands before the first comma.
+        path: String,
+        /// All that was given.
+        whole: String,
+        /// How it has to be written.
+        doubled: String,
     },
     /// The rules of `fault` make no sense. Whoever reads an argument's error sees no source of it.
     #[error(transparent)]
@@ -198,10 +214,12 @@ static KEYS: [Key; 19] = [
     },
     Key {
         name: "serial",
-        takes: "at most 20 bytes",
+        takes: "1 to 20 bytes",
         help: "what the guest sees as the disk's serial [the image's file name]",
         alone: None,
-        set: |options, value| (value.len() <= SERIAL_MAX).then(|| options.serial = Some(value.to_owned())),
+        set: |options, value| {
+            (1..=SERIAL_MAX).contains(&value.len()).then(|| options.serial = Some(value.to_owned()))
+        },
     },
     Key {
         name: "queues",
@@ -418,6 +436,15 @@ impl DiskOptions {
         self
     }
 
+    /// Every key with its values, where these are words: for completions.
+    pub fn keys() -> impl Iterator<Item = (&'static str, Vec<&'static str>)> {
+        KEYS.iter().map(|key| {
+            let words: Vec<_> = key.takes.split('|').collect();
+            let is_list = words.len() > 1 || key.takes == "raw";
+            (key.name, if is_list { words } else { Vec::new() })
+        })
+    }
+
     /// The text of `--help` about the keys, a line each.
     pub fn keys_help() -> String {
         KEYS.iter().map(|key| format!("  {}={}\n      {}\n", key.name, key.takes, key.help)).collect()
@@ -428,6 +455,7 @@ impl FromStr for DiskOptions {
     type Err = OptionsError;
 
     fn from_str(text: &str) -> Result<Self, OptionsError> {
+        check_commas(text)?;
         let mut parts = split_at_commas(text).into_iter();
         let path = parts.next().filter(|path| !path.is_empty()).ok_or(OptionsError::NoPath)?;
         let mut options = DiskOptions::new(path);
@@ -439,7 +467,12 @@ impl FromStr for DiskOptions {
             };
             let Some(key) = KEYS.iter().find(|key| key.name == name) else {
                 let known: Vec<_> = KEYS.iter().map(|key| key.name).collect();
-                return Err(OptionsError::UnknownKey { key: name.to_owned(), known: known.join(", ") });
+                let nearest = text::nearest(name, known.iter().copied());
+                return Err(OptionsError::UnknownKey {
+                    key: name.to_owned(),
+                    nearest,
+                    known: known.join(", "),
+                });
             };
             if given.contains(&key.name) {
                 return Err(OptionsError::Twice(key.name));
@@ -454,6 +487,20 @@ impl FromStr for DiskOptions {
         }
         Ok(options)
     }
+}
+
+/// Refuses `disk,readonly` where there is a file of that name and none named `disk`.
+fn check_commas(text: &str) -> Result<(), OptionsError> {
+    let parts = split_at_commas(text);
+    let Some(path) = parts.first().filter(|_| parts.len() > 1) else { return Ok(()) };
+    if path.is_empty() || Path::new(path).exists() || !Path::new(text).exists() {
+        return Ok(());
+    }
+    Err(OptionsError::Comma { path: path.clone(), whole: text.to_owned(), doubled: text.replace(',', ",,") })
+}
+
+fn meant(nearest: Option<&str>) -> String {
+    nearest.map(|nearest| format!("; did you mean '{nearest}'?")).unwrap_or_default()
 }
 
 /// Splits at single commas; two in a row are one comma of the text.
@@ -471,96 +518,4 @@ pub fn split_at_commas(text: &str) -> Vec<String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_path_alone_is_cache_none() {
-        let options: DiskOptions = "a.img".parse().unwrap();
-        assert_eq!(options, DiskOptions::new("a.img"));
-        assert_eq!(options.cache.name, "none");
-    }
-
-    #[test]
-    fn every_key_is_understood() {
-        let text = "a.img,cache=unsafe,readonly,serial=x y,queue-size=64,block-size=4096,discard=off,\
-                    bounce=always,format=raw,engine=io_uring,stable=group,buffers=fixed,poll-us=7,batch=9,\
-                     transport=mmio,queues=16,fault=fail:read:nth=2+seed=3,log-writes=a.log,host-cache=warm,shared-with-host";
-        let expected = DiskOptions {
-            path: "a.img".into(),
-            cache: CachePolicy::by_name("unsafe").unwrap(),
-            readonly: true,
-            serial: Some("x y".into()),
-            queue_size: 64,
-            queues: Some(16),
-            block_size: Some(4096),
-            discard: false,
-            force_raw: true,
-            engine: EngineChoice::Uring,
-            stable: StableBy::Group,
-            fixed_buffers: true,
-            batch: 9,
-            poll_us: Some(7),
-            transport: Some(TransportChoice::Mmio),
-            bounce_always: true,
-            fault: Some("fail:read:nth=2+seed=3".parse().unwrap()),
-            log_writes: Some("a.log".into()),
-            host_cache: HostCache::Warm,
-            shared_with_host: true,
-            timed: false,
-        };
-        assert_eq!(text.parse(), Ok(expected));
-    }
-
-    #[test]
-    fn what_cannot_be_is_refused_and_the_error_names_it() {
-        for (text, needle) in [
-            ("", "PATH"),
-            (",cache=none", "PATH"),
-            ("a,cache=fast", "none|writethrough|writeback|directsync|unsafe"),
-            ("a,cache", "cache takes"),
-            ("a,host-cache=cold", "keep|drop|warm"),
-            ("a,cash=none", "unknown key 'cash'"),
-            ("a,queue-size=3", "power of two"),
-            ("a,queue-size=2048", "power of two"),
-            ("a,queue-size=2", "power of two"),
-            ("a,queues=0", "1 to 16"),
-            ("a,queues=17", "1 to 16"),
-            ("a,queues=auto", "1 to 16"),
-            ("a,block-size=1024", "512|4096"),
-            ("a,serial=123456789012345678901", "20 bytes"),
-            ("a,readonly=maybe", "on|off"),
-            ("a,format=qcow2", "raw"),
-            ("a,cache=none,cache=none", "twice"),
-            ("a,fault=fail:fsync", "read, write, flush, discard"),
-            ("a,log-writes", "FILE"),
-        ] {
-            let error = text.parse::<DiskOptions>().unwrap_err().to_string();
-            assert!(error.contains(needle), "{text}: {error}");
-        }
-    }
-
-    #[test]
-    fn there_is_a_queue_a_cpu_up_to_four_unless_somebody_says_otherwise() {
-        let plain = DiskOptions::new("a");
-        for (cpus, queues) in [(1, 1), (2, 2), (4, 4), (5, 4), (254, 4)] {
-            assert_eq!(plain.clone().for_cpus(cpus).queues, Some(queues), "{cpus} CPUs");
-        }
-        let asked: DiskOptions = "a,queues=7".parse().unwrap();
-        assert_eq!(asked.for_cpus(2).queues, Some(7));
-    }
-
-    #[test]
-    fn a_comma_in_the_path_is_written_twice() {
-        let options: DiskOptions = "a,,b.img,readonly".parse().unwrap();
-        assert_eq!(options.path, PathBuf::from("a,b.img"));
-        assert!(options.readonly);
-    }
-
-    #[test]
-    fn help_names_every_key() {
-        for key in &KEYS {
-            assert!(DiskOptions::keys_help().contains(key.name));
-        }
-    }
-}
+mod tests;

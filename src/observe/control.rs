@@ -51,6 +51,12 @@ pub enum ControlProblem {
          has locked it in memory"
     )]
     Stays(u64),
+    /// tmpfs holds no pages for holes.
+    #[error(
+        "it lies on tmpfs, where holes are in no cache, and {0} of its bytes are holes (fallocate -l SIZE FILE fills \
+         them; what it holds is in memory already)"
+    )]
+    Holes(u64),
     /// Not all fits.
     #[error("of {wanted} bytes only {found} stay in the cache: the host has too little free memory for it")]
     TooLarge {
@@ -71,7 +77,12 @@ pub fn apply(wish: HostCache, image: &Image) -> Result<(), ControlError> {
         HostCache::Keep => Ok(()),
         HostCache::Drop if image.is_on_tmpfs() => Err(ControlProblem::Memory),
         HostCache::Drop => drop_cache(image.file()),
-        HostCache::Warm => warm_cache(image.file()),
+        HostCache::Warm => match (image.is_on_tmpfs(), warm_cache(image.file())) {
+            (true, Err(ControlProblem::TooLarge { wanted, found })) => {
+                Err(ControlProblem::Holes(wanted - found))
+            }
+            (_, done) => done,
+        },
     };
     done.map_err(|source| ControlError { wish, path: image.path().to_owned(), source })
 }
@@ -102,7 +113,7 @@ pub fn warm_cache(file: &File) -> Result<(), ControlProblem> {
     let buffered = OpenOptions::new()
         .read(true)
         .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
-        .map_err(host("opening it anew, for reading"))?;
+        .map_err(host("opening it anew, for reading, through /proc (is it mounted?)"))?;
     let bytes = cache::size(&buffered).map_err(host("finding its size"))?;
     let mut chunk = vec![0; CHUNK];
     let mut at = 0;

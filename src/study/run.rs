@@ -80,11 +80,17 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report> {
     Ok(report)
 }
 
+/// What is wrong with these names of experiments, if anything is.
+pub fn unknown(only: &[String]) -> Option<String> {
+    let id = only.iter().find(|id| by_id(id).is_none())?;
+    let all: Vec<_> = EXPERIMENTS.iter().map(|experiment| experiment.id).collect();
+    Some(format!("there is no experiment {id} (--only): there are {}", all.join(", ")))
+}
+
 fn wanted(only: &[String]) -> Result<Vec<&'static Experiment>> {
-    for id in only {
-        if by_id(id).is_none() {
-            let all: Vec<_> = EXPERIMENTS.iter().map(|experiment| experiment.id).collect();
-            bail!("there is no experiment {id}: there are {}", all.join(", "));
+    if let Some(why) = unknown(only) {
+        {
+            bail!("{why}");
         }
     }
     let is_wanted = |experiment: &&&Experiment| {

@@ -130,7 +130,9 @@ fn a_start_that_hangs_is_ended_by_a_signal_and_says_so() {
     let (fifo, file) = (directory.path().join("fifo"), directory.path().join("status.json"));
     assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
     let mut command = minivmm();
-    command.arg("--kernel").arg(&fifo).args(["--initrd", "none", "--status-file"]).arg(&file);
+    start(&mut command, Entry::Elf, "scenario=hang").arg("--status-file").arg(&file);
+    // Opening it waits for a reader.
+    command.arg("--console").arg(format!("file={}", fifo.display()));
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let _watchdog = Watchdog::over(&child);
     while !file.exists() {

@@ -1,0 +1,108 @@
+//! What `--disk` says, key by key, and what is refused.
+
+use super::*;
+
+#[test]
+fn a_path_alone_is_cache_none() {
+    let options: DiskOptions = "a.img".parse().unwrap();
+    assert_eq!(options, DiskOptions::new("a.img"));
+    assert_eq!(options.cache.name, "none");
+}
+
+#[test]
+fn every_key_is_understood() {
+    let text = "a.img,cache=unsafe,readonly,serial=x y,queue-size=64,block-size=4096,discard=off,\
+                bounce=always,format=raw,engine=io_uring,stable=group,buffers=fixed,poll-us=7,batch=9,\
+                 transport=mmio,queues=16,fault=fail:read:nth=2+seed=3,log-writes=a.log,host-cache=warm,shared-with-host";
+    let expected = DiskOptions {
+        path: "a.img".into(),
+        cache: CachePolicy::by_name("unsafe").unwrap(),
+        readonly: true,
+        serial: Some("x y".into()),
+        queue_size: 64,
+        queues: Some(16),
+        block_size: Some(4096),
+        discard: false,
+        force_raw: true,
+        engine: EngineChoice::Uring,
+        stable: StableBy::Group,
+        fixed_buffers: true,
+        batch: 9,
+        poll_us: Some(7),
+        transport: Some(TransportChoice::Mmio),
+        bounce_always: true,
+        fault: Some("fail:read:nth=2+seed=3".parse().unwrap()),
+        log_writes: Some("a.log".into()),
+        host_cache: HostCache::Warm,
+        shared_with_host: true,
+        timed: false,
+    };
+    assert_eq!(text.parse(), Ok(expected));
+}
+
+#[test]
+fn what_cannot_be_is_refused_and_the_error_names_it() {
+    for (text, needle) in [
+        ("", "PATH"),
+        (",cache=none", "PATH"),
+        ("a,cache=fast", "none|writethrough|writeback|directsync|unsafe"),
+        ("a,cache", "cache takes"),
+        ("a,host-cache=cold", "keep|drop|warm"),
+        ("a,cash=none", "unknown key 'cash'; did you mean 'cache'?"),
+        ("a,cache=writebck", "did you mean 'writeback'?"),
+        ("a,serial=", "1 to 20 bytes"),
+        ("a,queue-size=3", "power of two"),
+        ("a,queue-size=2048", "power of two"),
+        ("a,queue-size=2", "power of two"),
+        ("a,queues=0", "1 to 16"),
+        ("a,queues=17", "1 to 16"),
+        ("a,queues=auto", "1 to 16"),
+        ("a,block-size=1024", "512|4096"),
+        ("a,serial=123456789012345678901", "1 to 20 bytes"),
+        ("a,readonly=maybe", "on|off"),
+        ("a,format=qcow2", "raw"),
+        ("a,cache=none,cache=none", "twice"),
+        ("a,fault=fail:fsync", "read, write, flush, discard"),
+        ("a,log-writes", "FILE"),
+    ] {
+        let error = text.parse::<DiskOptions>().unwrap_err().to_string();
+        assert!(error.contains(needle), "{text}: {error}");
+    }
+}
+
+#[test]
+fn there_is_a_queue_a_cpu_up_to_four_unless_somebody_says_otherwise() {
+    let plain = DiskOptions::new("a");
+    for (cpus, queues) in [(1, 1), (2, 2), (4, 4), (5, 4), (254, 4)] {
+        assert_eq!(plain.clone().for_cpus(cpus).queues, Some(queues), "{cpus} CPUs");
+    }
+    let asked: DiskOptions = "a,queues=7".parse().unwrap();
+    assert_eq!(asked.for_cpus(2).queues, Some(7));
+}
+
+#[test]
+fn a_comma_in_the_path_is_written_twice() {
+    let options: DiskOptions = "a,,b.img,readonly".parse().unwrap();
+    assert_eq!(options.path, PathBuf::from("a,b.img"));
+    assert!(options.readonly);
+}
+
+#[test]
+fn a_file_with_a_comma_in_its_name_is_no_key() {
+    let directory = tempfile::tempdir().unwrap();
+    let whole = directory.path().join("disk,readonly").display().to_string();
+    assert!(whole.parse::<DiskOptions>().is_ok(), "no such file: it is a key");
+    std::fs::write(&whole, "").unwrap();
+    let error = whole.parse::<DiskOptions>().unwrap_err().to_string();
+    assert!(error.contains("disk,,readonly") && error.contains("written twice"), "{error}");
+    assert_eq!(whole.replace(',', ",,").parse::<DiskOptions>().unwrap().path, PathBuf::from(&whole));
+    std::fs::write(directory.path().join("disk"), "").unwrap();
+    assert!(whole.parse::<DiskOptions>().unwrap().readonly);
+}
+
+#[test]
+fn help_names_every_key() {
+    for key in &KEYS {
+        assert!(DiskOptions::keys_help().contains(key.name));
+    }
+}
