@@ -9,6 +9,7 @@ pub mod command;
 mod crash;
 mod find_guest;
 mod help;
+mod holes;
 mod inventory;
 pub mod process;
 mod size;
@@ -404,6 +405,7 @@ impl Args {
                  (`minivmm check` tells in a second, and what to do)"
             );
         }
+        self.job.warn_of_holes(&self.disks);
         let pci = self.uses_pci();
         let files = self.files();
         let initrd_given = self.initrd.is_some();

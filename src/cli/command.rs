@@ -92,6 +92,11 @@ impl CommandArgs {
         !self.command.is_empty()
     }
 
+    /// The command and its arguments.
+    pub fn words(&self) -> &[OsString] {
+        &self.command
+    }
+
     /// The command, for messages.
     pub fn name(&self) -> String {
         self.command.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
