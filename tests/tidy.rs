@@ -119,7 +119,8 @@ fn files(directory: &str, wanted: fn(&Path) -> bool) -> Vec<(String, String)> {
         paths.sort();
         for path in paths {
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
-            if path.is_symlink() || name == "target" || name == ".git" {
+            let is_built = name == "target" || path.ends_with("guest-images/build");
+            if path.is_symlink() || is_built || name == ".git" {
                 continue;
             } else if path.is_dir() {
                 directories.push(path);
