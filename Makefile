@@ -62,6 +62,17 @@ test: test-deps lint build guest-all guest-small
 	@echo "The suites without a kernel over virtio-pci."
 	@MINIVMM_TRANSPORT=pci cargo test --release --locked --quiet $(PCI_SUITES)
 	@cargo test --release --locked --features mutants --test durability --test fences
+	@case $$(guest-images/which-host) in \
+		directly*) kernels="job kernel" ;; \
+		*) kernels="job:arguments_environment kernel:power_off" ;; \
+	esac; [ "$$(id -u)" -ne 0 ] || tests/as-user $(USER_SUITES) $$kernels
+	@tests/as-user --userns $(USERNS_SUITES)
+
+# Once more as an ordinary user who has /dev/kvm and files of its own alone, and as root of a user namespace: what works
+# only as root fails there. An ordinary user who runs `make test` has had the first of the two already. Where
+# kernels take long because the host is emulated, one test of each suite with kernels runs.
+USER_SUITES := bare sandbox check hosts
+USERNS_SUITES := bare sandbox
 
 # The suites without a kernel run once with the defaults, and once with each engine and each way in
 # which writes are made stable.
@@ -149,7 +160,7 @@ lint: deps
 		guest-images/build-host guest-images/build-small-kernel guest-images/build-intel-host guest-images/test-intel \
 		guest-images/intel/init guest-images/intel/guest-init guest-images/freestanding/build.sh guest-images/pack-qemu .ci/run \
 		guest-images/guest/init guest-images/guest/minivmm-* guest-images/host/* \
-		fuzz/run examples/crash/*.sh examples/crash/*/*.sh
+		tests/as-user fuzz/run examples/crash/*.sh examples/crash/*/*.sh
 	@command -v cargo-deny >/dev/null || cargo install --quiet --debug --locked cargo-deny
 	@cargo deny --log-level error check bans licenses sources
 

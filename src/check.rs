@@ -66,6 +66,10 @@ pub struct Report {
     pub remedy: Option<String>,
     /// Everything looked at.
     pub rows: Vec<Row>,
+    /// Whether the verdict holds until the machine is booted anew: probes decided it, and neither a refusal of the
+    /// host's nor a busy machine may have.
+    #[serde(skip)]
+    pub is_certain: bool,
 }
 
 /// The groups, and their headings.
@@ -78,15 +82,18 @@ const GROUPS: [(&str, &str); 3] = [
 const EMULATED_HOST: &str = "run Linux guests in the emulated host, from minivmm's source tree: guest-images/emuhost \
                              run -- minivmm ...";
 
-/// Looks at this machine.
+/// Looks at this machine. Starts threads: a process that is to become a VMM asks another one.
 pub fn check() -> Report {
     let mut rows = Vec::new();
-    let (verdict, remedy) = match devkvm::look(&mut rows) {
-        Err(cause) => (cause.what, Some(cause.remedy)),
-        Ok(kvm) => judge(probes(&kvm, &mut rows)),
+    let (is_certain, (verdict, remedy)) = match devkvm::look(&mut rows) {
+        Err(cause) => (false, (cause.what, Some(cause.remedy))),
+        Ok(kvm) => {
+            let probed = probes(&kvm, &mut rows);
+            (probed.is_certain(), judge(probed))
+        }
     };
     rows.extend(features::rows());
-    Report { linux_runs: remedy.is_none(), verdict, remedy, rows }
+    Report { linux_runs: remedy.is_none(), verdict, remedy, rows, is_certain }
 }
 
 /// What the probes have shown.
@@ -97,6 +104,8 @@ struct Probed {
     per_second: Option<u64>,
     /// The host's refusal of what any guest needs, and what to do: then nothing is known of the instructions.
     refused: Option<(String, &'static str)>,
+    /// A probe has not come back in its time.
+    timed_out: bool,
 }
 
 /// Less than this is emulation: a kernel's boot would take minutes.
@@ -149,8 +158,19 @@ fn probes(kvm: &Kvm, rows: &mut Vec<Row>) -> Probed {
 }
 
 impl Probed {
+    fn is_slow(&self) -> bool {
+        self.per_second.is_none_or(|count| count < SLOW)
+    }
+
+    /// Where the processor has vmx or svm, a busy machine can make it look slow, or a probe late.
+    fn is_certain(&self) -> bool {
+        let may_be_load = self.timed_out || self.lacking.is_empty() && self.is_slow();
+        self.refused.is_none() && !(may_be_load && crate::kvm::failure::hardware().is_some())
+    }
+
     /// Keeps the first refusal of the host; false where it was the instructions that failed.
     fn note(&mut self, failed: Failed) -> bool {
+        self.timed_out |= failed == Failed::TimedOut;
         let Failed::Host { what, remedy } = failed else { return false };
         self.refused.get_or_insert((what, remedy));
         true
@@ -173,7 +193,7 @@ fn judge(probed: Probed) -> (String, Option<String>) {
     if let Some((what, remedy)) = probed.refused {
         return (format!("this host lets KVM run no guest: {what}"), Some(remedy.into()));
     }
-    let slow = probed.per_second.is_none_or(|count| count < SLOW);
+    let slow = probed.is_slow();
     if probed.lacking.is_empty() && !slow {
         return ("Linux kernels run here".into(), None);
     }
@@ -228,7 +248,7 @@ mod tests {
     #[test]
     fn what_is_missing_is_named_with_what_to_do() {
         let judged = |lacking: &[&'static str], per_second| {
-            judge(Probed { lacking: lacking.into(), per_second, refused: None })
+            judge(Probed { lacking: lacking.into(), per_second, ..Probed::default() })
         };
         assert_eq!(judged(&[], Some(900_000_000)), ("Linux kernels run here".into(), None));
         for (lacking, speed, words) in [
@@ -251,6 +271,7 @@ mod tests {
         for what in ["the first", "the second"] {
             assert!(probed.note(Failed::Host { what: what.into(), remedy: "raise it" }));
         }
+        assert!(!probed.is_certain(), "the next time the host may let it");
         let (verdict, remedy) = judge(probed);
         assert!(verdict.contains("the first") && !verdict.contains("emulates"), "{verdict}");
         assert_eq!(remedy.as_deref(), Some("raise it"));

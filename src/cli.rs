@@ -17,6 +17,7 @@ mod study;
 mod test_guest;
 mod usage;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -26,8 +27,8 @@ use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 
 use crate::boot::cmdline;
 use crate::disk::{DiskOptions, TransportChoice};
+use crate::hosts::{Asked, HostChoice};
 use crate::job::{self, JobError};
-use crate::kvm::failure;
 use crate::sandbox;
 use crate::vmm::{Config, ConsoleTarget, Ending, ObserveTarget, Plan, StatsTarget};
 use command::{CommandArgs, ConsoleTaken};
@@ -165,6 +166,14 @@ pub struct Args {
     /// Say more (twice: much more)
     #[arg(short, long, action = ArgAction::Count, help_heading = help::RUNNING)]
     verbose: u8,
+
+    /// Where a Linux guest runs: auto, direct, or emulated [default: here, or a refusal]
+    ///
+    /// auto: on this machine if its KVM runs Linux, otherwise in the emulated host (docs/hosts.md), which is many times
+    /// slower and brings files back at the end. direct: here, whatever KVM can do. emulated: in the emulated host.
+    /// Without this option a machine whose KVM cannot run Linux refuses, and tells the line to type.
+    #[arg(long, value_name = "auto|direct|emulated", value_parser = HostChoice::by_name, help_heading = help::RUNNING)]
+    host: Option<HostChoice>,
 
     /// Say nothing but errors
     #[arg(short, long, conflicts_with = "verbose", help_heading = help::RUNNING)]
@@ -396,15 +405,32 @@ impl Args {
         self.transport == TransportChoice::Pci && console || self.disks.iter().any(is_pci)
     }
 
+    /// What decides where the guest runs.
+    pub fn asked(&self) -> Asked<'_> {
+        Asked {
+            choice: self.host.unwrap_or_default(),
+            kernel: self.kernel.as_deref(),
+            memory_mib: self.memory >> 20,
+            more: self.own_test_guest(),
+        }
+    }
+
+    /// A test guest named by the environment, as arguments: the emulated host has another environment.
+    fn own_test_guest(&self) -> Vec<OsString> {
+        if !find_guest::is_named() {
+            return Vec::new();
+        }
+        // One that is not there is told by the run.
+        let Ok(found) = find_guest::find(self.kernel.is_none(), self.initrd.is_none()) else {
+            return Vec::new();
+        };
+        let kernel = self.kernel.is_none().then(|| ["--kernel".into(), found.kernel.into()]);
+        let initrd = self.initrd.is_none().then(|| ["--initrd".into(), found.initrd.into()]);
+        kernel.into_iter().chain(initrd).flatten().collect()
+    }
+
     /// The machine that they describe, with the test guest in the place of what was not given.
     pub fn into_config(self) -> Result<Config, ConfigError> {
-        if self.kernel.is_none() && failure::hardware().is_none() {
-            // Otherwise half a minute of silence comes first.
-            log::warn!(
-                "neither vmx nor svm in /proc/cpuinfo: this machine's KVM may not run Linux guests \
-                 (`minivmm check` tells in a second, and what to do)"
-            );
-        }
         self.job.warn_of_holes(&self.disks);
         let pci = self.uses_pci();
         let files = self.files();

@@ -7,6 +7,7 @@
 //! |---|---|---|
 //! | [`cli`] | arguments, `--help`, exit statuses | |
 //! | [`check`] | can this machine run Linux guests? | |
+//! | [`hosts`] | where a Linux guest runs: here, or in the emulated host | devices |
 //! | [`vmm`] | builds the machine in order, runs it, stops it in order | |
 //! | [`job`] | a command for the guest: its archive, libraries, messages, status file | KVM, devices |
 //! | [`terminal`] | the terminal's raw mode, and its restoration | |
@@ -47,6 +48,7 @@ pub mod disk;
 pub mod estimate;
 pub mod explain;
 pub mod files;
+pub mod hosts;
 pub mod job;
 pub mod kvm;
 pub mod lab;

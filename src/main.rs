@@ -13,12 +13,15 @@ use minivmm::cli::command::{self, End};
 use minivmm::cli::process::{ended, print, start_logging, tell_all, told};
 use minivmm::cli::{Args, ExitStatus, STATUS_FILE, Task};
 use minivmm::files::{Inventory, Output};
+use minivmm::hosts::{self, HostError};
 use minivmm::job::status::StatusFile;
 use minivmm::signals::Signals;
 use minivmm::vmm::{self, Plan};
-use minivmm::{check, explain, program};
+use minivmm::{explain, program};
 
 fn main() {
+    // Before any thread: one watches the start.
+    minivmm::sandbox::one_arena();
     // Before anything else: from here on a signal waits until somebody has read it.
     let signals = Signals::block().context("cannot block signals");
     // What has panicked has been told.
@@ -39,7 +42,15 @@ fn run(signals: Signals) -> ExitStatus {
     };
     start_logging(args.log_level());
     match args.task() {
-        Task::Run => return run_guest(args, &signals),
+        Task::Run => {
+            // What is wrong with the files is told first, by `run_vm`.
+            let host = if args.files().check().is_empty() { hosts::decide(&args.asked()) } else { Ok(None) };
+            if let Ok(Some(mut command)) = host {
+                signals.release();
+                return told(Err(hosts::replace(&mut command).into()));
+            }
+            return run_guest(args, &signals, host.err());
+        }
         Task::Log { .. } | Task::Top { .. } | Task::Crash(_) | Task::Bench(_) | Task::Study(_) => {
             return told(hand_over());
         }
@@ -53,7 +64,8 @@ fn run(signals: Signals) -> ExitStatus {
     }
 }
 
-fn run_guest(args: Args, signals: &Signals) -> ExitStatus {
+/// Runs the guest on this machine; tells why not, if its `host` cannot be had.
+fn run_guest(args: Args, signals: &Signals, host: Option<HostError>) -> ExitStatus {
     let (command, quiet) = args.command_args();
     let telling = Arc::new(command::Run::begin(command.name(), quiet));
     let told_early = Arc::clone(&telling);
@@ -66,6 +78,9 @@ fn run_guest(args: Args, signals: &Signals) -> ExitStatus {
     match command.status_file().map(|path| open_status_file(path, &files)).transpose() {
         Ok(file) => telling.keep_in(file),
         Err(error) => return telling.tell(&End::failed(format!("{error:#}"))),
+    }
+    if let Some(error) = host {
+        return telling.tell(&End::failed(format!("{:#}", anyhow::Error::from(error))));
     }
     let panicked = "minivmm has panicked (see above); this is an error in minivmm";
     let end = catch_unwind(AssertUnwindSafe(|| run_vm(args, &files, signals)))
@@ -97,7 +112,7 @@ fn run_vm(args: Args, files: &Inventory, signals: &Signals) -> End {
 }
 
 fn run_check(json: bool, quiet: bool) -> Result<ExitStatus> {
-    let report = check::check();
+    let report = hosts::check();
     print(&match (json, quiet) {
         (true, _) => report.to_json()?,
         (_, true) => report.verdict.clone(),

@@ -6,6 +6,7 @@
 use std::io::{IsTerminal, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -15,9 +16,10 @@ use minivmm::cli::{Args, BenchArgs, CrashArgs, ExitStatus, StudyArgs, Task};
 use minivmm::crash::log::WriteLog;
 use minivmm::crash::{campaign, list};
 use minivmm::files::output;
+use minivmm::hosts::HostError;
 use minivmm::observe::top;
 use minivmm::signals::{Signals, Stop};
-use minivmm::{child, scratch_dir, study};
+use minivmm::{child, hosts, scratch_dir, study};
 
 /// A tool has this long to end in order after a signal: a VM that it has started gets 20 s of it.
 const END_MAX: Duration = Duration::from_secs(30);
@@ -47,6 +49,14 @@ fn run(signals: Signals) -> ExitStatus {
     if let Err(error) = child::adopt_orphans() {
         log::debug!("cannot adopt what children leave behind: {error}");
     }
+    match host_of(&task) {
+        Ok(None) => {}
+        Ok(Some(mut command)) => {
+            signals.release();
+            return told(Err(hosts::replace(&mut command).into()));
+        }
+        Err(error) => return told(Err(error.into())),
+    }
     let stop = if leaves_nothing(&task) {
         signals.release();
         Ok(Stop::default())
@@ -67,6 +77,18 @@ fn run(signals: Signals) -> ExitStatus {
             Err(anyhow::anyhow!("minivmm-tools is for minivmm's own use: call minivmm with these arguments"))
         }
     })
+}
+
+/// The command that is to take this process's place, where a tool's guests are to run in the emulated host.
+fn host_of(task: &Task) -> Result<Option<Command>, HostError> {
+    match task {
+        // What is wrong with the files is told first, by `measure`.
+        Task::Bench(args) if (**args).clone().options().files().check().is_empty() => {
+            hosts::decide(&args.asked())
+        }
+        Task::Study(args) => hosts::decide(&args.asked()),
+        _ => Ok(None),
+    }
 }
 
 /// Whether a signal may simply kill the tool: it has no children, no files, and not the terminal's screen.
@@ -129,7 +151,14 @@ fn run_study(args: StudyArgs, stop: &Stop) -> Result<ExitStatus> {
     }
     let report = study::run::run(&options, stop.flag())?;
     print(&format!("{}\n{}", report.to_text(), options.out.join(study::run::PAGE).display()))?;
-    Ok(stopped(stop).unwrap_or(ExitStatus::Success))
+    Ok(match (stopped(stop), report.failures().as_slice()) {
+        (Some(status), _) => status,
+        (None, []) => ExitStatus::Success,
+        (None, [first, more @ ..]) => {
+            let others = if more.is_empty() { String::new() } else { format!(" (and {} more)", more.len()) };
+            bail!("{first}{others}: the study is not whole");
+        }
+    })
 }
 
 fn measure(args: BenchArgs, stop: &Stop) -> Result<ExitStatus> {

@@ -230,7 +230,8 @@ fn the_status_file_tells_of_a_failure_too() {
 fn a_missing_test_guest_is_looked_for_where_the_variable_says_and_nowhere_else() {
     let directory = tempfile::tempdir().unwrap();
     let mut command = Command::cargo_bin("minivmm").unwrap();
-    let output = command.current_dir(directory.path()).env("MINIVMM_GUEST", "/nowhere").output().unwrap();
+    command.arg("--host=direct").current_dir(directory.path()).env("MINIVMM_GUEST", "/nowhere");
+    let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(FAILURE));
     let text = stderr(&output);
     for word in ["vmlinuz and initrd.cpio", "looked in /nowhere;", "make guest", "--kernel"] {

@@ -11,6 +11,7 @@ use crate::bench::Options;
 use crate::disk::DiskOptions;
 use crate::disk::cache::{CachePolicy, POLICIES};
 use crate::disk::options::{HostCache, split_at_commas};
+use crate::hosts::{Asked, HostChoice};
 
 const IMAGE: &str = "Image";
 const WHAT: &str = "What runs";
@@ -19,6 +20,10 @@ const GUEST: &str = "Guest";
 /// A bench, as the user types it.
 #[derive(Debug, Clone, Args)]
 pub struct BenchArgs {
+    /// Where its guests run: auto, direct, or emulated, as for a guest
+    #[arg(long, value_name = "auto|direct|emulated", value_parser = HostChoice::by_name, help_heading = GUEST)]
+    host: Option<HostChoice>,
+
     /// The image, with keys of the guest's disk besides the mode (`minivmm --help` has them)
     #[arg(long, value_name = "PATH[,KEY=VALUE]...", value_parser = Disk::parse, help_heading = IMAGE)]
     disk: Disk,
@@ -135,6 +140,11 @@ impl Modes {
 }
 
 impl BenchArgs {
+    /// What decides where its guests run.
+    pub fn asked(&self) -> Asked<'static> {
+        Asked::for_tool(self.host.unwrap_or_default())
+    }
+
     /// What they mean.
     pub fn options(self) -> Options {
         Options {

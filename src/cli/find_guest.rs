@@ -54,6 +54,11 @@ pub fn modules_beside(kernel: &Path) -> Result<PathBuf, ModulesNotFound> {
     places.iter().find(|place| place.is_file()).ok_or_else(|| ModulesNotFound(first.clone())).cloned()
 }
 
+/// Whether the environment names the one directory to look in.
+pub fn is_named() -> bool {
+    env::var_os(VARIABLE).is_some()
+}
+
 /// Looks for the test guest, of which the kernel or the initrd or both are needed.
 pub fn find(needs_kernel: bool, needs_initrd: bool) -> Result<TestGuest, GuestNotFound> {
     let places = match env::var_os(VARIABLE) {

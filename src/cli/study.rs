@@ -6,11 +6,16 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::hosts::{Asked, HostChoice};
 use crate::study::run::Options;
 
 /// A study, as the user types it.
 #[derive(Debug, Clone, Args)]
 pub struct StudyArgs {
+    /// Where its guests run: auto, direct, or emulated, as for a guest
+    #[arg(long, value_name = "auto|direct|emulated", value_parser = HostChoice::by_name)]
+    host: Option<HostChoice>,
+
     /// Small jobs, and as many repetitions as ten minutes allow
     #[arg(long)]
     quick: bool,
@@ -29,6 +34,11 @@ pub struct StudyArgs {
 }
 
 impl StudyArgs {
+    /// What decides where its guests run.
+    pub fn asked(&self) -> Asked<'static> {
+        Asked::for_tool(self.host.unwrap_or_default())
+    }
+
     /// What they mean.
     pub fn options(self) -> Options {
         Options { out: self.out, quick: self.quick, rounds: self.rounds, only: self.only }

@@ -195,6 +195,8 @@ impl Boot {
         for disk in &self.disks {
             command.arg("--disk").arg(disk.argument());
         }
+        // Where guests run was decided when the tool began.
+        command.arg("--host=direct");
         command.args(["--memory", &self.memory_bytes.to_string(), "--cpus", &self.cpus.to_string()]);
         if let Some(bytes) = self.host_memory_limit {
             command.args(["--host-memory-limit", &bytes.to_string()]);

@@ -81,15 +81,20 @@ static ARMED: OnceLock<Armed> = OnceLock::new();
 static PENDING: Mutex<usize> = Mutex::new(0);
 static CHANGED: Condvar = Condvar::new();
 
-/// Prepares the process: to be called once, before any other thread is started.
+/// Keeps the C library's allocator to one arena; takes effect only before a second thread has allocated anything. The
+/// allocator opens a file of /proc when it gives back memory of an arena that is not the first, which no thread may in
+/// the sandbox. One arena is enough: nothing is allocated for a request.
+pub fn one_arena() {
+    // SAFETY: sets a number of the allocator's.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+/// Prepares the process: to be called once, before any thread of the VM is started.
 pub fn arm(mode: Mode) -> Result<(), SandboxError> {
     if mode == Mode::Off {
         return Ok(());
     }
-    // The C library's allocator opens a file of /proc when it gives back memory of an arena that is not the
-    // first. One is enough: nothing is allocated for a request.
-    // SAFETY: sets a number of the allocator's; no other thread is there yet.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    one_arena();
     privileges::renounce_new().map_err(refused("renounce new privileges (no_new_privs)"))?;
     let programs = Role::ALL.iter().map(|role| filter::program(*role, mode)).collect::<Result<_, _>>()?;
     trap::install().map_err(refused("handle SIGSYS"))?;

@@ -137,6 +137,17 @@ impl Report {
         }
     }
 
+    /// Why steps have failed, each error once; their experiments are not decided.
+    pub fn failures(&self) -> Vec<&str> {
+        let mut failures: Vec<&str> = Vec::new();
+        for error in self.steps.iter().filter_map(|step| step.error.as_deref()) {
+            if !failures.contains(&error) {
+                failures.push(error);
+            }
+        }
+        failures
+    }
+
     /// As JSON.
     pub fn to_json(&self) -> serde_json::Result<String> {
         serde_json::to_string_pretty(self)

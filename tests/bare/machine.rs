@@ -42,6 +42,38 @@ pub fn skip(reason: &str) {
     writeln!(std::io::stderr(), "skipped: {reason}").unwrap();
 }
 
+/// Whether this process may look into one that is not dumpable, as minivmm in its sandbox is: only root of the
+/// machine may, not root of a user namespace.
+pub fn sees_all() -> bool {
+    const CAP_SYS_PTRACE: u64 = 1 << 19;
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim().to_owned();
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap();
+    let all = map.split_whitespace().eq(["0", "0", "4294967295"]);
+    all && u64::from_str_radix(&effective, 16).unwrap() & CAP_SYS_PTRACE != 0
+}
+
+/// What a run is given that strace, or /proc, is to look into: as an ordinary user the sandbox that only logs, which
+/// leaves the process dumpable. The filters are the same.
+pub fn visible() -> &'static [&'static str] {
+    if sees_all() { &[] } else { &["--sandbox=log"] }
+}
+
+/// Whether so many MiB of a guest's memory may be pinned, as buffers=fixed does. If not, says why.
+pub fn may_lock(mib: u64) -> bool {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: fills the structure that it is given.
+    assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) }, 0);
+    let may = sees_all() || limit.rlim_cur >> 20 > mib;
+    if !may {
+        skip(&format!(
+            "buffers=fixed: this user may lock {} KiB of memory (ulimit -l)",
+            limit.rlim_cur >> 10
+        ));
+    }
+    may
+}
+
 /// Does this KVM run guest code on the processor, or emulate CPL 0?
 pub fn hardware_virtualization() -> bool {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap();

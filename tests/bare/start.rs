@@ -55,7 +55,7 @@ fn most(child: &Child) -> u64 {
 fn hanging(image: &Image, more: &[&str]) -> (Child, Watchdog) {
     let mut command = minivmm();
     start(&mut command, Entry::Elf, "scenario=hang").args(["--console", "stdio", "--memory", "512M"]);
-    command.args(more).arg("--disk").arg(&image.path);
+    command.args(visible()).args(more).arg("--disk").arg(&image.path);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
     let watchdog = Watchdog::over(&child);
     child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();

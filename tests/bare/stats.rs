@@ -41,7 +41,7 @@ fn the_json_counts_what_strace_counts_in_every_mode() {
                 .args(["-f", "-y", "-s", "4", "-e", "trace=fdatasync,pwritev,pwritev2,preadv"])
                 .arg("-o")
                 .arg(&log);
-            strace.arg(binary());
+            strace.arg(binary()).args(visible());
             start(&mut strace, Entry::Elf, &format!("scenario=io {words}"));
             strace.args(["--console", "stdio", "--timeout", "60"]);
             strace.arg(format!("--stats={}", json.display()));

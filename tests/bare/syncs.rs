@@ -42,7 +42,7 @@ fn trace_io(mode: Mode, words: &str, image: &Image) -> Vec<Call> {
     strace.arg(
         "trace=openat,fdatasync,fsync,sync_file_range,pwrite64,pwritev,pwritev2,pread64,preadv,preadv2,io_uring_enter",
     );
-    strace.arg("-o").arg(&log).arg(binary());
+    strace.arg("-o").arg(&log).arg(binary()).args(visible());
     start(&mut strace, Entry::Elf, &format!("scenario=io {words}"));
     strace.args(["--console", "stdio", "--timeout", "60", "--disk"]);
     strace.arg(image.disk(&format!("cache={},engine=sync", mode.name)));

@@ -58,6 +58,15 @@ fn run(command: &mut Command) -> Outcome {
     }
 }
 
+/// Whether the tests are run by an ordinary user, as minivmm then is in the emulated host too.
+fn is_ordinary() -> bool {
+    // SAFETY: takes nothing, touches no memory, and cannot fail.
+    unsafe { libc::geteuid() != 0 }
+}
+
+/// That user's name there.
+const ORDINARY: &str = "ordinary";
+
 /// Ends the emulated hosts with the test process.
 extern "C" fn end_emulated_hosts() {
     for host in EMULATED.iter().filter_map(OnceLock::get) {
@@ -88,7 +97,14 @@ fn start_emulated(number: usize) -> Host {
         .args(["start", "--binary", env!("CARGO_BIN_EXE_minivmm"), "--memory", "4096"])
         .arg(&dir));
     assert_eq!(started.status, 0, "the emulated host did not start: {}", started.stderr);
-    Host::Emulated(Emulated { dir, number })
+    let emulated = Emulated { dir, number };
+    if is_ordinary() {
+        let line = format!("{ORDINARY}:x:54321:54321::/tmp:/bin/sh");
+        let made = run(&mut emulated.exec(&["sh", "-c", &format!("echo {line} >> /etc/passwd")]));
+        assert_eq!(made.status, 0, "{}", made.stderr);
+        println!("minivmm runs as uid 54321 there");
+    }
+    Host::Emulated(emulated)
 }
 
 impl Host {
@@ -122,7 +138,10 @@ impl Host {
         };
         let place = Place { host: self, path };
         if matches!(self, Host::Emulated(_)) {
-            let made = place.run_in("/", &format!("mkdir -p {}", place.path));
+            let owner = if is_ordinary() { ORDINARY } else { "root" };
+            let script = format!("mkdir -p {0} && chown {owner} {0}", place.path);
+            let Host::Emulated(host) = self else { return place };
+            let made = run(&mut host.exec(&["sh", "-c", &script]));
             assert_eq!(made.status, 0, "{}", made.stderr);
         }
         place
@@ -175,7 +194,12 @@ impl Place {
                 let terminal = if on_terminal { "--tty" } else { "--no-tty" };
                 let mut command = Command::new(tree("guest-images/emuhost"));
                 command.args(["exec", terminal, "--timeout", "240", "--cwd", dir]).arg(host);
-                command.args(["--", "sh", "-c", &format!("export GUESTS=/data/guest\n{script}")]);
+                let script = format!("export GUESTS=/data/guest\n{script}");
+                if is_ordinary() {
+                    command.args(["--", "su", "-s", "/bin/sh", ORDINARY, "-c", &script]);
+                } else {
+                    command.args(["--", "sh", "-c", &script]);
+                }
                 command
             }
         }
@@ -233,6 +257,13 @@ impl Place {
 }
 
 impl Emulated {
+    /// A command there, as root.
+    fn exec(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(tree("guest-images/emuhost"));
+        command.args(["exec", "--no-tty", "--timeout", "240"]).arg(&self.dir).arg("--").args(words);
+        command
+    }
+
     fn transfer(&self, verb: &str, source: &Path, target: &Path) {
         let done =
             run(Command::new(tree("guest-images/emuhost")).arg(verb).arg(&self.dir).arg(source).arg(target));
