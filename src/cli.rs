@@ -17,7 +17,6 @@ mod study;
 mod test_guest;
 mod usage;
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -411,22 +410,8 @@ impl Args {
             choice: self.host.unwrap_or_default(),
             kernel: self.kernel.as_deref(),
             memory_mib: self.memory >> 20,
-            more: self.own_test_guest(),
+            more: find_guest::named_as_arguments(self.kernel.is_none(), self.initrd.is_none()),
         }
-    }
-
-    /// A test guest named by the environment, as arguments: the emulated host has another environment.
-    fn own_test_guest(&self) -> Vec<OsString> {
-        if !find_guest::is_named() {
-            return Vec::new();
-        }
-        // One that is not there is told by the run.
-        let Ok(found) = find_guest::find(self.kernel.is_none(), self.initrd.is_none()) else {
-            return Vec::new();
-        };
-        let kernel = self.kernel.is_none().then(|| ["--kernel".into(), found.kernel.into()]);
-        let initrd = self.initrd.is_none().then(|| ["--initrd".into(), found.initrd.into()]);
-        kernel.into_iter().chain(initrd).flatten().collect()
     }
 
     /// The machine that they describe, with the test guest in the place of what was not given.

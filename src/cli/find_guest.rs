@@ -5,6 +5,7 @@
 //! that was left behind by another kernel would not know the initrd's modules.
 
 use std::env;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 const KERNEL: &str = "vmlinuz";
@@ -54,9 +55,14 @@ pub fn modules_beside(kernel: &Path) -> Result<PathBuf, ModulesNotFound> {
     places.iter().find(|place| place.is_file()).ok_or_else(|| ModulesNotFound(first.clone())).cloned()
 }
 
-/// Whether the environment names the one directory to look in.
-pub fn is_named() -> bool {
-    env::var_os(VARIABLE).is_some()
+/// A test guest that the environment names, as arguments: the emulated host has another environment. One that is not
+/// there is told by the run.
+pub fn named_as_arguments(kernel: bool, initrd: bool) -> Vec<OsString> {
+    let named = env::var_os(VARIABLE).and_then(|_| find(kernel, initrd).ok());
+    let Some(found) = named else { return Vec::new() };
+    let kernel = kernel.then(|| ["--kernel".into(), found.kernel.into()]);
+    let initrd = initrd.then(|| ["--initrd".into(), found.initrd.into()]);
+    kernel.into_iter().chain(initrd).flatten().collect()
 }
 
 /// Looks for the test guest, of which the kernel or the initrd or both are needed.
