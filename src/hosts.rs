@@ -14,6 +14,7 @@ use std::process::{Command, Stdio};
 
 use crate::check;
 use crate::kvm::failure;
+use crate::text::shell_word;
 use emulated::Found;
 use verdict::Verdict;
 
@@ -180,9 +181,17 @@ fn steps(found: &Found, typed: &[OsString], choice: &str) -> String {
         Found::Built(_) => format!("\n  {line}"),
         Found::Script(script) => {
             let tree = script.ancestors().nth(2).unwrap_or(Path::new("."));
-            format!("\n  make -C {} emuhost\n  {line}", emulated::quoted(tree.as_os_str()))
+            format!("\n  make -C {} emuhost\n  {line}", shell_word(tree))
         }
         Found::Nothing => {
+            // That tree has a binary of its own.
+            let mut typed = typed.to_vec();
+            if let Some(program) = typed.first_mut()
+                && let Some(name) = Path::new(&program).file_name()
+            {
+                *program = name.to_owned();
+            }
+            let line = emulated::typed_with_host(&typed, choice);
             format!("\n  make emuhost     (in minivmm's source tree)\n  TREE/target/release/{line}")
         }
     }
@@ -211,6 +220,11 @@ mod tests {
         );
         let built_first = steps(&Found::Script("/t/guest-images/emuhost".into()), &typed, "auto");
         assert_eq!(built_first, format!("\n  make -C /t emuhost\n  {line}"));
-        assert!(steps(&Found::Nothing, &typed, "auto").contains("make emuhost"));
+        for program in ["minivmm", "/opt/minivmm", "../minivmm"] {
+            let typed: Vec<OsString> = [program, "--disk", "my img,cache=none"].map(Into::into).into();
+            let told = steps(&Found::Nothing, &typed, "auto");
+            assert!(told.contains("make emuhost"), "{told}");
+            assert!(told.ends_with(&format!("\n  TREE/target/release/{line}")), "{told}");
+        }
     }
 }

@@ -91,7 +91,7 @@ fn run_guest(args: Args, signals: &Signals, host: Option<HostError>) -> ExitStat
 
 fn open_status_file(path: &Path, files: &Inventory) -> Result<StatusFile> {
     let opened = files.open(&Output::text(STATUS_FILE, path))?;
-    Ok(StatusFile::new(opened.file))
+    Ok(StatusFile::new(opened.file, path))
 }
 
 fn run_vm(args: Args, files: &Inventory, signals: &Signals) -> End {

@@ -1,6 +1,9 @@
-//! Text for a terminal of 80 columns: rows of a mark, a label and wrapped words.
+//! Text for a terminal of 80 columns: rows of a mark, a label and wrapped words; and words that a shell reads back.
 //!
-//! Owns the wrapping and nothing else; what is said is the caller's.
+//! Owns how words are wrapped, compared and quoted; what is said is the caller's.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 /// What a terminal has at least.
 const COLUMNS: usize = 80;
@@ -26,6 +29,19 @@ pub fn hang(head: &str, words: &str) -> String {
     lines.truncate(lines.trim_end().len());
     lines.push('\n');
     lines
+}
+
+/// The word as a shell reads it back: commands in messages are there to be pasted.
+pub fn shell_word(word: impl AsRef<OsStr>) -> String {
+    let word = word.as_ref();
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_./=,:+@%".contains(byte);
+    let bytes = word.as_bytes();
+    if !bytes.is_empty() && bytes.iter().all(plain) {
+        return word.to_string_lossy().into_owned();
+    }
+    let escaped: Vec<u8> =
+        bytes.iter().flat_map(|byte| if *byte == b'\'' { b"'\\''".to_vec() } else { vec![*byte] }).collect();
+    format!("'{}'", OsString::from_vec(escaped).to_string_lossy())
 }
 
 /// The candidate that `word` was most likely meant to be: one of at most two typing errors (one in a short word).
@@ -77,6 +93,15 @@ mod tests {
             ("", None),
         ] {
             assert_eq!(nearest(word, keys), meant, "{word}");
+        }
+    }
+
+    #[test]
+    fn words_are_quoted_where_a_shell_would_take_them_apart() {
+        for (word, expected) in
+            [("img,cache=none", "img,cache=none"), ("a b", "'a b'"), ("", "''"), ("it's", r"'it'\''s'")]
+        {
+            assert_eq!(shell_word(word), expected);
         }
     }
 

@@ -268,6 +268,67 @@ fn what_a_run_refuses_explain_refuses_with_the_same_words() {
 }
 
 #[test]
+fn what_cannot_be_a_disk_is_told_with_what_was_meant_and_a_line_that_can_be_pasted() {
+    let place = Place::new();
+    let put = |name: &str, first: &[u8]| {
+        let mut content = first.to_vec();
+        content.resize(if first.is_empty() { 0 } else { 4096 }, 0);
+        fs::write(place.at(name), content).unwrap();
+    };
+    put("it's empty", b"");
+    put("a vm.vhdx", b"vhdxfile");
+    for (name, magic) in [
+        ("a.gz", &b"\x1f\x8b\x08"[..]),
+        ("a.xz", b"\xfd7zXZ\0"),
+        ("a.zst", b"\x28\xb5\x2f\xfd"),
+        ("a.bz2", b"BZh9"),
+    ] {
+        put(name, magic);
+    }
+    for (disk, words) in [
+        ("no such.img", "does not exist: check its name, or make it, as in `truncate -s 1G 'no such.img'`"),
+        ("path=a.img", "without a key: --disk a.img"),
+        ("path=no.img", "truncate -s 1G path=no.img"),
+        ("dangling", "a symbolic link to new, which does not exist"),
+        ("it's empty", r"`truncate -s 1G 'it'\''s empty'`"),
+        ("a vm.vhdx", "`qemu-img convert -O raw 'a vm.vhdx' 'a vm.vhdx.raw'`"),
+        (
+            "a.gz",
+            "compressed (gzip), and what a guest writes would destroy it: unpack it with `gzip -dc a.gz > a.gz.raw`",
+        ),
+        ("a.xz", "`xz -dc a.xz > a.xz.raw`"),
+        ("a.zst", "`zstd -dc a.zst > a.zst.raw`"),
+        ("a.bz2", "`bzip2 -dc a.bz2 > a.bz2.raw`"),
+    ] {
+        place.must_refuse_and_explain(&["--disk", disk], &[words]);
+    }
+    place.must_pass(&["--disk", "a.gz,readonly", "--disk", "a.xz,format=raw"], "");
+}
+
+#[test]
+fn a_status_file_that_cannot_be_written_is_named() {
+    Place::new()
+        .must_refuse(&["--status-file", "/dev/full"], &["cannot write the status file: /dev/full: No space"]);
+}
+
+#[test]
+fn an_image_larger_than_the_hosts_memory_is_not_read_into_its_cache() {
+    let place = Place::new();
+    if let Err(error) = File::create(place.at("huge")).unwrap().set_len(8 << 40) {
+        println!("not run: no file of 8 TiB can be made here: {error}");
+        return;
+    }
+    let guest =
+        ["--host=direct", "--kernel", env!("CARGO_BIN_EXE_minivmm"), "--disk", "huge,host-cache=warm"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_minivmm"));
+    command.current_dir(place.dir.path()).args(["--initrd", "none", "--timeout", "20"]).args(guest);
+    let output = command.output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(FAILURE), "{told}");
+    assert!(told.contains("huge") && told.contains("bytes of this host's memory"), "{told}");
+}
+
+#[test]
 fn a_program_that_has_an_image_by_flock_is_named() {
     let place = Place::new();
     let ready = "exec 9<>a.img; flock 9; echo ready; read line";

@@ -12,13 +12,16 @@ const LAYERS: [(&str, Option<&[&str]>); 28] = [
     ("cli", None),
     ("vmm", None),
     ("check", None),
-    ("hosts", Some(&["check", "kvm", "program"])),
+    ("hosts", Some(&["check", "kvm", "program", "text"])),
     ("stats", Some(&["disk"])),
     ("sandbox", Some(&["terminal"])),
     ("vcpu", Some(&["kvm", "bus", "mem", "layout", "ratelimit"])),
     ("kvm", Some(&["bus", "pci", "mem", "layout", "ratelimit"])),
     ("boot", Some(&["mem", "layout"])),
-    ("crash", Some(&["disk", "blk", "files", "mem", "ratelimit", "child", "estimate", "scratch_dir"])),
+    (
+        "crash",
+        Some(&["disk", "blk", "files", "mem", "ratelimit", "text", "child", "estimate", "scratch_dir"]),
+    ),
     ("bench", Some(&["lab", "disk", "explain", "files", "observe", "text", "estimate", "scratch_dir"])),
     (
         "study",
@@ -50,7 +53,7 @@ const LAYERS: [(&str, Option<&[&str]>); 28] = [
     ("pci", Some(&["bus", "mem", "layout", "ratelimit"])),
     ("devices", Some(&["bus", "layout", "ratelimit"])),
     // What the layers stand on.
-    ("files", Some(&[])),
+    ("files", Some(&["text"])),
     ("bus", Some(&[])),
     ("mem", Some(&[])),
     ("terminal", Some(&[])),

@@ -4,8 +4,8 @@ use crate::layout::{GIB, KIB, MIB};
 
 /// Less than this no kernel of ours boots in.
 const MEMORY_MIN: u64 = 16 * MIB;
-/// More than this the page tables and processors of today do not reach.
-const MEMORY_MAX: u64 = 16 << 40;
+/// KVM takes 2^31 - 1 pages in one piece (KVM_MEM_MAX_NR_PAGES), and all beyond 4 GiB is one.
+const MEMORY_MAX: u64 = 8 << 40;
 
 /// Guest memory, on this host.
 pub fn memory(text: &str) -> Result<u64, String> {
@@ -32,7 +32,7 @@ fn memory_on(text: &str, address_bits: u32) -> Result<u64, String> {
         return Err(format!("it is less than 16M, in which no kernel boots{hint}"));
     }
     if bytes > MEMORY_MAX {
-        return Err("it is more than 16T".into());
+        return Err("it is more than 8T, the most that KVM takes".into());
     }
     // The gap below 4 GiB moves the rest of the memory up.
     let most = 1_u64.checked_shl(address_bits).unwrap_or(u64::MAX).saturating_sub(GIB);
@@ -128,7 +128,7 @@ mod tests {
             ("512", "did you mean 512M"),
             ("8M", "less than 16M"),
             ("1", "did you mean 16M"),
-            ("17T", "more than 16T"),
+            ("9T", "more than 8T"),
             ("99999999999999G", "count"),
             ("33554433", "multiple"),
         ] {

@@ -70,7 +70,9 @@ fn improve_for(mut error: clap::Error, words: &[String]) -> clap::Error {
     let Some(ContextValue::String(word)) = error.get(place) else { return error };
     let before = words.iter().position(|it| it == word).and_then(|at| words.get(at.checked_sub(1)?));
     let own: Vec<String> = Args::command().get_subcommands().map(|it| it.get_name().to_owned()).collect();
-    let tip = if let Some(name) = word.strip_prefix("--") {
+    let tip = if let Some(hyphens) = with_hyphens(word) {
+        format!("'{word}' begins with a dash that is no hyphen, as some programs make of one: type {hyphens}")
+    } else if let Some(name) = word.strip_prefix("--") {
         if !DiskOptions::keys().any(|(key, _)| key == name) {
             return error;
         }
@@ -84,7 +86,7 @@ fn improve_for(mut error: clap::Error, words: &[String]) -> clap::Error {
             "did you mean '{meant}'? (a command for the guest stands behind --: minivmm [OPTIONS] -- {word})"
         )
     } else if Path::new(word).exists() {
-        format!("to give the guest a disk: --disk {}", word.replace(',', ",,"))
+        format!("to give the guest a disk: --disk {}", text::shell_word(word.replace(',', ",,")))
     } else {
         format!(
             "a command for the guest stands behind --: minivmm [OPTIONS] -- {word}; minivmm's own are {}",
@@ -93,6 +95,15 @@ fn improve_for(mut error: clap::Error, words: &[String]) -> clap::Error {
     };
     error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
     error
+}
+
+/// The option that a text program has made a dash of: `–memory`, `—memory`, `–-memory`.
+fn with_hyphens(word: &str) -> Option<String> {
+    let is_dash = |letter: char| ('\u{2010}'..='\u{2015}').contains(&letter) || letter == '\u{2212}';
+    let name = word.trim_start_matches(|letter| is_dash(letter) || letter == '-');
+    let is_option =
+        !name.is_empty() && word.chars().take_while(|letter| !name.starts_with(*letter)).any(is_dash);
+    is_option.then(|| if name.chars().count() == 1 { format!("-{name}") } else { format!("--{name}") })
 }
 
 /// What QEMU's users type, in minivmm's words. `{}` is the value that follows.
@@ -149,6 +160,21 @@ fn drive(value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_option_with_another_dash_is_told_with_its_hyphens() {
+        for (typed, meant) in [
+            ("–memory", Some("--memory")),
+            ("—memory", Some("--memory")),
+            ("–-disk=a", Some("--disk=a")),
+            ("−v", Some("-v")),
+            ("--memory", None),
+            ("a–b", None),
+            ("–", None),
+        ] {
+            assert_eq!(with_hyphens(typed).as_deref(), meant, "{typed}");
+        }
+    }
 
     #[test]
     fn qemus_options_are_answered_in_minivmms_words() {

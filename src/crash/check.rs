@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::child::{Group, How};
 use crate::files::output;
+use crate::text::shell_word;
 
 /// So much of a check's output is kept: its end.
 const OUTPUT_MAX: u64 = 64 << 10;
@@ -75,15 +76,6 @@ pub enum CheckError {
     },
 }
 
-/// A word as the shell takes it for one.
-pub fn quoted(word: &str) -> String {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:,@%".contains(c);
-    if !word.is_empty() && word.chars().all(is_plain) {
-        return word.to_owned();
-    }
-    format!("'{}'", word.replace('\'', r"'\''"))
-}
-
 /// e2fsck, wherever the administrator's programs are.
 pub fn find_e2fsck() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -97,7 +89,7 @@ impl Check {
         match self {
             Self::Shell(command) => {
                 let mut shell = Command::new("sh");
-                shell.arg("-c").arg(command.replace("{}", &quoted(&image.display().to_string())));
+                shell.arg("-c").arg(command.replace("{}", &shell_word(image)));
                 vec![(shell, 0)]
             }
             Self::Ext4(e2fsck) => [("-p", 1), ("-fn", 0)]

@@ -9,10 +9,11 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 
 use super::campaign::KEPT_MAX;
-use super::check::{About, quoted};
+use super::check::About;
 use super::legal::{Pending, StateName};
 use super::log::WriteLog;
 use super::plan::Task;
+use crate::text::shell_word;
 
 /// The text shows so many failures.
 const SHOWN_MAX: usize = 10;
@@ -160,10 +161,10 @@ impl Told {
         limit: Duration,
         task: &Task,
     ) -> String {
-        let path = |path: &Path| quoted(&path.display().to_string());
+        let path = |path: &Path| shell_word(path);
         let mut line = format!("minivmm crash {} --base {}", path(log), path(base));
         if let Some(check) = check {
-            let _ = write!(line, " --check {}", quoted(check));
+            let _ = write!(line, " --check {}", shell_word(check));
         }
         if limit != CHECK_TIMEOUT {
             let _ = write!(line, " --check-timeout {}", limit.as_secs_f64());

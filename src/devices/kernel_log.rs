@@ -32,6 +32,18 @@ const BEGINNINGS: [&str; 10] = [
     "Initramfs unpacking failed",
 ];
 
+/// With one of these begins what Linux prints of the reason before it panics (init/main.c, init/do_mounts.c).
+const REASONS: [&str; 6] = [
+    "check access for rdinit=",
+    "Failed to execute ",
+    "Starting init: ",
+    "/dev/root: Can't open blockdev",
+    "VFS: Cannot open root device",
+    "No filesystem could mount root",
+];
+/// So many lines before a panic are searched for its reason: the list of partitions is among them.
+const REASON_LINES: usize = 60;
+
 /// What was printed last. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct KernelLog(Arc<Mutex<Ring>>);
@@ -54,7 +66,7 @@ impl KernelLog {
         ring.bytes.extend(kept);
     }
 
-    /// The lines to be shown: from the first on that says what went wrong, or the last 40.
+    /// The lines to be shown: from the first on that says what went wrong, with its reason, or the last 40.
     pub fn lines(&self) -> Vec<String> {
         let mut ring = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let is_cut = ring.is_cut;
@@ -66,7 +78,11 @@ impl KernelLog {
         while lines.last().is_some_and(|line| line.is_empty()) {
             lines.pop();
         }
-        let from = lines.iter().position(|line| says_what_went_wrong(line));
+        let from = lines.iter().position(|line| begins_with(line, &BEGINNINGS)).map(|at| {
+            let before = at.saturating_sub(REASON_LINES);
+            let reason = lines[before..at].iter().position(|line| begins_with(line, &REASONS));
+            reason.map_or(at, |reason| before + reason)
+        });
         let from = from.unwrap_or_else(|| lines.len().saturating_sub(LAST_LINES));
         shorten(lines.get(from..).unwrap_or_default())
     }
@@ -85,9 +101,9 @@ fn shorten(lines: &[&[u8]]) -> Vec<String> {
     shown
 }
 
-fn says_what_went_wrong(line: &[u8]) -> bool {
+fn begins_with(line: &[u8], beginnings: &[&str]) -> bool {
     let text = without_time(line);
-    BEGINNINGS.iter().any(|beginning| text.starts_with(beginning.as_bytes()))
+    beginnings.iter().any(|beginning| text.starts_with(beginning.as_bytes()))
 }
 
 /// The line without the `[    1.234567] ` and `[   T1] ` that printk may put before it.
@@ -144,6 +160,13 @@ mod tests {
         assert_eq!(found.len(), 4, "{found:?}");
         assert_eq!(found[0], "[    1.5] BUG: kernel NULL pointer dereference, address: 0");
         assert_eq!(lines(b"a\r\nKernel panic - not syncing: VFS\r\n"), ["Kernel panic - not syncing: VFS"]);
+        // Why there is no init is said before.
+        let no_root = "[ 1.0] check access for rdinit=/nosuch failed: -2, ignoring\r\n[ 1.1] List of all partitions:\r\n\
+                       [ 1.2] Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)\r\n";
+        assert!(lines(no_root.as_bytes())[0].contains("rdinit=/nosuch"), "{:?}", lines(no_root.as_bytes()));
+        assert_eq!(lines(no_root.as_bytes()).len(), 3);
+        let long_ago = format!("Starting init: x\n{}Kernel panic - not syncing: y\n", "a\n".repeat(80));
+        assert_eq!(lines(long_ago.as_bytes()), ["Kernel panic - not syncing: y"]);
         // Somebody's words about it are not it.
         assert_eq!(lines(b"echo BUG: x\r\n\r\n"), ["echo BUG: x"]);
         assert!(lines(b"").is_empty() && lines(b"\r\n\r\n").is_empty());

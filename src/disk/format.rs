@@ -2,12 +2,14 @@
 //!
 //! Owns the refusal; nothing but it ever depends on what a guest could have written (R21).
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use super::image::{ImageProblem, host};
+use crate::text::shell_word;
 
 /// First bytes of other formats. A guest could write them to a raw disk of its own, so nothing
 /// but this refusal ever depends on them (R21).
@@ -20,6 +22,15 @@ static FORMATS: [(&[u8], &str); 6] = [
     (b"<<< ", "vdi"),
 ];
 
+/// First bytes of what a program has compressed, and what unpacks it. A guest that only reads may be given it, as
+/// an archive that it unpacks itself.
+static COMPRESSED: [(&[u8], &str, &str); 4] = [
+    (b"\x1f\x8b\x08", "gzip", "gzip -dc"),
+    (b"\xfd7zXZ\0", "xz", "xz -dc"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc"),
+    (b"BZh", "bzip2", "bzip2 -dc"),
+];
+
 /// The same file through a descriptor without O_DIRECT's alignment.
 pub(super) fn read_anew(file: &File) -> io::Result<File> {
     // Through the open descriptor, so that it is the same file.
@@ -27,17 +38,32 @@ pub(super) fn read_anew(file: &File) -> io::Result<File> {
 }
 
 /// Refuses what looks like another format than raw.
-pub(super) fn refuse(file: &File, path: &Path) -> Result<(), ImageProblem> {
+pub(super) fn refuse(file: &File, path: &Path, is_readonly: bool) -> Result<(), ImageProblem> {
     let mut plain = read_anew(file)
         .map_err(host("it cannot be opened anew through /proc/self/fd (is /proc mounted?)"))?;
     let mut first = [0; 32];
     let filled = read_some(&mut plain, &mut first).map_err(host("its first bytes cannot be read"))?;
     let found =
         FORMATS.iter().find(|(magic, _)| first[..filled].starts_with(magic)).map(|&(_, format)| format);
-    match found.or_else(|| has_vhd_footer(&mut plain).then_some("vhd")) {
-        None => Ok(()),
-        Some(format) => Err(ImageProblem::NotRaw { format, path: path.display().to_string() }),
+    if let Some(format) = found.or_else(|| has_vhd_footer(&mut plain).then_some("vhd")) {
+        let raw = shell_word(with_suffix(path, ".raw"));
+        let convert = format!("qemu-img convert -O raw {} {raw}", shell_word(path));
+        return Err(ImageProblem::NotRaw { format, convert });
     }
+    match COMPRESSED.iter().find(|(magic, ..)| first[..filled].starts_with(magic)) {
+        Some(&(_, format, program)) if !is_readonly => {
+            let unpack =
+                format!("{program} {} > {}", shell_word(path), shell_word(with_suffix(path, ".raw")));
+            Err(ImageProblem::Compressed { format, unpack })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> OsString {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name
 }
 
 /// A fixed-size vhd is raw but for its last sector.

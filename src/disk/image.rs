@@ -28,6 +28,7 @@ use super::queue_stats::QueueStats;
 use super::stable::StableBy;
 use super::writelog::WriteLog;
 use crate::files::locks;
+use crate::text::shell_word;
 use opening::{
     Kind, check_access, check_flock, check_host_use, check_kind, flags_in_words, open_file, open_problem,
     wanted_flags,
@@ -125,7 +126,7 @@ impl Image {
     /// Everything that is found without changing anything.
     fn describe(options: &DiskOptions, kind: Kind, file: Arc<File>) -> Result<Self, ImageProblem> {
         if !options.force_raw {
-            format::refuse(&file, &options.path)?;
+            format::refuse(&file, &options.path, options.readonly)?;
         }
         let mut warnings = Vec::new();
         let geometry = find_geometry(&file, options, kind)?;
@@ -431,7 +432,7 @@ fn host_metadata(path: &Path) -> Result<std::fs::Metadata, ImageProblem> {
 
 fn find_geometry(file: &Arc<File>, options: &DiskOptions, kind: Kind) -> Result<Geometry, ImageProblem> {
     let bytes = (&**file).seek(SeekFrom::End(0)).map_err(host("its size cannot be found"))?;
-    let path = options.path.display().to_string();
+    let path = shell_word(&options.path);
     if bytes == 0 {
         return Err(ImageProblem::Empty(path));
     }

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use super::identity::{Device, FileId};
 use super::locks;
+use crate::text::shell_word;
 
 /// Devices above and below each other deeper than this are taken for a loop.
 const DEPTH_MAX: usize = 8;
@@ -165,14 +166,14 @@ impl Host {
         for mount in self.mounts().iter().filter(|mount| mount.is_of(node)) {
             uses.push(HostUse {
                 what: format!("{name} is mounted on {}", mount.point),
-                remedy: Some(format!("umount {}", mount.point)),
+                remedy: Some(format!("umount {}", shell_word(&mount.point))),
                 writes: !mount.readonly,
             });
         }
         for path in self.swaps().iter().filter(|path| Node::at(path) == Some(node)) {
             uses.push(HostUse {
                 what: format!("{name} is swap space"),
-                remedy: Some(format!("swapoff {}", path.display())),
+                remedy: Some(format!("swapoff {}", shell_word(path))),
                 writes: true,
             });
         }

@@ -3,12 +3,13 @@
 //! Owns where the script is looked for (beside this binary only: what lies in the working directory is not
 //! executed) and how a command line is written anew. The script's own interface is docs/hosts.md's.
 
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::Asked;
+use crate::text::shell_word;
 
 /// The script's name.
 const SCRIPT: &str = "emuhost";
@@ -80,7 +81,7 @@ pub fn typed_with_host(typed: &[OsString], choice: &str) -> String {
     let is_tools = path.file_name().is_some_and(|name| name == crate::program::TOOLS);
     let program = if is_tools { path.with_file_name(crate::program::VMM).into_os_string() } else { program };
     let words = std::iter::once(program).chain(with_host(typed, choice, &[]));
-    words.map(|word| quoted(&word)).collect::<Vec<_>>().join(" ")
+    words.map(shell_word).collect::<Vec<_>>().join(" ")
 }
 
 /// The arguments without the program, with this `--host` in the place of any, and `more`.
@@ -108,18 +109,6 @@ fn with_host(typed: &[OsString], choice: &str, more: &[OsString]) -> Vec<OsStrin
     words
 }
 
-/// The word as a shell reads it back.
-pub fn quoted(word: &OsStr) -> String {
-    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_./=,:+@%".contains(byte);
-    let bytes = word.as_bytes();
-    if !bytes.is_empty() && bytes.iter().all(plain) {
-        return word.to_string_lossy().into_owned();
-    }
-    let escaped: Vec<u8> =
-        bytes.iter().flat_map(|byte| if *byte == b'\'' { b"'\\''".to_vec() } else { vec![*byte] }).collect();
-    format!("'{}'", OsString::from_vec(escaped).to_string_lossy())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -141,15 +130,6 @@ mod tests {
             ("/a/minivmm-tools study", "/a/minivmm study --host=auto"),
         ] {
             assert_eq!(typed_with_host(&words(typed), "auto"), expected, "{typed}");
-        }
-    }
-
-    #[test]
-    fn words_are_quoted_where_a_shell_would_take_them_apart() {
-        for (word, expected) in
-            [("img,cache=none", "img,cache=none"), ("a b", "'a b'"), ("", "''"), ("it's", r"'it'\''s'")]
-        {
-            assert_eq!(quoted(OsStr::new(word)), expected);
         }
     }
 

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -17,7 +18,7 @@ const VERSION: u32 = 1;
 /// The file, opened before anything is started (`files::output`): a place that cannot be written is known at
 /// once.
 #[derive(Debug)]
-pub struct StatusFile(File);
+pub struct StatusFile(File, PathBuf);
 
 /// How a run ended.
 #[derive(Debug, Serialize)]
@@ -100,15 +101,17 @@ impl Status {
 }
 
 impl StatusFile {
-    /// Takes the open file, which is empty.
-    pub fn new(file: File) -> Self {
-        Self(file)
+    /// Takes the open file, which is empty, and its name.
+    pub fn new(file: File, path: &Path) -> Self {
+        Self(file, path.to_owned())
     }
 
-    /// Writes it.
+    /// Writes it. An error names the file.
     pub fn write(mut self, status: &Status) -> io::Result<()> {
-        let mut text = serde_json::to_vec_pretty(status).map_err(io::Error::other)?;
-        text.push(b'\n');
-        self.0.write_all(&text)
+        let written = serde_json::to_vec_pretty(status).map_err(io::Error::other).and_then(|mut text| {
+            text.push(b'\n');
+            self.0.write_all(&text)
+        });
+        written.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", self.1.display())))
     }
 }

@@ -57,6 +57,14 @@ pub enum ControlProblem {
          them; what it holds is in memory already)"
     )]
     Holes(u64),
+    /// It cannot fit, and reading it would only drive everything else out.
+    #[error("its {wanted} bytes are more than the {memory} bytes of this host's memory")]
+    LargerThanMemory {
+        /// All of it.
+        wanted: u64,
+        /// What the host has.
+        memory: u64,
+    },
     /// Not all fits.
     #[error("of {wanted} bytes only {found} stay in the cache: the host has too little free memory for it")]
     TooLarge {
@@ -107,6 +115,16 @@ pub fn drop_cache(file: &File) -> Result<(), ControlProblem> {
     Err(ControlProblem::Stays(stays))
 }
 
+/// All the memory of this host, in bytes; as much as there can be where it does not tell.
+fn host_memory() -> u64 {
+    // SAFETY: sysconf takes a number and touches no memory.
+    let ask = |name| u64::try_from(unsafe { libc::sysconf(name) });
+    match (ask(libc::_SC_PHYS_PAGES), ask(libc::_SC_PAGESIZE)) {
+        (Ok(pages), Ok(page_bytes)) => pages.saturating_mul(page_bytes),
+        _ => u64::MAX,
+    }
+}
+
 /// Reads all of `file` through the cache; afterwards every page is there.
 pub fn warm_cache(file: &File) -> Result<(), ControlProblem> {
     // A descriptor of its own without O_DIRECT. The image's lock goes with its own descriptor (OFD).
@@ -115,6 +133,10 @@ pub fn warm_cache(file: &File) -> Result<(), ControlProblem> {
         .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
         .map_err(host("opening it anew, for reading, through /proc (is it mounted?)"))?;
     let bytes = cache::size(&buffered).map_err(host("finding its size"))?;
+    let memory = host_memory();
+    if bytes > memory {
+        return Err(ControlProblem::LargerThanMemory { wanted: bytes, memory });
+    }
     let mut chunk = vec![0; CHUNK];
     let mut at = 0;
     while at < bytes {

@@ -14,6 +14,7 @@ use super::ImageProblem;
 use crate::disk::options::DiskOptions;
 use crate::files::host_use::{self, HostUse};
 use crate::files::locks;
+use crate::text::shell_word;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -24,7 +25,7 @@ pub(super) enum Kind {
 /// Looks before opening: opening a FIFO or a tape has effects.
 pub(super) fn check_kind(path: &Path) -> Result<Kind, ImageProblem> {
     let found = std::fs::metadata(path).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => ImageProblem::Missing(path.display().to_string()),
+        io::ErrorKind::NotFound => missing(path),
         _ => ImageProblem::Open { flags: "at all", source },
     })?;
     let kind = found.file_type();
@@ -38,6 +39,20 @@ pub(super) fn check_kind(path: &Path) -> Result<Kind, ImageProblem> {
         Err(ImageProblem::Kind("a character device"))
     } else {
         Err(ImageProblem::Kind("a pipe or socket"))
+    }
+}
+
+/// With what was meant, where that is there.
+fn missing(path: &Path) -> ImageProblem {
+    if let Ok(target) = std::fs::read_link(path) {
+        return ImageProblem::Dangling(target.display().to_string());
+    }
+    let text = path.to_string_lossy();
+    // As cloud-hypervisor and QEMU have it.
+    let meant = ["path=", "file="].iter().find_map(|key| text.strip_prefix(key));
+    match meant.filter(|meant| Path::new(meant).exists()) {
+        Some(meant) => ImageProblem::KeyBeforePath(shell_word(meant)),
+        None => ImageProblem::Missing(shell_word(path)),
     }
 }
 

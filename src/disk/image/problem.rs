@@ -32,6 +32,12 @@ pub enum ImageProblem {
     /// There is no such file.
     #[error("it does not exist: check its name, or make it, as in `truncate -s 1G {0}`")]
     Missing(String),
+    /// A symbolic link to nowhere.
+    #[error("it is a symbolic link to {0}, which does not exist")]
+    Dangling(String),
+    /// Another VMM's way to write it.
+    #[error("it does not exist: the path stands first and without a key: --disk {0}")]
+    KeyBeforePath(String),
     /// Neither a regular file nor a block device.
     #[error("it is {0}; a disk is a regular file or a block device")]
     Kind(&'static str),
@@ -77,13 +83,24 @@ pub enum ImageProblem {
     /// Another format.
     #[error(
         "it looks like a {format} image, and guests would see its metadata as data: convert it with \
-         `qemu-img convert -O raw {path} {path}.raw` and use that, or say format=raw if it is raw all the same"
+         `{convert}` and use that, or say format=raw if it is raw all the same"
     )]
     NotRaw {
         /// What it looks like.
         format: &'static str,
-        /// The image.
-        path: String,
+        /// How it is converted.
+        convert: String,
+    },
+    /// A compressed one, to be written to.
+    #[error(
+        "it is compressed ({format}), and what a guest writes would destroy it: unpack it with `{unpack}` and use \
+         that, or say format=raw if it is raw all the same"
+    )]
+    Compressed {
+        /// By which program.
+        format: &'static str,
+        /// How it is unpacked.
+        unpack: String,
     },
     /// Somebody else has it open.
     #[error(

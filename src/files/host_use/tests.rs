@@ -100,8 +100,8 @@ fn a_loop_device_is_found_by_the_file_whatever_its_name() {
     fake.mount("7:3", "/dev/loop3", "/mnt/a\\040b", "rw,errors=continue");
     let uses = fake.uses_of_file(&image);
     assert_eq!(uses[0].what, format!("{device} is mounted on /mnt/a b"));
-    assert_eq!(uses[0].remedy.as_deref(), Some("umount /mnt/a b"));
-    assert!(in_words(&uses).contains("umount /mnt/a b; losetup -d"), "{}", in_words(&uses));
+    assert_eq!(uses[0].remedy.as_deref(), Some("umount '/mnt/a b'"));
+    assert!(in_words(&uses).contains("umount '/mnt/a b'; losetup -d"), "{}", in_words(&uses));
 }
 
 #[test]
