@@ -149,7 +149,7 @@ asan: deps
 # The unsafe code over guest memory under Miri, where a nightly toolchain with that component is installed.
 miri:
 	@cargo +nightly miri --version >/dev/null 2>&1 || \
-		{ echo "error: no Miri here: rustup toolchain install nightly --component miri rust-src" >&2; exit 1; }
+		{ echo "make miri: error: no Miri here: rustup toolchain install nightly --component miri rust-src" >&2; exit 1; }
 	@MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --locked --test unsafe_memory
 
 lint: deps
@@ -192,7 +192,7 @@ $(guest_build)/vmlinuz:
 
 static: $(static_binary)
 	@file -b $(static_binary) 2>/dev/null | grep -q dynamically && \
-		{ echo "error: $(static_binary) is not static" >&2; exit 1; } || echo $(static_binary)
+		{ echo "make static: error: $(static_binary) is not static" >&2; exit 1; } || echo $(static_binary)
 
 install: $(binary) $(manual)/minivmm.1 $(guest_build)/vmlinuz install-files
 

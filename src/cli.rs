@@ -16,11 +16,11 @@ mod size;
 mod study;
 mod test_guest;
 mod usage;
+mod values;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 
@@ -86,17 +86,17 @@ pub struct Args {
     memory: u64,
 
     /// Number of CPUs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = cpus, help_heading = help::MACHINE)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = values::cpus, help_heading = help::MACHINE)]
     cpus: u8,
 
     /// How the guest reaches its virtio devices: pci, or mmio
     ///
     /// virtio-pci with MSI-X, or virtio-mmio; the key `transport` of a disk says otherwise for that disk.
-    #[arg(long, value_name = "pci|mmio", default_value = "pci", value_parser = transport(), hide_possible_values = true, help_heading = help::MACHINE)]
+    #[arg(long, value_name = "pci|mmio", default_value = "pci", value_parser = values::transport(), hide_possible_values = true, help_heading = help::MACHINE)]
     transport: TransportChoice,
 
     /// Disk image, with keys (repeatable: vda, vdb, ...)
-    #[arg(long = "disk", value_name = "PATH[,KEY=VALUE]...", long_help = disk_help(), help_heading = help::DISKS)]
+    #[arg(long = "disk", value_name = "PATH[,KEY=VALUE]...", value_parser = values::disk(), long_help = disk_help(), help_heading = help::DISKS)]
     disks: Vec<DiskOptions>,
 
     /// Tell what each --disk will do, and run nothing
@@ -114,11 +114,11 @@ pub struct Args {
     ///
     /// On a terminal Ctrl-A x ends the VM, and Ctrl-A h lists the keys. What is no terminal is passed
     /// as it is.
-    #[arg(long, value_name = "stdio|stderr|off|file=PATH", value_parser = console, help_heading = help::RUNNING)]
+    #[arg(long, value_name = "stdio|stderr|off|file=PATH", value_parser = values::console(), hide_possible_values = true, help_heading = help::RUNNING)]
     console: Option<ConsoleTarget>,
 
     /// End the VM after so many seconds
-    #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = help::RUNNING)]
+    #[arg(long, value_name = "SECONDS", value_parser = values::seconds, help_heading = help::RUNNING)]
     timeout: Option<Duration>,
 
     /// Wait so long for the end of what the host's disks have been given, then fail [default: 60]
@@ -126,7 +126,7 @@ pub struct Args {
     /// A disk that hangs would hang minivmm: after 3 seconds it tells what it waits for, and past the limit it
     /// ends with status 125. The last fdatasync of an image may have much to write: it has a limit only if one
     /// is given. Signals do not shorten the wait; Ctrl-C on minivmm's terminal ends it, once it is told.
-    #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = help::RUNNING)]
+    #[arg(long, value_name = "SECONDS", value_parser = values::seconds, help_heading = help::RUNNING)]
     stop_timeout: Option<Duration>,
 
     /// At the end, tell of each disk what was asked, done and at risk: on stderr, or as JSON to FILE
@@ -145,7 +145,7 @@ pub struct Args {
     observe: Option<PathBuf>,
 
     /// The time between two lines of --observe
-    #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "0.5", requires = "observe")]
+    #[arg(long, value_name = "SECONDS", value_parser = values::seconds, default_value = "0.5", requires = "observe")]
     observe_interval: Duration,
 
     /// Let minivmm, its guest's memory and its page cache have so much of this host's memory at most
@@ -159,7 +159,7 @@ pub struct Args {
     /// on: no path can be opened, no program started; each thread has a list of the system calls that it may
     /// make, and one that is not on it ends minivmm with status 125 and is named. log: such a call is named and
     /// made. What each may, and why, is in docs/security.md.
-    #[arg(long, value_name = "on|log|off", default_value = "on", value_parser = sandbox_mode(), hide_possible_values = true, help_heading = help::MACHINE)]
+    #[arg(long, value_name = "on|log|off", default_value = "on", value_parser = values::sandbox_mode(), hide_possible_values = true, help_heading = help::MACHINE)]
     sandbox: sandbox::Mode,
 
     /// Say more (twice: much more)
@@ -171,7 +171,7 @@ pub struct Args {
     /// auto: on this machine if its KVM runs Linux, otherwise in the emulated host (docs/hosts.md), which is many times
     /// slower and brings files back at the end. direct: here, whatever KVM can do. emulated: in the emulated host.
     /// Without this option a machine whose KVM cannot run Linux refuses, and tells the line to type.
-    #[arg(long, value_name = "auto|direct|emulated", value_parser = HostChoice::by_name, help_heading = help::RUNNING)]
+    #[arg(long, value_name = "auto|direct|emulated", value_parser = values::host(), hide_possible_values = true, help_heading = help::RUNNING)]
     host: Option<HostChoice>,
 
     /// Say nothing but errors
@@ -284,43 +284,6 @@ fn disk_help() -> String {
 /// The disks, with what depends on the machine. A run and its explanation have it from here.
 fn disks(asked: &[DiskOptions], cpus: u8) -> Vec<DiskOptions> {
     asked.iter().map(|disk| disk.clone().for_cpus(cpus)).collect()
-}
-
-fn cpus(text: &str) -> Result<u8, String> {
-    let wrong = || "it is a number from 1 to 254".to_string();
-    text.parse().ok().filter(|count| (1..=254).contains(count)).ok_or_else(wrong)
-}
-
-// Lists of words, so that shells complete them and a wrong one is answered by the nearest.
-fn transport() -> impl TypedValueParser<Value = TransportChoice> {
-    let unknown = || "it is pci or mmio".to_owned();
-    PossibleValuesParser::new(["pci", "mmio"])
-        .try_map(move |name| TransportChoice::by_name(&name).ok_or_else(unknown))
-}
-
-fn sandbox_mode() -> impl TypedValueParser<Value = sandbox::Mode> {
-    let unknown = || "it is on, log or off".to_owned();
-    PossibleValuesParser::new(sandbox::Mode::ALL.map(|(name, _)| name))
-        .try_map(move |name| sandbox::Mode::by_name(&name).ok_or_else(unknown))
-}
-
-fn console(text: &str) -> Result<ConsoleTarget, String> {
-    match text.split_once('=') {
-        None if text == "stdio" => Ok(ConsoleTarget::Stdio),
-        None if text == "stderr" => Ok(ConsoleTarget::Stderr),
-        None if text == "off" => Ok(ConsoleTarget::Off),
-        Some(("file", path)) if !path.is_empty() => Ok(ConsoleTarget::File(path.into())),
-        _ => Err("it is stdio, stderr, off, or file=PATH".into()),
-    }
-}
-
-fn seconds(text: &str) -> Result<Duration, String> {
-    let wrong = || "it is a number of seconds above 0, such as 60 or 0.5".to_string();
-    let seconds: f64 = text.parse().map_err(|_| wrong())?;
-    match Duration::try_from_secs_f64(seconds) {
-        Ok(duration) if !duration.is_zero() => Ok(duration),
-        _ => Err(wrong()),
-    }
 }
 
 /// Why the machine that the arguments describe cannot be had.
@@ -571,19 +534,5 @@ mod tests {
             assert_eq!(ExitStatus::from(ending).code(), code, "{ending:?}");
         }
         assert_eq!((ExitStatus::Usage.code(), ExitStatus::Failure.code()), (2, 125));
-    }
-
-    #[test]
-    fn consoles_and_seconds_are_what_they_say() {
-        assert_eq!(console("stdio"), Ok(ConsoleTarget::Stdio));
-        assert_eq!(console("off"), Ok(ConsoleTarget::Off));
-        assert_eq!(console("file=a=b"), Ok(ConsoleTarget::File("a=b".into())));
-        for wrong in ["", "file", "file=", "pty", "stdio=x"] {
-            assert!(console(wrong).is_err(), "{wrong}");
-        }
-        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
-        for wrong in ["0", "-1", "NaN", "inf", "", "1s", "1e400"] {
-            assert!(seconds(wrong).is_err(), "{wrong}");
-        }
     }
 }

@@ -7,6 +7,7 @@
 mod buffer;
 mod copy;
 mod iov;
+mod limits;
 mod mapping;
 
 use std::io;
@@ -18,6 +19,7 @@ use vm_memory::{
 
 pub use buffer::{AlignedBuffer, BufferPool};
 pub use iov::Iov;
+pub use limits::size;
 pub use mapping::HUGE_PAGE;
 use mapping::Mapping;
 
@@ -75,10 +77,12 @@ pub struct OutsideRam {
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
     /// The host refused the mapping.
-    #[error("cannot map {bytes} bytes of guest memory (is --memory larger than this host allows?)")]
+    #[error("cannot map {} of guest memory (--memory): {limit}", size(*bytes))]
     Map {
-        /// Size of the region in bytes.
+        /// Size of all of it.
         bytes: u64,
+        /// What is in the way.
+        limit: String,
         /// The host's answer.
         source: io::Error,
     },
@@ -92,8 +96,9 @@ pub enum RamError {
 /// [`HUGE_PAGE`] in each.
 pub fn map_ram(regions: &[(u64, u64)]) -> Result<Ram, RamError> {
     let (mut mapped, mut mappings) = (Vec::new(), Vec::new());
+    let all = regions.iter().map(|region| region.1).sum();
     for &(base, bytes) in regions {
-        let (region, mapping) = map_region(base, bytes)?;
+        let (region, mapping) = map_region(base, bytes, all)?;
         mapped.push(region);
         mappings.push(mapping);
     }
@@ -101,8 +106,9 @@ pub fn map_ram(regions: &[(u64, u64)]) -> Result<Ram, RamError> {
     Ok(Ram(Arc::new(Regions { regions, _mappings: mappings })))
 }
 
-fn map_region(base: u64, bytes: u64) -> Result<(GuestRegionMmap<()>, Mapping), RamError> {
-    let failed = |source| RamError::Map { bytes, source };
+/// A region of `all` bytes of RAM.
+fn map_region(base: u64, bytes: u64, all: u64) -> Result<(GuestRegionMmap<()>, Mapping), RamError> {
+    let failed = |source| RamError::Map { bytes: all, limit: limits::in_the_way(), source };
     let len = usize::try_from(bytes).map_err(|e| failed(io::Error::other(e)))?;
     let mapping = Mapping::new(base, len).map_err(failed)?;
     let protection = libc::PROT_READ | libc::PROT_WRITE;

@@ -1,9 +1,10 @@
 //! Text for a terminal of 80 columns: rows of a mark, a label and wrapped words; and words that a shell reads back.
 //!
-//! Owns how words are wrapped, compared and quoted; what is said is the caller's.
+//! Owns how words are wrapped, compared and quoted, and paths as text; what is said is the caller's.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
 
 /// What a terminal has at least.
 const COLUMNS: usize = 80;
@@ -42,6 +43,11 @@ pub fn shell_word(word: impl AsRef<OsStr>) -> String {
     let escaped: Vec<u8> =
         bytes.iter().flat_map(|byte| if *byte == b'\'' { b"'\\''".to_vec() } else { vec![*byte] }).collect();
     format!("'{}'", OsString::from_vec(escaped).to_string_lossy())
+}
+
+/// A path in JSON, which is text, whatever bytes the path has.
+pub fn path_as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 /// The candidate that `word` was most likely meant to be: one of at most two typing errors (one in a short word).

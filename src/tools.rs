@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use minivmm::bench::{self, BenchError};
-use minivmm::cli::process::{ended, print, say, say_error, start_logging, told};
+use minivmm::cli::process::{WrongUsage, ended, print, say, start_logging, told};
 use minivmm::cli::{Args, BenchArgs, CrashArgs, ExitStatus, StudyArgs, Task};
+use minivmm::crash::campaign::CrashError;
 use minivmm::crash::log::WriteLog;
 use minivmm::crash::{campaign, list};
 use minivmm::files::output;
@@ -49,6 +50,9 @@ fn run(signals: Signals) -> ExitStatus {
     if let Err(error) = child::adopt_orphans() {
         log::debug!("cannot adopt what children leave behind: {error}");
     }
+    if let Err(error) = check_names(&task) {
+        return told(Err(WrongUsage(error).into()));
+    }
     match host_of(&task) {
         Ok(None) => {}
         Ok(Some(mut command)) => {
@@ -77,6 +81,15 @@ fn run(signals: Signals) -> ExitStatus {
             Err(anyhow::anyhow!("minivmm-tools is for minivmm's own use: call minivmm with these arguments"))
         }
     })
+}
+
+/// Names on the command line that only the tools know.
+fn check_names(task: &Task) -> Result<()> {
+    match task {
+        Task::Study(args) => study::run::check_names(&args.clone().options().only),
+        Task::Bench(args) => Ok((**args).clone().options().check_names()?),
+        _ => Ok(()),
+    }
 }
 
 /// The command that is to take this process's place, where a tool's guests are to run in the emulated host.
@@ -133,11 +146,15 @@ fn show_observation(path: &Path, stop: &Stop) -> Result<ExitStatus> {
 fn crash(args: CrashArgs, stop: &Stop) -> Result<ExitStatus> {
     let json = args.json;
     let options = args.options();
+    let told = |error: CrashError| match error.is_usage() {
+        true => WrongUsage(error.into()).into(),
+        false => anyhow::Error::from(error),
+    };
     if let Some(out) = &options.write {
-        print(&campaign::write_image(&options, out)?)?;
+        print(&campaign::write_image(&options, out).map_err(told)?)?;
         return Ok(ExitStatus::Success);
     }
-    let report = campaign::run(&options, stop.flag())?;
+    let report = campaign::run(&options, stop.flag()).map_err(told)?;
     print(&if json { report.to_json()? } else { report.to_text() })?;
     Ok(match stopped(stop) {
         Some(status) => status,
@@ -148,10 +165,6 @@ fn crash(args: CrashArgs, stop: &Stop) -> Result<ExitStatus> {
 
 fn run_study(args: StudyArgs, stop: &Stop) -> Result<ExitStatus> {
     let options = args.options();
-    if let Some(why) = study::run::unknown(&options.only) {
-        say_error(why);
-        return Ok(ExitStatus::Usage);
-    }
     let report = study::run::run(&options, stop.flag())?;
     print(&format!("{}\n{}", report.to_text(), options.out.join(study::run::PAGE).display()))?;
     Ok(match (stopped(stop), report.failures().as_slice()) {
@@ -176,6 +189,7 @@ fn measure(args: BenchArgs, stop: &Stop) -> Result<ExitStatus> {
     let json = options.report().map(|output| files.open_unchanged(&output)).transpose()?;
     let report = match bench::run::run(&options, stop.flag()) {
         Err(BenchError::Interrupted) => return Ok(stopped(stop).unwrap_or(ExitStatus::Failure)),
+        Err(error) if error.is_usage() => return Err(WrongUsage(error.into()).into()),
         other => other?,
     };
     if let Some(opened) = json {

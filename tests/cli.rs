@@ -79,6 +79,10 @@ fn wrong_usage_ends_with_2_and_says_what_is_right() {
         (&["bench", "--disk", "a.img", "--size", "64"], "less than 1M"),
         (&["bench", "--disk", "a.img", "--seconds", "0"], "1..=86400"),
         (&["bench", "--disk", "a.img", "--host-cache", "cold"], "drop"),
+        (&["bench", "--disk", "a.img", "--only", "nosuch"], "there is no job nosuch"),
+        (&["--console", "sdtio"], "stdio, stderr, off, or file=PATH"),
+        (&["--host", "here"], "auto, direct or emulated"),
+        (&["crash", "x.log", "--base", "b", "--at", "noon"], "mark=NAME"),
         (&["--disk", "a.img,fault=fail:fsync"], "read, write, flush, discard"),
         (&["--disk", "a.img,log-writes"], "FILE"),
     ] {
@@ -90,13 +94,38 @@ fn wrong_usage_ends_with_2_and_says_what_is_right() {
 }
 
 #[test]
-fn an_argument_that_is_not_utf_8_is_named() {
+fn a_path_may_be_any_bytes_and_what_may_not_is_named() {
     use std::os::unix::ffi::OsStrExt;
-    let mut command = Command::cargo_bin("minivmm").unwrap();
-    let output = command.arg("--disk").arg(std::ffi::OsStr::from_bytes(b"d\xff.img")).output().unwrap();
-    assert_eq!(output.status.code(), Some(USAGE));
-    let text = stderr(&output);
-    assert!(text.contains("'d\u{fffd}.img' is not UTF-8") && text.contains("symbolic link"), "{text}");
+    let directory = tempfile::tempdir().unwrap();
+    let run = |args: &[&[u8]]| {
+        let mut command = Command::cargo_bin("minivmm").unwrap();
+        let args = args.iter().map(|arg| std::ffi::OsStr::from_bytes(arg));
+        command.current_dir(directory.path()).args(args).output().unwrap()
+    };
+    for (option, value) in
+        [(&b"--append"[..], &b"a\xff"[..]), (b"--cmdline", b"a\xff"), (b"--memory", b"a\xff")]
+    {
+        let output = run(&[option, value, b"--", b"x\xfe"]);
+        assert_eq!(output.status.code(), Some(USAGE));
+        let text = stderr(&output);
+        assert!(text.starts_with("minivmm: error: 'a\u{fffd}' is not UTF-8"), "{text}");
+    }
+    // Missing, and therefore named.
+    for args in [
+        &[&b"--disk"[..], b"d\xff.img"][..],
+        &[b"--explain", b"--disk", b"d\xff.img,cache=unsafe"],
+        &[b"--add", b"d\xff.img:/x", b"--", b"true"],
+        &[b"--console", b"file=d\xff.img/x"],
+        &[b"log", b"d\xff.img"],
+        &[b"crash", b"d\xff.img", b"--base", b"b"],
+    ] {
+        let guest = [&b"--kernel"[..], b"k", b"--initrd", b"i"];
+        let own = matches!(args[0], b"log" | b"crash");
+        let output = run(&[if own { &[][..] } else { &guest[..] }, args].concat());
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(FAILURE), "{text}");
+        assert!(text.contains("d\u{fffd}.img") && !text.contains("UTF-8"), "{text}");
+    }
 }
 
 #[test]

@@ -300,7 +300,7 @@ fn the_worst_and_the_best_of_an_entry_are_written() {
     assert_eq!(written(&["--at", "7", "--lose", "all"]), [1, 7, 7, 255]);
     assert_eq!(written(&["--at", "mark=two"]), [2, 7, 7, 255], "there is only one");
     let output = case.crash(&["--at", "2", "--write", "no.img"]);
-    assert_eq!(output.status.code(), Some(FAILURE));
+    assert_eq!(output.status.code(), Some(USAGE));
     assert!(String::from_utf8_lossy(&output.stderr).contains("up to 4 images"));
     assert!(!case.path("no.img").exists());
     for path in ["base.img", "x.log", "/dev/null", "."] {
@@ -412,13 +412,13 @@ fn what_cannot_be_done_is_said_with_what_to_do() {
         (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
     };
     for (args, status, word) in [
-        (&["--base", "base.img"][..], FAILURE, "--check 'COMMAND {}'"),
+        (&["--base", "base.img"][..], USAGE, "--check 'COMMAND {}'"),
         (&["--base", "none.img", "--check", "true {}"], FAILURE, "none.img"),
         (&["--base", "small.img", "--check", "true {}"], FAILURE, "512 bytes"),
         (&["--base", "base.img", "--check", "no-such-program {}"], FAILURE, "not found"),
-        (&["--base", "base.img", "--check", "true {}", "--at", "99"], FAILURE, "the log has 9"),
-        (&["--base", "base.img", "--check", "true {}", "--at", "mark=x"], FAILURE, "the log has one, two"),
-        (&["--base", "base.img", "--check", "true {}", "--repeat", "2:xff"], FAILURE, "no state xff"),
+        (&["--base", "base.img", "--check", "true {}", "--at", "99"], USAGE, "the log has 9"),
+        (&["--base", "base.img", "--check", "true {}", "--at", "mark=x"], USAGE, "the log has one, two"),
+        (&["--base", "base.img", "--check", "true {}", "--repeat", "2:xff"], USAGE, "no state xff"),
         (&["--base", "base.img", "--check", "true {}", "--scratch", "/nowhere"], FAILURE, "--scratch"),
         (&["--base", "base.img", "--check", "true"], USAGE, "{}"),
         (&["--base", "base.img", "--at", "somewhere"], USAGE, "mark=NAME"),

@@ -61,6 +61,14 @@ pub struct Options {
 }
 
 impl Options {
+    /// Refuses a name that no built-in job has. (A job file may be a pipe, and is read once, later.)
+    pub fn check_names(&self) -> Result<(), JobError> {
+        if self.jobs.is_none() {
+            jobs::read(None, &self.only)?;
+        }
+        Ok(())
+    }
+
     /// The report as a file.
     pub fn report(&self) -> Option<Output> {
         self.json.as_ref().map(|path| Output::text("--json", path))

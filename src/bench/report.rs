@@ -64,6 +64,7 @@ pub enum Ended {
 #[derive(Debug, Serialize)]
 pub struct ImageFigures {
     /// As given.
+    #[serde(serialize_with = "crate::text::path_as_text")]
     pub path: PathBuf,
     /// How it lies.
     #[serde(flatten)]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
-use super::jobs::Job;
+use super::jobs::{Job, JobError};
 use super::prepare::{self, PrepareError, Written};
 use super::report::{Ended, JobFigures, Observed, Report, Run};
 use super::who::{Competitor, competitors};
@@ -53,6 +53,13 @@ pub enum BenchError {
     Files(#[from] std::io::Error),
     #[error("stopped")]
     Interrupted,
+}
+
+impl BenchError {
+    /// Whether other arguments would help, for the same job file.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Prepare(PrepareError::Job(JobError::Unknown { .. })))
+    }
 }
 
 /// Runs everything. What went wrong in its midst is in the report; before it, an error.

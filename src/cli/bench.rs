@@ -2,8 +2,10 @@
 //!
 //! Owns their words; what they mean is `bench`'s.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
 use super::size;
@@ -21,11 +23,11 @@ const GUEST: &str = "Guest";
 #[derive(Debug, Clone, Args)]
 pub struct BenchArgs {
     /// Where its guests run: auto, direct, or emulated, as for a guest
-    #[arg(long, value_name = "auto|direct|emulated", value_parser = HostChoice::by_name, help_heading = GUEST)]
+    #[arg(long, value_name = "auto|direct|emulated", value_parser = super::values::host(), hide_possible_values = true, help_heading = GUEST)]
     host: Option<HostChoice>,
 
     /// The image, with keys of the guest's disk besides the mode (`minivmm --help` has them)
-    #[arg(long, value_name = "PATH[,KEY=VALUE]...", value_parser = Disk::parse, help_heading = IMAGE)]
+    #[arg(long, value_name = "PATH[,KEY=VALUE]...", value_parser = OsStringValueParser::new().try_map(|text| Disk::parse(&text)), help_heading = IMAGE)]
     disk: Disk,
 
     /// Make the image, of this size, where there is none: all of it written, and synced
@@ -71,7 +73,7 @@ pub struct BenchArgs {
     memory: u64,
 
     /// Number of CPUs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = super::cpus, help_heading = GUEST)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = super::values::cpus, help_heading = GUEST)]
     cpus: u8,
 
     /// Write the report to FILE, too, as JSON: every run's figures
@@ -102,9 +104,11 @@ const NOT_HERE: [(&str, &str); 5] = [
 ];
 
 impl Disk {
-    fn parse(text: &str) -> Result<Self, String> {
-        let options: DiskOptions = text.parse().map_err(|error| format!("{error}"))?;
+    fn parse(text: &OsStr) -> Result<Self, String> {
+        let options = DiskOptions::parse(text).map_err(|error| error.to_string())?;
+        // A path is in none of those that are taken here.
         let keys = split_at_commas(text).split_off(1);
+        let keys: Vec<_> = keys.iter().map(|key| key.to_string_lossy().into_owned()).collect();
         for key in &keys {
             let name = key.split('=').next().unwrap_or_default();
             if let Some((_, why)) = NOT_HERE.iter().find(|not_here| not_here.0 == name) {
@@ -187,7 +191,7 @@ mod tests {
 
     #[test]
     fn keys_go_to_the_guests_disk_but_for_those_that_are_benchs() {
-        let disk = Disk::parse("a,,b.img,queues=2,serial=x,,y").unwrap();
+        let disk = Disk::parse("a,,b.img,queues=2,serial=x,,y".as_ref()).unwrap();
         assert_eq!(
             (disk.options.path, disk.keys.as_slice()),
             ("a,b.img".into(), &["queues=2".into(), "serial=x,,y".into()][..])
@@ -200,7 +204,7 @@ mod tests {
             ("a,log-writes=x", "a log"),
             ("a,colour=red", "unknown key"),
         ] {
-            let error = Disk::parse(text).unwrap_err();
+            let error = Disk::parse(text.as_ref()).unwrap_err();
             assert!(error.contains(word), "{text}: {error}");
         }
     }

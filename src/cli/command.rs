@@ -4,11 +4,13 @@
 //! of each end. What travels to the guest is `job`'s.
 
 use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use super::ExitStatus;
 use super::process::{say, say_error};
@@ -33,11 +35,11 @@ pub struct CommandArgs {
     ///
     /// Without GUEST, an absolute HOST is at the same place in the guest, a relative one is in `/`.
     /// A GUEST that ends with `/` is the directory to put it into.
-    #[arg(long = "add", value_name = "HOST[:GUEST]", value_parser = Add::parse, requires = "command")]
+    #[arg(long = "add", value_name = "HOST[:GUEST]", value_parser = OsStringValueParser::new().try_map(|text| Add::parse(&text)), requires = "command")]
     adds: Vec<Add>,
 
     /// Set an environment variable of the command (repeatable); without =VALUE, to the one here
-    #[arg(long, value_name = "NAME[=VALUE]", value_parser = variable, requires = "command")]
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = OsStringValueParser::new().try_map(variable), requires = "command")]
     env: Vec<OsString>,
 
     /// Start the command in this directory of the guest [default: /]
@@ -57,16 +59,20 @@ pub struct CommandArgs {
     status_file: Option<PathBuf>,
 }
 
-fn variable(text: &str) -> Result<OsString, String> {
-    let name = text.split_once('=').map_or(text, |(name, _)| name);
-    if name.is_empty() {
+fn variable(text: OsString) -> Result<OsString, String> {
+    let at = text.as_bytes().iter().position(|&byte| byte == b'=');
+    if text.is_empty() || at == Some(0) {
         return Err("it is NAME=VALUE, or NAME for the value that it has here".into());
     }
-    if text.contains('=') {
-        return Ok(text.into());
+    if at.is_some() {
+        return Ok(text);
     }
-    let value = std::env::var_os(name).ok_or_else(|| format!("{name} is not set here: give {name}=VALUE"))?;
-    let mut both = OsString::from(format!("{name}="));
+    let value = std::env::var_os(&text).ok_or_else(|| {
+        let name = text.to_string_lossy();
+        format!("{name} is not set here: give {name}=VALUE")
+    })?;
+    let mut both = text;
+    both.push("=");
     both.push(value);
     Ok(both)
 }

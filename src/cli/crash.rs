@@ -32,7 +32,7 @@ pub struct CrashArgs {
     /// flushes: just before each flush and each stable write has ended, and at the end of the log: all that can
     /// be left anywhere can be left there. entries: after each that changes something; sample: after some of
     /// them. N: when entry N was about to end, all before it had ended; mark=NAME: the same of a mark.
-    #[arg(long, value_name = "WHERE", default_value = "flushes", help_heading = WHERE)]
+    #[arg(long, value_name = "WHERE", default_value = "flushes", value_parser = super::values::at(), hide_possible_values = true, help_heading = WHERE)]
     at: Vec<At>,
 
     /// So many states a point at most: all there are where that is enough, else some, by chance
@@ -71,7 +71,7 @@ pub struct CrashArgs {
     check: Option<String>,
 
     /// An image whose check takes longer is not good
-    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = super::seconds, help_heading = HOW)]
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = super::values::seconds, help_heading = HOW)]
     check_timeout: Duration,
 
     /// So many checks side by side [default: one a CPU]

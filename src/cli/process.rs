@@ -19,11 +19,16 @@ pub fn ended(status: ExitStatus) -> ! {
     std::process::exit(status.code())
 }
 
+/// An error for which the command line is to blame, though only more than it has shown that.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+pub struct WrongUsage(pub anyhow::Error);
+
 /// The status; of an error, once it is reported.
 pub fn told(outcome: Result<ExitStatus>) -> ExitStatus {
     outcome.unwrap_or_else(|error| {
         say_error(format_args!("{error:#}"));
-        ExitStatus::Failure
+        if error.is::<WrongUsage>() { ExitStatus::Usage } else { ExitStatus::Failure }
     })
 }
 

@@ -13,7 +13,7 @@ use crate::study::run::Options;
 #[derive(Debug, Clone, Args)]
 pub struct StudyArgs {
     /// Where its guests run: auto, direct, or emulated, as for a guest
-    #[arg(long, value_name = "auto|direct|emulated", value_parser = HostChoice::by_name)]
+    #[arg(long, value_name = "auto|direct|emulated", value_parser = super::values::host(), hide_possible_values = true)]
     host: Option<HostChoice>,
 
     /// Small jobs, and as many repetitions as ten minutes allow

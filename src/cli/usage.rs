@@ -55,10 +55,12 @@ fn improve_for(mut error: clap::Error, words: &[String]) -> clap::Error {
         return Args::command().error(ErrorKind::UnknownArgument, advice);
     }
     if error.kind() == ErrorKind::InvalidUtf8 {
-        let wrong = std::env::args_os().find(|word| word.to_str().is_none()).unwrap_or_default();
+        let before = std::env::args_os().take_while(|word| word != "--");
+        let wrong = before.filter(|word| word.to_str().is_none());
+        let wrong: Vec<_> = wrong.map(|word| format!("'{}'", word.to_string_lossy())).collect();
         let why = format!(
-            "the argument '{}' is not UTF-8 (give a file of such a name another one, or a symbolic link to it)",
-            wrong.to_string_lossy()
+            "{} is not UTF-8, as all must be that is neither a path nor a COMMAND's",
+            wrong.join(" or ")
         );
         return Args::command().error(ErrorKind::InvalidUtf8, why);
     }

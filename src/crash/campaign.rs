@@ -89,6 +89,17 @@ pub enum CrashError {
     Keep { place: String, source: io::Error },
 }
 
+impl CrashError {
+    /// Whether other arguments would help, for the same log and the same base.
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Point(point) => *point != NoPoint::NothingChanges,
+            Self::NoState(..) | Self::NoCheck(_) | Self::NotOne(_) => true,
+            _ => false,
+        }
+    }
+}
+
 /// Makes the one image that is meant at `out`, and tells which it is.
 pub fn write_image(options: &Options, out: &Path) -> Result<String, CrashError> {
     let log = WriteLog::open(&options.log)?;

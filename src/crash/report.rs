@@ -26,8 +26,10 @@ pub const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Debug, Serialize)]
 pub struct Report {
     /// The write log.
+    #[serde(serialize_with = "crate::text::path_as_text")]
     pub log: PathBuf,
     /// The disk as it was when it began.
+    #[serde(serialize_with = "crate::text::path_as_text")]
     pub base: PathBuf,
     /// Entries of the log.
     pub entries: usize,
@@ -44,6 +46,7 @@ pub struct Report {
     /// How long it took.
     pub seconds: f64,
     /// Where the images were made.
+    #[serde(serialize_with = "crate::text::path_as_text")]
     pub scratch: PathBuf,
     /// Checks side by side.
     pub jobs: usize,
@@ -64,9 +67,15 @@ pub struct Failure {
     /// The end of what it said.
     pub output: String,
     /// The image, before the check touched it.
+    #[serde(serialize_with = "optional_path")]
     pub image: Option<PathBuf>,
     /// The command line that tries it again.
     pub repeat: String,
+}
+
+#[allow(clippy::ref_option, reason = "serde asks so")]
+fn optional_path<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+    path.as_ref().map(|path| path.display().to_string()).serialize(serializer)
 }
 
 fn as_text<S: Serializer>(name: &StateName, serializer: S) -> Result<S::Ok, S::Error> {

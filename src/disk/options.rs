@@ -2,6 +2,8 @@
 //!
 //! Owns the table of keys, from which parsing, errors and `--help` are made: a new key is a row.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -24,6 +26,8 @@ const POLL_US_MAX: u32 = 1000;
 const BATCH: u16 = 4;
 /// What it is where nobody says otherwise.
 pub const POLL_US: u32 = 100;
+/// What a key takes whose value is a path, which may be any bytes.
+const FILE: &str = "FILE";
 /// Longest serial in bytes (virtio 5.2.6: GET_ID).
 pub const SERIAL_MAX: usize = 20;
 
@@ -367,7 +371,7 @@ static KEYS: [Key; 19] = [
     },
     Key {
         name: "log-writes",
-        takes: "FILE",
+        takes: FILE,
         help: "record every write, discard and flush in FILE, as the kernel's dm-log-writes does, for `minivmm log` \
                and `minivmm crash`",
         alone: None,
@@ -451,52 +455,73 @@ impl DiskOptions {
     }
 }
 
-impl FromStr for DiskOptions {
-    type Err = OptionsError;
-
-    fn from_str(text: &str) -> Result<Self, OptionsError> {
+impl DiskOptions {
+    /// Reads PATH[,KEY=VALUE]...; paths may be any bytes.
+    pub fn parse(text: &OsStr) -> Result<Self, OptionsError> {
         check_commas(text)?;
         let mut parts = split_at_commas(text).into_iter();
         let path = parts.next().filter(|path| !path.is_empty()).ok_or(OptionsError::NoPath)?;
         let mut options = DiskOptions::new(path);
         let mut given: Vec<&'static str> = Vec::new();
         for part in parts {
-            let (name, value) = match part.split_once('=') {
-                Some((name, value)) => (name, Some(value)),
-                None => (part.as_str(), None),
-            };
+            let mut halves = part.as_bytes().splitn(2, |&byte| byte == b'=').map(OsStr::from_bytes);
+            let name = halves.next().unwrap_or_default().to_string_lossy();
             let Some(key) = KEYS.iter().find(|key| key.name == name) else {
                 let known: Vec<_> = KEYS.iter().map(|key| key.name).collect();
-                let nearest = text::nearest(name, known.iter().copied());
-                return Err(OptionsError::UnknownKey {
-                    key: name.to_owned(),
-                    nearest,
-                    known: known.join(", "),
-                });
+                let nearest = text::nearest(&name, known.iter().copied());
+                let known = known.join(", ");
+                return Err(OptionsError::UnknownKey { key: name.into_owned(), nearest, known });
             };
             if given.contains(&key.name) {
                 return Err(OptionsError::Twice(key.name));
             }
             given.push(key.name);
-            let value = value.or(key.alone).unwrap_or_default();
-            if key.name == "fault" {
-                value.parse::<FaultSpec>()?;
-            }
-            let wrong = || OptionsError::Value { key: key.name, value: value.to_owned(), takes: key.takes };
-            (key.set)(&mut options, value).ok_or_else(wrong)?;
+            let value = halves.next().or(key.alone.map(OsStr::new)).unwrap_or_default();
+            options.set(key, value)?;
         }
         Ok(options)
+    }
+
+    fn set(&mut self, key: &Key, value: &OsStr) -> Result<(), OptionsError> {
+        let set = match value.to_str() {
+            Some(text) => {
+                if key.name == "fault" {
+                    text.parse::<FaultSpec>()?;
+                }
+                (key.set)(self, text)
+            }
+            None if key.takes == FILE => {
+                self.log_writes = Some(value.into());
+                Some(())
+            }
+            None => None,
+        };
+        set.ok_or_else(|| OptionsError::Value {
+            key: key.name,
+            value: value.to_string_lossy().into_owned(),
+            takes: key.takes,
+        })
+    }
+}
+
+impl FromStr for DiskOptions {
+    type Err = OptionsError;
+
+    fn from_str(text: &str) -> Result<Self, OptionsError> {
+        Self::parse(OsStr::new(text))
     }
 }
 
 /// Refuses `disk,readonly` where there is a file of that name and none named `disk`.
-fn check_commas(text: &str) -> Result<(), OptionsError> {
+fn check_commas(text: &OsStr) -> Result<(), OptionsError> {
     let parts = split_at_commas(text);
     let Some(path) = parts.first().filter(|_| parts.len() > 1) else { return Ok(()) };
     if path.is_empty() || Path::new(path).exists() || !Path::new(text).exists() {
         return Ok(());
     }
-    Err(OptionsError::Comma { path: path.clone(), whole: text.to_owned(), doubled: text.replace(',', ",,") })
+    let whole = text.to_string_lossy().into_owned();
+    let doubled = whole.replace(',', ",,");
+    Err(OptionsError::Comma { path: path.to_string_lossy().into_owned(), whole, doubled })
 }
 
 fn meant(nearest: Option<&str>) -> String {
@@ -504,17 +529,17 @@ fn meant(nearest: Option<&str>) -> String {
 }
 
 /// Splits at single commas; two in a row are one comma of the text.
-pub fn split_at_commas(text: &str) -> Vec<String> {
-    let mut parts = vec![String::new()];
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        let escaped = c == ',' && chars.next_if_eq(&',').is_some();
+pub fn split_at_commas(text: &OsStr) -> Vec<OsString> {
+    let mut parts = vec![Vec::new()];
+    let mut bytes = text.as_bytes().iter().copied().peekable();
+    while let Some(byte) = bytes.next() {
+        let escaped = byte == b',' && bytes.next_if_eq(&b',').is_some();
         match parts.last_mut() {
-            Some(part) if c != ',' || escaped => part.push(c),
-            _ => parts.push(String::new()),
+            Some(part) if byte != b',' || escaped => part.push(byte),
+            _ => parts.push(Vec::new()),
         }
     }
-    parts
+    parts.into_iter().map(OsString::from_vec).collect()
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! folder too; what is given itself is followed. Programs bring their libraries. The content of a file stays
 //! where it is until the guest's memory is filled.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
@@ -36,15 +37,17 @@ pub struct Add {
 
 impl Add {
     /// Reads HOST[:GUEST]. GUEST begins with a `/`; so a colon before anything else is HOST's.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        let (host, guest) = match text.rfind(":/") {
-            Some(at) => (&text[..at], Some(&text[at + 1..])),
-            None => (text, None),
+    pub fn parse(text: &OsStr) -> Result<Self, String> {
+        let bytes = text.as_bytes();
+        let (host, guest) = match bytes.windows(2).rposition(|pair| pair == b":/") {
+            Some(at) => (&bytes[..at], Some(&bytes[at + 1..])),
+            None => (bytes, None),
         };
         if host.is_empty() {
             return Err("it is HOST or HOST:GUEST, such as ./tests or ./tests:/opt/tests".into());
         }
-        Ok(Self { host: host.into(), guest: guest.map(PathBuf::from) })
+        let path = |bytes| PathBuf::from(OsStr::from_bytes(bytes));
+        Ok(Self { host: path(host), guest: guest.map(path) })
     }
 
     fn place(&self) -> Result<PathBuf, JobError> {
@@ -209,9 +212,12 @@ mod tests {
             ("a:/", Some("/a")),
             ("/", None),
         ] {
-            let add = Add::parse(text).unwrap();
+            let add = Add::parse(text.as_ref()).unwrap();
             assert_eq!(add.place().ok(), place.map(PathBuf::from), "{text}");
         }
-        assert!(Add::parse("").is_err() && Add::parse(":/x").is_err());
+        let bytes = Add::parse(OsStr::from_bytes(b"h\xff:/g\xfe")).unwrap();
+        assert_eq!(bytes.host.as_os_str().as_bytes(), b"h\xff");
+        assert_eq!(bytes.guest.unwrap().as_os_str().as_bytes(), b"/g\xfe");
+        assert!(["", ":/x"].iter().all(|wrong| Add::parse(wrong.as_ref()).is_err()));
     }
 }

@@ -145,7 +145,7 @@ mod tests {
     use super::*;
 
     fn job(adds: &[&str]) -> Job {
-        let adds = adds.iter().map(|add| Add::parse(add).unwrap()).collect();
+        let adds = adds.iter().map(|add| Add::parse(add.as_ref()).unwrap()).collect();
         Job { argv: vec!["echo".into()], adds, ..Job::default() }
     }
 

@@ -8,6 +8,7 @@ pub mod cpuid;
 mod defaults;
 pub mod doorbells;
 pub mod failure;
+mod memory;
 pub mod msrs;
 pub mod routes;
 pub mod run_page;
@@ -16,12 +17,12 @@ use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
-use crate::mem::{self, Ram};
+use crate::mem::Ram;
 
 /// Why KVM cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +52,9 @@ pub enum KvmError {
     /// The processor's virtualization is somebody else's.
     #[error("KVM cannot create a virtual machine: {ANOTHER_HYPERVISOR} ({STOP_IT})")]
     Busy(#[source] kvm_ioctls::Error),
+    /// The guest's memory is too much for it.
+    #[error(transparent)]
+    Memory(#[from] memory::MemoryRefused),
     /// A request failed.
     #[error("KVM refuses {0}")]
     Refused(&'static str, #[source] kvm_ioctls::Error),
@@ -171,19 +175,7 @@ pub fn create_vm(kvm: &Kvm, ram: &Ram) -> Result<VmFd, KvmError> {
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     uninterrupted(|| vm.create_pit2(pit)).map_err(refused("the interval timer"))?;
     defaults::switch_off(&vm);
-    for (slot, (guest, host, bytes)) in (0..).zip(mem::regions(ram)) {
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: guest,
-            memory_size: bytes,
-            userspace_addr: host,
-        };
-        // SAFETY: the range is a mapping of `ram`, which the caller keeps until the VM is gone;
-        // nothing but raw copies and system calls touches it on our side (`mem`).
-        uninterrupted(|| unsafe { vm.set_user_memory_region(region) })
-            .map_err(refused("the guest's memory"))?;
-    }
+    memory::give(kvm, &vm, ram)?;
     Ok(vm)
 }
 

@@ -307,7 +307,8 @@ mod tests {
         let (line, said) = outcome.stdout.split_once('\n').unwrap();
         assert_eq!(said, "42\n");
         for words in [
-            "--disk /a,,b.img,cache=writeback,host-cache=drop,queues=2 --memory 536870912 --cpus 1 --host-memory-limit 67108864",
+            "--disk /a,,b.img,cache=writeback,host-cache=drop,queues=2 --host=direct --memory 536870912 --cpus 1",
+            " --host-memory-limit 67108864",
             " --timeout 60 --observe /",
             "--observe-interval 0.5 --stats=/",
             "--add /etc/hostname:/name -- sh /tmp/job",

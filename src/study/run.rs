@@ -80,19 +80,17 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report> {
     Ok(report)
 }
 
-/// What is wrong with these names of experiments, if anything is.
-pub fn unknown(only: &[String]) -> Option<String> {
-    let id = only.iter().find(|id| by_id(id).is_none())?;
-    let all: Vec<_> = EXPERIMENTS.iter().map(|experiment| experiment.id).collect();
-    Some(format!("there is no experiment {id} (--only): there are {}", all.join(", ")))
+/// Refuses a name that no experiment has.
+pub fn check_names(only: &[String]) -> Result<()> {
+    if let Some(id) = only.iter().find(|id| by_id(id).is_none()) {
+        let all: Vec<_> = EXPERIMENTS.iter().map(|experiment| experiment.id).collect();
+        bail!("there is no experiment {id} (--only): there are {}", all.join(", "));
+    }
+    Ok(())
 }
 
 fn wanted(only: &[String]) -> Result<Vec<&'static Experiment>> {
-    if let Some(why) = unknown(only) {
-        {
-            bail!("{why}");
-        }
-    }
+    check_names(only)?;
     let is_wanted = |experiment: &&&Experiment| {
         only.is_empty() || only.iter().any(|id| id.eq_ignore_ascii_case(experiment.id))
     };

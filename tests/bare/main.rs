@@ -11,6 +11,7 @@ mod bench;
 mod console;
 mod disk;
 mod endings;
+mod given;
 mod hostile;
 mod limits;
 #[allow(dead_code, reason = "other tests use the rest")]

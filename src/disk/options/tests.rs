@@ -88,6 +88,23 @@ fn a_comma_in_the_path_is_written_twice() {
 }
 
 #[test]
+fn paths_may_be_any_bytes_and_nothing_else_may() {
+    let parse = |bytes: &[u8]| DiskOptions::parse(OsStr::from_bytes(bytes));
+    let options = parse(b"\xff,,a.img,cache=unsafe,log-writes=l\xfe=,,g").unwrap();
+    assert_eq!(options.path.as_os_str().as_bytes(), b"\xff,a.img");
+    assert_eq!(options.log_writes.unwrap().as_os_str().as_bytes(), b"l\xfe=,g");
+    assert_eq!(options.cache.name, "unsafe");
+    for (text, word) in [
+        (&b"a,serial=\xff"[..], "serial=\u{fffd} cannot be"),
+        (b"a,cache=n\xffne", "did you mean 'none'?"),
+        (b"a,c\xffche=none", "unknown key 'c\u{fffd}che'; did you mean 'cache'?"),
+    ] {
+        let error = parse(text).unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+    }
+}
+
+#[test]
 fn a_file_with_a_comma_in_its_name_is_no_key() {
     let directory = tempfile::tempdir().unwrap();
     let whole = directory.path().join("disk,readonly").display().to_string();

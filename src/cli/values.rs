@@ -1,0 +1,117 @@
+//! Values of options that are neither sizes nor disks' keys.
+//!
+//! Owns how they are read and what is said of a wrong one. A path in them may be any bytes.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::time::Duration;
+
+use clap::builder::{OsStringValueParser, PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::{Arg, Command};
+
+use crate::crash::points::At;
+use crate::disk::{DiskOptions, TransportChoice};
+use crate::hosts::HostChoice;
+use crate::sandbox;
+use crate::vmm::ConsoleTarget;
+
+pub(super) fn cpus(text: &str) -> Result<u8, String> {
+    let wrong = || "it is a number from 1 to 254".to_string();
+    text.parse().ok().filter(|count| (1..=254).contains(count)).ok_or_else(wrong)
+}
+
+// Lists of words, so that shells complete them and a wrong one is answered by the nearest.
+pub(super) fn transport() -> impl TypedValueParser<Value = TransportChoice> {
+    let unknown = || "it is pci or mmio".to_owned();
+    PossibleValuesParser::new(["pci", "mmio"])
+        .try_map(move |name| TransportChoice::by_name(&name).ok_or_else(unknown))
+}
+
+pub(super) fn sandbox_mode() -> impl TypedValueParser<Value = sandbox::Mode> {
+    let unknown = || "it is on, log or off".to_owned();
+    PossibleValuesParser::new(sandbox::Mode::ALL.map(|(name, _)| name))
+        .try_map(move |name| sandbox::Mode::by_name(&name).ok_or_else(unknown))
+}
+
+pub(super) fn disk() -> impl TypedValueParser<Value = DiskOptions> {
+    OsStringValueParser::new().try_map(|text| DiskOptions::parse(&text))
+}
+
+/// Values of which shells can complete some, where not every value is on a list.
+#[derive(Debug, Clone)]
+pub(super) struct Suggested<T: 'static> {
+    words: &'static [&'static str],
+    parse: fn(&OsStr) -> Result<T, String>,
+}
+
+impl<T: Clone + Send + Sync + 'static> TypedValueParser for Suggested<T> {
+    type Value = T;
+
+    fn parse_ref(&self, command: &Command, option: Option<&Arg>, value: &OsStr) -> Result<T, clap::Error> {
+        let parse = self.parse;
+        OsStringValueParser::new().try_map(move |text| parse(&text)).parse_ref(command, option, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new(self.words.iter().map(|word| PossibleValue::new(*word))))
+    }
+}
+
+pub(super) fn console() -> Suggested<ConsoleTarget> {
+    Suggested { words: &["stdio", "stderr", "off", "file="], parse: console_target }
+}
+
+pub(super) fn host() -> Suggested<HostChoice> {
+    Suggested {
+        words: &["auto", "direct", "emulated"],
+        parse: |text| HostChoice::by_name(&text.to_string_lossy()),
+    }
+}
+
+pub(super) fn at() -> Suggested<At> {
+    Suggested {
+        words: &["flushes", "entries", "sample=", "mark="],
+        parse: |text| text.to_string_lossy().parse(),
+    }
+}
+
+fn console_target(text: &OsStr) -> Result<ConsoleTarget, String> {
+    match text.as_bytes() {
+        b"stdio" => Ok(ConsoleTarget::Stdio),
+        b"stderr" => Ok(ConsoleTarget::Stderr),
+        b"off" => Ok(ConsoleTarget::Off),
+        [b'f', b'i', b'l', b'e', b'=', path @ ..] if !path.is_empty() => {
+            Ok(ConsoleTarget::File(OsStr::from_bytes(path).into()))
+        }
+        _ => Err("it is stdio, stderr, off, or file=PATH".into()),
+    }
+}
+
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
+    let wrong = || "it is a number of seconds above 0, such as 60 or 0.5".to_string();
+    let seconds: f64 = text.parse().map_err(|_| wrong())?;
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err(wrong()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn consoles_and_seconds_are_what_they_say() {
+        let console = |text: &str| console_target(text.as_ref());
+        assert_eq!(console("stdio"), Ok(ConsoleTarget::Stdio));
+        assert_eq!(console("off"), Ok(ConsoleTarget::Off));
+        assert_eq!(console("file=a=b"), Ok(ConsoleTarget::File("a=b".into())));
+        for wrong in ["", "file", "file=", "pty", "stdio=x"] {
+            assert!(console(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for wrong in ["0", "-1", "NaN", "inf", "", "1s", "1e400"] {
+            assert!(seconds(wrong).is_err(), "{wrong}");
+        }
+    }
+}
