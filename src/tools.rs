@@ -99,10 +99,7 @@ fn host_of(task: &Task) -> Result<Option<Command>, HostError> {
         Task::Bench(args) if (**args).clone().options().files().check().is_empty() => {
             hosts::decide(&args.asked())
         }
-        // What is wrong with the command line is told first, by `run_study`.
-        Task::Study(args) if study::run::unknown(&args.clone().options().only).is_none() => {
-            hosts::decide(&args.asked())
-        }
+        Task::Study(args) => hosts::decide(&args.asked()),
         _ => Ok(None),
     }
 }
