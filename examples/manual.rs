@@ -134,6 +134,7 @@ complete -F _minivmm_disk -o bashdefault -o default minivmm
                     false => values.iter().map(|value| format!("{name}={value}")).collect(),
                 })
                 .collect();
+            let script = for_fish(script);
             format!(
                 "{script}
 function __minivmm_disk
@@ -154,4 +155,22 @@ complete -c minivmm -l disk -x -a '(__minivmm_disk)'
         }
         _ => script.to_owned(),
     }
+}
+
+/// clap's script for fish completes no value behind a space: an option that still waits for its value makes it take
+/// the line for one that cannot be read. And it takes the word behind `--stats` for its file.
+fn for_fish(script: &str) -> String {
+    let waiting = "    or begin
+        set -e cmd[-1]
+        argparse -s (__fish_minivmm_global_optspecs) -- $cmd 2>/dev/null
+    end
+    or return
+";
+    let command = Args::command();
+    let optional = command.get_arguments().filter(|option| option.is_require_equals_set());
+    optional
+        .filter_map(|option| option.get_long())
+        .fold(script.replacen("    or return\n", waiting, 1), |script, name| {
+            script.replacen(&format!(" {name}= "), &format!(" '{name}=?' "), 1)
+        })
 }
