@@ -51,6 +51,16 @@ impl Case {
         command.current_dir(self.dir.path()).args(["crash", "x.log", "--base", "base.img", "--jobs", "3"]);
         command.args(["--scratch", "scratch", "--check", check]).env("TMPDIR", self.path("scratch"));
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        // Whoever started the tests may have ignored them (nohup, a job in the background), which minivmm would keep.
+        // SAFETY: signal(2) may be called between fork and exec, and takes numbers.
+        unsafe {
+            std::os::unix::process::CommandExt::pre_exec(&mut command, || {
+                for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
+                Ok(())
+            })
+        };
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
     }
 

@@ -95,11 +95,13 @@ fn a_burst_of_signals_at_any_moment_ends_it_in_order_with_the_first() {
         let mut chance = Chance(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
         let file = image.path.with_file_name(format!("{seed}.json"));
         let mut command = hanging(&image, &file);
-        // Whoever started the tests may have ignored it (nohup), which minivmm would keep.
+        // Whoever started the tests may have ignored them (nohup, a job in the background), which minivmm would keep.
         // SAFETY: signal(2) may be called between fork and exec, and takes numbers.
         unsafe {
             std::os::unix::process::CommandExt::pre_exec(&mut command, || {
-                libc::signal(libc::SIGHUP, libc::SIG_DFL);
+                for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
                 Ok(())
             })
         };

@@ -24,11 +24,13 @@ impl Session {
         let (terminal, slave) = open_terminal();
         let before = settings(&slave);
         let io = || Stdio::from(slave.try_clone().unwrap());
-        // Whoever started the tests may have ignored it (nohup), which minivmm would keep.
+        // Whoever started the tests may have ignored them (nohup, a job in the background), which minivmm would keep.
         // SAFETY: signal(2) may be called between fork and exec, and takes numbers.
         unsafe {
             command.pre_exec(|| {
-                libc::signal(libc::SIGHUP, libc::SIG_DFL);
+                for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
                 Ok(())
             })
         };
