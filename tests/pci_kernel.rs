@@ -132,6 +132,9 @@ fn a_parameter_that_takes_the_disks_away_is_warned_of() {
         ("pci=nomsi", "pci", true),
         ("nolapic", "pci", true),
         ("acpi=off", "mmio", true),
+        ("acpi=off", "pci", true),
+        ("noapic", "mmio", true),
+        ("nosmp", "pci", true),
         ("quiet", "pci", false),
     ] {
         // The guest need not run for that.

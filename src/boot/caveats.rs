@@ -31,24 +31,49 @@ pub fn of(line: &str, devices: Devices) -> Vec<String> {
     };
     let no_acpi = has("acpi", "off");
     say(
-        no_acpi && devices.mmio,
+        no_acpi,
         "acpi=off",
-        "a kernel without CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES (Debian's) then finds no virtio-mmio device, hence no \
-         disk: use --transport pci, which it finds by its ports",
+        "a kernel without CONFIG_X86_MPPARSE and CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES (Debian's) then has no interrupt \
+         for a disk over PCI, and finds none over virtio-mmio: leave it out, or take a kernel that has both",
     );
     say(no_acpi, "acpi=off", "the guest cannot switch the power off: let it end by a reset (`reboot -f`)");
-    let no_lapic = is_there("nolapic") || is_there("disableapic");
-    for (there, parameter) in [
-        (has("pci", "nomsi"), "pci=nomsi"),
-        (no_lapic, if is_there("nolapic") { "nolapic" } else { "disableapic" }),
-    ] {
+    for parameter in ["nolapic", "disableapic"] {
         say(
-            there && devices.pci,
+            is_there(parameter) && devices.pci,
             parameter,
-            "PCI devices interrupt by messages (MSI-X) alone, which it forbids, so the guest gets no disk: use \
-             --transport mmio",
+            "PCI devices interrupt by messages (MSI-X) alone, which it forbids, so the guest gets no disk: leave it out",
+        );
+        say(
+            is_there(parameter),
+            parameter,
+            "no kernel that was tried with it came as far as its first command: leave it out",
         );
     }
+    for (parameter, instead) in [("noapic", "leave it out"), ("nosmp", "use --cpus 1 or maxcpus=1 instead")] {
+        say(
+            // Without ACPI a kernel takes the 8259s instead, as far as it finds the devices at all.
+            is_there(parameter) && devices.mmio && !(no_acpi && parameter == "nosmp"),
+            parameter,
+            &format!(
+                "virtio-mmio devices interrupt through the I/O APIC alone, which it forbids, so the guest gets no \
+                 disk: {instead}"
+            ),
+        );
+        say(
+            is_there(parameter),
+            parameter,
+            &format!(
+                "the serial port has no interrupt then, so no program of the guest's can open it, and only kernel \
+                 messages appear: {instead}"
+            ),
+        );
+    }
+    say(
+        has("pci", "nomsi") && devices.pci,
+        "pci=nomsi",
+        "PCI devices interrupt by messages (MSI-X) alone, which it forbids, so the guest gets no disk: use --transport \
+         mmio",
+    );
     say(
         has("pci", "off") && devices.pci,
         "pci=off",
@@ -66,28 +91,36 @@ mod tests {
 
     #[test]
     fn each_parameter_is_named_with_what_to_do_where_it_costs_something() {
-        for (line, devices, expected) in [
-            ("console=ttyS0 reboot=k panic=-1", PCI, &[][..]),
-            ("acpi=off", PCI, &["reboot -f"]),
-            ("acpi=off", MMIO, &["--transport pci", "reboot -f"]),
-            ("acpi=force", MMIO, &[]),
-            ("pci=nomsi", PCI, &["--transport mmio"]),
-            ("pci=noaer,nomsi quiet", PCI, &["--transport mmio"]),
-            ("pci=nomsi", MMIO, &[]),
-            ("pci=off", PCI, &["--transport mmio"]),
-            ("pci=off", MMIO, &[]),
-            ("nolapic", PCI, &["--transport mmio"]),
-            ("disableapic", PCI, &["--transport mmio"]),
-            ("quiet -- nolapic acpi=off", PCI, &[]),
-            ("xacpi=off nolapic_timer", PCI, &[]),
+        const NO_MPS: &str = "CONFIG_X86_MPPARSE";
+        const NO_DISK: &str = "gets no disk";
+        const NO_CONSOLE: &str = "only kernel messages";
+        for (line, devices, parameter, expected) in [
+            ("console=ttyS0 reboot=k panic=-1", PCI, "", &[][..]),
+            ("acpi=off", PCI, "acpi=off", &[NO_MPS, "reboot -f"]),
+            ("acpi=off", MMIO, "acpi=off", &[NO_MPS, "reboot -f"]),
+            ("acpi=force", MMIO, "", &[]),
+            ("pci=nomsi", PCI, "pci=nomsi", &["--transport mmio"]),
+            ("pci=noaer,nomsi quiet", PCI, "pci=nomsi", &["--transport mmio"]),
+            ("pci=nomsi", MMIO, "", &[]),
+            ("pci=off", PCI, "pci=off", &["--transport mmio"]),
+            ("pci=off", MMIO, "", &[]),
+            ("nolapic", PCI, "nolapic", &[NO_DISK, "first command"]),
+            ("disableapic", MMIO, "disableapic", &["first command"]),
+            ("noapic", PCI, "noapic", &[NO_CONSOLE]),
+            ("noapic", MMIO, "noapic", &[NO_DISK, NO_CONSOLE]),
+            ("nosmp", PCI, "nosmp", &["maxcpus=1"]),
+            ("nosmp", MMIO, "nosmp", &[NO_DISK, "--cpus 1"]),
+            ("quiet -- nolapic acpi=off", PCI, "", &[]),
+            ("xacpi=off nolapic_timer", PCI, "", &[]),
         ] {
             let found = of(line, devices);
             assert_eq!(found.len(), expected.len(), "{line}: {found:?}");
             for (sentence, word) in found.iter().zip(expected) {
                 assert!(sentence.contains(word), "{line}: {sentence}");
-                // Of a list behind a `=` one part is named.
-                let named = sentence.split([' ', ':']).nth(3).unwrap();
-                assert!(named.split('=').all(|part| line.contains(part)), "{line}: {sentence}");
+                assert!(
+                    sentence.starts_with(&format!("the kernel's parameter {parameter}: ")),
+                    "{line}: {sentence}"
+                );
             }
         }
     }

@@ -1,11 +1,12 @@
 //! What KVM gives every VM until it is told otherwise, and minivmm's guests do without.
 //!
-//! Owns the two switches: reinjection of the interval timer's lost ticks, which keeps KVM from using AVIC
-//! and APICv's posted interrupts, and virtual performance counters. An older KVM has no such switch, and
-//! a guest runs there all the same.
+//! Owns the three switches: reinjection of the interval timer's lost ticks, which keeps KVM from using AVIC
+//! and APICv's posted interrupts; virtual performance counters; and the lines of the old interrupt
+//! controllers. An older KVM lacks some, and a guest runs there all the same.
 
 use kvm_bindings::{
-    KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, KVMIO, kvm_enable_cap, kvm_reinject_control,
+    KVM_CAP_PMU_CAPABILITY, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PMU_CAP_DISABLE, KVMIO,
+    kvm_enable_cap, kvm_irqchip, kvm_reinject_control,
 };
 use kvm_ioctls::{Cap, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -16,8 +17,11 @@ vmm_sys_util::ioctl_io_nr!(KVM_REINJECT_CONTROL, KVMIO, 0x71);
 /// KVM has a switch for and did not switch off.
 pub fn switch_off(vm: &VmFd) -> Vec<&'static str> {
     let mut left = Vec::new();
-    for (what, done) in [("the timer's reinjection", reinjection(vm)), ("performance counters", counters(vm))]
-    {
+    for (what, done) in [
+        ("the timer's reinjection", reinjection(vm)),
+        ("performance counters", counters(vm)),
+        ("the lines of the 8259s", old_controllers(vm)),
+    ] {
         if let Err(error) = done {
             log::debug!("KVM leaves {what} on: {error}");
             left.push(what);
@@ -51,6 +55,19 @@ fn counters(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     vm.enable_cap(&off)
 }
 
+/// All lines of the two 8259s are masked, as firmware leaves them: KVM's let every line through from the
+/// start, to the vectors of exceptions. A kernel that uses them programs them first; one that has
+/// hardware-reduced ACPI never does, and with `noapic` would take the serial port's interrupt for an overflow.
+fn old_controllers(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+        let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+        vm.get_irqchip(&mut chip)?;
+        chip.chip.pic.imr = u8::MAX;
+        vm.set_irqchip(&chip)?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -69,5 +86,19 @@ mod tests {
         let _cpu = create_vcpu(&vm, 0).unwrap();
         let offered = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
         assert_eq!(counters(&vm).is_err(), offered > 0, "KVM_CAP_PMU_CAPABILITY is {offered:#x}");
+    }
+    #[test]
+    fn no_line_of_the_old_controllers_is_let_through_before_a_guest_asks_for_it() {
+        let Ok(kvm) = open_device() else {
+            return println!("skipped: no /dev/kvm here that this user may open");
+        };
+        let ram = mem::map_ram(&[(0, 1 << 20)]).unwrap();
+        let vm = create_vm(&kvm, &ram).unwrap();
+        for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            vm.get_irqchip(&mut chip).unwrap();
+            // SAFETY: KVM fills this part of the union for these two controllers.
+            assert_eq!(unsafe { chip.chip.pic.imr }, u8::MAX, "controller {chip_id}");
+        }
     }
 }
