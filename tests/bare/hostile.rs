@@ -96,11 +96,20 @@ impl Running {
         line.split_whitespace().next().unwrap().parse().unwrap()
     }
 
-    /// Its own threads by their names; the kernel lends io_uring more, and takes them back.
+    /// Its own threads by their names; the kernel lends io_uring more, and takes them back. Those are told by
+    /// their flag: at first they have the name of the thread that they are made for.
     fn threads(&self) -> Vec<String> {
+        /// PF_IO_WORKER (include/linux/sched.h).
+        const IO_WORKER: u64 = 0x10;
         let tasks = fs::read_dir(format!("/proc/{}/task", self.id())).unwrap();
-        let names = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok());
-        let mut own: Vec<String> = names.filter(|name| !name.starts_with("iou-")).collect();
+        let stats = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("stat")).ok());
+        let own = stats.filter_map(|stat| {
+            // proc(5): the name is in brackets, and the flags are the seventh word behind it.
+            let (name, rest) = stat.split_once('(')?.1.rsplit_once(')')?;
+            let flags: u64 = rest.split_whitespace().nth(6)?.parse().unwrap();
+            (flags & IO_WORKER == 0).then(|| name.to_owned())
+        });
+        let mut own: Vec<String> = own.collect();
         own.sort();
         own
     }
