@@ -4,7 +4,7 @@ use crate::layout::{GIB, KIB, MIB};
 
 /// Less than this no kernel of ours boots in.
 const MEMORY_MIN: u64 = 16 * MIB;
-/// KVM takes 2^31 - 1 pages in one piece (KVM_MEM_MAX_NR_PAGES), and all beyond 4 GiB is one.
+/// KVM takes less than 2^31 pages in one piece (KVM_MEM_MAX_NR_PAGES). More, in several, was tried on no host.
 const MEMORY_MAX: u64 = 8 << 40;
 
 /// Guest memory, on this host.
@@ -32,7 +32,7 @@ fn memory_on(text: &str, address_bits: u32) -> Result<u64, String> {
         return Err(format!("it is less than 16M, in which no kernel boots{hint}"));
     }
     if bytes > MEMORY_MAX {
-        return Err("it is more than 8T, the most that KVM takes".into());
+        return Err("it is more than 8T, the most that a guest gets".into());
     }
     // The gap below 4 GiB moves the rest of the memory up.
     let most = 1_u64.checked_shl(address_bits).unwrap_or(u64::MAX).saturating_sub(GIB);
