@@ -99,7 +99,9 @@ fn host_of(task: &Task) -> Result<Option<Command>, HostError> {
         Task::Bench(args) if (**args).clone().options().files().check().is_empty() => {
             hosts::decide(&args.asked())
         }
-        Task::Study(args) => hosts::decide(&args.asked()),
+        Task::Study(args) if study::run::boots_guests(&args.clone().options().only) => {
+            hosts::decide(&args.asked())
+        }
         _ => Ok(None),
     }
 }

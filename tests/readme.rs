@@ -113,7 +113,8 @@ fn readme() -> String {
 
 /// Types `keys` when `wait_for` is there; the status and all that was shown.
 fn type_at(place: &Place, line: &str, wait_for: &str, keys: &str) -> (i32, String) {
-    let mut child = place.on_terminal(line);
+    // A terminal of a test has no size, and a user's has one.
+    let mut child = place.on_terminal(&format!("stty rows 24 cols 100\n{line}"));
     let mut input = child.stdin.take().unwrap();
     let mut output = child.stdout.take().unwrap();
     let (sender, receiver) = std::sync::mpsc::channel();

@@ -231,7 +231,7 @@ fn what_needs_no_guest_runs_anywhere_and_goes_on_where_it_was() {
     // It is all there already: nothing is measured again.
     let again = study(out.path(), &["--only", "T9", "--rounds", "2"]);
     assert!(again.stderr.is_empty(), "{}", String::from_utf8_lossy(&again.stderr));
-    let other = study(out.path(), &["--only", "T9,T10"]);
+    let other = study(out.path(), &["--host=direct", "--only", "T9,T10"]);
     let said = String::from_utf8_lossy(&other.stderr);
     assert!(other.status.code() == Some(125) && said.contains("another run"), "{said}");
     let unknown = study(out.path(), &["--only", "T99"]);

@@ -89,6 +89,11 @@ pub fn check_names(only: &[String]) -> Result<()> {
     Ok(())
 }
 
+/// Whether any of these experiments, or of all where none is named, boots a guest.
+pub fn boots_guests(only: &[String]) -> bool {
+    wanted(only).is_ok_and(|experiments| steps::of(&experiments).iter().any(|step| step.boots))
+}
+
 fn wanted(only: &[String]) -> Result<Vec<&'static Experiment>> {
     check_names(only)?;
     let is_wanted = |experiment: &&&Experiment| {

@@ -257,7 +257,10 @@ impl Core {
     /// Writes configuration space: not before FEATURES_OK (virtio 3.1.1).
     pub fn write_config(&mut self, offset: u64, data: &[u8]) {
         if self.status.get() & status::FEATURES_OK != 0 {
+            self.look_at_config();
             self.device.write_config(offset, data);
+            // The driver knows of its own write, so that counts as seen.
+            self.device.read_config(0, &mut self.config_seen);
         }
     }
 
@@ -274,13 +277,17 @@ impl Core {
     /// Another one after each change that a driver may have seen half of. It is counted when it is read,
     /// so that of the 256 values that PCI has room for two neighbours always differ (virtio 4.1.4.3.1).
     fn generation(&mut self) -> u32 {
-        let mut now = [0; CONFIG_BYTES_MAX];
-        self.device.read_config(0, &mut now);
-        // What a device changes by itself (a console's size) shows here.
-        let differs = std::mem::replace(&mut self.config_seen, now) != now;
-        let changed = std::mem::take(&mut self.config_changed) || differs;
+        self.look_at_config();
+        let changed = std::mem::take(&mut self.config_changed);
         self.config_generation = self.config_generation.wrapping_add(u32::from(changed)) & 0xff;
         self.config_generation
+    }
+
+    /// Notices what the device has changed by itself since the last look, such as a console's size.
+    fn look_at_config(&mut self) {
+        let mut now = [0; CONFIG_BYTES_MAX];
+        self.device.read_config(0, &mut now);
+        self.config_changed |= std::mem::replace(&mut self.config_seen, now) != now;
     }
 
     fn forget_driver(&mut self) {

@@ -24,19 +24,21 @@ use crate::lab::image;
 pub struct Step {
     /// Its name in the record.
     pub name: &'static str,
+    /// Whether it boots guests.
+    pub boots: bool,
     /// Does it.
     pub run: fn(&Bench<'_>, &mut Record) -> Result<()>,
 }
 
 /// All, in their order.
 static STEPS: [Step; 7] = [
-    Step { name: "dirty", run: host::dirty },
-    Step { name: "mechanisms", run: host::mechanisms },
-    Step { name: "reads", run: reads::reads },
-    Step { name: "writes", run: writes::writes },
-    Step { name: "stable", run: stable::stable },
-    Step { name: "crash", run: crash::crash },
-    Step { name: "pressure", run: pressure::pressure },
+    Step { name: "dirty", boots: false, run: host::dirty },
+    Step { name: "mechanisms", boots: false, run: host::mechanisms },
+    Step { name: "reads", boots: true, run: reads::reads },
+    Step { name: "writes", boots: true, run: writes::writes },
+    Step { name: "stable", boots: true, run: stable::stable },
+    Step { name: "crash", boots: true, run: crash::crash },
+    Step { name: "pressure", boots: true, run: pressure::pressure },
 ];
 
 /// Those that these experiments need.
