@@ -46,7 +46,7 @@ pub fn of(line: &str, devices: Devices) -> Vec<String> {
         say(
             is_there(parameter),
             parameter,
-            "no kernel that was tried with it came as far as its first command: leave it out",
+            "few kernels come as far as their first command with it: leave it out",
         );
     }
     for (parameter, instead) in [("noapic", "leave it out"), ("nosmp", "use --cpus 1 or maxcpus=1 instead")] {
