@@ -222,6 +222,11 @@ impl Place {
             return;
         };
         host.transfer("push", local, Path::new(&target));
+        if is_ordinary() {
+            // Root has brought it, and the test's commands are an ordinary user's.
+            let owned = run(&mut host.exec(&["chown", "-R", ORDINARY, &target]));
+            assert_eq!(owned.status, 0, "{}", owned.stderr);
+        }
     }
 
     /// Gets a file from there.
