@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
 use minivmm::cli::command::{self, End};
-use minivmm::cli::process::{ended, print, start_logging, tell_all, told};
+use minivmm::cli::process::{self, ended, print, tell_all, told};
 use minivmm::cli::{Args, ExitStatus, STATUS_FILE, Task};
 use minivmm::files::{Inventory, Output};
 use minivmm::hosts::{self, HostError};
@@ -22,25 +22,10 @@ use minivmm::{explain, program};
 fn main() {
     // Before any thread: one watches the start.
     minivmm::sandbox::one_arena();
-    // Before anything else: from here on a signal waits until somebody has read it.
-    let signals = Signals::block().context("cannot block signals");
-    // What has panicked has been told.
-    let status = catch_unwind(AssertUnwindSafe(|| match signals {
-        Ok(signals) => run(signals),
-        Err(error) => told(Err(error)),
-    }));
-    ended(status.unwrap_or(ExitStatus::Failure));
+    process::begin(run, || ());
 }
 
-fn run(signals: Signals) -> ExitStatus {
-    let args = match Args::of_process() {
-        Ok(args) => args,
-        Err(answer) => {
-            signals.release();
-            return answer.give();
-        }
-    };
-    start_logging(args.log_level());
+fn run(args: Args, signals: Signals) -> ExitStatus {
     match args.task() {
         Task::Run => {
             // What is wrong with the files is told first, by `run_vm`.

@@ -4,14 +4,13 @@
 //! Owns as little as `main.rs`: which tool it is, its signals, its exit status.
 
 use std::io::{IsTerminal, Write};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use minivmm::bench::{self, BenchError};
-use minivmm::cli::process::{WrongUsage, ended, print, say, start_logging, told};
+use minivmm::cli::process::{self, WrongUsage, ended, print, say, told};
 use minivmm::cli::{Args, BenchArgs, CrashArgs, ExitStatus, StudyArgs, Task};
 use minivmm::crash::campaign::CrashError;
 use minivmm::crash::log::WriteLog;
@@ -26,26 +25,12 @@ use minivmm::{child, hosts, scratch_dir, study};
 const END_MAX: Duration = Duration::from_secs(30);
 
 fn main() {
-    // Before anything else. Where minivmm has handed over, they have been blocked since its own start.
-    let signals = Signals::block().context("cannot block signals");
-    // What has panicked has been told; its children and its scratch files are gone with its stack.
-    let status = catch_unwind(AssertUnwindSafe(|| match signals {
-        Ok(signals) => run(signals),
-        Err(error) => told(Err(error)),
-    }));
-    child::kill_all();
-    ended(status.unwrap_or(ExitStatus::Failure));
+    // Where minivmm has handed over, signals have been blocked since its own start. The children and scratch files of
+    // what has panicked are gone with its stack.
+    process::begin(run, child::kill_all);
 }
 
-fn run(signals: Signals) -> ExitStatus {
-    let args = match Args::of_process() {
-        Ok(args) => args,
-        Err(answer) => {
-            signals.release();
-            return answer.give();
-        }
-    };
-    start_logging(args.log_level());
+fn run(args: Args, signals: Signals) -> ExitStatus {
     let task = args.task();
     if let Err(error) = child::adopt_orphans() {
         log::debug!("cannot adopt what children leave behind: {error}");

@@ -2,6 +2,9 @@
 //! SIGKILL leaves behind goes with the next run.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
+#[path = "common/signalled.rs"]
+mod signalled;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -10,6 +13,7 @@ use std::time::{Duration, Instant};
 use minivmm::disk::writelog::format::{FLUSH, Header, Superblock};
 use minivmm::scratch_dir::PREFIX;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use signalled::{Chance, with_default_signals};
 use tempfile::TempDir;
 
 const SECTOR: usize = 512;
@@ -51,17 +55,12 @@ impl Case {
         command.current_dir(self.dir.path()).args(["crash", "x.log", "--base", "base.img", "--jobs", "3"]);
         command.args(["--scratch", "scratch", "--check", check]).env("TMPDIR", self.path("scratch"));
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
-        // Whoever started the tests may have ignored them (nohup, a job in the background), which minivmm would keep.
-        // SAFETY: signal(2) may be called between fork and exec, and takes numbers.
-        unsafe {
-            std::os::unix::process::CommandExt::pre_exec(&mut command, || {
-                for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
-                    libc::signal(signal, libc::SIG_DFL);
-                }
-                Ok(())
-            })
-        };
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+        with_default_signals(&mut command)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
     }
 
     fn scratch(&self) -> Vec<String> {
@@ -110,18 +109,6 @@ fn ended(child: &mut Child) -> std::process::ExitStatus {
     child.wait().unwrap()
 }
 
-/// xorshift: the same numbers for the same seed.
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
-
 #[test]
 fn many_signals_of_all_kinds_end_the_checks_and_leave_no_file() {
     for first in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT, Signal::ALARM, Signal::USR2] {
@@ -148,7 +135,7 @@ fn many_signals_of_all_kinds_end_the_checks_and_leave_no_file() {
 fn a_burst_at_any_moment_leaves_nothing() {
     let mut in_order = 0;
     for seed in 1..=40_u64 {
-        let mut chance = Chance(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
+        let mut chance = Chance::new(seed);
         let case = Case::new();
         let mut child = case.start(STUBBORN);
         std::thread::sleep(Duration::from_micros(chance.below(40_000)));

@@ -1,18 +1,46 @@
-//! What both binaries do alike: log, print, report an error once, exit.
+//! What both binaries do alike: begin, log, print, report an error once, exit.
 //!
 //! Owns the words around a log line and an error: `minivmm: error: ...`, `minivmm: warning: ...`.
 
 use std::fmt::{Arguments, Display};
 use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::ExitStatus;
+use super::{Args, ExitStatus};
+use crate::signals::Signals;
 
 /// A reader of standard error that does not read is waited for this long.
 const READER_MAX: Duration = Duration::from_secs(3);
+
+/// Runs a binary from its first instruction to its exit. Signals are blocked before anything else: each then waits
+/// until somebody has read it. `run` gets the arguments, once they are understood; `last` is called whatever happened.
+pub fn begin(run: impl FnOnce(Args, Signals) -> ExitStatus, last: impl FnOnce()) -> ! {
+    let signals = Signals::block().context("cannot block signals");
+    // What has panicked has been told.
+    let status = catch_unwind(AssertUnwindSafe(|| match signals {
+        Ok(signals) => with_args(run, signals),
+        Err(error) => told(Err(error)),
+    }));
+    last();
+    ended(status.unwrap_or(ExitStatus::Failure))
+}
+
+fn with_args(run: impl FnOnce(Args, Signals) -> ExitStatus, signals: Signals) -> ExitStatus {
+    match Args::of_process() {
+        Ok(args) => {
+            start_logging(args.log_level());
+            run(args, signals)
+        }
+        Err(answer) => {
+            signals.release();
+            answer.give()
+        }
+    }
+}
 
 /// Exits. Signals stay blocked: one that arrives now changes nothing.
 pub fn ended(status: ExitStatus) -> ! {

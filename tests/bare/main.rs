@@ -19,9 +19,13 @@ mod limits;
 mod loops;
 mod machine;
 mod observe;
+#[path = "../common/pty.rs"]
+mod pty;
 mod refusals;
 mod reports;
 mod sandbox;
+#[path = "../common/signalled.rs"]
+mod signalled;
 mod signals;
 mod start;
 mod stats;

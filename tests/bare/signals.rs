@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::machine::*;
+use crate::signalled::{Chance, with_default_signals};
 
 /// A guest that hangs, with a disk and a status file.
 fn hanging(image: &Image, status_file: &Path) -> Command {
@@ -30,18 +31,6 @@ fn signal_status(file: &Path, what: &str) -> i32 {
 
 fn pid(child: &Child) -> i32 {
     i32::try_from(child.id()).unwrap()
-}
-
-/// xorshift: the same numbers for the same seed.
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
 }
 
 /// GNU timeout signals its child and then the child's group: two signals, one directly after the other.
@@ -92,20 +81,10 @@ fn a_burst_of_signals_at_any_moment_ends_it_in_order_with_the_first() {
     let image = Image::new();
     let mut in_order = 0;
     for seed in 1..=60_u64 {
-        let mut chance = Chance(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
+        let mut chance = Chance::new(seed);
         let file = image.path.with_file_name(format!("{seed}.json"));
         let mut command = hanging(&image, &file);
-        // Whoever started the tests may have ignored them (nohup, a job in the background), which minivmm would keep.
-        // SAFETY: signal(2) may be called between fork and exec, and takes numbers.
-        unsafe {
-            std::os::unix::process::CommandExt::pre_exec(&mut command, || {
-                for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
-                    libc::signal(signal, libc::SIG_DFL);
-                }
-                Ok(())
-            })
-        };
-        let mut child = command.spawn().unwrap();
+        let mut child = with_default_signals(&mut command).spawn().unwrap();
         let _watchdog = Watchdog::over(&child);
         std::thread::sleep(Duration::from_micros(chance.below(250_000)));
         // The kernel hands over those that are there at the same time by their numbers: the lowest is first.

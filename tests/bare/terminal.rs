@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use crate::machine::*;
+use crate::pty::{self, Modes};
+use crate::signalled::with_default_signals;
 
 /// A pseudo-terminal with a machine on it.
 pub struct Session {
@@ -14,28 +16,23 @@ pub struct Session {
     terminal: File,
     /// Keeps the terminal and its settings alive when the child is gone.
     slave: OwnedFd,
-    before: libc::termios,
+    before: Modes,
     #[allow(dead_code, reason = "it watches while the session lives")]
     watchdog: Watchdog,
 }
 
 impl Session {
     pub fn start(command: &mut Command) -> Self {
-        let (terminal, slave) = open_terminal();
-        let before = settings(&slave);
+        let (terminal, slave) = pty::open();
+        let before = Modes::of(&slave);
         let io = || Stdio::from(slave.try_clone().unwrap());
-        // Whoever started the tests may have ignored them (nohup, a job in the background), which minivmm would keep.
-        // SAFETY: signal(2) may be called between fork and exec, and takes numbers.
-        unsafe {
-            command.pre_exec(|| {
-                for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
-                    libc::signal(signal, libc::SIG_DFL);
-                }
-                Ok(())
-            })
-        };
-        let child =
-            command.args(["--console", "stdio"]).stdin(io()).stdout(io()).stderr(io()).spawn().unwrap();
+        let child = with_default_signals(command)
+            .args(["--console", "stdio"])
+            .stdin(io())
+            .stdout(io())
+            .stderr(io())
+            .spawn()
+            .unwrap();
         let watchdog = Watchdog::over(&child);
         Self { child, terminal: File::from(terminal), slave, before, watchdog }
     }
@@ -69,7 +66,7 @@ impl Session {
     }
 
     fn is_raw(&self) -> bool {
-        settings(&self.slave).c_lflag & (libc::ICANON | libc::ECHO | libc::ISIG) == 0
+        Modes::of(&self.slave).is_raw()
     }
 
     /// The exit status, once the machine has ended and its last words are read.
@@ -82,47 +79,9 @@ impl Session {
                 break status;
             }
         };
-        let after = settings(&self.slave);
-        let restored = (after.c_iflag, after.c_oflag, after.c_cflag, after.c_lflag, after.c_cc)
-            == (
-                self.before.c_iflag,
-                self.before.c_oflag,
-                self.before.c_cflag,
-                self.before.c_lflag,
-                self.before.c_cc,
-            );
+        let restored = Modes::of(&self.slave) == self.before;
         (status.code().unwrap_or_else(|| panic!("not ended in order: {status}")), restored)
     }
-}
-
-fn open_terminal() -> (OwnedFd, OwnedFd) {
-    let (mut master, mut slave) = (-1, -1);
-    // SAFETY: the two integers are ours; name, settings and window size may be null.
-    let result = unsafe {
-        libc::openpty(
-            &raw mut master,
-            &raw mut slave,
-            std::ptr::null_mut(),
-            std::ptr::null(),
-            std::ptr::null(),
-        )
-    };
-    assert_eq!(result, 0, "openpty");
-    for fd in [master, slave] {
-        // SAFETY: fcntl takes integers here; `fd` is open, by openpty.
-        assert_eq!(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) }, 0);
-    }
-    // SAFETY: openpty succeeded, so both are open and nobody else owns them.
-    unsafe { (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) }
-}
-
-fn settings(fd: &OwnedFd) -> libc::termios {
-    let mut settings = std::mem::MaybeUninit::uninit();
-    // SAFETY: `fd` is an open terminal, and `settings` has room for one termios.
-    let result = unsafe { libc::tcgetattr(fd.as_raw_fd(), settings.as_mut_ptr()) };
-    assert_eq!(result, 0, "tcgetattr");
-    // SAFETY: tcgetattr succeeded, so it has filled it.
-    unsafe { settings.assume_init() }
 }
 
 #[test]
@@ -201,15 +160,8 @@ fn only_a_key_ends_the_wait_for_a_disk_that_hangs_and_no_signal_does() {
     let mut command = minivmm();
     start(&mut command, Entry::Elf, "scenario=io").args(["--timeout", "1", "--disk"]);
     command.arg(image.disk("cache=writeback,fault=delay=300s:flush"));
-    // The terminal has to be the one that controls the process, for its keys to become signals.
-    // SAFETY: setsid and ioctl take numbers here, and may be called between fork and exec.
-    unsafe {
-        command.pre_exec(|| {
-            libc::setsid();
-            libc::ioctl(0, libc::TIOCSCTTY, 0);
-            Ok(())
-        })
-    };
+    // SAFETY: what it calls may be called between fork and exec.
+    unsafe { command.pre_exec(pty::take_control) };
     let mut session = Session::start(command.args(["--stop-timeout", "100"]));
     session.read_until("Ctrl-C on the terminal gives up now");
     let pid = i32::try_from(session.child.id()).unwrap();

@@ -26,61 +26,30 @@ const VMX: &str = "VMX, SMX";
 const SVM: &str = "SVM, SKINIT";
 const SEV: &str = "SME, SEV";
 
+/// A row of [`MODELS`].
+const fn expected(
+    model: &'static str,
+    withheld: &'static [&'static str],
+    xcr0: u64,
+    xss: u64,
+    bytes: (u32, u32),
+) -> Expected {
+    Expected { model, withheld, xcr0, xss, bytes }
+}
+
 const MODELS: &[Expected] = &[
-    Expected {
-        model: "sapphire-rapids-linux-6.1",
-        withheld: &[VMX, COUNTERS, PT, "SGX", "TSX"],
-        xcr0: 0x2e7,
-        xss: 0,
-        bytes: (0xa88, 0x988),
-    },
-    Expected {
-        model: "granite-rapids",
-        withheld: &[VMX, COUNTERS, PT],
-        xcr0: 0x2e7,
-        xss: 0,
-        bytes: (0xa88, 0x988),
-    },
-    Expected {
-        model: "granite-rapids-amx-permitted",
-        withheld: &[VMX],
-        xcr0: 0x602e7,
-        xss: 0,
-        bytes: (0x2b00, 0x2a00),
-    },
-    Expected {
-        model: "diamond-rapids-in-part",
-        withheld: &[VMX, COUNTERS],
-        xcr0: 0x207,
-        xss: 0,
-        bytes: (0xa88, 0x348),
-    },
-    Expected {
-        model: "skylake-client",
-        withheld: &[VMX, COUNTERS, PT, "TSX"],
-        xcr0: 0x1f,
-        xss: 0,
-        bytes: (0x440, 0x3c0),
-    },
-    Expected {
-        model: "alder-lake",
-        withheld: &[VMX, COUNTERS, PT],
-        xcr0: 0x207,
-        xss: 0,
-        bytes: (0xa88, 0x348),
-    },
-    Expected { model: "skylake-x-without-xsave", withheld: &[VMX], xcr0: 0, xss: 0, bytes: (0x240, 0) },
-    Expected { model: "penryn", withheld: &[VMX], xcr0: 3, xss: 0, bytes: (0x240, 0) },
-    Expected { model: "zen2", withheld: &[SVM, COUNTERS], xcr0: 7, xss: 0, bytes: (0x340, 0x340) },
-    Expected { model: "zen3-software-kvm", withheld: &[], xcr0: 0xe7, xss: 0, bytes: (0x980, 0) },
-    Expected { model: "zen4", withheld: &[SVM, SEV, COUNTERS], xcr0: 0x2e7, xss: 0, bytes: (0x988, 0x988) },
-    Expected {
-        model: "zen5-shadow-stacks",
-        withheld: &[SVM],
-        xcr0: 0x2e7,
-        xss: 0x1800,
-        bytes: (0x988, 0x9b0),
-    },
+    expected("sapphire-rapids-linux-6.1", &[VMX, COUNTERS, PT, "SGX", "TSX"], 0x2e7, 0, (0xa88, 0x988)),
+    expected("granite-rapids", &[VMX, COUNTERS, PT], 0x2e7, 0, (0xa88, 0x988)),
+    expected("granite-rapids-amx-permitted", &[VMX], 0x602e7, 0, (0x2b00, 0x2a00)),
+    expected("diamond-rapids-in-part", &[VMX, COUNTERS], 0x207, 0, (0xa88, 0x348)),
+    expected("skylake-client", &[VMX, COUNTERS, PT, "TSX"], 0x1f, 0, (0x440, 0x3c0)),
+    expected("alder-lake", &[VMX, COUNTERS, PT], 0x207, 0, (0xa88, 0x348)),
+    expected("skylake-x-without-xsave", &[VMX], 0, 0, (0x240, 0)),
+    expected("penryn", &[VMX], 3, 0, (0x240, 0)),
+    expected("zen2", &[SVM, COUNTERS], 7, 0, (0x340, 0x340)),
+    expected("zen3-software-kvm", &[], 0xe7, 0, (0x980, 0)),
+    expected("zen4", &[SVM, SEV, COUNTERS], 0x2e7, 0, (0x988, 0x988)),
+    expected("zen5-shadow-stacks", &[SVM], 0x2e7, 0x1800, (0x988, 0x9b0)),
 ];
 
 const BRAND: brand::Brand = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]];
