@@ -10,7 +10,7 @@
 //! | [`hosts`] | where a Linux guest runs: here, or in the emulated host | devices |
 //! | [`vmm`] | builds the machine in order, runs it, stops it in order | |
 //! | [`job`] | a command for the guest: its archive, libraries, messages, status file | KVM, devices |
-//! | [`terminal`] | the terminal's raw mode, and its restoration | |
+//! | [`terminal`] | the terminal's raw mode, its restoration, signals that stop the process | |
 //! | [`study`] | claims of 2008 as experiments, judged, as a page and JSON | KVM |
 //! | [`stats`] | figures of a run as JSON and text | how they are counted |
 //! | [`vcpu`], [`kvm`] | the KVM_RUN loop, irqfd, ioeventfd, CPUID, MSRs | virtio, disks |

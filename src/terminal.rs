@@ -1,7 +1,7 @@
 //! The user's terminal: raw mode while a guest has it, and back whatever happens.
 //!
-//! Owns the terminal's modes and their restoration: at the end, when a thread panics, and when a
-//! fatal signal kills us. What is typed is read elsewhere.
+//! Owns the terminal's modes and their restoration: at the end, when a thread panics, when a fatal signal kills us,
+//! and while a signal stops us. What is typed is read elsewhere.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -21,6 +21,13 @@ const FATAL: [libc::c_int; 7] =
 
 /// What handled each of them before us (Rust's own says of a stack that it has overflowed).
 static BEFORE: [OnceLock<libc::sigaction>; FATAL.len()] = [const { OnceLock::new() }; FATAL.len()];
+
+/// Signals that stop a process and can be handled; SIGSTOP cannot.
+const STOPPING: [libc::c_int; 3] = [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
+/// Whether a stopping signal is left to [`take_stop`], because more than the modes has to be put back first.
+static DEFERRED: AtomicBool = AtomicBool::new(false);
+/// A stopping signal waits for [`take_stop`].
+static STOP_ASKED: AtomicBool = AtomicBool::new(false);
 
 /// Raw mode, for as long as this lives.
 #[derive(Debug)]
@@ -78,11 +85,13 @@ impl RawMode {
         Ok(Self(()))
     }
 
-    /// Again, after the process was stopped and continued and a shell has put back its own modes.
+    /// Enters raw mode again, after the process was stopped and continued. In the background this stops the process
+    /// (SIGTTOU) until its job has the terminal again.
     pub fn renew(&self) {
-        if let Some(saved) = SAVED.get()
-            && let Err(error) = set(&raw(*saved))
-        {
+        let Some(saved) = SAVED.get() else { return };
+        RAW.store(true, Ordering::SeqCst);
+        if let Err(error) = set(&raw(*saved)) {
+            RAW.store(false, Ordering::SeqCst);
             log::warn!("cannot put the terminal into raw mode again: {error}");
         }
     }
@@ -102,6 +111,24 @@ pub fn restore() {
         // SAFETY: tcsetattr(3) is async-signal-safe and only reads the structure.
         unsafe { libc::tcsetattr(STDIN, libc::TCSANOW, saved) };
     }
+}
+
+/// Leaves every signal that stops the process to [`take_stop`] from now on.
+pub fn defer_stops() {
+    DEFERRED.store(true, Ordering::SeqCst);
+    handle_stops();
+}
+
+/// Whether a signal has asked the process to stop, once a signal. Whoever asks puts the terminal back, then calls
+/// [`stop`].
+pub fn take_stop() -> bool {
+    STOP_ASKED.swap(false, Ordering::SeqCst)
+}
+
+/// Stops the process; returns when it is continued. Safe to call in a signal handler.
+pub fn stop() {
+    // SAFETY: raise(3) is async-signal-safe, and takes a number.
+    unsafe { libc::raise(libc::SIGSTOP) };
 }
 
 fn raw(saved: libc::termios) -> libc::termios {
@@ -145,6 +172,7 @@ fn install_restorers() {
             restore();
             next(info);
         }));
+        handle_stops();
         for (signal, before) in FATAL.into_iter().zip(&BEFORE) {
             // The sandbox has its own handler, which restores the terminal too.
             if signal == libc::SIGSYS && is_handled(signal) {
@@ -163,6 +191,18 @@ fn install_restorers() {
     });
 }
 
+/// Handles the signals that stop the process. One that whoever started us has ignored stays ignored.
+fn handle_stops() {
+    for signal in STOPPING.into_iter().filter(|signal| !is_handled(*signal)) {
+        let mut action: libc::sigaction = zeroed();
+        action.sa_sigaction = on_stop as *const () as libc::sighandler_t;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART;
+        // SAFETY: the structure is whole; the handler calls async-signal-safe functions only.
+        unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) };
+    }
+}
+
+/// Whether it has another action than the default one.
 fn is_handled(signal: libc::c_int) -> bool {
     let mut action: libc::sigaction = zeroed();
     // SAFETY: only asks; the structure is whole.
@@ -170,6 +210,26 @@ fn is_handled(signal: libc::c_int) -> bool {
         libc::sigaction(signal, std::ptr::null(), &raw mut action) == 0
             && action.sa_sigaction != libc::SIG_DFL
     }
+}
+
+/// Puts the terminal back and stops the process. SIGCONT is read elsewhere, and makes the terminal raw again.
+extern "C" fn on_stop(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: errno is this thread's own.
+    let errno = unsafe { *libc::__errno_location() };
+    // SAFETY: with SA_SIGINFO the kernel hands a siginfo_t.
+    let is_of_kernel = unsafe { (*info).si_code } > 0;
+    // The kernel sends SIGTTIN and SIGTTOU to a background job: the terminal and its modes are another's.
+    let is_ours = signal == libc::SIGTSTP || !is_of_kernel;
+    if is_ours && DEFERRED.load(Ordering::SeqCst) {
+        STOP_ASKED.store(true, Ordering::SeqCst);
+        return;
+    }
+    if is_ours {
+        restore();
+    }
+    stop();
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = errno };
 }
 
 /// Restores the terminal. A fault then comes again, for whoever handled it before us, because its

@@ -4,6 +4,9 @@
 //! What the guest says of itself is in tests/observe_kernel.rs; a guest without a kernel in tests/bare.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
+#[path = "common/pty.rs"]
+mod pty;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
@@ -345,4 +348,54 @@ fn top_draws_on_a_terminal_until_q_is_pressed() {
     let screen = shows("status 0");
     tmux(&["kill-server"]).unwrap();
     assert!(!screen.contains("minivmm top"), "the screen is as it was: {screen}");
+}
+
+/// Whatever stops it, the terminal is the shell's meanwhile: its modes, and the screen without top.
+#[test]
+fn top_gives_the_terminal_back_while_it_is_stopped() {
+    let directory = scratch();
+    let path = directory.path().join("a.csv");
+    fs::write(&path, OBSERVATION).unwrap();
+    let (user, program) = pty::open();
+    let before = pty::Modes::of(&program);
+    let io = || Stdio::from(program.try_clone().unwrap());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_minivmm"));
+    command.arg("top").arg(&path).env("TERM", "xterm").stdin(io()).stdout(io()).stderr(io());
+    // SAFETY: what it calls may be called between fork and exec.
+    unsafe { std::os::unix::process::CommandExt::pre_exec(&mut command, pty::take_control) };
+    let mut top = command.spawn().unwrap();
+    // It holds the terminal open.
+    drop(command);
+    let pid = i32::try_from(top.id()).unwrap();
+    let mut user = File::from(user);
+    // What it draws is read, or it would wait for room.
+    let mut drawn = user.try_clone().unwrap();
+    let drawn = std::thread::spawn(move || {
+        let (mut all, mut part) = (Vec::new(), [0; 4096]);
+        while let Ok(count @ 1..) = std::io::Read::read(&mut drawn, &mut part) {
+            all.extend_from_slice(&part[..count]);
+        }
+        String::from_utf8_lossy(&all).into_owned()
+    });
+    // SAFETY: kill takes numbers; the child is not reaped yet.
+    let kill = |signal| unsafe { libc::kill(pid, signal) };
+    for signal in [Some(libc::SIGTSTP), Some(libc::SIGTTIN), Some(libc::SIGTTOU), None] {
+        let what = format!("{signal:?}, or Ctrl-Z");
+        pty::wait_until(|| pty::Modes::of(&program).is_raw(), &what);
+        match signal {
+            Some(signal) => _ = kill(signal),
+            None => user.write_all(b"\x1a").unwrap(),
+        }
+        pty::wait_until(|| pty::is_stopped(pid), &what);
+        assert_eq!(pty::Modes::of(&program), before, "{what}");
+        kill(libc::SIGCONT);
+    }
+    pty::wait_until(|| pty::Modes::of(&program).is_raw(), "it goes on");
+    user.write_all(b"q").unwrap();
+    assert!(top.wait().unwrap().success());
+    assert_eq!(pty::Modes::of(&program), before);
+    drop(program);
+    let drawn = drawn.join().unwrap();
+    assert_eq!(drawn.matches("\x1b[?1049h").count(), 5, "the other screen, once and after each stop");
+    assert_eq!(drawn.matches("\x1b[?1049l").count(), 5, "and back");
 }

@@ -43,7 +43,7 @@ const LAYERS: [(&str, Option<&[&str]>); 28] = [
         ]),
     ),
     ("lab", Some(&["disk", "observe", "explain", "files", "program", "child", "scratch_dir"])),
-    ("observe", Some(&["disk", "explain", "files", "sandbox"])),
+    ("observe", Some(&["disk", "explain", "files", "sandbox", "terminal"])),
     ("explain", Some(&["blk", "virtio", "disk", "files", "mem", "text"])),
     ("blk", Some(&["virtio", "disk", "mem", "ratelimit", "slab", "sandbox"])),
     ("console", Some(&["virtio", "mem", "ratelimit", "sandbox"])),

@@ -122,9 +122,9 @@ const ALL: &[Call] = calls! {
     getrandom Always, "hash tables";
     getpid Always, "a thread that ends the process (abort)";
     gettid Always, "the same";
-    tgkill ThisProcess, "the signal that stops a CPU; abort";
+    tgkill ThisProcess, "the signal that stops a CPU; abort; the stop that SIGTSTP asks for";
     restart_syscall Always, "a call that SIGSTOP has interrupted";
-    ioctl Request(&[TCGETS, TCSETS]), "the terminal, put back when something panics";
+    ioctl Request(&[TCGETS, TCSETS]), "the terminal, put back when something panics or SIGTSTP stops the process";
     close Always, "a descriptor whose owner goes";
     exit Always, "a thread's end";
     exit_group Always, "the process's end";

@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use crate::machine::*;
-use crate::pty::{self, Modes};
+use crate::pty::{self, Modes, is_stopped, wait_until};
 use crate::signalled::with_default_signals;
 
 /// A pseudo-terminal with a machine on it.
@@ -213,4 +213,62 @@ fn keys_on_a_terminal_reach_the_guest_and_control_a_x_ends_it() {
     assert!(!help.contains('\x01'), "{help:?}");
     session.type_in(b"\x01x");
     assert_eq!(session.end(), (ORDERLY, true), "(status, terminal restored)");
+}
+
+#[test]
+fn a_signal_that_stops_it_gives_the_terminal_back_until_it_goes_on() {
+    if !kvm() {
+        return;
+    }
+    for sandbox in ["on", "off"] {
+        let mut command = minivmm();
+        start(&mut command, Entry::Elf, "scenario=echo").args(["--timeout", "60", "--sandbox", sandbox]);
+        let mut session = Session::start(&mut command);
+        session.read_until("until q");
+        let pid = i32::try_from(session.child.id()).unwrap();
+        for (signal, key) in [(libc::SIGTSTP, "a"), (libc::SIGTTIN, "b"), (libc::SIGTTOU, "c")].repeat(3) {
+            let what = format!("signal {signal} with --sandbox={sandbox}");
+            assert!(session.is_raw(), "{what}");
+            kill(pid, signal);
+            wait_until(|| is_stopped(pid), &what);
+            assert_eq!(Modes::of(&session.slave), session.before, "{what}: the terminal while it is stopped");
+            kill(pid, libc::SIGCONT);
+            wait_until(|| session.is_raw(), &what);
+            session.type_in(key.as_bytes());
+            session.read_until(key);
+        }
+        session.type_in(b"\x01x");
+        assert_eq!(session.end(), (ORDERLY, true), "(status, terminal restored)");
+    }
+}
+
+/// A shell stops it, continues it in the background, and gives it the terminal back.
+#[test]
+fn in_the_background_it_waits_for_its_terminal_and_leaves_the_modes_alone() {
+    if !kvm() {
+        return;
+    }
+    let mut shell = Command::new("bash");
+    shell.args(["-c", r#"set -m; "$@"; echo "stopped by $(($? - 128))"; bg; read -r; fg; exit $?"#, "bash"]);
+    shell.arg(binary());
+    start(&mut shell, Entry::Elf, "scenario=echo").args(["--timeout", "60"]);
+    // SAFETY: what it calls may be called between fork and exec.
+    unsafe { shell.pre_exec(pty::take_control) };
+    let mut session = Session::start(&mut shell);
+    session.read_until("until q");
+    assert!(session.is_raw());
+    let shell = session.child.id();
+    let children = std::fs::read_to_string(format!("/proc/{shell}/task/{shell}/children")).unwrap();
+    let pid: i32 = children.split_whitespace().next().unwrap().parse().unwrap();
+    kill(pid, libc::SIGTSTP);
+    session.read_until(&format!("stopped by {}", libc::SIGSTOP));
+    session.read_until("&");
+    wait_until(|| is_stopped(pid), "it wants the terminal");
+    assert_eq!(Modes::of(&session.slave), session.before, "the terminal is the shell's");
+    session.type_in(b"\n");
+    wait_until(|| session.is_raw(), "it is in the foreground again");
+    session.type_in(b"x");
+    session.read_until("x");
+    session.type_in(b"q");
+    assert_eq!(session.end(), (exit(0x21), true), "(status, terminal restored)");
 }

@@ -1,6 +1,7 @@
 //! A pseudo-terminal, and a process on it: for tests of whoever puts its terminal into raw mode.
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 /// Opens a pseudo-terminal of 100 columns and 30 lines: (what a terminal's user has, what a program has).
 pub fn open() -> (OwnedFd, OwnedFd) {
@@ -66,4 +67,26 @@ impl Modes {
     pub fn is_raw(&self) -> bool {
         self.local & (libc::ICANON | libc::ECHO | libc::ISIG) == 0
     }
+}
+
+/// Waits until `done`.
+#[track_caller]
+pub fn wait_until(mut done: impl FnMut() -> bool, what: &str) {
+    for _ in 0..6000 {
+        if done() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    panic!("{what}: not in 30 s");
+}
+
+/// Whether the process is stopped, all its threads.
+pub fn is_stopped(pid: i32) -> bool {
+    let state = |stat: std::io::Result<String>| {
+        let stat = stat.unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+    };
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    tasks.flatten().all(|task| state(std::fs::read_to_string(task.path().join("stat"))))
 }

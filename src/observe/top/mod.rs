@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 
+use crate::terminal;
 use follow::{Follower, NotAnObservation};
 use view::{History, Screen};
 
@@ -57,8 +58,9 @@ pub fn run(path: &Path, stop: &AtomicBool) -> Result<(), TopError> {
     if !io::stdout().is_terminal() {
         return print(follower, history, &name, stop);
     }
-    let mut terminal = ratatui::try_init().map_err(TopError::Terminal)?;
-    let shown = show(&mut terminal, follower, history, &name, stop);
+    terminal::defer_stops();
+    let mut screen = ratatui::try_init().map_err(TopError::Terminal)?;
+    let shown = show(&mut screen, follower, history, &name, stop);
     ratatui::restore();
     shown
 }
@@ -107,7 +109,7 @@ fn has_colours(no_color: Option<&OsStr>, term: Option<&OsStr>) -> bool {
 }
 
 fn show(
-    terminal: &mut ratatui::DefaultTerminal,
+    screen: &mut ratatui::DefaultTerminal,
     mut follower: Follower,
     mut history: History,
     name: &str,
@@ -117,16 +119,25 @@ fn show(
     while !stop.load(Ordering::SeqCst) {
         let goes_on = look(&mut follower, &mut history, name)?;
         history.take_lines();
-        let screen = Screen { name, goes_on, colours };
-        terminal.draw(|frame| view::draw(frame, &history, &screen)).map_err(TopError::Terminal)?;
+        let moment = Screen { name, goes_on, colours };
+        screen.draw(|frame| view::draw(frame, &history, &moment)).map_err(TopError::Terminal)?;
+        let mut stops = terminal::take_stop();
         if event::poll(LOOK).map_err(TopError::Terminal)?
             && let Event::Key(key) = event::read().map_err(TopError::Terminal)?
             && key.kind == KeyEventKind::Press
         {
-            let interrupt = key.modifiers.contains(KeyModifiers::CONTROL) && key.code == KeyCode::Char('c');
-            if interrupt || matches!(key.code, KeyCode::Char('q') | KeyCode::Esc) {
-                return Ok(());
+            let control = key.modifiers.contains(KeyModifiers::CONTROL);
+            match key.code {
+                KeyCode::Char('q') | KeyCode::Esc => return Ok(()),
+                KeyCode::Char('c') if control => return Ok(()),
+                KeyCode::Char('z') if control => stops = true,
+                _ => {}
             }
+        }
+        if stops {
+            ratatui::restore();
+            terminal::stop();
+            *screen = ratatui::try_init().map_err(TopError::Terminal)?;
         }
     }
     Ok(())
