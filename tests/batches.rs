@@ -56,6 +56,7 @@ fn one_descriptor() -> [u8; 16] {
     bytes
 }
 
+/// Shows Q9.
 #[test]
 fn nothing_is_seen_before_it_is_published_and_then_all_of_it_by_one_store() {
     let ram = mem::map_ram(&[(0, RAM_BYTES)]).unwrap();
@@ -100,6 +101,7 @@ fn more_than_a_ring_of_entries_are_published_before_they_are_overwritten() {
     assert_eq!(ring.push_used(SIZE, 0), Err(RingError::Index { index: 16, size: 16 }));
 }
 
+/// Shows Q8.
 #[test]
 fn with_event_idx_a_batch_is_told_when_the_event_is_in_it_wherever_the_index_wraps() {
     let ram = mem::map_ram(&[(0, RAM_BYTES)]).unwrap();
@@ -125,6 +127,7 @@ fn with_event_idx_a_batch_is_told_when_the_event_is_in_it_wherever_the_index_wra
     }
 }
 
+/// Shows Q8.
 #[test]
 fn without_event_idx_the_flag_alone_decides() {
     let ram = mem::map_ram(&[(0, RAM_BYTES)]).unwrap();
@@ -168,6 +171,7 @@ fn the_doorbell_is_off_while_the_ring_is_drained_and_on_exactly_behind_it() {
     }
 }
 
+/// Shows Q1.
 #[test]
 fn a_ring_may_end_where_ram_ends_and_may_not_touch_a_hole() {
     const MIB: u64 = 1 << 20;

@@ -55,6 +55,7 @@ fn what_is_written_is_read_back_and_on_the_image_in_every_mode() {
     }
 }
 
+/// Shows Q9 and R20.
 #[test]
 fn used_length_is_data_and_status_for_reads_and_one_for_the_rest() {
     let (_image, mut rig) = rig("none", FEATURES);
@@ -67,6 +68,7 @@ fn used_length_is_data_and_status_for_reads_and_one_for_the_rest() {
     assert_eq!(rig.request(99, 0, None), (UNSUPP, 1));
 }
 
+/// Shows B14.
 #[test]
 fn get_id_is_padded_with_nul_and_has_no_terminator_when_full() {
     for (serial, expected) in [
@@ -80,6 +82,7 @@ fn get_id_is_padded_with_nul_and_has_no_terminator_when_full() {
     }
 }
 
+/// Shows B14.
 #[test]
 fn get_id_into_too_little_space_is_an_error_and_more_space_is_left_alone() {
     let (_image, mut rig) = rig_with(0, |options| options.serial = Some("x".into()));
@@ -89,6 +92,7 @@ fn get_id_into_too_little_space_is_an_error_and_more_space_is_left_alone() {
     assert_eq!(rig.peek(DATA + 20, 12), [0xee; 12]);
 }
 
+/// Shows B10.
 #[test]
 fn a_flush_with_a_sector_or_with_data_is_a_flush() {
     let (_image, mut rig) = rig("none", FEATURES);
@@ -97,6 +101,7 @@ fn a_flush_with_a_sector_or_with_data_is_a_flush() {
     }
 }
 
+/// Shows B3, B11 and B18.
 #[test]
 fn everything_unknown_is_unsupported_and_completed() {
     let (_image, mut rig) = rig("none", FEATURES);
@@ -108,6 +113,7 @@ fn everything_unknown_is_unsupported_and_completed() {
     assert_alive(&mut rig, "unknown requests");
 }
 
+/// Shows B10, R11 and R22.
 #[test]
 fn reads_and_writes_beyond_the_capacity_fail_and_the_image_does_not_grow() {
     for mode in MODES {
@@ -134,6 +140,7 @@ fn reads_and_writes_beyond_the_capacity_fail_and_the_image_does_not_grow() {
     }
 }
 
+/// Shows B10.
 #[test]
 fn data_that_is_no_whole_number_of_sectors_is_refused() {
     let (image, mut rig) = rig("writeback", FEATURES);
@@ -155,6 +162,7 @@ fn a_request_without_data_moves_nothing_and_is_ok() {
     assert_eq!(image.content(), before);
 }
 
+/// Shows Q2 and R10.
 #[test]
 fn any_legal_cut_into_descriptors_is_accepted() {
     // (readable pieces, writable pieces) of a 1024-byte read and of a 1024-byte write.
@@ -202,6 +210,7 @@ fn any_legal_cut_into_descriptors_is_accepted() {
     }
 }
 
+/// Shows Q6.
 #[test]
 fn an_indirect_table_may_follow_direct_descriptors() {
     let (_image, mut rig) = rig("none", FEATURES);
@@ -226,6 +235,7 @@ fn an_indirect_table_may_follow_direct_descriptors() {
 }
 
 /// virtio 1.2, 2.7.5.3.1 bounds the chain by the queue's size, and the table by nothing.
+/// Shows Q7.
 #[test]
 fn an_indirect_table_may_be_longer_than_the_queue_if_its_chain_is_not() {
     let (_image, mut rig) = rig("none", FEATURES);
@@ -253,6 +263,7 @@ fn an_indirect_table_may_be_longer_than_the_queue_if_its_chain_is_not() {
     }
 }
 
+/// Shows B12 and B13.
 #[test]
 fn discarded_and_zeroed_ranges_read_as_zeroes_and_their_neighbours_stay() {
     for mode in MODES {
@@ -278,6 +289,7 @@ fn discarded_and_zeroed_ranges_read_as_zeroes_and_their_neighbours_stay() {
     }
 }
 
+/// Shows B12 and R19.
 #[test]
 fn bad_erases_are_refused_with_the_right_status_and_erase_nothing() {
     let (image, mut rig) = rig("none", FEATURES);
@@ -307,6 +319,7 @@ fn bad_erases_are_refused_with_the_right_status_and_erase_nothing() {
     assert_alive(&mut rig, "bad erases");
 }
 
+/// Shows B12.
 #[test]
 fn erases_that_were_not_negotiated_are_unsupported() {
     let (image, mut rig) = rig("none", F_FLUSH);
@@ -327,6 +340,7 @@ fn discard_off_offers_no_discard_and_unmaps_nothing() {
     drop(image);
 }
 
+/// Shows B9.
 #[test]
 fn a_readonly_disk_answers_every_write_with_ioerr_and_every_flush_with_ok() {
     for features in [F_RO | F_FLUSH, F_FLUSH, 0] {
@@ -343,6 +357,7 @@ fn a_readonly_disk_answers_every_write_with_ioerr_and_every_flush_with_ok() {
     }
 }
 
+/// Shows D2.
 #[test]
 fn memory_that_o_direct_cannot_use_is_bounced_and_right() {
     for mode in ["none", "directsync"] {
@@ -365,6 +380,7 @@ fn memory_that_o_direct_cannot_use_is_bounced_and_right() {
     }
 }
 
+/// Shows D2.
 #[test]
 fn bounce_always_copies_aligned_transfers_too_and_long_ones_in_turns() {
     let (image, mut rig) = rig_with(0, |options| options.bounce_always = true);
@@ -376,6 +392,7 @@ fn bounce_always_copies_aligned_transfers_too_and_long_ones_in_turns() {
     assert_eq!(bounces, 6, "three turns of 256 KiB each way");
 }
 
+/// Shows D3.
 #[test]
 fn with_blocks_of_4096_smaller_requests_of_a_direct_mode_are_refused_not_rewritten() {
     let image = TestImage::new(IMAGE_BYTES);
@@ -390,6 +407,7 @@ fn with_blocks_of_4096_smaller_requests_of_a_direct_mode_are_refused_not_rewritt
     assert_eq!(status, if needs <= 512 { OK } else { IOERR });
 }
 
+/// Shows S9, B3 and B15.
 #[test]
 fn configuration_space_says_what_the_disk_is() {
     let (_image, mut rig) = rig_with(0, |options| options.queue_size = 64);
@@ -415,8 +433,9 @@ fn configuration_space_says_what_the_disk_is() {
     }
 }
 
+/// Shows S5 and B1.
 #[test]
-fn the_features_of_the_issue_are_offered_and_no_others() {
+fn a_disk_offers_these_features_and_no_others() {
     let (_image, mut rig) = rig("none", 0);
     let always =
         F_VERSION_1 | F_EVENT_IDX | F_INDIRECT | F_FLUSH | F_CONFIG_WCE | F_BLK_SIZE | F_TOPOLOGY | F_SEG_MAX;

@@ -17,6 +17,7 @@ use common::images::{TestImage, pattern, test_dir};
 use common::loops::{LoopDevice, Mounted};
 use minivmm::disk::cache::CachePolicy;
 use minivmm::disk::machine::StableBy;
+use minivmm::disk::options::EngineChoice;
 use minivmm::disk::{DiskOptions, Image};
 
 const BYTES: u64 = 4 << 20;
@@ -26,6 +27,7 @@ fn options(device: &LoopDevice, mode: &str) -> DiskOptions {
     DiskOptions { cache: CachePolicy::by_name(mode).unwrap(), ..DiskOptions::new(&device.0) }
 }
 
+/// Shows D1 and D3.
 #[test]
 fn a_block_device_is_a_disk_with_its_own_block_size_in_every_mode() {
     for sector_bytes in [512, 4096] {
@@ -58,6 +60,32 @@ fn a_block_device_is_a_disk_with_its_own_block_size_in_every_mode() {
     }
 }
 
+/// How often the disk below a device was told to empty its cache: "flush requests completed" of
+/// Documentation/block/stat.rst.
+fn flushes(device: &LoopDevice) -> u64 {
+    let name = device.0.file_name().unwrap().to_str().unwrap();
+    let stat = std::fs::read_to_string(format!("/sys/block/{name}/stat")).unwrap();
+    stat.split_whitespace().nth(15).unwrap().parse().unwrap()
+}
+
+/// Shows H3: a loop device has no FUA.
+#[test]
+fn a_stable_write_to_a_device_without_fua_costs_one_flush_and_by_pwritev2_with_dsync_two() {
+    for (engine, stable, expected) in [
+        (EngineChoice::Auto, StableBy::Auto, 1),
+        (EngineChoice::Blocking, StableBy::Auto, 1),
+        (EngineChoice::Blocking, StableBy::Dsync, 2),
+    ] {
+        let image = TestImage::new(BYTES);
+        let Some(device) = LoopDevice::new(&image.path, 512) else { return };
+        let asked = DiskOptions { engine, stable, ..options(&device, "directsync") };
+        let mut rig = Rig::live(Arc::new(Image::open(&asked).unwrap()), FEATURES);
+        let before = flushes(&device);
+        assert_eq!(rig.write_sectors(16, &[7; 4096]), OK);
+        assert_eq!(flushes(&device) - before, expected, "{engine:?} {stable:?}");
+    }
+}
+
 #[test]
 fn a_smaller_block_size_than_the_device_can_do_is_refused() {
     let image = TestImage::new(BYTES);
@@ -81,6 +109,7 @@ fn a_mounted_device_cannot_be_written_by_a_guest_but_read() {
 
 /// The fsync trap for real: a device that runs out of space behind the page cache. The first
 /// fdatasync fails, the kernel calls the lost pages clean, and a second one would succeed.
+/// Shows E1.
 #[test]
 fn a_real_sync_error_is_latched_though_the_kernel_forgets_it() {
     for mode in ["writeback", "writethrough", "none", "directsync"] {
@@ -154,6 +183,7 @@ fn hanging_guest(device: &LoopDevice, kernel: &Path) -> Child {
 
 /// The same through the binary: the exit status says that data was lost, at the end and at the
 /// next start.
+/// Shows E3 and E4.
 #[test]
 fn a_failed_last_fdatasync_is_the_exit_status() {
     if File::options().read(true).write(true).open("/dev/kvm").is_err() {

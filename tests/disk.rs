@@ -38,8 +38,8 @@ fn taken(log: &Log) -> Vec<Kind> {
     std::mem::take(&mut log.lock().unwrap())
 }
 
-/// What one write must be on the host, by mode, negotiation and the writeback byte: the table of
-/// the requirements, written out.
+/// What one write must be on the host, by mode, negotiation and the writeback byte.
+/// Shows B5, B7, H1 and H2.
 #[test]
 fn each_write_is_the_host_operations_that_its_mode_promises() {
     use Kind::{Fdatasync, Write, WriteDsync};
@@ -87,6 +87,7 @@ fn each_write_is_the_host_operations_that_its_mode_promises() {
     }
 }
 
+/// Shows B13.
 #[test]
 fn erases_are_made_stable_where_writes_are() {
     for policy in &POLICIES {
@@ -105,6 +106,7 @@ fn erases_are_made_stable_where_writes_are() {
     }
 }
 
+/// Shows B6.
 #[test]
 fn the_guests_change_to_writethrough_counts_at_once_and_syncs_what_was_before() {
     for mode in ["none", "writeback"] {
@@ -122,6 +124,7 @@ fn the_guests_change_to_writethrough_counts_at_once_and_syncs_what_was_before() 
     }
 }
 
+/// Shows B4.
 #[test]
 fn reset_restores_the_configured_writeback_byte_and_its_meaning() {
     for policy in &POLICIES {
@@ -137,6 +140,7 @@ fn reset_restores_the_configured_writeback_byte_and_its_meaning() {
     }
 }
 
+/// Shows E1 and E2.
 #[test]
 fn the_first_failed_fdatasync_fails_every_later_flush_and_stable_write_in_every_mode() {
     for mode in ["none", "writeback", "writethrough", "directsync"] {
@@ -169,6 +173,7 @@ fn the_first_failed_fdatasync_fails_every_later_flush_and_stable_write_in_every_
     }
 }
 
+/// Shows E1.
 #[test]
 fn a_failed_stable_write_latches_whichever_way_it_is_made_stable() {
     for (stable_by, failing) in [(StableBy::Dsync, Kind::WriteDsync), (StableBy::Fdatasync, Kind::Fdatasync)]
@@ -202,6 +207,7 @@ fn a_failed_write_that_promised_nothing_fails_alone() {
     }
 }
 
+/// Shows E5.
 #[test]
 fn an_interrupted_operation_is_done_again() {
     for kind in [Kind::Read, Kind::Write, Kind::WriteDsync, Kind::Fdatasync, Kind::Punch] {
@@ -218,6 +224,7 @@ fn an_interrupted_operation_is_done_again() {
     }
 }
 
+/// Shows E5.
 #[test]
 fn short_transfers_are_continued_to_the_last_byte() {
     for mode in ["none", "writeback", "directsync", "writethrough"] {
@@ -234,6 +241,7 @@ fn short_transfers_are_continued_to_the_last_byte() {
     }
 }
 
+/// Shows E5.
 #[test]
 fn a_transfer_that_gets_nowhere_or_claims_too_much_is_an_error() {
     for claim in [0, 511, 4097, 1 << 40] {
@@ -291,6 +299,7 @@ fn a_failing_fallocate_is_an_error_not_a_reason_to_try_something_else() {
     assert_eq!(image.content(), before);
 }
 
+/// Shows B16.
 #[test]
 fn a_truncated_image_fails_reads_and_the_rest_goes_on() {
     let image = TestImage::new(IMAGE_BYTES);
@@ -298,8 +307,10 @@ fn a_truncated_image_fails_reads_and_the_rest_goes_on() {
     File::options().write(true).open(&image.path).unwrap().set_len(IMAGE_BYTES / 2).unwrap();
     assert_eq!(rig.read_sectors(IMAGE_BYTES / 512 - 8, 4096).0, IOERR);
     assert_eq!(rig.read_sectors(3, 512), (OK, vec![pattern(3); 512]));
+    assert_eq!(rig.config(0, 8), IMAGE_BYTES / 512, "the capacity stays");
 }
 
+/// Shows E4.
 #[test]
 fn the_end_is_an_fdatasync_except_where_flushes_are_ignored() {
     for policy in &POLICIES {
@@ -322,6 +333,7 @@ fn open_error(options: &DiskOptions) -> String {
     text
 }
 
+/// Shows D4 and R21.
 #[test]
 fn images_that_cannot_be_are_refused_with_the_reason_and_the_remedy() {
     let dir = test_dir();
@@ -359,6 +371,7 @@ fn images_that_cannot_be_are_refused_with_the_reason_and_the_remedy() {
     assert!(open_error(&buffered).contains("block size of 4096"));
 }
 
+/// Shows D5.
 #[test]
 fn a_writer_locks_out_everybody_and_readers_share() {
     let image = TestImage::new(IMAGE_BYTES);
@@ -374,6 +387,7 @@ fn a_writer_locks_out_everybody_and_readers_share() {
     assert!(Image::open(&image.options("none")).is_ok());
 }
 
+/// Shows H1.
 #[test]
 fn each_mode_opens_with_its_flags() {
     let image = TestImage::new(IMAGE_BYTES);

@@ -491,6 +491,7 @@ fn one_request_larger_than_any_bounce_moves_whole() {
     }
 }
 
+/// Shows B9.
 #[test]
 fn a_readonly_disk_says_so_refuses_writes_and_takes_flushes() {
     let test = TestImage::new(MIB);

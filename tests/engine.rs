@@ -71,6 +71,7 @@ impl log::Log for Lines {
 
 static LINES: Lines = Lines(AtomicUsize::new(0));
 
+/// Shows R18.
 #[test]
 fn a_guest_that_breaks_its_ring_again_and_again_does_not_fill_the_log() {
     log::set_logger(&LINES).unwrap();

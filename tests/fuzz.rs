@@ -67,11 +67,13 @@ fn check(name: &str, runs: u64) {
     println!("{name}: {kept} inputs that were kept, {runs} by chance");
 }
 
+/// Shows Q4 and R9.
 #[test]
 fn a_disk_over_mmio_keeps_its_promises_whatever_a_guest_does() {
     check("mmio", 400);
 }
 
+/// Shows Q4 and R9.
 #[test]
 fn a_disk_over_pci_keeps_its_promises_whatever_a_guest_does() {
     check("pci", 400);

@@ -281,6 +281,7 @@ fn a_dsync_write_is_stable_by_itself_and_speaks_for_no_other() {
     assert!(image.latch.check().is_ok());
 }
 
+/// Shows E7.
 #[test]
 fn of_two_syncs_at_once_none_counts_before_both_are_judged() {
     for (first, second, expected) in [

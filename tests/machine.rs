@@ -142,6 +142,7 @@ fn disk(mode: &str) -> (TestImage, Arc<Image>, Arc<WriteCache>) {
     (test, image, cache)
 }
 
+/// Shows B6.
 #[test]
 fn a_write_across_a_change_of_writeback_gets_the_stricter_side() {
     for policy in &POLICIES {
@@ -170,6 +171,7 @@ fn a_write_across_a_change_of_writeback_gets_the_stricter_side() {
     }
 }
 
+/// Shows E7.
 #[test]
 fn when_a_sync_fails_on_one_queue_no_promise_of_another_is_kept() {
     type Start = fn(&mut Queue);
@@ -210,6 +212,7 @@ fn when_a_sync_fails_on_one_queue_no_promise_of_another_is_kept() {
     }
 }
 
+/// Shows E2.
 #[test]
 fn after_a_failed_sync_nothing_that_must_be_stable_is_even_begun() {
     let (_test, image, cache) = disk("none");
@@ -310,6 +313,7 @@ fn an_engine_that_ends_what_it_was_never_given_is_not_trusted_again() {
     assert_eq!(queue.completed(), [(1, false)]);
 }
 
+/// Shows B6.
 #[test]
 fn the_sync_at_a_change_to_writethrough_is_waited_for_and_its_failure_latches() {
     let (_test, image, cache) = disk("none");
@@ -343,6 +347,7 @@ fn short_zeroes_go_on_from_the_last_whole_block() {
     assert_eq!(queue.completed(), [(1, false)], "less than a block is no progress");
 }
 
+/// Shows H2.
 #[test]
 fn writes_in_flight_share_one_sync_that_starts_after_all_of_them_ended() {
     for (stable_by, lone) in [(StableBy::Group, Kind::Write), (StableBy::Auto, Kind::WriteDsync)] {

@@ -1,11 +1,16 @@
-//! Every malformed chain and every broken ring of the requirements (part 7), through a driver of our
+//! Every malformed chain and every broken ring (the rules R of `docs/requirements.md`), through a driver of our
 //! own against the live device: each gets its answer, and the device goes on.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
 
 mod common;
 
+use std::sync::{Arc, OnceLock};
+
 use common::driver::*;
+use common::engines::{Fate, Scripted};
 use common::images::{TestImage, pattern};
+use minivmm::disk::machine::StableBy;
+use minivmm::mem::{self, Ram};
 
 /// A descriptor without its next: address, length, flags.
 type Part = (u64, u32, u16);
@@ -26,6 +31,7 @@ fn assert_alive(rig: &mut Rig, context: &str) {
 }
 
 /// Chains that can be followed but are no request: IOERR, or whatever the table says, and alive.
+/// Shows Q3, Q5, R3, R5, R9 and R10.
 #[test]
 fn malformed_requests_get_an_error_and_the_device_goes_on() {
     let (image, mut rig) = rig("none", FEATURES);
@@ -82,6 +88,7 @@ fn malformed_requests_get_an_error_and_the_device_goes_on() {
 
 /// What makes the ring impossible to follow: NEEDS_RESET, told by a configuration interrupt, and a
 /// reset makes the device whole again.
+/// Shows S2, Q5, Q7, R1, R2, R3, R4, R6, R7 and R9.
 #[test]
 fn a_broken_ring_asks_for_a_reset_and_survives_it() {
     type Breaks = fn(&mut Rig);
@@ -185,6 +192,7 @@ fn a_broken_ring_asks_for_a_reset_and_survives_it() {
     assert_eq!(image.content(), before);
 }
 
+/// Shows Q7 and R6.
 #[test]
 fn an_indirect_table_that_was_not_negotiated_breaks_the_ring() {
     let (_image, mut rig) = rig("none", F_FLUSH);
@@ -197,6 +205,7 @@ fn an_indirect_table_that_was_not_negotiated_breaks_the_ring() {
     assert!(rig.needs_reset());
 }
 
+/// Shows R8.
 #[test]
 fn the_same_head_many_times_in_flight_is_completed_as_often() {
     let (_image, mut rig) = rig("none", FEATURES);
@@ -212,6 +221,7 @@ fn the_same_head_many_times_in_flight_is_completed_as_often() {
     assert_alive(&mut rig, "the same head in flight");
 }
 
+/// Shows R9 and R12.
 #[test]
 fn buffers_may_overlap_each_other_the_header_and_the_rings() {
     let (_image, mut rig) = rig("none", FEATURES);
@@ -237,6 +247,51 @@ fn buffers_may_overlap_each_other_the_header_and_the_rings() {
     rig.wait_interrupt();
     rig.start(FEATURES);
     assert_alive(&mut rig, "data over the used ring");
+}
+
+/// All that describes a request is overwritten when the host begins with it. Shows R13.
+#[test]
+fn a_request_is_what_it_was_when_it_was_taken_whatever_the_guest_makes_of_it_later() {
+    const SECTOR: u64 = 40;
+    for (kind, direction, written, expected) in
+        [(IN, WRITE, 513, pattern(SECTOR)), (OUT, 0, 1, 0x5a), (WRITE_ZEROES, 0, 1, 0)]
+    {
+        let image = TestImage::new(IMAGE_BYTES);
+        let opened = image.open("none");
+        let shared = Arc::new(OnceLock::<Ram>::new());
+        let ram = Arc::clone(&shared);
+        let script = move |_, _| {
+            for (addr, bytes) in [(HEADER, 16), (DESC, 16 * 16), (AVAIL + 4, 2 * 16)] {
+                mem::write_bytes(ram.get().unwrap(), addr, &vec![0xee; bytes]).unwrap();
+            }
+            Fate::Real
+        };
+        let (engine, log) = Scripted::with_log(&opened, Box::new(script));
+        let mut rig = Rig::with_engine(opened, engine, StableBy::Dsync);
+        assert!(shared.set(rig.ram.clone()).is_ok());
+        rig.start(FEATURES);
+        rig.fill(DATA, 0x5a, 512);
+        if kind == WRITE_ZEROES {
+            rig.poke(DATA, &[SECTOR.to_le_bytes(), 1u64.to_le_bytes()].concat());
+        }
+        let bytes = if kind == WRITE_ZEROES { 16 } else { 512 };
+        rig.put_header(kind, SECTOR);
+        rig.put_chain(DESC, &[(HEADER, 16, 0), (DATA, bytes, direction), (STATUS_BYTE, 1, WRITE)]);
+        rig.fill(STATUS_BYTE, UNTOUCHED, 1);
+        rig.make_available(&[0]);
+        rig.ring_doorbell();
+        assert_eq!(rig.wait_used(), (0, written), "type {kind}");
+        assert_eq!(rig.peek(STATUS_BYTE, 1), [OK], "type {kind}");
+        assert_eq!(log.lock().unwrap().len(), 1, "type {kind}: one operation of the host");
+        let mut content = vec![pattern(SECTOR - 1); 512];
+        content.extend([[expected; 512], [pattern(SECTOR + 1); 512]].concat());
+        assert_eq!(image.content()[39 * 512..42 * 512], content, "type {kind}");
+        if kind == IN {
+            assert_eq!(rig.peek(DATA, 512), [expected; 512]);
+        }
+        rig.start(FEATURES);
+        assert_alive(&mut rig, "a request that changed");
+    }
 }
 
 #[test]
@@ -275,6 +330,7 @@ fn put_get_id(rig: &Rig) {
     rig.put_desc(DESC, 5, (STATUS_BYTE + 1, 1, WRITE, 0));
 }
 
+/// Shows R17.
 #[test]
 fn a_queue_that_is_never_empty_keeps_no_request_from_its_answer() {
     let (_image, mut rig) = rig("none", FEATURES);
@@ -307,6 +363,7 @@ fn a_queue_that_is_never_empty_keeps_no_request_from_its_answer() {
     assert_alive(&mut rig, "a queue that is never empty");
 }
 
+/// Shows R17.
 #[test]
 fn a_storm_on_one_disk_leaves_another_answering() {
     use std::sync::atomic::{AtomicU64, Ordering};

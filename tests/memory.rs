@@ -82,6 +82,7 @@ proptest! {
     }
 }
 
+/// Shows R3 and R4.
 #[test]
 fn what_is_not_wholly_in_ram_is_no_piece() {
     let ram = ram();
@@ -140,6 +141,7 @@ fn ram_lives_as_long_as_a_piece_of_it() {
     std::thread::spawn(move || assert_eq!(content(&iov), [7; 100])).join().unwrap();
 }
 
+/// Shows R20.
 #[test]
 fn a_pool_never_hands_out_what_somebody_still_has_or_what_somebody_left() {
     for align in [512, 4096] {
@@ -177,6 +179,7 @@ fn a_pool_never_hands_out_what_somebody_still_has_or_what_somebody_left() {
     }
 }
 
+/// Shows R12.
 #[test]
 fn copies_race_with_their_source_and_bring_each_byte_old_or_new() {
     let ram = ram();

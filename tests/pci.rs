@@ -135,6 +135,7 @@ impl Function {
     }
 }
 
+/// Shows P1.
 #[test]
 fn it_is_a_modern_block_device_without_an_interrupt_pin() {
     let mut function = Function::new();
@@ -215,7 +216,7 @@ fn an_enabled_queue_stays_as_it_is() {
     assert_eq!((function.get(0x1c, 2), function.get(0x18, 2), function.get(STATUS, 1)), (0, 256, 0));
 }
 
-/// P7.
+/// Shows P7.
 #[test]
 fn any_event_is_mapped_to_any_vector_and_unmapped_by_reset() {
     let mut function = Function::new();
@@ -300,7 +301,7 @@ fn a_masked_vector_is_pending_until_it_is_unmasked_or_the_device_reset() {
     assert!(function.sent().is_empty(), "no notification after a reset (virtio 2.4.1)");
 }
 
-/// P8.
+/// Shows P8.
 #[test]
 fn the_window_makes_the_access_that_it_describes_and_no_other() {
     let mut function = Function::new();

@@ -156,6 +156,7 @@ fn dirty_pages(image: &Image) -> Option<u64> {
     (result == 0).then(|| counts[1] + counts[2])
 }
 
+/// Shows B15.
 #[test]
 fn mq_is_offered_with_its_number_where_there_are_several() {
     let test = TestImage::new(1 << 20);
@@ -173,6 +174,7 @@ fn mq_is_offered_with_its_number_where_there_are_several() {
     }
 }
 
+/// Shows B17.
 #[test]
 fn a_flush_on_one_queue_covers_what_is_complete_on_all() {
     for engine in ENGINES {

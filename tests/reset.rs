@@ -81,6 +81,7 @@ impl Engine for Slow {
     }
 }
 
+/// Shows S10 and R15.
 #[test]
 fn whatever_stops_a_queue_waits_for_the_io_in_flight_and_then_leaves_memory_alone() {
     type Stop = (&'static str, fn(&mut Rig));

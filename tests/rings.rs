@@ -1,6 +1,7 @@
 //! The split virtqueue from the driver's side: when it is told (virtio 2.7.7, 2.7.10), what the walk
 //! over chains finds (virtio-queue's iterator is the oracle for well-formed ones), and that no
-//! sequence of accesses and no ring content brings the device down (part 7 of the requirements).
+//! sequence of accesses and no ring content brings the device down (the rules R of
+//! `docs/requirements.md`).
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
 
 mod common;
@@ -62,6 +63,7 @@ fn notifications(rig: &mut Rig, count: u16) -> u64 {
     rig.irq.read().unwrap_or(0)
 }
 
+/// Shows Q8.
 #[test]
 fn without_event_idx_each_batch_is_told_unless_the_driver_says_no() {
     for put in [put_get_id, put_read] {
@@ -81,6 +83,7 @@ fn without_event_idx_each_batch_is_told_unless_the_driver_says_no() {
     }
 }
 
+/// Shows Q8.
 #[test]
 fn with_event_idx_the_driver_is_told_exactly_when_its_event_is_passed() {
     for put in [put_get_id, put_read] {
@@ -109,6 +112,7 @@ fn with_event_idx_the_driver_is_told_exactly_when_its_event_is_passed() {
     }
 }
 
+/// Shows Q8.
 #[test]
 fn events_are_exact_where_the_indices_wrap() {
     for (used_event, told) in [(0xfff9, 0), (0xfffa, 1), (0xffff, 1), (0, 1), (8, 1), (9, 1), (10, 0)] {
@@ -130,6 +134,7 @@ fn events_are_exact_where_the_indices_wrap() {
     }
 }
 
+/// Shows Q10.
 #[test]
 fn the_device_asks_for_the_doorbell_whenever_it_is_idle() {
     for (features, event_idx) in [(0, false), (F_EVENT_IDX, true)] {
@@ -225,6 +230,7 @@ fn oracle(ram: &Ram) -> (u16, Vec<Segment>, Vec<Segment>) {
     )
 }
 
+/// Shows Q6.
 #[test]
 fn our_walk_and_virtio_queues_find_the_same_in_every_well_formed_chain() {
     let (_image, rig) = rig();
@@ -318,6 +324,7 @@ fn act(rig: &mut Rig, what: &Act) {
     }
 }
 
+/// Shows R22.
 #[test]
 fn nothing_a_guest_does_brings_the_device_down() {
     let (test, rig) = rig();

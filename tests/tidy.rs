@@ -2,6 +2,9 @@
 //! file contains (`docs/architecture.md`; the map of the crate is `src/lib.rs`).
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
+#[path = "tidy/requirements.rs"]
+mod requirements;
+
 use std::path::{Path, PathBuf};
 
 /// Which modules of the crate each module may name. Dependencies point down; a module may always

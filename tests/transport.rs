@@ -1,5 +1,5 @@
-//! The register and status machine and its mmio map, as tables over parts 1.1 and 1.3 of virtio's
-//! rules for devices (2.1 to 2.5, 3.1, 4.2.2). Rings are in `rings.rs`, drains in `reset.rs`.
+//! The register and status machine and its mmio map, as tables over the rules S and M of
+//! `docs/requirements.md` (virtio 2.1 to 2.5, 3.1, 4.2.2). Rings are in `rings.rs`, drains in `reset.rs`.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
 
 mod common;
@@ -82,6 +82,7 @@ fn works(rig: &mut Rig) {
     assert_eq!((status, data[0], data[4095]), (OK, pattern(8), pattern(15)));
 }
 
+/// Shows M7 and R16.
 #[test]
 fn an_access_of_any_width_anywhere_is_answered_and_only_aligned_words_reach_registers() {
     for (state, _image, mut rig) in states() {
@@ -108,6 +109,7 @@ fn an_access_of_any_width_anywhere_is_answered_and_only_aligned_words_reach_regi
     }
 }
 
+/// Shows M1, M8 and M9.
 #[test]
 fn it_says_what_it_is_and_cannot_be_told_otherwise() {
     for (state, _image, mut rig) in states() {
@@ -126,6 +128,7 @@ fn it_says_what_it_is_and_cannot_be_told_otherwise() {
     }
 }
 
+/// Shows S5, S11, Q12 and B1.
 #[test]
 fn each_kind_of_disk_offers_its_features_and_no_others() {
     for (readonly, discard, expected) in [
@@ -139,6 +142,7 @@ fn each_kind_of_disk_offers_its_features_and_no_others() {
     }
 }
 
+/// Shows M6.
 #[test]
 fn feature_pages_from_2_on_read_0_and_take_nothing() {
     let (_image, mut rig) = rig();
@@ -159,6 +163,7 @@ fn feature_pages_from_2_on_read_0_and_take_nothing() {
     assert_eq!(rig.read(reg::STATUS), ACKNOWLEDGE | DRIVER | FEATURES_OK);
 }
 
+/// Shows S4, S6 and B2.
 #[test]
 fn every_subset_of_the_offer_is_accepted_if_version_1_is_in_it() {
     let (_image, mut rig) = rig();
@@ -178,6 +183,7 @@ fn every_subset_of_the_offer_is_accepted_if_version_1_is_in_it() {
     }
 }
 
+/// Shows S4.
 #[test]
 fn a_feature_that_was_not_offered_is_refused_whatever_comes_with_it() {
     let (_image, mut rig) = rig();
@@ -199,6 +205,7 @@ fn a_feature_that_was_not_offered_is_refused_whatever_comes_with_it() {
     assert!(rig.negotiate(OFFERED) && rig.negotiate(OFFERED));
 }
 
+/// Shows S7.
 #[test]
 fn features_do_not_change_after_features_ok() {
     let (_image, mut rig) = rig();
@@ -221,6 +228,7 @@ fn features_do_not_change_after_features_ok() {
     assert!(rig.needs_reset(), "INDIRECT_DESC was not negotiated");
 }
 
+/// Shows S3.
 #[test]
 fn the_status_register_takes_each_step_and_gives_none_back() {
     let ready = ACKNOWLEDGE | DRIVER;
@@ -259,6 +267,7 @@ fn the_status_register_takes_each_step_and_gives_none_back() {
     works(&mut rig);
 }
 
+/// Shows S7 and S8.
 #[test]
 fn configuration_space_is_readable_always_and_writable_after_features_ok() {
     let (_image, mut rig) = rig();
@@ -286,6 +295,7 @@ fn configuration_space_is_readable_always_and_writable_after_features_ok() {
     assert_eq!(after, before);
 }
 
+/// Shows S9 and R16.
 #[test]
 fn configuration_space_reads_alike_at_every_offset_and_width_and_0_past_its_end() {
     for (state, _image, mut rig) in states() {
@@ -301,6 +311,7 @@ fn configuration_space_reads_alike_at_every_offset_and_width_and_0_past_its_end(
     }
 }
 
+/// Shows M6 and R14.
 #[test]
 fn queues_that_are_not_there_read_0_and_take_nothing() {
     let (_image, mut rig) = rig();
@@ -323,6 +334,7 @@ fn queues_that_are_not_there_read_0_and_take_nothing() {
     assert_eq!(rig.read_sectors(8, 512).0, OK);
 }
 
+/// Shows Q1 and R14.
 #[test]
 fn a_queue_that_cannot_be_is_not_enabled() {
     let good = (16, DESC, AVAIL, USED);
@@ -379,6 +391,7 @@ fn a_queue_that_cannot_be_is_not_enabled() {
     works(&mut rig);
 }
 
+/// Shows M5 and R14.
 #[test]
 fn a_live_queue_does_not_change() {
     let (_image, mut rig) = rig();
@@ -398,6 +411,7 @@ fn a_live_queue_does_not_change() {
     }
 }
 
+/// Shows S11 and M5.
 #[test]
 fn a_stopped_queue_reads_not_ready_and_starts_again_only_after_reset() {
     let (_image, mut rig) = rig();
@@ -414,6 +428,7 @@ fn a_stopped_queue_reads_not_ready_and_starts_again_only_after_reset() {
     works(&mut rig);
 }
 
+/// Shows M3.
 #[test]
 fn reset_forgets_everything_the_driver_said() {
     for (state, _image, mut rig) in states() {
@@ -443,6 +458,7 @@ fn reset_forgets_everything_the_driver_said() {
     }
 }
 
+/// Shows M4.
 #[test]
 fn the_configuration_generation_changes_when_the_device_changes_a_field() {
     let (_image, mut rig) = rig();
@@ -468,6 +484,7 @@ fn the_configuration_generation_changes_when_the_device_changes_a_field() {
     assert!(changed(&mut rig), "CONFIG_WCE without FLUSH turns writeback off");
 }
 
+/// Shows M2.
 #[test]
 fn interrupt_status_stays_until_it_is_acknowledged_bit_by_bit() {
     let (_image, mut rig) = rig();
@@ -492,6 +509,7 @@ fn interrupt_status_stays_until_it_is_acknowledged_bit_by_bit() {
     assert_eq!(rig.read(reg::INTERRUPT_STATUS), 0);
 }
 
+/// Shows S2.
 #[test]
 fn a_broken_ring_sets_needs_reset_for_good_and_tells_the_driver() {
     let (_image, mut rig) = rig();
@@ -522,6 +540,7 @@ fn answers_given_before_the_ring_broke_are_told_too() {
     assert!(rig.needs_reset());
 }
 
+/// Shows Q10 and R14.
 #[test]
 fn notifications_without_a_reason_do_no_harm() {
     let (_image, mut rig) = rig();
@@ -545,6 +564,7 @@ fn notifications_without_a_reason_do_no_harm() {
     assert_eq!(rig.read(reg::STATUS), ALIVE);
 }
 
+/// Shows S1.
 #[test]
 fn no_buffer_is_consumed_before_driver_ok_and_all_are_after() {
     let (_image, mut rig) = rig();

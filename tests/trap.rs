@@ -55,6 +55,7 @@ fn told<'a>(outcome: &'a Outcome, name: &str) -> Option<&'a str> {
     lines.find_map(|line| line.strip_prefix("T ")?.strip_prefix(name)?.strip_prefix(' '))
 }
 
+/// Shows E1, E2 and E6.
 #[test]
 fn after_the_first_failed_flush_nothing_is_called_stable_though_the_host_would() {
     let place = Host::get().place();

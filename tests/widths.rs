@@ -323,6 +323,7 @@ proptest! {
         }
     }
 
+    /// Shows P3 and R16.
     #[test]
     fn the_common_configuration_is_its_bytes(
         acts in prop::collection::vec((any::<bool>(), 0..0x3c_u64, 1..=8_usize, any::<u64>(), 0..4_u8), 1..200)
@@ -566,6 +567,7 @@ fn an_access_beyond_the_region_ends() {
     }
 }
 
+/// Shows P6.
 #[test]
 fn the_isr_status_is_read_and_cleared_by_every_access_that_reaches_its_byte() {
     let (mut pci, probe, _) = function();
@@ -603,6 +605,7 @@ fn a_doorbell_is_rung_by_every_write_that_reaches_its_register() {
 }
 
 /// virtio 4.1.4.9.1: any access to the data is one of the length that the window says, to where it says.
+/// Shows P8.
 #[test]
 fn the_window_makes_its_access_for_every_access_that_reaches_its_data() {
     for length in [1_u32, 2, 4] {

@@ -28,7 +28,7 @@
  *   exit=N      exit code N, decimal, below 128
  *   reset       ACPI's reset register
  *   i8042       0xfe to port 0x64
- *   poweroff    ACPI's sleep control register, S5
+ *   poweroff    ACPI's sleep control register, soft off
  *   panic       pvpanic, port 0x505
  *   triple      a fault without an IDT
  *   hang        halts with interrupts off

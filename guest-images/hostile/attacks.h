@@ -6,7 +6,7 @@
 /* One attack: PREPARE fills descriptors from 0 on; the runner offers them, or, where EXPECTED is SELF, the attack
  * does all of it. */
 struct attack {
-	/* Of part 7 of the requirements, "R1". */
+	/* The rule of docs/requirements.md that it tries to break, "R1". */
 	const char *rule;
 	const char *name;
 	void (*prepare)(void);

@@ -1,5 +1,6 @@
 /*
- * The hostile guest: every attack of the requirements' part 7 on one disk, and after each a good request.
+ * The hostile guest: attacks one disk, on every rule from R1 to R23 (docs/requirements.md). A good request follows
+ * each attack.
  *
  * Command line: transport=mmio|pci [mmio=BASE] ring=0|3 tsc_khz=N ram=END [only=RULE] [again=1]. One line an attack on
  * COM1. Sectors 0, 3 and 64 to 1151 of the disk are its own; a test sees that the others are as before. With again=1

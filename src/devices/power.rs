@@ -25,7 +25,7 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 pub struct AcpiRegisters;
 
 impl BusDevice for AcpiRegisters {
-    /// The status never shows a wake-up, because S5 is all there is.
+    /// The status never shows a wake-up, because soft off is the only sleep state.
     fn read(&mut self, _offset: u64, _data: &mut [u8]) {}
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {

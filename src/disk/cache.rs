@@ -169,7 +169,7 @@ impl WriteCache {
 mod tests {
     use super::*;
 
-    /// The table of the requirements, written out: (flush, config_wce, wb at submit, at completion)
+    /// B5 to B8, written out: (flush, config_wce, wb at submit, at completion)
     /// to must-be-stable for {none, writeback}, {writethrough, directsync}, {unsafe}.
     #[rustfmt::skip]
     const TABLE: [(bool, bool, bool, bool, bool, bool, bool); 16] = [
@@ -191,6 +191,7 @@ mod tests {
         (true,  true,  true,  true,  false, false, false),
     ];
 
+    /// Shows B5, B6 and B8.
     #[test]
     fn the_stability_rule_holds_over_its_whole_domain() {
         for (flush, config_wce, submit, completion, volatile_modes, through_modes, unsafe_mode) in TABLE {
@@ -207,6 +208,7 @@ mod tests {
         }
     }
 
+    /// Shows H1.
     #[test]
     fn the_five_rows_are_those_of_the_table() {
         let rows: Vec<_> =
@@ -223,6 +225,7 @@ mod tests {
         );
     }
 
+    /// Shows B4.
     #[test]
     fn reset_restores_the_configured_writeback_byte() {
         for policy in &POLICIES {
@@ -237,6 +240,7 @@ mod tests {
         }
     }
 
+    /// Shows B2.
     #[test]
     fn the_writeback_byte_is_the_guests_only_with_config_wce() {
         let cache = WriteCache::new(&POLICIES[0]);

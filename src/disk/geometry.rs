@@ -1,8 +1,8 @@
 //! How big the image is, and how transfers must be aligned for it.
 //!
 //! Owns capacity checks (R11) and the probing of O_DIRECT's alignment, in this order:
-//! STATX_DIOALIGN, the block device's logical block, reads that try, 4096 (part 3 of the
-//! requirements). Knows nothing of modes.
+//! STATX_DIOALIGN, the block device's logical block, reads that try, 4096 (D1). Knows nothing of
+//! modes.
 
 use std::fs::File;
 use std::io;
@@ -194,6 +194,7 @@ mod tests {
         Geometry { capacity_sectors, logical_block: offset, physical_block: 4096, alignment }
     }
 
+    /// Shows R11.
     #[test]
     fn only_whole_sectors_inside_the_capacity_are_ranges() {
         let disk = geometry(16, 512);
@@ -215,6 +216,19 @@ mod tests {
         ] {
             assert_eq!(disk.check(sector, bytes).is_some(), inside, "{sector} {bytes}");
         }
+    }
+
+    /// Shows D1, where neither statx nor the device tells.
+    #[test]
+    fn the_finest_reads_that_succeed_are_the_alignment_and_without_any_it_is_4096() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(8192).unwrap();
+        let readable = File::open(file.path()).unwrap();
+        let found = probe_by_reading(&Arc::new(readable));
+        assert_eq!(found, Alignment { memory: 512, offset: 512, found_by: "reads that tried" });
+        let unreadable = File::options().write(true).open(file.path()).unwrap();
+        let assumed = probe_by_reading(&Arc::new(unreadable));
+        assert_eq!(assumed, Alignment { memory: 4096, offset: 4096, found_by: "assumed" });
     }
 
     #[test]

@@ -174,7 +174,7 @@ impl Image {
         warnings: Vec<String>,
     ) -> Self {
         let has_name = kind == Kind::File && file.metadata().is_ok_and(|found| found.nlink() > 0);
-        // A disk without FUA is flushed before and after a DSYNC write of the raw device (part 2.3).
+        // A pwritev2 with RWF_DSYNC flushes the disk of a raw device without FUA twice (H3).
         let dsync_is_one_flush = kind == Kind::File || geometry::has_fua(&file).unwrap_or(true);
         Self {
             file,

@@ -3,11 +3,11 @@
 //! The kernel tells an error of writeback once: to one fdatasync, or stable write, while others that
 //! were in flight with it succeed. So a success counts only when every sync that was open at its
 //! end has been judged too; until then it is held ([`SyncLatch::open_now`]), and the queue that holds
-//! it may sleep: the judge of the last of them rings for it ([`SyncLatch::ring_when_settled`]).
+//! it may sleep: the judge of the last of them rings for it ([`SyncLatch::ring_when_settled`], E7).
 //!
-//! After a failed fdatasync the kernel has marked the lost pages clean, and the next one succeeds
-//! (part 2.6 of the requirements): so an error is never retried, and from then on no FLUSH and no
-//! stable write of this disk is reported OK (E1, E2), in every mode and on every queue.
+//! After a failed fdatasync the kernel has marked the lost pages clean, and the next one succeeds: so
+//! an error is never retried, and from then on no FLUSH and no stable write of this disk is reported
+//! OK (E1, E2), in every mode and on every queue.
 
 use std::io;
 use std::sync::{Arc, PoisonError};
@@ -166,6 +166,7 @@ mod tests {
         assert_eq!(latch.check().unwrap_err().raw_os_error(), Some(libc::ENOSPC));
     }
 
+    /// Shows E7.
     #[test]
     fn a_success_is_settled_when_all_syncs_that_were_open_are_judged() {
         let latch = SyncLatch::default();

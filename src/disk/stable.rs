@@ -167,6 +167,7 @@ mod tests {
         assert!(group.is_idle());
     }
 
+    /// Shows H2.
     #[test]
     fn a_flush_waits_for_no_write_but_for_the_running_sync() {
         let mut group = Group::default();

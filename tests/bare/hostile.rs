@@ -162,12 +162,14 @@ fn attack(transport: &str, keys: &str) {
     let (descriptors, threads) = (running.descriptors(), running.threads());
     let (result, attacks) = running.line("result ");
     let rules: BTreeSet<&str> = attacks.iter().filter_map(|line| line.split(' ').next()).collect();
+    // R13 among them, with requests that change while they are read.
     for rule in 1..=23 {
         assert!(rules.contains(format!("R{rule}").as_str()), "{what}: R{rule} is not among {rules:?}");
     }
     assert!(attacks.iter().all(|line| line.ends_with("alive")), "{what}: {attacks:#?}");
     assert!(result.contains(&format!("attacks={}", attacks.len())), "{what}: {result}");
     assert!(!result.ends_with("console=0"), "{what}: {result}");
+    // What the guest has made us use, at its most (R23).
     let most = running.status("VmHWM");
     // Fixed buffers are all of the guest's memory, pinned.
     let guests = if keys.contains("buffers=fixed") { 128 << 10 } else { GUEST_USES_KIB };
@@ -227,6 +229,7 @@ fn every_attack_in_the_modes_that_use_the_page_cache_and_with_discard() {
     }
 }
 
+/// Shows R21.
 #[test]
 fn what_a_guest_writes_to_its_first_sector_is_never_taken_for_a_format() {
     if !kvm() {

@@ -68,6 +68,7 @@ const KEYS: [(&str, bool); 6] = [
     ("cache=writeback,engine=sync", false),
 ];
 
+/// Shows E5.
 #[test]
 fn a_full_host_disk_is_told_to_the_guest_and_when_there_is_room_again_all_is_well() {
     if !kvm() {

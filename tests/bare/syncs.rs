@@ -85,6 +85,7 @@ const CHOICES: [(&str, bool, bool, bool); 6] = [
     ("wb=1", false, false, true),
 ];
 
+/// Shows B8 and H1.
 #[test]
 fn the_host_syncs_as_often_as_mode_and_negotiation_demand() {
     if !kvm() {

@@ -165,6 +165,7 @@ fn kept_seeds_stay_good() {
 }
 
 /// The control: where FLUSH is ignored the harness must see it, or it is blind.
+/// Shows B7.
 #[test]
 fn unsafe_is_seen_to_break_its_promise() {
     let ram = driver::ram();

@@ -43,6 +43,7 @@ fn try_all(
     explore(kind, &*rings, &*rings, without)
 }
 
+/// Shows Q11.
 #[test]
 fn no_wakeup_is_lost_in_any_order_of_loads_and_stores() {
     for kind in [Kind::Tso, Kind::C11] {
@@ -60,6 +61,7 @@ fn no_wakeup_is_lost_in_any_order_of_loads_and_stores() {
 }
 
 /// What each taken part is needed for, and from which model on.
+/// Shows Q11.
 #[test]
 fn each_fence_and_each_order_is_needed() {
     let both = &[Kind::Tso, Kind::C11][..];

@@ -3,8 +3,7 @@
 //! Owns the order of the entries, for all queues of the disk together. An entry that ended stands before
 //! a flush only if it had ended before that fdatasync was handed to an engine; a flush, or a write with
 //! RWF_DSYNC, counts only when every sync that was open at its end has been judged too, because the
-//! kernel tells an error once (part 2.6 of the requirements). After a failed sync nothing in the log is
-//! called stable any more.
+//! kernel tells an error once (E7). After a failed sync nothing in the log is called stable any more.
 //!
 //! ```text
 //! write ends ───────────────────┐
