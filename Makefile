@@ -61,9 +61,7 @@ test: test-deps lint build guest-all guest-small
 	done
 	@echo "The suites without a kernel over virtio-pci."
 	@MINIVMM_TRANSPORT=pci cargo test --release --locked --quiet $(PCI_SUITES)
-	@# Seed 33723 is an open fault: a drain beside another queue's failed sync sleeps for ever. Until it is mended, the
-	@# seeds below it run here, and MINIVMM_SEEDS=40000 shows it.
-	@MINIVMM_SEEDS=30000 cargo test --release --locked --features mutants --test durability --test fences
+	@cargo test --release --locked --features mutants --test durability --test fences
 	@case $$(guest-images/which-host) in \
 		directly*) kernels="job kernel" ;; \
 		*) kernels="job:arguments_environment" ;; \

@@ -321,9 +321,15 @@ impl<'a> World<'a> {
     }
 
     /// Nothing is with the host; whether every worker sleeps, or has ended, and stays so.
+    ///
+    /// A worker that only now goes to sleep, or ends, may have rung for another that this loop has already
+    /// seen asleep: it counts as a worker that moved.
     fn is_at_rest(&mut self) -> Result<bool, Violation> {
         for queue in 0..self.plan.queues {
-            if !matches!(self.resume(queue)?, Some(Pause::Sleeps) | None) {
+            let worker = &self.workers[queue];
+            let was_at_rest = worker.sleeps || worker.fiber.is_done();
+            let is_at_rest = matches!(self.resume(queue)?, Some(Pause::Sleeps) | None);
+            if !was_at_rest || !is_at_rest {
                 return Ok(false);
             }
         }
