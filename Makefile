@@ -36,7 +36,7 @@ build:
 
 # Debian's packages that the rest needs: what is missing is installed, by root or with sudo.
 PACKAGES := gcc make libc6-dev xz-utils zstd bzip2 cpio e2fsprogs strace fio openssh-client python3 \
-	lz4 flex bison bc libelf-dev shellcheck tmux acpica-tools procps
+	lz4 flex bison bc libelf-dev shellcheck tmux acpica-tools procps psmisc
 
 # What only the tests need: the peer that the auditor and --explain are compared with, what counts
 # instructions, the database that a loss of power is tried on, and what makes deliberate mistakes.
@@ -64,7 +64,7 @@ test: test-deps lint build guest-all guest-small
 	@cargo test --release --locked --features mutants --test durability --test fences
 	@case $$(guest-images/which-host) in \
 		directly*) kernels="job kernel" ;; \
-		*) kernels="job:arguments_environment" ;; \
+		*) kernels="job:arguments_environment kernel:power_off" ;; \
 	esac; [ "$$(id -u)" -ne 0 ] || tests/as-user $(USER_SUITES) $$kernels
 	@tests/as-user --userns $(USERNS_SUITES)
 
