@@ -76,7 +76,10 @@ const LINES: [(&str, Try); 23] = [
             says: &["slub_debug"],
         },
     ),
-    ("minivmm --disk img,fault=flush-fail=once", Try::Run(1, &["I/O error"])),
+    (
+        "minivmm --disk img,fault=flush-fail=once",
+        Try::Run(125, &["dd: /dev/vda: Input/output error", "may be lost"]),
+    ),
     ("truncate -s 64M fs.img && mkfs.ext4 -q fs.img && cp fs.img before.img", Try::Run(0, &[])),
     ("minivmm --disk fs.img,log-writes=fs.log", Try::Run(0, &[])),
     ("minivmm log fs.log", Try::Run(0, &["flush"])),

@@ -222,8 +222,11 @@ pub fn close(
         let result = work.result().unwrap_or_else(|| Err(io::Error::other("the thread panicked")));
         log::info!("{}: {}", disk.path.display(), disk.image.counters().summary());
         if let Err(source) = result {
-            log::error!("{}: the last fdatasync failed: {source}", disk.path.display());
-            failed = Err(StopError::Sync { path: disk.path.clone(), source });
+            let error = StopError::Sync { path: disk.path.clone(), source };
+            // One is returned; those of other disks are told here.
+            if let Err(earlier) = std::mem::replace(&mut failed, Err(error)) {
+                log::error!("{:#}", anyhow::Error::from(earlier));
+            }
         }
         if !disk.image.readonly() && disk.image.is_deleted() && failed.is_ok() {
             failed = Err(StopError::Deleted { path: disk.path.clone() });
