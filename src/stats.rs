@@ -56,6 +56,8 @@ struct DiskStats {
     readonly: bool,
     /// The image's last name has gone since it was opened.
     deleted: bool,
+    /// The least size that its file was found to have, where that is less than at the start.
+    cut_to_bytes: Option<u64>,
     engine: &'static str,
     stable: &'static str,
     queues: u16,
@@ -269,6 +271,7 @@ fn disk(name: String, image: &Image) -> DiskStats {
         cache: image.policy().name,
         readonly: image.readonly(),
         deleted: image.is_deleted(),
+        cut_to_bytes: image.cut().map(|(_, least)| least),
         engine: image.engine_in_use(),
         stable: image.stable().name(),
         queues: image.queues(),

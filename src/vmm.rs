@@ -45,7 +45,7 @@ pub use limits::BootTimeout;
 pub use preflight::Plan;
 use running::Run;
 use stop::StopError;
-use vanished::Names;
+use vanished::ImageFiles;
 
 /// What machine, with what guest.
 #[derive(Debug)]
@@ -253,11 +253,11 @@ fn run_logged(config: &Config, signals: &Signals, log: &KernelLog) -> Result<End
     let open = |target| stop::StatsReport::open(target, &config.files);
     let mut report = config.stats.as_ref().map(open).transpose()?;
     signals.started();
-    let mut names = Names::watch(&machine.disks);
+    let mut files = ImageFiles::watch(&machine.disks);
     let mut run = Run::new(&mut machine, signals, config)?;
     let ended = run
         .start(&mut machine, ticket)
-        .and_then(|()| run.supervise(&mut names, &machine, &mut || tell(report.as_mut(), &machine)));
+        .and_then(|()| run.supervise(&mut files, &machine, &mut || tell(report.as_mut(), &machine)));
     let stopped = run.stop(&machine);
     let observed = std::mem::replace(&mut run.observed, Ok(()));
     // What the guest said last may have come to us only when its device was stopped.

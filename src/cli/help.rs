@@ -36,7 +36,7 @@ Exit status:
   2      usage
   124    the guest has panicked
   125    minivmm or the host has failed: an image or output that is refused, a failed
-         last fdatasync, an image that was deleted while the VM ran
+         last fdatasync, an image that was deleted or cut while the VM ran
   126    --timeout has passed
   128+n  ended by signal n (SIGHUP 129, SIGINT 130, SIGTERM 143), in order; the
          first one counts, and later ones change nothing

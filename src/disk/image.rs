@@ -3,6 +3,7 @@
 //! Owns the descriptor, which stays open for the life of the process (E3), the checks before the
 //! first byte is touched, and the final fdatasync (E4).
 
+mod fate;
 mod opening;
 mod problem;
 
@@ -29,6 +30,7 @@ use super::stable::StableBy;
 use super::writelog::WriteLog;
 use crate::files::locks;
 use crate::text::shell_word;
+use fate::Fate;
 use opening::{
     Kind, check_access, check_flock, check_host_use, check_kind, flags_in_words, open_file, open_problem,
     wanted_flags,
@@ -70,8 +72,7 @@ pub struct Image {
     faults: Option<Arc<Faults>>,
     write_log: Option<WriteLog>,
     warnings: Vec<String>,
-    /// Whether it had a name when it was opened. What was deleted before is meant to be.
-    has_name: bool,
+    fate: Fate,
 }
 
 impl Image {
@@ -173,7 +174,7 @@ impl Image {
         geometry: Geometry,
         warnings: Vec<String>,
     ) -> Self {
-        let has_name = kind == Kind::File && file.metadata().is_ok_and(|found| found.nlink() > 0);
+        let fate = Fate::of(&file, kind);
         // A pwritev2 with RWF_DSYNC flushes the disk of a raw device without FUA twice (H3).
         let dsync_is_one_flush = kind == Kind::File || geometry::has_fua(&file).unwrap_or(true);
         Self {
@@ -204,7 +205,7 @@ impl Image {
             faults: options.fault.clone().map(|spec| Arc::new(Faults::new(spec))),
             write_log: None,
             warnings,
-            has_name,
+            fate,
         }
     }
 
@@ -363,7 +364,13 @@ impl Image {
     /// Whether its last name has gone since it was opened: it was deleted, or another file has taken its name. What
     /// is written to it then goes with the last descriptor.
     pub fn is_deleted(&self) -> bool {
-        self.has_name && self.file.metadata().is_ok_and(|found| found.nlink() == 0)
+        self.fate.is_deleted(&self.file)
+    }
+
+    /// The size in bytes that the image's file had when it was opened, and the least that it was found to have since,
+    /// where that is less: somebody has cut it, and what lay beyond is lost.
+    pub fn cut(&self) -> Option<(u64, u64)> {
+        self.fate.cut(&self.file)
     }
 
     /// Whether somebody else has locked the image so that [`Image::open`] would be refused.

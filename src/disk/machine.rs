@@ -370,6 +370,10 @@ impl Disk {
             }
             Next::Done(result) => {
                 let failed = matches!(result, Err(DiskError::Host { .. }));
+                // Now, because the next write may make the file as long as it was.
+                if let Err(DiskError::Short { .. }) = result {
+                    let _ = self.image.cut();
+                }
                 self.end_sync(covers, if failed { SyncEnd::Failed } else { SyncEnd::Void });
                 // Before the guest is told: what it now takes for written.
                 if result.is_ok() && !flight.stage.is_stable() {

@@ -25,10 +25,11 @@ impl fmt::Display for DiskStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let readonly = if self.readonly { ", readonly" } else { "" };
         let deleted = if self.deleted { ", its file deleted" } else { "" };
+        let cut = self.cut_to_bytes.map_or(String::new(), |bytes| format!(", its file cut to {bytes} bytes"));
         let (engine, stable, queues) = (self.engine, self.stable, self.queues);
         writeln!(
             f,
-            "{}: {}, cache={}, engine={engine}, stable={stable}, queues={queues}{readonly}{deleted}",
+            "{}: {}, cache={}, engine={engine}, stable={stable}, queues={queues}{readonly}{deleted}{cut}",
             self.name, self.path, self.cache
         )?;
         let asked = &self.requests;

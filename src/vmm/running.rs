@@ -17,7 +17,7 @@ use super::input::{Console, READ_BYTES_MAX, Wish};
 use super::job::JobEnd;
 use super::limits::{BootTimeout, Heard, Limits, Over, Standing};
 use super::stop::{self, Ender, Patience, StopError, VcpuThread};
-use super::vanished::Names;
+use super::vanished::ImageFiles;
 use super::watch::Watch;
 use super::{Config, ConsoleTarget, Ending, VmmError, host, pace};
 use crate::bus::Outcome;
@@ -121,14 +121,14 @@ impl<'a> Run<'a> {
     /// Waits for what ends the VM, and moves input meanwhile; `tell` tells the statistics.
     pub(super) fn supervise(
         &mut self,
-        names: &mut Names,
+        files: &mut ImageFiles,
         machine: &Machine,
         tell: &mut dyn FnMut(),
     ) -> Result<Ending, VmmError> {
         let mut retry = false;
         loop {
-            let left = self.limits.wait(Instant::now());
-            let timeout = if retry { Some(left.map_or(RETRY, |left| left.min(RETRY))) } else { left };
+            let waits = [self.limits.wait(Instant::now()), files.wait(), retry.then_some(RETRY)];
+            let timeout = waits.into_iter().flatten().min();
             let [signal, report, asked, typed, told, panic, renamed] = events::wait(
                 [
                     Some(self.signals.as_raw_fd()),
@@ -137,7 +137,7 @@ impl<'a> Run<'a> {
                     self.console.wants_to_read().then(|| self.stdin.as_raw_fd()),
                     self.job.as_ref().map(JobEnd::as_raw_fd),
                     Some(self.serial.alarm.as_raw_fd()),
-                    names.as_raw_fd(),
+                    files.as_raw_fd(),
                 ],
                 timeout,
             )
@@ -145,9 +145,9 @@ impl<'a> Run<'a> {
             if told && let Some(job) = &mut self.job {
                 job.listen();
             }
-            // Also with the statistics that a signal asks for: not every file system tells of it.
-            if renamed || signal {
-                names.look(&machine.disks);
+            // Also with the statistics that a signal asks for.
+            if renamed || signal || files.wait() == Some(Duration::ZERO) {
+                files.look(&machine.disks);
             }
             if let Some(ending) = signal.then(|| self.take_signals(tell)).flatten() {
                 return Ok(ending);

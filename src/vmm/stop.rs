@@ -64,6 +64,19 @@ pub enum StopError {
         /// As named on the command line.
         path: PathBuf,
     },
+    /// The image's file was cut.
+    #[error(
+        "disk image {path} was cut by another program, from {before} to {now} bytes, while the VM ran: what lay beyond \
+         is lost"
+    )]
+    Cut {
+        /// As named on the command line.
+        path: PathBuf,
+        /// Its bytes at the start.
+        before: u64,
+        /// The least that it had since.
+        now: u64,
+    },
     /// What was done is not wholly in the write log.
     #[error("the write log of disk image {path} could not be written: it ends too early")]
     Log {
@@ -228,8 +241,8 @@ pub fn close(
                 log::error!("{:#}", anyhow::Error::from(earlier));
             }
         }
-        if !disk.image.readonly() && disk.image.is_deleted() && failed.is_ok() {
-            failed = Err(StopError::Deleted { path: disk.path.clone() });
+        if failed.is_ok() && !disk.image.readonly() {
+            failed = is_whole(disk);
         }
         let image = Arc::clone(&disk.image);
         let mut work = ender.begin(move || image.close_log());
@@ -243,6 +256,15 @@ pub fn close(
         }
     }
     failed
+}
+
+/// Whether what the guest wrote is still there for whoever opens the image next.
+fn is_whole(disk: &OpenDisk) -> Result<(), StopError> {
+    let path = disk.path.clone();
+    if disk.image.is_deleted() {
+        return Err(StopError::Deleted { path });
+    }
+    disk.image.cut().map_or(Ok(()), |(before, now)| Err(StopError::Cut { path, before, now }))
 }
 
 /// Where the statistics go, opened before the guest runs: a path that cannot be is no surprise at

@@ -1,10 +1,12 @@
-//! An image whose name goes while the VM runs: deleted, or replaced by a rename.
+//! An image that goes while the VM runs: its file is deleted, replaced by a rename, or cut (`truncate -s`).
 //!
-//! Owns the notice. The kernel tells of it at once (inotify), where the file system can; else it is noticed with the
-//! statistics and at the end. No thread waits for it: the main loop has one more descriptor.
+//! Owns the notice. The kernel tells of a name at once (inotify), where the file system can. It tells of a size only
+//! among all writes of the guest's, so sizes are looked at every second, which also finds names that nobody told of.
+//! No thread waits for either: the main loop has one more descriptor, and wakes.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
@@ -12,36 +14,57 @@ use super::stop::OpenDisk;
 
 /// Bytes of events that are read at once. What they say is looked up anyway.
 const EVENTS_BYTES: usize = 4096;
+/// How often the files are looked at.
+const LOOK: Duration = Duration::from_secs(1);
 
-/// The images' names.
-pub struct Names {
-    changes: Option<OwnedFd>,
-    /// Of each disk, whether it is told.
-    told: Vec<bool>,
+/// The images' files.
+pub struct ImageFiles {
+    renamed: Option<OwnedFd>,
+    /// Of each disk, what is told.
+    told: Vec<Told>,
+    looked: Instant,
 }
 
-impl Names {
-    /// Watches the names of these images from here on.
+#[derive(Debug, Clone, Copy, Default)]
+struct Told {
+    deleted: bool,
+    cut: bool,
+}
+
+impl ImageFiles {
+    /// Watches the files of these images from here on.
     pub fn watch(disks: &[OpenDisk]) -> Self {
-        let changes = watch(disks).inspect_err(|error| log::info!("cannot watch the images' names: {error}"));
-        Self { changes: changes.ok(), told: vec![false; disks.len()] }
+        let renamed = watch(disks).inspect_err(|error| log::info!("cannot watch the images' names: {error}"));
+        Self { renamed: renamed.ok(), told: vec![Told::default(); disks.len()], looked: Instant::now() }
     }
 
-    /// To be waited for; then [`Names::look`].
+    /// To be waited for; then [`ImageFiles::look`].
     pub fn as_raw_fd(&self) -> Option<RawFd> {
-        self.changes.as_ref().map(AsRawFd::as_raw_fd)
+        self.renamed.as_ref().map(AsRawFd::as_raw_fd)
     }
 
-    /// Tells of each image whose name has gone, once.
+    /// How long it is until the next look is due; `None` where there is no image to look at.
+    pub fn wait(&self) -> Option<Duration> {
+        (!self.told.is_empty()).then(|| LOOK.saturating_sub(self.looked.elapsed()))
+    }
+
+    /// Tells of each image that has gone, once.
     pub fn look(&mut self, disks: &[OpenDisk]) {
-        if let Some(changes) = &self.changes {
+        self.looked = Instant::now();
+        if let Some(renamed) = &self.renamed {
             let mut events = [0; EVENTS_BYTES];
-            while rustix::io::read(changes, &mut events).is_ok_and(|count| count > 0) {}
+            while rustix::io::read(renamed, &mut events).is_ok_and(|count| count > 0) {}
         }
         for (disk, told) in disks.iter().zip(&mut self.told) {
-            if !*told && disk.image.is_deleted() {
-                *told = true;
-                tell(disk);
+            if !told.deleted && disk.image.is_deleted() {
+                told.deleted = true;
+                tell_deleted(disk);
+            }
+            if !told.cut
+                && let Some((before, now)) = disk.image.cut()
+            {
+                told.cut = true;
+                tell_cut(disk, before, now);
             }
         }
     }
@@ -57,7 +80,7 @@ fn watch(disks: &[OpenDisk]) -> io::Result<OwnedFd> {
     Ok(changes)
 }
 
-fn tell(disk: &OpenDisk) {
+fn tell_deleted(disk: &OpenDisk) {
     let path = disk.path.display();
     if disk.image.readonly() {
         log::warn!(
@@ -70,5 +93,19 @@ fn tell(disk: &OpenDisk) {
         "disk image {path} was deleted, or another file has taken its name: all that the guest writes is lost when \
          minivmm ends. Until then root can save it (the process cannot be inspected by its own user): `kill -STOP {pid}; \
          sudo cp --sparse=always /proc/{pid}/fd/{fd} SAVED.img; kill -CONT {pid}`"
+    );
+}
+
+fn tell_cut(disk: &OpenDisk, before: u64, now: u64) {
+    let path = disk.path.display();
+    if disk.image.readonly() {
+        log::warn!(
+            "another program has cut disk image {path} from {before} to {now} bytes: the guest's reads beyond fail"
+        );
+        return;
+    }
+    log::error!(
+        "another program has cut disk image {path} from {before} to {now} bytes: what lay beyond is lost. The guest's \
+         reads there fail, or find zeroes once it has written further on; end it, and restore the image from a backup"
     );
 }

@@ -1,4 +1,4 @@
-//! An image that is deleted, or whose name another file takes, while the VM runs.
+//! An image that is deleted, cut, or whose name another file takes, while the VM runs.
 
 use std::fs;
 use std::os::fd::AsRawFd;
@@ -110,4 +110,53 @@ fn what_loses_nothing_is_no_failure() {
     let disk = format!("/proc/self/fd/{},cache=writeback", file.as_raw_fd());
     let guest = Echo::start(&["--disk", &disk]);
     assert!(!guest.end().contains("deleted"));
+}
+
+fn cut(image: &Path, bytes: u64) {
+    fs::File::options().write(true).open(image).unwrap().set_len(bytes).unwrap();
+}
+
+/// The guest makes no request meanwhile.
+#[test]
+fn an_image_that_is_cut_is_told_and_its_end_is_that_of_lost_data() {
+    if !kvm() {
+        return;
+    }
+    for as_long_again in [false, true] {
+        let image = Image::new();
+        let stats = image.path.with_file_name("stats.json");
+        let stats_option = format!("--stats={}", stats.display());
+        let mut guest = Echo::start(&["--disk", &image.disk("cache=writeback"), &stats_option]);
+        cut(&image.path, 4096);
+        let told = guest.hears("has cut disk image");
+        assert!(told.contains(image.path.to_str().unwrap()), "{told}");
+        assert!(told.contains(&format!("from {IMAGE_BYTES} to 4096 bytes")), "{told}");
+        if as_long_again {
+            cut(&image.path, IMAGE_BYTES as u64);
+        }
+        guest.answers();
+        let end = guest.end_with(FAILURE);
+        assert!(end.contains("was cut by another program") && end.contains("is lost"), "{end}");
+        assert_eq!(end.matches(" cut ").count(), 1, "{end}");
+        let found: serde_json::Value = serde_json::from_slice(&fs::read(&stats).unwrap()).unwrap();
+        assert_eq!(found["disks"][0]["cut_to_bytes"], 4096, "{found:#}");
+    }
+}
+
+#[test]
+fn an_image_that_grows_or_is_only_read_loses_nothing() {
+    if !kvm() {
+        return;
+    }
+    let image = Image::new();
+    let mut guest = Echo::start(&["--disk", &image.disk("cache=none,readonly")]);
+    cut(&image.path, 4096);
+    assert!(guest.hears("has cut disk image").contains("warning"));
+    guest.end();
+    let image = Image::new();
+    let mut guest = Echo::start(&["--disk", &image.disk("cache=none")]);
+    cut(&image.path, 2 * IMAGE_BYTES as u64);
+    guest.signal();
+    guest.answers();
+    assert!(!guest.end().contains(" cut "));
 }

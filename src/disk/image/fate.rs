@@ -1,0 +1,75 @@
+//! What becomes of an image's file while it is open: its last name goes, or somebody cuts it.
+//!
+//! Owns what the file was at the start, and the least size that was seen since: a guest's write makes a file that was
+//! cut longer again, with zeroes where data was.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{AtFlags, Statx, StatxFlags, statx};
+
+use super::Kind;
+
+/// The file as it was, and what has become of it.
+#[derive(Debug)]
+pub(super) struct Fate {
+    /// Whether it had a name. What was deleted before it was opened is meant to be.
+    had_name: bool,
+    /// Its size; 0 for what is no regular file, which nobody cuts.
+    bytes: u64,
+    /// The least size since then.
+    least: AtomicU64,
+}
+
+impl Fate {
+    /// As the file is now.
+    pub fn of(file: &File, kind: Kind) -> Self {
+        let found = look(file).filter(|_| kind == Kind::File);
+        let (links, bytes) = found.map_or((0, 0), |found| (found.stx_nlink, found.stx_size));
+        Self { had_name: links > 0, bytes, least: AtomicU64::new(bytes) }
+    }
+
+    /// Whether the last name has gone.
+    pub fn is_deleted(&self, file: &File) -> bool {
+        self.had_name && look(file).is_some_and(|found| found.stx_nlink == 0)
+    }
+
+    /// (Size at the start, least size since), where that is less.
+    pub fn cut(&self, file: &File) -> Option<(u64, u64)> {
+        let now = look(file).map_or(self.bytes, |found| found.stx_size);
+        let least = self.least.fetch_min(now, Ordering::SeqCst).min(now);
+        (least < self.bytes).then_some((self.bytes, least))
+    }
+}
+
+/// What this kernel knows of the file, without asking a server, which may not answer: the main thread looks, too.
+fn look(file: &File) -> Option<Statx> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    statx(file, c"", flags, StatxFlags::SIZE | StatxFlags::NLINK).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_was_cut_stays_one_when_it_is_as_long_again() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        let fate = Fate::of(&file, Kind::File);
+        file.set_len(16384).unwrap();
+        assert_eq!(fate.cut(&file), None, "it may grow");
+        file.set_len(4096).unwrap();
+        assert_eq!(fate.cut(&file), Some((8192, 4096)));
+        file.set_len(8192).unwrap();
+        assert_eq!(fate.cut(&file), Some((8192, 4096)));
+        assert!(!fate.is_deleted(&file), "it never had a name");
+    }
+
+    #[test]
+    fn a_device_has_no_size_to_lose() {
+        let null = File::open("/dev/null").unwrap();
+        assert_eq!(Fate::of(&null, Kind::Device).cut(&null), None);
+        assert_eq!(Fate::of(&null, Kind::File).cut(&null), None);
+    }
+}
