@@ -318,7 +318,9 @@ impl Args {
             return conflict(&taken);
         }
         if args.job.is_given() && args.initrd.as_deref().is_some_and(|path| path.as_os_str() == "none") {
-            return conflict(&"a COMMAND is run by the init of the --initrd, which cannot be none");
+            return conflict(
+                &"a COMMAND needs an --initrd, whose init runs it: --initrd none goes without a COMMAND only",
+            );
         }
         if let Some(why) = args.unbootable_root() {
             return conflict(&why);

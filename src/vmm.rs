@@ -201,7 +201,7 @@ pub enum VmmError {
     Sandbox(#[from] SandboxError),
     #[error(transparent)]
     HostCache(#[from] ControlError),
-    #[error("--host-memory-limit cannot be had")]
+    #[error("cannot apply --host-memory-limit")]
     Limit(#[from] LimitError),
     #[error("cannot write the command's {stream}, and some of it is lost")]
     Output { stream: &'static str, source: io::Error },

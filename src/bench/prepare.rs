@@ -52,9 +52,9 @@ pub enum PrepareError {
     Image(#[from] image::ImageError),
     #[error("cannot look at the machine below {0}")]
     Host(PathBuf, #[source] std::io::Error),
-    #[error("{} cannot be measured now: {why}", image.display())]
+    #[error("cannot measure {} now: {why}", image.display())]
     Refused { image: PathBuf, why: String },
-    #[error("cache={mode} cannot be had of {image}")]
+    #[error("cannot use {image} with cache={mode}")]
     Mode { mode: &'static str, image: PathBuf, source: ImageError },
 }
 

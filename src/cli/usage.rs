@@ -3,6 +3,7 @@
 //! Owns the answers that end a process before it does anything, and how they are printed: help on standard output,
 //! errors on standard error with minivmm's prefix.
 
+use std::collections::BTreeSet;
 use std::io::{self, IsTerminal};
 use std::path::Path;
 
@@ -148,15 +149,18 @@ fn qemu_advice(words: &[String]) -> Option<String> {
 /// A -drive as a --disk: its file, and the keys that mean the same here.
 fn drive(value: &str) -> String {
     let mut disk = "PATH".to_owned();
-    let mut keys = String::new();
+    let mut keys: Vec<String> = Vec::new();
     for (key, value) in value.split(',').filter_map(|part| part.split_once('=')) {
         match key {
             "file" => value.clone_into(&mut disk),
-            "cache" | "readonly" | "serial" => keys += &format!(",{key}={value}"),
-            _ => {}
+            _ => keys.extend(DiskOptions::of_qemu(key, value)),
         }
     }
-    disk + &keys
+    // QEMU has several for the cache; what is said first counts.
+    let name = |key: &String| key.split('=').next().unwrap_or_default().to_owned();
+    let mut given = BTreeSet::new();
+    keys.retain(|key| given.insert(name(key)));
+    std::iter::once(disk).chain(keys).collect::<Vec<_>>().join(",")
 }
 
 #[cfg(test)]
@@ -185,6 +189,11 @@ mod tests {
             ("-m 2G,slots=2", "--memory 2G"),
             ("-smp cpus=4,cores=2", "--cpus 4"),
             ("-drive file=a.img,if=virtio,cache=none,format=raw", "--disk a.img,cache=none"),
+            (
+                "-drive file=a.img,if=virtio,read-only=on,discard=unmap,aio=native,werror=stop",
+                "--disk a.img,readonly,discard=on,engine=io_uring",
+            ),
+            ("-drive file=a.img,cache=none,cache.direct=on,cache.no-flush=off", "--disk a.img,cache=none"),
             ("-hda a.img", "--disk a.img"),
             ("-kernel bzImage", "--kernel bzImage"),
             ("-append root=/dev/vda", "--append root=/dev/vda"),

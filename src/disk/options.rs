@@ -2,6 +2,8 @@
 //!
 //! Owns the table of keys, from which parsing, errors and `--help` are made: a new key is a row.
 
+mod spellings;
+
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -10,7 +12,6 @@ use std::str::FromStr;
 use super::cache::{CachePolicy, POLICIES};
 use super::fault::spec::{FaultError, FaultSpec};
 use super::stable::StableBy;
-use crate::text;
 
 /// Largest virtqueue: as many pieces as one preadv takes (IOV_MAX).
 pub const QUEUE_SIZE_MAX: u16 = 1024;
@@ -149,12 +150,12 @@ pub enum OptionsError {
     #[error("--disk needs the path of an image: --disk PATH[,KEY=VALUE]...")]
     NoPath,
     /// No such key.
-    #[error("unknown key '{key}'{} (the keys are {known}; a comma in the path is written twice)", meant(*.nearest))]
+    #[error("unknown key '{key}'{hint} (the keys are {known}; a comma in the path is written twice)")]
     UnknownKey {
         /// As given.
         key: String,
-        /// What may have been meant.
-        nearest: Option<&'static str>,
+        /// What may have been meant, behind a semicolon.
+        hint: String,
         /// All keys.
         known: String,
     },
@@ -162,7 +163,7 @@ pub enum OptionsError {
     #[error("the key '{0}' is given twice")]
     Twice(&'static str),
     /// The value does not fit the key.
-    #[error("{key}={value} cannot be{}: {key} takes {takes}", meant(text::nearest(value, takes.split('|'))))]
+    #[error("invalid {key}={value}: expected {}{}", expected(takes), spellings::of_value(key, value, &words(takes)))]
     Value {
         /// The key.
         key: &'static str,
@@ -442,11 +443,7 @@ impl DiskOptions {
 
     /// Every key with its values, where these are words: for completions.
     pub fn keys() -> impl Iterator<Item = (&'static str, Vec<&'static str>)> {
-        KEYS.iter().map(|key| {
-            let words: Vec<_> = key.takes.split('|').collect();
-            let is_list = words.len() > 1 || key.takes == "raw";
-            (key.name, if is_list { words } else { Vec::new() })
-        })
+        KEYS.iter().map(|key| (key.name, words(key.takes)))
     }
 
     /// The text of `--help` about the keys, a line each.
@@ -468,9 +465,10 @@ impl DiskOptions {
             let name = halves.next().unwrap_or_default().to_string_lossy();
             let Some(key) = KEYS.iter().find(|key| key.name == name) else {
                 let known: Vec<_> = KEYS.iter().map(|key| key.name).collect();
-                let nearest = text::nearest(&name, known.iter().copied());
+                let hint =
+                    spellings::of_key(&name, &halves.next().unwrap_or_default().to_string_lossy(), &known);
                 let known = known.join(", ");
-                return Err(OptionsError::UnknownKey { key: name.into_owned(), nearest, known });
+                return Err(OptionsError::UnknownKey { key: name.into_owned(), hint, known });
             };
             if given.contains(&key.name) {
                 return Err(OptionsError::Twice(key.name));
@@ -524,8 +522,19 @@ fn check_commas(text: &OsStr) -> Result<(), OptionsError> {
     Err(OptionsError::Comma { path: path.to_string_lossy().into_owned(), whole, doubled })
 }
 
-fn meant(nearest: Option<&str>) -> String {
-    nearest.map(|nearest| format!("; did you mean '{nearest}'?")).unwrap_or_default()
+/// The words that a key takes; none where it takes something else.
+fn words(takes: &'static str) -> Vec<&'static str> {
+    let words: Vec<_> = takes.split('|').collect();
+    if words.len() > 1 || takes == "raw" { words } else { Vec::new() }
+}
+
+/// What a key takes, in a sentence.
+fn expected(takes: &'static str) -> String {
+    match words(takes)[..] {
+        [] | [_] => takes.to_owned(),
+        [one, other] => format!("{one} or {other}"),
+        [..] => format!("one of {}", takes.replace('|', ", ")),
+    }
 }
 
 /// Splits at single commas; two in a row are one comma of the text.

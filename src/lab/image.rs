@@ -146,7 +146,7 @@ pub fn settle(path: &Path, wish: HostCache) -> Result<Option<Residency>, SettleE
 
 /// Why the host's cache of an image is not as it was wished.
 #[derive(Debug, thiserror::Error)]
-#[error("the host's cache of {path} cannot be brought to {}", wish.name())]
+#[error("cannot bring the host's cache of {path} to '{}'", wish.name())]
 pub struct SettleError {
     wish: HostCache,
     path: PathBuf,

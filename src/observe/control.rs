@@ -21,7 +21,7 @@ const CHUNK: usize = 1 << 20;
 
 /// Why a cache is not as it was wished.
 #[derive(Debug, thiserror::Error)]
-#[error("host-cache={} of {path} cannot be had", wish.name())]
+#[error("cannot apply host-cache={} to {path}", wish.name())]
 pub struct ControlError {
     wish: HostCache,
     path: PathBuf,

@@ -88,7 +88,7 @@ pub enum When {
 
 /// Why `fault=` cannot be understood.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the fault '{item}' cannot be: {why}")]
+#[error("invalid fault '{item}': {why}")]
 pub struct FaultError {
     item: String,
     why: String,

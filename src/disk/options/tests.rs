@@ -45,9 +45,12 @@ fn what_cannot_be_is_refused_and_the_error_names_it() {
     for (text, needle) in [
         ("", "PATH"),
         (",cache=none", "PATH"),
-        ("a,cache=fast", "none|writethrough|writeback|directsync|unsafe"),
-        ("a,cache", "cache takes"),
-        ("a,host-cache=cold", "keep|drop|warm"),
+        (
+            "a,cache=fast",
+            "invalid cache=fast: expected one of none, writethrough, writeback, directsync, unsafe",
+        ),
+        ("a,cache", "invalid cache=: expected one of none"),
+        ("a,host-cache=cold", "expected one of keep, drop, warm"),
         ("a,cash=none", "unknown key 'cash'; did you mean 'cache'?"),
         ("a,cache=writebck", "did you mean 'writeback'?"),
         ("a,serial=", "1 to 20 bytes"),
@@ -57,16 +60,66 @@ fn what_cannot_be_is_refused_and_the_error_names_it() {
         ("a,queues=0", "1 to 16"),
         ("a,queues=17", "1 to 16"),
         ("a,queues=auto", "1 to 16"),
-        ("a,block-size=1024", "512|4096"),
+        ("a,block-size=1024", "invalid block-size=1024: expected 512 or 4096"),
         ("a,serial=123456789012345678901", "1 to 20 bytes"),
-        ("a,readonly=maybe", "on|off"),
-        ("a,format=qcow2", "raw"),
+        ("a,readonly=maybe", "expected on or off"),
+        ("a,format=qcow2", "invalid format=qcow2: expected raw"),
         ("a,cache=none,cache=none", "twice"),
+        ("a,fault=fail:fsync", "invalid fault 'fail:fsync': "),
         ("a,fault=fail:fsync", "read, write, flush, discard"),
         ("a,log-writes", "FILE"),
     ] {
         let error = text.parse::<DiskOptions>().unwrap_err().to_string();
         assert!(error.contains(needle), "{text}: {error}");
+    }
+}
+
+#[test]
+fn how_others_spell_a_key_or_a_value_is_answered_in_our_words() {
+    for (part, answer) in [
+        ("ro", "unknown key 'ro'; did you mean 'readonly'? (the keys are"),
+        ("RO", "; did you mean 'readonly'?"),
+        ("read-only=on", "; did you mean 'readonly'?"),
+        ("read-only=off", "; did you mean 'readonly=off'?"),
+        ("rw", "; did you mean 'readonly=off'?"),
+        ("file=b.img", "; the path comes first, without a key"),
+        ("if=virtio", "; leave it out: every disk is virtio-blk"),
+        ("driver=raw", "; did you mean 'format=raw'?"),
+        ("driver=virtio-blk-pci", "; leave it out"),
+        ("cache.direct=on", "; did you mean 'cache=none'?"),
+        ("cache.no-flush=on", "; did you mean 'cache=unsafe'?"),
+        ("cache.no-flush=off", "; leave it out"),
+        ("writeback", "; did you mean 'cache=writeback'?"),
+        ("aio=native", "; did you mean 'engine=io_uring'?"),
+        ("aio=threads", "; did you mean 'engine=sync'?"),
+        ("io=native", "; did you mean 'engine=io_uring'?"),
+        ("num_queues=2", "; did you mean 'queues'?"),
+        ("queue_size=64", "; did you mean 'queue-size'?"),
+        ("logical_block_size=4096", "; did you mean 'block-size'?"),
+        ("snapshot=on", "; there are no snapshots"),
+        ("Cache=none", "; did you mean 'cache'?"),
+        ("cache=None", "directsync, unsafe; did you mean 'none'?"),
+        ("cache=WRITEBACK", "; did you mean 'writeback'?"),
+        ("cache=write-back", "; did you mean 'writeback'?"),
+        ("cache=off", "; did you mean 'none'?"),
+        ("discard=unmap", "invalid discard=unmap: expected on or off; did you mean 'on'?"),
+        ("discard=ignore", "; did you mean 'off'?"),
+        ("readonly=true", "; did you mean 'on'?"),
+        ("engine=native", "; did you mean 'io_uring'?"),
+        ("engine=threads", "; did you mean 'sync'?"),
+        ("format=QCOW2", "expected raw; `qemu-img convert -O raw` makes"),
+        ("transport=virtio-mmio", "; did you mean 'mmio'?"),
+    ] {
+        let error = format!("a,{part}").parse::<DiskOptions>().unwrap_err().to_string();
+        assert!(error.contains(answer), "{part}: {error}");
+        // What is to be typed instead is understood.
+        if let Some(ours) = error.split_once("did you mean '").and_then(|(_, rest)| rest.split_once('\'')) {
+            let (key, value) = part.split_once('=').unwrap_or((part, ""));
+            let is_value = KEYS.iter().any(|it| it.name == key);
+            let ours = if is_value { format!("{key}={}", ours.0) } else { ours.0.to_owned() };
+            let with_value = format!("a,{ours}={value}").parse::<DiskOptions>();
+            assert!(format!("a,{ours}").parse::<DiskOptions>().or(with_value).is_ok(), "{part}: {error}");
+        }
     }
 }
 
@@ -95,7 +148,7 @@ fn paths_may_be_any_bytes_and_nothing_else_may() {
     assert_eq!(options.log_writes.unwrap().as_os_str().as_bytes(), b"l\xfe=,g");
     assert_eq!(options.cache.name, "unsafe");
     for (text, word) in [
-        (&b"a,serial=\xff"[..], "serial=\u{fffd} cannot be"),
+        (&b"a,serial=\xff"[..], "invalid serial=\u{fffd}: expected 1 to 20 bytes"),
         (b"a,cache=n\xffne", "did you mean 'none'?"),
         (b"a,c\xffche=none", "unknown key 'c\u{fffd}che'; did you mean 'cache'?"),
     ] {
