@@ -134,6 +134,7 @@ fn a_parameter_that_takes_the_disks_away_is_warned_of() {
         ("nolapic", "pci", true),
         ("acpi=off", "mmio", true),
         ("acpi=off", "pci", true),
+        ("acpi=noirq", "mmio", true),
         ("noapic", "mmio", true),
         ("nosmp", "pci", true),
         ("quiet", "pci", false),

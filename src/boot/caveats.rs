@@ -29,7 +29,7 @@ pub fn of(line: &str, devices: Devices) -> Vec<String> {
             caveats.push(format!("the kernel's parameter {parameter}: {consequence}"));
         }
     };
-    let no_acpi = has("acpi", "off");
+    let no_acpi = cmdline::is_without_acpi(line);
     say(
         no_acpi,
         "acpi=off",
@@ -44,15 +44,17 @@ pub fn of(line: &str, devices: Devices) -> Vec<String> {
             "PCI devices interrupt by messages (MSI-X) alone, which it forbids, so the guest gets no disk: leave it out",
         );
         say(
-            is_there(parameter),
+            is_there(parameter) && !no_acpi,
             parameter,
-            "few kernels come as far as their first command with it: leave it out",
+            "a kernel that reads ACPI then has no interrupt controller (ACPI is hardware-reduced here, without 8259s), so \
+             not even a timer interrupts, and the guest hangs: leave it out",
         );
     }
     for (parameter, instead) in [("noapic", "leave it out"), ("nosmp", "use --cpus 1 or maxcpus=1 instead")] {
+        // Without ACPI a kernel takes the 8259s instead, as far as it finds the devices at all.
+        let forbidden = is_there(parameter) && !no_acpi;
         say(
-            // Without ACPI a kernel takes the 8259s instead, as far as it finds the devices at all.
-            is_there(parameter) && devices.mmio && !(no_acpi && parameter == "nosmp"),
+            forbidden && devices.mmio,
             parameter,
             &format!(
                 "virtio-mmio devices interrupt through the I/O APIC alone, which it forbids, so the guest gets no \
@@ -60,12 +62,20 @@ pub fn of(line: &str, devices: Devices) -> Vec<String> {
             ),
         );
         say(
-            is_there(parameter),
+            forbidden,
             parameter,
             &format!(
                 "the serial port has no interrupt then, so no program of the guest's can open it, and only kernel \
                  messages appear: {instead}"
             ),
+        );
+    }
+    for (parameter, there) in [("acpi=noirq", has("acpi", "noirq")), ("pci=noacpi", has("pci", "noacpi"))] {
+        say(
+            there && !no_acpi,
+            parameter,
+            "a kernel without CONFIG_X86_MPPARSE (Debian's) then uses no interrupt controller, not even the local APIC, so \
+             the guest gets no disk: leave it out, or take a kernel that has it",
         );
     }
     say(
@@ -93,23 +103,30 @@ mod tests {
     fn each_parameter_is_named_with_what_to_do_where_it_costs_something() {
         const NO_MPS: &str = "CONFIG_X86_MPPARSE";
         const NO_DISK: &str = "gets no disk";
+        const NO_TIMER: &str = "hardware-reduced";
         const NO_CONSOLE: &str = "only kernel messages";
         for (line, devices, parameter, expected) in [
             ("console=ttyS0 reboot=k panic=-1", PCI, "", &[][..]),
             ("acpi=off", PCI, "acpi=off", &[NO_MPS, "reboot -f"]),
             ("acpi=off", MMIO, "acpi=off", &[NO_MPS, "reboot -f"]),
             ("acpi=force", MMIO, "", &[]),
+            ("acpi=off acpi=on", MMIO, "", &[]),
             ("pci=nomsi", PCI, "pci=nomsi", &["--transport mmio"]),
             ("pci=noaer,nomsi quiet", PCI, "pci=nomsi", &["--transport mmio"]),
             ("pci=nomsi", MMIO, "", &[]),
             ("pci=off", PCI, "pci=off", &["--transport mmio"]),
             ("pci=off", MMIO, "", &[]),
-            ("nolapic", PCI, "nolapic", &[NO_DISK, "first command"]),
-            ("disableapic", MMIO, "disableapic", &["first command"]),
+            ("nolapic", PCI, "nolapic", &[NO_DISK, NO_TIMER]),
+            ("disableapic", MMIO, "disableapic", &[NO_TIMER]),
             ("noapic", PCI, "noapic", &[NO_CONSOLE]),
             ("noapic", MMIO, "noapic", &[NO_DISK, NO_CONSOLE]),
             ("nosmp", PCI, "nosmp", &["maxcpus=1"]),
             ("nosmp", MMIO, "nosmp", &[NO_DISK, "--cpus 1"]),
+            ("acpi=noirq", PCI, "acpi=noirq", &[NO_MPS]),
+            ("acpi=noirq", MMIO, "acpi=noirq", &[NO_MPS]),
+            ("pci=noaer,noacpi", PCI, "pci=noacpi", &[NO_MPS]),
+            ("pci=noacpi", MMIO, "pci=noacpi", &[NO_MPS]),
+            ("pci=noacpi acpi=off noapic nosmp", MMIO, "acpi=off", &[NO_MPS, "reboot -f"]),
             ("quiet -- nolapic acpi=off", PCI, "", &[]),
             ("xacpi=off nolapic_timer", PCI, "", &[]),
         ] {

@@ -83,9 +83,20 @@ pub fn append(line: &str, more: &str) -> String {
     join(&[params, more_params], &[init, more_init])
 }
 
-/// Adds the announcement of each device, for kernels that do not read ACPI
-/// (drivers/virtio/virtio_mmio.c: `<size>@<base>:<irq>`).
+/// Whether `line` tells the kernel not to read ACPI's tables (arch/x86/kernel/acpi/boot.c, parse_acpi: the last
+/// value that switches it counts).
+pub fn is_without_acpi(line: &str) -> bool {
+    let values = parameters(line).filter_map(|word| word.strip_prefix("acpi="));
+    values.filter(|value| ["off", "on", "force"].contains(value)).last() == Some("off")
+}
+
+/// Adds the announcement of each device to the line of a kernel that is told not to read ACPI
+/// (drivers/virtio/virtio_mmio.c: `<size>@<base>:<irq>`). A kernel that reads ACPI's tables has found the devices
+/// there: told twice of one, it finds the registers in use and reports an error.
 pub fn announce(line: &str, devices: &[MmioDevice]) -> String {
+    if !is_without_acpi(line) {
+        return line.to_owned();
+    }
     let announced: Vec<String> = devices
         .iter()
         .map(|device| {
@@ -180,10 +191,31 @@ mod tests {
     fn devices_are_announced_at_the_end_of_the_parameters() {
         let devices = [MmioDevice { base: 0xd000_0000, irq: 5 }, MmioDevice { base: 0xd000_1000, irq: 6 }];
         assert_eq!(
-            announce("a -- i", &devices),
-            "a virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 -- i"
+            announce("acpi=off -- i", &devices),
+            "acpi=off virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 -- i"
         );
-        assert_eq!(announce("a -- i", &[]), "a -- i");
+        assert_eq!(announce("acpi=off -- i", &[]), "acpi=off -- i");
+    }
+
+    #[test]
+    fn devices_are_announced_only_where_the_kernel_does_not_find_them_in_acpi() {
+        let devices = [MmioDevice { base: 0xd000_0000, irq: 5 }];
+        for (line, announced) in [
+            ("a -- i", false),
+            ("acpi=off", true),
+            ("acpi=off acpi=noirq", true),
+            ("acpi=off acpi=on", false),
+            ("acpi=force acpi=off a", true),
+            ("acpi=noirq", false),
+            ("acpi=off,strict xacpi=off", false),
+            ("a -- acpi=off", false),
+        ] {
+            assert_eq!(
+                announce(line, &devices).contains(" virtio_mmio.device=4K@0xd0000000:5"),
+                announced,
+                "{line}"
+            );
+        }
     }
 
     #[test]
