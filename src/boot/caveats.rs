@@ -39,7 +39,7 @@ pub fn of(line: &str, devices: Devices) -> Vec<String> {
     say(no_acpi, "acpi=off", "the guest cannot switch the power off: let it end by a reset (`reboot -f`)");
     for parameter in ["nolapic", "disableapic"] {
         say(
-            is_there(parameter) && devices.pci,
+            is_there(parameter) && devices.pci && no_acpi,
             parameter,
             "PCI devices interrupt by messages (MSI-X) alone, which it forbids, so the guest gets no disk: leave it out",
         );
@@ -47,7 +47,7 @@ pub fn of(line: &str, devices: Devices) -> Vec<String> {
             is_there(parameter) && !no_acpi,
             parameter,
             "a kernel that reads ACPI then has no interrupt controller (ACPI is hardware-reduced here, without 8259s), so \
-             not even a timer interrupts, and the guest hangs: leave it out",
+             neither a device nor a timer interrupts, and the guest gets no disk: leave it out",
         );
     }
     for (parameter, instead) in [("noapic", "leave it out"), ("nosmp", "use --cpus 1 or maxcpus=1 instead")] {
@@ -116,7 +116,7 @@ mod tests {
             ("pci=nomsi", MMIO, "", &[]),
             ("pci=off", PCI, "pci=off", &["--transport mmio"]),
             ("pci=off", MMIO, "", &[]),
-            ("nolapic", PCI, "nolapic", &[NO_DISK, NO_TIMER]),
+            ("nolapic", PCI, "nolapic", &[NO_TIMER]),
             ("disableapic", MMIO, "disableapic", &[NO_TIMER]),
             ("noapic", PCI, "noapic", &[NO_CONSOLE]),
             ("noapic", MMIO, "noapic", &[NO_DISK, NO_CONSOLE]),
@@ -140,5 +140,17 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn without_acpi_the_8259s_serve_all_but_pci() {
+        let of_nolapic = |devices| {
+            let mut found = of("acpi=off nolapic noapic nosmp", devices);
+            found.retain(|sentence| !sentence.contains("acpi=off:"));
+            found
+        };
+        assert_eq!(of_nolapic(MMIO), [""; 0]);
+        let found = of_nolapic(PCI);
+        assert!(matches!(&found[..], [one] if one.contains("parameter nolapic: PCI devices")), "{found:?}");
     }
 }
