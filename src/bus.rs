@@ -6,7 +6,9 @@
 
 pub mod lanes;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::sync::unpoisoned;
 
 /// What the machine has to do after a device has taken an access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,7 +164,7 @@ impl Bus {
 /// A poisoned lock means that a thread failed while it held it; its error is already on its way to
 /// `main`, and the device's state is plain data, so the others go on until they are stopped.
 fn lock<T: ?Sized>(device: &Mutex<T>) -> MutexGuard<'_, T> {
-    device.lock().unwrap_or_else(PoisonError::into_inner)
+    unpoisoned(device.lock())
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -15,6 +15,8 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitOptions, getpid, kill_process, kill_process_group, pidfd_open,
     set_child_subreaper, waitpgid, waitpid,
 };
+
+use crate::sync::unpoisoned;
 
 /// How often a stop of all is looked for.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -123,7 +125,7 @@ impl Drop for Group {
 }
 
 fn running() -> MutexGuard<'static, Vec<Pid>> {
-    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+    unpoisoned(RUNNING.lock())
 }
 
 /// Makes this process the parent of whatever its children leave behind, for as long as it lives.

@@ -4,8 +4,10 @@
 //! step began would stand still while the step runs. Whoever shows it owns the bar.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+
+use crate::sync::unpoisoned;
 
 /// Steps that are done one after the other. The same name stands for the same work.
 #[derive(Debug, Default)]
@@ -82,7 +84,7 @@ impl Clock {
     }
 
     fn inside(&self) -> MutexGuard<'_, (Steps, Instant)> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.0.lock())
     }
 
     /// The next step begins now.
@@ -129,7 +131,7 @@ impl Rate {
 
     /// The time that is left now, in words, where `done` of `total` are done.
     pub fn left(&self, done: u64, total: u64) -> String {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = unpoisoned(self.last.lock());
         if last.0 != done {
             *last = (done, Instant::now());
         }

@@ -45,6 +45,7 @@ pub mod console;
 pub mod crash;
 pub mod devices;
 pub mod disk;
+pub mod doorbell;
 pub mod estimate;
 pub mod explain;
 pub mod files;

@@ -9,6 +9,7 @@ mod copy;
 mod iov;
 mod limits;
 mod mapping;
+mod scatter;
 
 use std::io;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ pub use iov::Iov;
 pub use limits::size;
 pub use mapping::HUGE_PAGE;
 use mapping::Mapping;
+pub use scatter::{gather, scatter};
 
 /// Guest RAM. Clones share the mapping, and the mapping lives until the last clone goes; a clone
 /// costs no allocation, so every request may hold one.

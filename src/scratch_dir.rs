@@ -11,10 +11,12 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use rustix::fs::{AtFlags, CWD, Dir, FlockOperation, Mode, OFlags, flock, openat, unlinkat};
 use rustix::io::Errno;
+
+use crate::sync::unpoisoned;
 
 /// What the name of every such directory begins with.
 pub const PREFIX: &str = "minivmm-scratch-";
@@ -76,7 +78,7 @@ impl Drop for ScratchDir {
 }
 
 fn in_use() -> MutexGuard<'static, Vec<PathBuf>> {
-    IN_USE.lock().unwrap_or_else(PoisonError::into_inner)
+    unpoisoned(IN_USE.lock())
 }
 
 /// Removes all of this process's: it is about to exit without dropping them.

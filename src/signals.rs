@@ -7,11 +7,13 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::sync::unpoisoned;
 
 /// Signals whose default is to kill, and which somebody may send: all but SIGKILL, those that report an error of the
 /// program's own (SIGSEGV and its like, SIGABRT, SIGTRAP, SIGSYS), SIGPIPE, which Rust ignores, and SIGUSR1.
@@ -125,14 +127,14 @@ impl Signals {
                 end(arrived.number);
             }
         })?;
-        *self.starting.lock().unwrap_or_else(PoisonError::into_inner) = Some(Starting { thread, over });
+        *unpoisoned(self.starting.lock()) = Some(Starting { thread, over });
         Ok(())
     }
 
     /// Ends the thread of [`Self::while_starting`], if there is one. From here on whoever calls [`Self::take`] has to
     /// do so soon.
     pub fn started(&self) {
-        if let Some(starting) = self.starting.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(starting) = unpoisoned(self.starting.lock()).take() {
             // It fails only if the counter would overflow.
             let _ = starting.over.write(1);
             let _ = starting.thread.join();

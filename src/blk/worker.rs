@@ -6,7 +6,7 @@
 //! twice (R8).
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -18,10 +18,12 @@ use super::stopwatch::Stopwatch;
 use crate::disk::Image;
 use crate::disk::engine::Wake;
 use crate::disk::machine::{Completion, Disk, Op};
-use crate::mem::{self, Iov, Ram, Segment};
+use crate::doorbell;
+use crate::mem::{self, Iov, Ram};
 use crate::ratelimit::RateLimit;
 use crate::sandbox::{Role, Ticket};
 use crate::slab::Slab;
+use crate::sync::unpoisoned;
 use crate::virtio::Interrupt;
 use crate::virtio::queue::{Chain, Ring, RingError};
 use crate::warn_limited;
@@ -240,14 +242,14 @@ impl<'a> QueueWorker<'a> {
         }
         let ram = &self.job.ram;
         let mut bytes = [0; HEADER_BYTES];
-        gather(ram, &chain.readable, &mut bytes).map_err(|why| bad(&why))?;
+        mem::gather(ram, &chain.readable, &mut bytes).map_err(|why| bad(&why))?;
         let header = Header::parse(&bytes);
         // An erase with a wrong amount of data still has to be UNSUPP where it is not offered, so
         // an empty payload goes on to the parser, which refuses it.
         let payload_bytes = header.payload_bytes(request::total(&frame.data_out)).unwrap_or(0);
         payload.clear();
         payload.resize(payload_bytes, 0);
-        gather(ram, &frame.data_out, payload).map_err(|why| bad(&why))?;
+        mem::gather(ram, &frame.data_out, payload).map_err(|why| bad(&why))?;
         let image = &self.image;
         let features = self.job.features;
         let limits = Limits { geometry: image.geometry(), features, readonly: image.readonly() };
@@ -266,7 +268,7 @@ impl<'a> QueueWorker<'a> {
             Request::Discard(ranges) => Ok((Op::Discard(ranges), 0)),
             Request::WriteZeroes(ranges) => Ok((Op::WriteZeroes(ranges), 0)),
             Request::GetId => {
-                scatter(ram, &frame.data_in, image.serial()).map_err(|why| bad(&why))?;
+                mem::scatter(ram, &frame.data_in, image.serial()).map_err(|why| bad(&why))?;
                 Err(Answer { status: Status::Ok, data_bytes: ID_BYTES })
             }
         }
@@ -362,33 +364,6 @@ impl std::fmt::Display for Chained<'_> {
     }
 }
 
-/// Copies the first `bytes.len()` bytes of the segments out of guest memory.
-fn gather(ram: &Ram, segments: &[Segment], bytes: &mut [u8]) -> Result<(), mem::OutsideRam> {
-    let mut rest = bytes;
-    for segment in segments {
-        let take = rest.len().min(segment.len as usize);
-        let (now, later) = rest.split_at_mut(take);
-        if !now.is_empty() {
-            mem::read_bytes(ram, segment.addr, now)?;
-        }
-        rest = later;
-    }
-    Ok(())
-}
-
-/// Copies bytes into the segments, as far as they reach.
-fn scatter(ram: &Ram, segments: &[Segment], bytes: &[u8]) -> Result<(), mem::OutsideRam> {
-    let mut rest = bytes;
-    for segment in segments {
-        let (now, later) = rest.split_at(rest.len().min(segment.len as usize));
-        if !now.is_empty() {
-            mem::write_bytes(ram, segment.addr, now)?;
-        }
-        rest = later;
-    }
-    Ok(())
-}
-
 /// What the device and its worker's thread say to each other.
 struct Mailbox {
     state: Mutex<State>,
@@ -410,11 +385,11 @@ enum State {
 
 impl Mailbox {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.state.lock())
     }
 
     fn wait<'a>(&self, guard: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(guard).unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.changed.wait(guard))
     }
 
     fn set(&self, state: State) {
@@ -511,11 +486,8 @@ impl Drop for EndsWithThread<'_> {
     }
 }
 
-/// A full eventfd counter wakes as well as a ring does.
 fn ring(doorbell: &EventFd) {
-    if let Err(error) = doorbell.write(1)
-        && error.kind() != io::ErrorKind::WouldBlock
-    {
+    if let Err(error) = doorbell::ring(doorbell) {
         log::error!("blk: a worker cannot be woken: {error}");
     }
 }

@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -17,6 +17,7 @@ use super::process::{say, say_error};
 use crate::job::report::CommandEnd;
 use crate::job::status::{Seconds, Status, StatusFile};
 use crate::job::{Add, Job};
+use crate::sync::unpoisoned;
 use crate::vmm::{BootTimeout, ConsoleTarget, Ending};
 
 /// A command for the guest.
@@ -184,7 +185,7 @@ impl Run {
 
     /// How it ends is to be written to `file`, if there is one.
     pub fn keep_in(&self, file: Option<StatusFile>) {
-        *self.file.lock().unwrap_or_else(PoisonError::into_inner) = file;
+        *unpoisoned(self.file.lock()) = file;
     }
 
     /// Tells how it ended: all of it in the status file, and on standard error what the exit status does not say by
@@ -232,7 +233,7 @@ impl Run {
         cause: &'static str,
         message: String,
     ) -> std::io::Result<()> {
-        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let file = unpoisoned(self.file.lock()).take();
         let Some(file) = file else { return Ok(()) };
         let mut status = Status::new(exit_status.code(), cause, message);
         status.kernel_messages.clone_from(&end.kernel_lines);

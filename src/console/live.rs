@@ -249,7 +249,11 @@ impl Live {
             let room = bytes_of(&self.ram, &chain, true).map(|iov| iov.bytes());
             let Some(message) = self.control.next_due() else { return Ok(()) };
             let written = match room {
-                Ok(room) if room >= message.len() as u64 => scatter(&self.ram, &chain, &message),
+                Ok(room) if room >= message.len() as u64 => {
+                    mem::scatter(&self.ram, &chain.writable, &message)
+                        .map(|bytes| bytes as u64)
+                        .map_err(BadChain::from)
+                }
                 Ok(room) => Err(BadChain::Short(room)),
                 Err(why) => Err(why),
             };
@@ -412,30 +416,9 @@ fn read_message(ram: &Ram, chain: &Chain) -> Result<[u8; MESSAGE_BYTES], BadChai
         return Err(fault.into());
     }
     let mut message = [0; MESSAGE_BYTES];
-    let mut filled = 0;
-    for segment in &chain.readable {
-        let rest = &mut message[filled..];
-        let take = rest.len().min(segment.len as usize);
-        if take > 0 {
-            mem::read_bytes(ram, segment.addr, &mut rest[..take])?;
-        }
-        filled += take;
-    }
+    let filled = mem::gather(ram, &chain.readable, &mut message)?;
     match filled {
         MESSAGE_BYTES => Ok(message),
         short => Err(BadChain::Short(short as u64)),
     }
-}
-
-/// Copies `bytes` into a chain that has room for them; how many.
-fn scatter(ram: &Ram, chain: &Chain, bytes: &[u8]) -> Result<u64, BadChain> {
-    let mut rest = bytes;
-    for segment in &chain.writable {
-        let (now, later) = rest.split_at(rest.len().min(segment.len as usize));
-        if !now.is_empty() {
-            mem::write_bytes(ram, segment.addr, now)?;
-        }
-        rest = later;
-    }
-    Ok((bytes.len() - rest.len()) as u64)
 }

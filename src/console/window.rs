@@ -6,11 +6,12 @@
 //! Only a device without MULTIPORT uses this. With MULTIPORT Linux ignores these fields and waits for the
 //! control message RESIZE, in which some kernels read rows first and others columns.
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::doorbell;
 
 /// VIRTIO_CONSOLE_F_SIZE.
 pub const SIZE: u64 = 1 << 0;
@@ -56,9 +57,7 @@ impl Window {
             return;
         }
         self.changed.store(true, Ordering::SeqCst);
-        if let Err(error) = self.wake.write(1)
-            && error.kind() != io::ErrorKind::WouldBlock
-        {
+        if let Err(error) = doorbell::ring(&self.wake) {
             log::warn!("console: the guest is not told of the terminal's new size: {error}");
         }
     }

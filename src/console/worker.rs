@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::PortConfig;
 use super::live::Live;
 use super::window::{Window, WindowSize};
+use crate::doorbell;
 use crate::ratelimit::RateLimit;
 use crate::sandbox::{Role, Ticket};
 use crate::virtio::Activation;
@@ -114,9 +115,7 @@ impl Drop for WorkerThread {
 
 /// A full eventfd counter wakes as well.
 fn wake(event: &EventFd) {
-    if let Err(error) = event.write(1)
-        && error.kind() != io::ErrorKind::WouldBlock
-    {
+    if let Err(error) = doorbell::ring(event) {
         log::error!("console: the worker cannot be woken: {error}");
     }
 }

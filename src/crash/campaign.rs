@@ -7,7 +7,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
@@ -22,6 +22,7 @@ use super::scratch::{Base, ScratchError, Stage, default_place};
 use crate::estimate::Rate;
 use crate::files::{Input, Output, OutputRefused, output};
 use crate::scratch_dir::{ScratchDir, remove_abandoned};
+use crate::sync::unpoisoned;
 
 /// Images of so many failures are kept, the first ones.
 pub const KEPT_MAX: usize = 16;
@@ -157,7 +158,7 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report, CrashError> {
         }
     });
     shared.bar.finish_and_clear();
-    let found = shared.found.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let found = unpoisoned(shared.found.into_inner());
     if let Some(error) = found.error {
         return Err(error);
     }
@@ -262,7 +263,7 @@ struct Found {
 
 impl Shared<'_> {
     fn found(&self) -> MutexGuard<'_, Found> {
-        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.found.lock())
     }
 
     fn work(&self, number: usize) {
@@ -301,7 +302,7 @@ impl Shared<'_> {
     }
 
     fn next_task(&self) -> Option<Task> {
-        let mut plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut plan = unpoisoned(self.plan.lock());
         let (task, points) = (plan.next(), plan.points());
         if points != self.points.swap(points, Ordering::Relaxed) {
             // Some states of the point before were the same disk: fewer are left than it seemed.

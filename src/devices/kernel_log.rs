@@ -5,7 +5,9 @@
 
 use std::collections::VecDeque;
 use std::fmt::Write;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
+
+use crate::sync::unpoisoned;
 
 /// What is kept of all that was printed: some hundred lines.
 const KEPT_BYTES: usize = 64 * 1024;
@@ -58,7 +60,7 @@ struct Ring {
 impl KernelLog {
     /// Keeps `bytes`, and drops the oldest for them.
     pub fn feed(&self, bytes: &[u8]) {
-        let mut ring = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ring = unpoisoned(self.0.lock());
         let kept = bytes.get(bytes.len().saturating_sub(KEPT_BYTES)..).unwrap_or_default();
         let excess = (ring.bytes.len() + kept.len()).saturating_sub(KEPT_BYTES);
         ring.is_cut |= excess > 0 || kept.len() < bytes.len();
@@ -68,7 +70,7 @@ impl KernelLog {
 
     /// The lines to be shown: from the first on that says what went wrong, with its reason, or the last 40.
     pub fn lines(&self) -> Vec<String> {
-        let mut ring = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ring = unpoisoned(self.0.lock());
         let is_cut = ring.is_cut;
         let mut lines: Vec<&[u8]> = ring.bytes.make_contiguous().split(|&byte| byte == b'\n').collect();
         if is_cut && lines.len() > 1 {

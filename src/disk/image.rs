@@ -12,7 +12,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use super::cache::CachePolicy;
@@ -29,6 +29,7 @@ use super::queue_stats::QueueStats;
 use super::stable::StableBy;
 use super::writelog::WriteLog;
 use crate::files::locks;
+use crate::sync::unpoisoned;
 use crate::text::shell_word;
 use fate::Fate;
 use opening::{
@@ -281,7 +282,7 @@ impl Image {
     /// The figures of one more queue, which come after those of the others.
     pub(super) fn add_queue(&self) -> Arc<QueueStats> {
         let stats = Arc::new(QueueStats::new(self.timed));
-        self.queue_stats.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&stats));
+        unpoisoned(self.queue_stats.lock()).push(Arc::clone(&stats));
         stats
     }
 
@@ -295,7 +296,7 @@ impl Image {
 
     /// The figures of each queue, in their order.
     pub fn queue_stats(&self) -> Vec<Arc<QueueStats>> {
-        self.queue_stats.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        unpoisoned(self.queue_stats.lock()).clone()
     }
 
     /// How writes are made stable.

@@ -10,11 +10,12 @@
 //! OK (E1, E2), in every mode and on every queue.
 
 use std::io;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::sync::{AtomicI32, Mutex, MutexGuard, Ordering};
+use crate::doorbell;
+use crate::sync::{AtomicI32, Mutex, MutexGuard, Ordering, unpoisoned};
 
 /// Remembers the first sync error of one disk, and which syncs nobody has judged yet.
 #[derive(Debug, Default)]
@@ -51,7 +52,7 @@ pub struct Ticket(u64);
 
 impl SyncLatch {
     fn syncs(&self) -> MutexGuard<'_, Syncs> {
-        self.syncs.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.syncs.lock())
     }
 
     /// A sync is about to be handed to an engine.
@@ -121,11 +122,8 @@ impl SyncLatch {
     }
 }
 
-/// A full counter wakes as well.
 fn ring(bell: &EventFd) {
-    if let Err(error) = bell.write(1)
-        && error.kind() != io::ErrorKind::WouldBlock
-    {
+    if let Err(error) = doorbell::ring(bell) {
         log::error!("disk: a queue that waits for another's sync cannot be woken: {error}");
     }
 }

@@ -10,10 +10,12 @@
 //! a sync, so the count may be too high, and is never too low (`docs/statistics.md`).
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::times::{Summary, Times};
+
+use crate::sync::unpoisoned;
 
 /// Most spans whose age is told apart; with more syncs in flight an age may come out too high.
 const SPANS_MAX: usize = 64;
@@ -97,7 +99,7 @@ impl Monitor {
     }
 
     fn lock(&self) -> MutexGuard<'_, Line> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.0.lock())
     }
 }
 

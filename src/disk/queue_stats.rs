@@ -4,10 +4,12 @@
 //! no two CPUs contend for it; whoever reports looks at it from outside.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use super::counters::Counters;
 use super::latency::{Latencies, Moments};
+
+use crate::sync::unpoisoned;
 
 /// The figures of one queue.
 #[derive(Debug)]
@@ -86,6 +88,6 @@ impl QueueStats {
 
     fn lock(&self) -> Option<MutexGuard<'_, Latencies>> {
         let latencies = self.latencies.as_ref()?;
-        Some(latencies.lock().unwrap_or_else(PoisonError::into_inner))
+        Some(unpoisoned(latencies.lock()))
     }
 }

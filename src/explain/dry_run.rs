@@ -5,7 +5,7 @@
 //! engine. Every decision is made by the code that makes it when a guest runs.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use serde::Serialize;
 
@@ -18,6 +18,7 @@ use crate::disk::choice::EngineKind;
 use crate::disk::engine::{Ended, Engine, HostOp, Wake};
 use crate::disk::machine::{Disk, Op};
 use crate::mem::{AlignedBuffer, Iov, Segment};
+use crate::sync::unpoisoned;
 
 /// What one driver's requests become.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -221,11 +222,11 @@ struct Calls(Arc<Mutex<Vec<&'static str>>>);
 
 impl Calls {
     fn push(&self, call: &'static str) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(call);
+        unpoisoned(self.0.lock()).push(call);
     }
 
     fn take(&self) -> Vec<&'static str> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *unpoisoned(self.0.lock()))
     }
 }
 

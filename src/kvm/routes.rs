@@ -4,7 +4,7 @@
 //! first 24 are the lines of PIC and IOAPIC, as KVM has them before anybody says otherwise.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::KvmError;
 use crate::pci::msix::{Message, MessageSink};
+use crate::sync::unpoisoned;
 
 /// Lines of the IOAPIC.
 const LINES: u32 = 24;
@@ -40,7 +41,7 @@ impl Routes {
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.table.lock())
     }
 
     /// So many vectors for one function, each with an irqfd.

@@ -8,10 +8,11 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Mutex, MutexGuard, RwLock};
 
 use super::config::{Memory, Span};
 use crate::ratelimit::RateLimit;
+use crate::sync::unpoisoned;
 use crate::warn_limited;
 
 /// The doorbells of one function, as they follow its memory: KVM's ioeventfds; in tests, a list. A
@@ -64,7 +65,7 @@ impl MemoryMap {
 
     /// Who answers at `addr`, as device number and offset, and how many of `len` bytes it takes.
     pub fn find(&self, addr: u64, len: usize) -> (Option<(usize, u64)>, usize) {
-        let routes = self.routes.read().unwrap_or_else(PoisonError::into_inner);
+        let routes = unpoisoned(self.routes.read());
         let limit = |end: u64| len.min(usize::try_from(end - addr).unwrap_or(len));
         let after = routes.partition_point(|(span, _)| span.base <= addr);
         let before = after.checked_sub(1).and_then(|at| routes.get(at));
@@ -106,14 +107,14 @@ impl MemoryMap {
     }
 
     fn places(&self) -> MutexGuard<'_, Places> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.places.lock())
     }
 
     fn route(&self, wanted: &[Option<Span>]) {
         let mut routes: Vec<(Span, usize)> =
             wanted.iter().enumerate().filter_map(|(device, span)| Some(((*span)?, device))).collect();
         routes.sort_by_key(|(span, _)| span.base);
-        *self.routes.write().unwrap_or_else(PoisonError::into_inner) = routes;
+        *unpoisoned(self.routes.write()) = routes;
     }
 }
 

@@ -6,11 +6,12 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::config::{CONFIG_BYTES, ConfigSpace, Identity, Memory};
 use super::memory::{DoorbellSink, MemoryMap};
 use crate::bus::{Bus, BusDevice, Outcome, SharedDevice};
+use crate::sync::unpoisoned;
 
 /// Device numbers of a bus, of which 0 is the host bridge.
 pub const DEVICES_MAX: usize = 32;
@@ -137,7 +138,7 @@ impl PciRoot {
 }
 
 fn lock(function: &Mutex<dyn PciFunction>) -> MutexGuard<'_, dyn PciFunction + 'static> {
-    function.lock().unwrap_or_else(PoisonError::into_inner)
+    unpoisoned(function.lock())
 }
 
 /// An access of `len` bytes, cut at multiples of four: where each piece is, and which bytes it has.

@@ -16,9 +16,11 @@ pub mod roles;
 pub mod trap;
 
 use std::io;
-use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Condvar, Mutex, OnceLock};
 
 use seccompiler::BpfProgram;
+
+use crate::sync::unpoisoned;
 
 pub use roles::Role;
 
@@ -112,7 +114,7 @@ pub struct Ticket {
 impl Ticket {
     /// For a thread that does this.
     pub fn new(role: Role) -> Self {
-        *PENDING.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        *unpoisoned(PENDING.lock()) += 1;
         Self { role }
     }
 
@@ -131,7 +133,7 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        *PENDING.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        *unpoisoned(PENDING.lock()) -= 1;
         CHANGED.notify_all();
     }
 }
@@ -142,9 +144,9 @@ fn cause(error: &SandboxError) -> String {
 
 /// Returns when no thread is left that has not entered.
 pub fn wait_for_all() {
-    let mut pending = PENDING.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut pending = unpoisoned(PENDING.lock());
     while *pending > 0 {
-        pending = CHANGED.wait(pending).unwrap_or_else(PoisonError::into_inner);
+        pending = unpoisoned(CHANGED.wait(pending));
     }
 }
 

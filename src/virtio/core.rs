@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::{QueueConfig, Ring};
 use super::{Activation, EnabledQueue, Interrupt, VirtioDevice, feature};
+use crate::doorbell;
 use crate::mem::Ram;
 use crate::ratelimit::RateLimit;
 use crate::warn_limited;
@@ -356,8 +357,7 @@ impl Core {
     fn notify(&mut self, queue: u32) {
         let doorbell = usize::try_from(queue).ok().and_then(|at| self.doorbells.get(at));
         if let Some(doorbell) = doorbell
-            && let Err(error) = doorbell.write(1)
-            && error.kind() != io::ErrorKind::WouldBlock
+            && let Err(error) = doorbell::ring(doorbell)
         {
             warn_limited!(self.errors, "virtio: the doorbell of queue {queue} cannot be rung: {error}");
         }

@@ -11,7 +11,7 @@ mod region;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -23,6 +23,7 @@ use crate::mem::Ram;
 use crate::pci::config::{ConfigSpace, Identity, Memory, touches};
 use crate::pci::msix::{self, MessageSink, Msix};
 use crate::pci::root::PciFunction;
+use crate::sync::unpoisoned;
 pub use region::{BAR_BYTES, NOTIFY, NOTIFY_STRIDE};
 use region::{
     COMMON, COMMON_BYTES, DEVICE, DEVICE_BYTES, Field, ISR, PENDING, Part, TABLE, VECTORS_MAX, field,
@@ -67,7 +68,7 @@ struct Vectors {
 
 impl Vectors {
     fn msix(&self) -> MutexGuard<'_, Msix> {
-        self.msix.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.msix.lock())
     }
 
     /// Signals what an event is mapped to; whether messages are in use at all.

@@ -6,9 +6,9 @@
 use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
-use std::sync::{Arc, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,7 @@ use crate::kvm::run_page::RunPage;
 use crate::sandbox::{Role, Ticket};
 use crate::signals::{Arrived, Signals};
 use crate::stats::{ExitStats, Stats};
+use crate::sync::unpoisoned;
 use crate::vcpu::Exits;
 
 /// Draining I/O, or a vCPU that waits for it, may take so long, where `--stop-timeout` says nothing.
@@ -200,7 +201,7 @@ pub fn drain(
     let mine = machine.transports.clone();
     let mut work = ender.begin(move || {
         for transport in &mine {
-            transport.lock().unwrap_or_else(PoisonError::into_inner).stop();
+            unpoisoned(transport.lock()).stop();
         }
     });
     wait_until(|| work.is_finished(), || in_flight(&machine.disks), Some(patience.drain), signals)

@@ -4,13 +4,14 @@
 //! Owns the thread. A ring too many is a doorbell without a request, which every worker must bear.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::sandbox::{Role, Ticket};
+use crate::sync::unpoisoned;
 
 /// One thread's clock.
 pub(super) struct Alarm {
@@ -32,7 +33,7 @@ struct State {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.state.lock())
     }
 
     /// Sleeps, rings, sleeps.
@@ -41,10 +42,10 @@ impl Shared {
         while !state.ends {
             let now = Instant::now();
             state = match &state.next {
-                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                None => unpoisoned(self.changed.wait(state)),
                 Some((at, _)) if *at > now => {
                     let left = *at - now;
-                    self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                    unpoisoned(self.changed.wait_timeout(state, left)).0
                 }
                 Some((_, bell)) => {
                     // A counter that is full has been rung.

@@ -22,11 +22,12 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use super::geometry::SECTOR;
 use super::image::ImageProblem;
 use crate::mem::Iov;
+use crate::sync::unpoisoned;
 pub use file::as_output;
 use file::{Data, LogFile};
 use format::{DISCARD, FLUSH, FUA, Header, MARK};
@@ -168,7 +169,7 @@ impl WriteLog {
     }
 
     fn line(&self) -> MutexGuard<'_, Line> {
-        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.line.lock())
     }
 }
 
