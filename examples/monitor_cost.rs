@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use minivmm::disk::cache::{CachePolicy, Negotiated, WriteCache};
-use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
-use minivmm::disk::machine::{Disk, Op, StableBy};
+use minivmm::disk::disk_queue::{DiskQueue, Op, RequestId, StableBy};
+use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::disk::monitor::{Monitor, SyncEnd};
 use minivmm::disk::{DiskOptions, Image};
 use minivmm::mem::{AlignedBuffer, Iov};
@@ -20,7 +20,7 @@ use minivmm::mem::{AlignedBuffer, Iov};
 struct Nothing(Vec<Ended>);
 
 impl Engine for Nothing {
-    fn submit(&mut self, token: u64, _: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, _: HostOp) -> Result<(), HostOp> {
         self.0.push(Ended { token, result: Ok(4096) });
         Ok(())
     }
@@ -63,11 +63,11 @@ fn writes(count: u64, image: &str) -> Result<(), Box<dyn Error>> {
     let image = Arc::new(Image::open(&DiskOptions { cache: policy, ..DiskOptions::new(image) })?);
     let cache = Arc::new(WriteCache::new(policy));
     cache.negotiate(Negotiated { flush: true, config_wce: true });
-    let mut disk = Disk::new(Arc::clone(&image), cache, Box::new(Nothing::default()), StableBy::Dsync);
+    let mut disk = DiskQueue::new(Arc::clone(&image), cache, Box::new(Nothing::default()), StableBy::Dsync);
     let range = image.geometry().check(0, 4096).ok_or("the image is too small")?;
     let buffer = Arc::new(AlignedBuffer::new(4096, 4096)?);
     for id in 0..count {
-        disk.submit(id, Op::Write(range, Iov::from_buffer(&buffer, 4096)));
+        disk.submit(RequestId(id), Op::Write(range, Iov::from_buffer(&buffer, 4096)));
         disk.wait(Wake::Now)?;
         if disk.take_completions().count() != 1 {
             return Err("a write has not ended".into());

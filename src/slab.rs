@@ -4,11 +4,63 @@
 //! answer finds nothing, and no memory is allocated once as many were held at the same time as ever
 //! will be.
 
+use std::marker::PhantomData;
+
+/// The type of a slab's numbers, so that a number of one slab cannot be looked up in another.
+pub trait Number: Copy {
+    /// Wraps a number that a slab has made.
+    fn from_u64(number: u64) -> Self;
+    /// Returns the wrapped number.
+    fn to_u64(self) -> u64;
+
+    /// Returns the index of the value's slot: below the largest count of values held at the same time.
+    fn slot(self) -> usize {
+        parts(self.to_u64()).0
+    }
+}
+
+impl Number for u64 {
+    fn from_u64(number: u64) -> Self {
+        number
+    }
+
+    fn to_u64(self) -> u64 {
+        self
+    }
+}
+
+/// Defines a type that wraps a slab's number.
+#[macro_export]
+macro_rules! slab_number {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(pub u64);
+
+        impl $crate::slab::Number for $name {
+            fn from_u64(number: u64) -> Self {
+                Self(number)
+            }
+
+            fn to_u64(self) -> u64 {
+                self.0
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
 /// A set of values, each under a number of its own.
 #[derive(Debug)]
-pub struct Slab<T> {
+pub struct Slab<N, T> {
     slots: Vec<Slot<T>>,
     free: Vec<u32>,
+    number: PhantomData<N>,
 }
 
 #[derive(Debug)]
@@ -18,9 +70,9 @@ struct Slot<T> {
     value: Option<T>,
 }
 
-impl<T> Default for Slab<T> {
+impl<N, T> Default for Slab<N, T> {
     fn default() -> Self {
-        Self { slots: Vec::new(), free: Vec::new() }
+        Self { slots: Vec::new(), free: Vec::new(), number: PhantomData }
     }
 }
 
@@ -32,48 +84,43 @@ fn parts(number: u64) -> (usize, u32) {
     (index as usize, turn)
 }
 
-/// The place of a number's value: below the most values that there were at the same time.
-pub fn slot(number: u64) -> usize {
-    parts(number).0
-}
-
-impl<T> Slab<T> {
-    /// How many values there are.
+impl<N: Number, T> Slab<N, T> {
+    /// Returns how many values the slab holds.
     pub fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
-    /// Whether there is none.
+    /// Returns `true` if the slab holds no value.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Keeps `value`; its number.
-    pub fn insert(&mut self, value: T) -> u64 {
+    /// Stores `value` and returns its number.
+    pub fn insert(&mut self, value: T) -> N {
         let index = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot { turn: 0, value: None });
             u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
         });
         let slot = &mut self.slots[index as usize];
         slot.value = Some(value);
-        u64::from(slot.turn) << 32 | u64::from(index)
+        N::from_u64(u64::from(slot.turn) << 32 | u64::from(index))
     }
 
-    /// All values.
+    /// Returns all values, in no particular order.
     pub fn into_values(self) -> impl Iterator<Item = T> {
         self.slots.into_iter().filter_map(|slot| slot.value)
     }
 
-    /// The value under `number`.
-    pub fn get_mut(&mut self, number: u64) -> Option<&mut T> {
-        let (index, turn) = parts(number);
+    /// Returns the value under `number`, or `None` if the number was never given out or its value was removed.
+    pub fn get_mut(&mut self, number: N) -> Option<&mut T> {
+        let (index, turn) = parts(number.to_u64());
         let slot = self.slots.get_mut(index)?;
         if slot.turn == turn { slot.value.as_mut() } else { None }
     }
 
-    /// Takes the value under `number` out; the number means nothing from now on.
-    pub fn remove(&mut self, number: u64) -> Option<T> {
-        let (index, turn) = parts(number);
+    /// Removes and returns the value under `number`, which is not given out again.
+    pub fn remove(&mut self, number: N) -> Option<T> {
+        let (index, turn) = parts(number.to_u64());
         let slot = self.slots.get_mut(index)?;
         if slot.turn != turn {
             return None;
@@ -91,7 +138,7 @@ mod tests {
 
     #[test]
     fn a_number_is_never_used_twice() {
-        let mut slab = Slab::default();
+        let mut slab = Slab::<u64, _>::default();
         let first = slab.insert('a');
         assert_eq!(slab.remove(first), Some('a'));
         let second = slab.insert('b');
@@ -104,7 +151,7 @@ mod tests {
 
     #[test]
     fn what_was_never_given_out_is_not_there() {
-        let mut slab = Slab::<u8>::default();
+        let mut slab = Slab::<u64, u8>::default();
         assert_eq!(slab.remove(7), None);
         assert_eq!(slab.get_mut(u64::MAX), None);
         assert!(slab.is_empty());
@@ -112,7 +159,7 @@ mod tests {
 
     #[test]
     fn slots_are_used_again() {
-        let mut slab = Slab::default();
+        let mut slab = Slab::<u64, _>::default();
         for round in 0..100 {
             let numbers = [slab.insert(round), slab.insert(round)];
             assert_eq!(numbers.map(|number| slab.remove(number)), [Some(round); 2]);

@@ -16,7 +16,7 @@ use common::driver::*;
 use common::images::{TestImage, pattern, test_dir};
 use common::loops::{LoopDevice, Mounted};
 use minivmm::disk::cache::CachePolicy;
-use minivmm::disk::machine::StableBy;
+use minivmm::disk::disk_queue::StableBy;
 use minivmm::disk::options::EngineChoice;
 use minivmm::disk::{DiskOptions, Image};
 

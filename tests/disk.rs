@@ -14,7 +14,7 @@ use common::driver::*;
 use common::engines::{Fate, Kind, Log, Script, Scripted};
 use common::images::{TestImage, pattern, test_dir};
 use minivmm::disk::cache::POLICIES;
-use minivmm::disk::machine::StableBy;
+use minivmm::disk::disk_queue::StableBy;
 use minivmm::disk::{DiskOptions, Image};
 
 const IMAGE_BYTES: u64 = 1 << 20;

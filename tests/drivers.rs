@@ -27,7 +27,7 @@ use common::over_pci;
 use minivmm::blk::BlockDevice;
 use minivmm::bus::{Bus, Outcome};
 use minivmm::disk::cache::POLICIES;
-use minivmm::disk::machine::StableBy;
+use minivmm::disk::disk_queue::StableBy;
 use minivmm::disk::{DiskOptions, Image};
 use minivmm::layout::VIRTIO_MMIO;
 use minivmm::mem::{self, Ram};

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use common::driver::*;
 use common::engines::{Fate, Kind, Scripted};
 use common::images::TestImage;
-use minivmm::disk::machine::StableBy;
+use minivmm::disk::disk_queue::StableBy;
 
 #[test]
 fn zeroes_that_an_engine_claims_beyond_what_it_was_given_are_not_written() {

@@ -21,9 +21,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use minivmm::blk::worker::{Job, QueueWorker};
 use minivmm::disk::cache::{Negotiated, WriteCache};
-use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
+use minivmm::disk::disk_queue::{DiskQueue, StableBy};
+use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::disk::geometry::{Alignment, Geometry};
-use minivmm::disk::machine::{Disk, StableBy};
 use minivmm::disk::{DiskOptions, Image};
 use minivmm::ratelimit::RateLimit;
 use minivmm::virtio::Interrupt;
@@ -86,11 +86,11 @@ unsafe impl GlobalAlloc for Counting {
 /// An engine whose operations end at once and whole.
 #[derive(Default)]
 struct Null {
-    queued: Vec<(u64, usize)>,
+    queued: Vec<(OpToken, usize)>,
 }
 
 impl Engine for Null {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         let bytes = match &op {
             HostOp::Readv { iov, .. } | HostOp::Writev { iov, .. } => iov.bytes() as usize,
             _ => 0,
@@ -131,7 +131,7 @@ fn run_load(kind: Kind, depth: u16, timed: bool) -> u64 {
     let image = Arc::new(Image::simulated(&options, geometry).unwrap());
     let cache = Arc::new(WriteCache::new(image.policy()));
     cache.negotiate(Negotiated { flush: true, config_wce: true });
-    let mut disk = Disk::new(image, cache, Box::new(Null::default()), StableBy::Dsync);
+    let mut disk = DiskQueue::new(image, cache, Box::new(Null::default()), StableBy::Dsync);
     let mut rings = Rings::new(depth, BLOCK_BYTES, BLOCK_BYTES).unwrap();
     let ring = Ring::new(rings.ram(), &rings.config(), QUEUE_SIZE, FEATURES).unwrap();
     let doorbell = Arc::new(EventFd::new(0).unwrap());

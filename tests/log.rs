@@ -15,8 +15,8 @@ use common::images::TestImage;
 use minivmm::crash::log::{Entry, WriteLog};
 use minivmm::disk::cache::{Negotiated, WriteCache};
 use minivmm::disk::choice::equip;
-use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
-use minivmm::disk::machine::{Disk, Op, StableBy};
+use minivmm::disk::disk_queue::{DiskQueue, Op, RequestId, StableBy};
+use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::disk::options::EngineChoice;
 use minivmm::disk::{DiskOptions, Image};
 use minivmm::mem::{AlignedBuffer, Iov};
@@ -136,7 +136,7 @@ fn the_log_has_what_was_really_done_not_what_was_told() {
 /// What the engine holds, in the order it was given.
 #[derive(Default)]
 struct Held {
-    operations: Vec<(u64, HostOp)>,
+    operations: Vec<(OpToken, HostOp)>,
     ended: Vec<Ended>,
 }
 
@@ -145,7 +145,7 @@ struct Held {
 struct Hands(Arc<Mutex<Held>>);
 
 impl Engine for Hands {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         self.0.lock().unwrap().operations.push((token, op));
         Ok(())
     }
@@ -158,7 +158,7 @@ impl Engine for Hands {
 
 /// One queue: its state machine and the hands on its engine.
 struct Queue {
-    disk: Disk,
+    disk: DiskQueue,
     hands: Hands,
     ids: u64,
 }
@@ -177,7 +177,7 @@ impl Queue {
 
     fn submit(&mut self, op: Op) {
         self.ids += 1;
-        self.disk.submit(self.ids, op);
+        self.disk.submit(RequestId(self.ids), op);
         self.disk.wait(Wake::Now).unwrap();
     }
 
@@ -212,7 +212,7 @@ fn queues<const N: usize>(mode: &str, stable_by: StableBy) -> (TestImage, Arc<Im
     let queue = |_| {
         let hands = Hands::default();
         let engine = equip(Box::new(hands.clone()), &image);
-        let disk = Disk::new(Arc::clone(&image), Arc::clone(&cache), engine, stable_by);
+        let disk = DiskQueue::new(Arc::clone(&image), Arc::clone(&cache), engine, stable_by);
         Queue { disk, hands, ids: 0 }
     };
     let queues = std::array::from_fn(queue);

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use common::driver::*;
 use common::engines::{Fate, Scripted};
 use common::images::{TestImage, pattern};
-use minivmm::disk::machine::StableBy;
+use minivmm::disk::disk_queue::StableBy;
 use minivmm::mem::{self, Ram};
 
 /// A descriptor without its next: address, length, flags.

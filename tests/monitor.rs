@@ -12,9 +12,9 @@ use common::engines::{Fate, Kind, Script, Scripted};
 use common::images::TestImage;
 use minivmm::disk::Image;
 use minivmm::disk::cache::{Negotiated, POLICIES, WriteCache};
-use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
+use minivmm::disk::disk_queue::{DiskQueue, Op, RequestId, StableBy};
+use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::disk::erase::ZeroedRange;
-use minivmm::disk::machine::{Disk, Op, StableBy};
 use minivmm::disk::monitor::{Monitor, Snapshot, SyncEnd};
 use minivmm::mem::{AlignedBuffer, Iov};
 use minivmm::stats::{ExitStats, Stats};
@@ -62,7 +62,7 @@ fn step() -> impl Strategy<Value = Step> {
 /// What the host has of one queue, each operation with the moment it was handed over.
 #[derive(Default)]
 struct Held {
-    operations: Vec<(u64, Kind, u64, usize)>,
+    operations: Vec<(OpToken, Kind, u64, usize)>,
     ended: Vec<Ended>,
     room: usize,
 }
@@ -74,7 +74,7 @@ struct Manual {
 }
 
 impl Engine for Manual {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         let mut held = self.held.lock().unwrap();
         if held.operations.len() == held.room {
             return Err(op);
@@ -103,7 +103,7 @@ fn tick(clock: &Mutex<u64>) -> u64 {
 struct Model {
     image: Arc<Image>,
     cache: Arc<WriteCache>,
-    queues: Vec<(Disk, Arc<Mutex<Held>>)>,
+    queues: Vec<(DiskQueue, Arc<Mutex<Held>>)>,
     clock: Arc<Mutex<u64>>,
     next_id: u64,
     /// Requests that change sectors: first and number.
@@ -129,7 +129,7 @@ impl Model {
         let queue = || {
             let held = Arc::new(Mutex::new(Held { room, ..Held::default() }));
             let engine = Manual { held: Arc::clone(&held), clock: Arc::clone(&clock) };
-            (Disk::new(Arc::clone(&image), Arc::clone(&cache), Box::new(engine), stable_by), held)
+            (DiskQueue::new(Arc::clone(&image), Arc::clone(&cache), Box::new(engine), stable_by), held)
         };
         let queues = vec![queue(), queue()];
         Self {
@@ -161,9 +161,9 @@ impl Model {
                     1 => Op::WriteZeroes(vec![ZeroedRange { range, unmap: true }]),
                     _ => Op::Write(range, memory(range.bytes() as usize)),
                 };
-                self.queues[queue].0.submit(id, op);
+                self.queues[queue].0.submit(RequestId(id), op);
             }
-            Step::Flush { queue } => self.queues[queue].0.submit(id, Op::Flush),
+            Step::Flush { queue } => self.queues[queue].0.submit(RequestId(id), Op::Flush),
             Step::Writeback(on) => {
                 self.cache.guest_sets_writeback(on);
                 self.queues[0].0.sync_if_switched_off();
@@ -207,7 +207,7 @@ impl Model {
         }
         let seen = tick(&self.clock);
         for done in disk.take_completions().filter(|done| done.result.is_ok()) {
-            let Some(&(sector, sectors)) = self.requests.get(&done.id) else { continue };
+            let Some(&(sector, sectors)) = self.requests.get(&done.id.0) else { continue };
             let is_stable = matches!(kind, Kind::Fdatasync | Kind::WriteDsync);
             for sector in sector..sector + sectors {
                 for (at_risk, since) in [(&mut self.at_risk, ended), (&mut self.seen_at_risk, seen)] {

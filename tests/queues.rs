@@ -16,8 +16,8 @@ use common::images::TestImage;
 use minivmm::blk::BlockDevice;
 use minivmm::disk::blocking::BlockingEngine;
 use minivmm::disk::cache::{CachePolicy, WriteCache};
-use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
-use minivmm::disk::machine::Disk;
+use minivmm::disk::disk_queue::DiskQueue;
+use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::disk::uring::UringEngine;
 use minivmm::disk::{DiskOptions, Image};
 use minivmm::mem;
@@ -72,7 +72,7 @@ impl Many {
     fn over(image: &Arc<Image>, engines: Vec<Box<dyn Engine>>) -> Self {
         let ram = mem::map_ram(&[(0, RAM_BYTES)]).unwrap();
         let cache = Arc::new(WriteCache::new(image.policy()));
-        let disk = |engine| Disk::new(Arc::clone(image), Arc::clone(&cache), engine, image.stable());
+        let disk = |engine| DiskQueue::new(Arc::clone(image), Arc::clone(&cache), engine, image.stable());
         let disks = engines.into_iter().map(disk).collect();
         let device = BlockDevice::with_disks("vda", Arc::clone(image), Arc::clone(&cache), disks).unwrap();
         Self { rig: Rig::over(Arc::clone(image), cache, ram, device), avail: [0; 4] }
@@ -311,7 +311,7 @@ struct Gated {
 }
 
 impl Engine for Gated {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         let is_sync = op.is_sync();
         self.inner.submit(token, op)?;
         self.syncs |= is_sync;
@@ -338,7 +338,7 @@ struct Watched {
 }
 
 impl Engine for Watched {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         self.inner.submit(token, op)
     }
 

@@ -16,8 +16,8 @@ use common::over_pci;
 use common::turns::Turns;
 use minivmm::disk::Image;
 use minivmm::disk::blocking::BlockingEngine;
-use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
-use minivmm::disk::machine::StableBy;
+use minivmm::disk::disk_queue::StableBy;
+use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::mem;
 use minivmm::virtio::Transport;
 
@@ -61,7 +61,7 @@ impl Slow {
 }
 
 impl Engine for Slow {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         self.writes += usize::from(matches!(op, HostOp::Writev { .. }));
         self.inner.submit(token, op)
     }
@@ -127,7 +127,7 @@ fn whatever_stops_a_queue_waits_for_the_io_in_flight_and_then_leaves_memory_alon
 /// What a [`Lingering`] engine has, and what it has ended.
 #[derive(Default)]
 struct Lingered {
-    operations: Vec<(u64, HostOp)>,
+    operations: Vec<(OpToken, HostOp)>,
     ended: usize,
     may_end: bool,
 }
@@ -136,7 +136,7 @@ struct Lingered {
 struct Lingering(Arc<Mutex<Lingered>>);
 
 impl Engine for Lingering {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         self.0.lock().unwrap().operations.push((token, op));
         Ok(())
     }

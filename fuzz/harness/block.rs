@@ -13,8 +13,8 @@ use minivmm::blk::BlockDevice;
 use minivmm::blk::config::{CONFIG_WCE, DISCARD, FLUSH, MQ, WRITE_ZEROES};
 use minivmm::bus::Bus;
 use minivmm::disk::cache::{POLICIES, WriteCache};
+use minivmm::disk::disk_queue::{DiskQueue, StableBy};
 use minivmm::disk::geometry::{Alignment, Geometry};
-use minivmm::disk::machine::{Disk, StableBy};
 use minivmm::disk::{DiskOptions, Image};
 use minivmm::pci::memory::DoorbellSink;
 use minivmm::pci::msix::{Message, MessageSink};
@@ -168,7 +168,7 @@ impl Machine {
         let room = input.pick(&[64, 1, 3]);
         let host = Arc::new(Host::new(memory.host(), &geometry, policy.direct, options.readonly, room));
         let cache = Arc::new(WriteCache::new(policy));
-        let disk = |_| Disk::new(Arc::clone(&image), Arc::clone(&cache), host.engine(), stable);
+        let disk = |_| DiskQueue::new(Arc::clone(&image), Arc::clone(&cache), host.engine(), stable);
         let disks = (0..queues).map(disk).collect();
         let device = BlockDevice::with_disks("vda", Arc::clone(&image), cache, disks).expect("a device");
         let notes = Arc::<Notes>::default();

@@ -11,7 +11,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
+use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::disk::geometry::{Alignment, Geometry};
 use minivmm::mem::Iov;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -32,7 +32,7 @@ pub enum Posture {
 }
 
 struct Operation {
-    token: u64,
+    token: OpToken,
     op: HostOp,
     /// It does not end by itself.
     held: bool,
@@ -335,7 +335,7 @@ struct Simulated {
 }
 
 impl Engine for Simulated {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         let mut state = self.host.lock();
         let room = state.room;
         let queue = &mut state.queues[self.queue];

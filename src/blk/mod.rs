@@ -15,7 +15,7 @@ use std::sync::Arc;
 use crate::disk::Image;
 use crate::disk::cache::{Negotiated, WriteCache};
 use crate::disk::choice::{Chosen, EngineError, EngineKind, choose};
-use crate::disk::machine::Disk;
+use crate::disk::disk_queue::DiskQueue;
 use crate::mem::Ram;
 use crate::virtio::{ActivateError, Activation, EnabledQueue, VirtioDevice};
 use worker::{Job, WorkerThread};
@@ -56,7 +56,7 @@ impl BlockDevice {
         if let Some(why) = why {
             log::info!("disk {}: engine=sync: {why}", image.path().display());
         }
-        let disk = |engine| Disk::new(Arc::clone(&image), Arc::clone(&cache), engine, image.stable());
+        let disk = |engine| DiskQueue::new(Arc::clone(&image), Arc::clone(&cache), engine, image.stable());
         let disks = engines.into_iter().map(disk).collect();
         let mut device = Self::with_disks(name, image, cache, disks).map_err(DeviceError::Thread)?;
         device.engine = kind;
@@ -68,7 +68,7 @@ impl BlockDevice {
         name: &str,
         image: Arc<Image>,
         cache: Arc<WriteCache>,
-        disks: Vec<Disk>,
+        disks: Vec<DiskQueue>,
     ) -> io::Result<Self> {
         let queue_sizes = vec![image.queue_size(); disks.len()];
         let thread = |(index, disk)| WorkerThread::park(format!("{name}-q{index}"), disk);

@@ -6,10 +6,10 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use crate::disk::disk_queue::{DiskQueue, Op, RequestId};
 use crate::disk::latency::{Kind, Moments};
-use crate::disk::machine::{Disk, Op};
 use crate::disk::queue_stats::QueueStats;
-use crate::slab;
+use crate::slab::Number;
 
 /// The stopwatch of one queue.
 pub(super) struct Stopwatch {
@@ -31,7 +31,7 @@ struct Open {
 
 impl Stopwatch {
     /// One for the queue of `disk`, which begins to work now; `None` if nobody wants to know.
-    pub(super) fn begin(disk: &mut Disk) -> Option<Self> {
+    pub(super) fn begin(disk: &mut DiskQueue) -> Option<Self> {
         let stats = Arc::clone(disk.stats());
         stats.is_timed().then(|| {
             disk.woke_now();
@@ -42,9 +42,9 @@ impl Stopwatch {
     }
 
     /// A request was taken from the queue, just now, and is about to be handed to the disk.
-    pub(super) fn pops(&mut self, id: u64, op: &Op, doorbell: Instant) {
+    pub(super) fn pops(&mut self, id: RequestId, op: &Op, doorbell: Instant) {
         let taken = Open { kind: Kind::of(op), doorbell, popped: Instant::now(), submitted: None };
-        let slot = slab::slot(id);
+        let slot = id.slot();
         // Slots are given out one after another.
         if self.open.len() <= slot {
             self.open.resize(slot + 1, taken);
@@ -53,15 +53,15 @@ impl Stopwatch {
     }
 
     /// Its first operation was handed to the engine then; what follows is the host's time.
-    pub(super) fn submits(&mut self, id: u64, at: Instant) {
-        if let Some(open) = self.open.get_mut(slab::slot(id)) {
+    pub(super) fn submits(&mut self, id: RequestId, at: Instant) {
+        if let Some(open) = self.open.get_mut(id.slot()) {
             open.submitted.get_or_insert(at);
         }
     }
 
     /// It is done, and the last end was heard of then, if it was the host's.
-    pub(super) fn answers(&mut self, id: u64, heard: Instant) {
-        let Some(&Open { kind, doorbell, popped, submitted }) = self.open.get(slab::slot(id)) else { return };
+    pub(super) fn answers(&mut self, id: RequestId, heard: Instant) {
+        let Some(&Open { kind, doorbell, popped, submitted }) = self.open.get(id.slot()) else { return };
         let host_done = heard.max(submitted.unwrap_or(popped));
         self.answered.push(Moments { kind, doorbell, popped, submitted, host_done, interrupt: host_done });
     }

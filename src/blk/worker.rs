@@ -16,8 +16,8 @@ use super::poll::Poller;
 use super::request::{self, Frame, HEADER_BYTES, Header, ID_BYTES, Limits, Request, Status};
 use super::stopwatch::Stopwatch;
 use crate::disk::Image;
+use crate::disk::disk_queue::{Completion, DiskQueue, Op, RequestId};
 use crate::disk::engine::Wake;
-use crate::disk::machine::{Completion, Disk, Op};
 use crate::doorbell;
 use crate::mem::{self, Iov, Ram};
 use crate::ratelimit::RateLimit;
@@ -69,9 +69,9 @@ struct Taken {
 /// [`QueueWorker::turn`].
 pub struct QueueWorker<'a> {
     job: Job,
-    disk: &'a mut Disk,
+    disk: &'a mut DiskQueue,
     image: Arc<Image>,
-    pending: Slab<Owed>,
+    pending: Slab<RequestId, Owed>,
     taken: Taken,
     errors: &'a mut RateLimit,
     poller: Poller,
@@ -82,7 +82,7 @@ pub struct QueueWorker<'a> {
 impl<'a> QueueWorker<'a> {
     /// A worker for `job` on `disk`. `errors` outlives the job, or a guest that resets the device
     /// again and again could log without end (R18).
-    pub fn new(job: Job, disk: &'a mut Disk, errors: &'a mut RateLimit) -> Self {
+    pub fn new(job: Job, disk: &'a mut DiskQueue, errors: &'a mut RateLimit) -> Self {
         let image = Arc::clone(disk.image());
         let stopwatch = Stopwatch::begin(disk);
         Self {
@@ -343,7 +343,7 @@ pub enum TurnError {
     Engine(#[from] io::Error),
     /// The disk completed what was never submitted: our error, and nothing it says can be trusted.
     #[error("the disk completed request {0}, which is not in flight")]
-    Lost(u64),
+    Lost(RequestId),
     /// The disk is idle and has not completed so many requests: our error, as well.
     #[error("the disk has nothing in flight and has not completed {0} of its requests")]
     Forgotten(usize),
@@ -411,7 +411,7 @@ pub struct WorkerGone;
 
 impl WorkerThread {
     /// Starts the thread and parks it.
-    pub fn park(name: String, disk: Disk) -> io::Result<Self> {
+    pub fn park(name: String, disk: DiskQueue) -> io::Result<Self> {
         let mailbox = Arc::new(Mailbox { state: Mutex::new(State::Parked), changed: Condvar::new() });
         let theirs = Arc::clone(&mailbox);
         let builder = std::thread::Builder::new().name(name).stack_size(STACK_BYTES);
@@ -494,7 +494,7 @@ fn ring(doorbell: &EventFd) {
 
 /// The thread: parks, works, drains, parks again. It ends when it is told to, or when its engine
 /// cannot be waited for, since then nothing can be known of what is in flight.
-fn work(mailbox: &Mailbox, mut disk: Disk) {
+fn work(mailbox: &Mailbox, mut disk: DiskQueue) {
     let mut errors = RateLimit::for_guest_errors("blk");
     let mut broken = RateLimit::for_guest_errors("blk: broken queues");
     while let Some(job) = next_job(mailbox) {

@@ -9,14 +9,14 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use super::engine::{Ended, Engine, HostOp, Wake};
+use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
 
 /// Executes one operation at a time with system calls that block.
 pub struct BlockingEngine {
     file: Arc<File>,
     /// The operation for the next wait. There is no room for more: what has not begun stays with
     /// the state machine, so that one sync need not be judged with those that come after it.
-    next: Option<(u64, HostOp)>,
+    next: Option<(OpToken, HostOp)>,
 }
 
 impl BlockingEngine {
@@ -83,7 +83,7 @@ fn file_offset(bytes: u64) -> io::Result<i64> {
 }
 
 impl Engine for BlockingEngine {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         if self.next.is_some() {
             return Err(op);
         }

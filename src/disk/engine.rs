@@ -10,6 +10,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::mem::Iov;
+use crate::slab_number;
 
 /// One operation on the image, as the host's kernel knows it.
 #[derive(Debug, Clone)]
@@ -57,11 +58,16 @@ impl HostOp {
     }
 }
 
+slab_number! {
+    /// The number of a host operation of one queue, from [`Engine::submit`] to its [`Ended`].
+    OpToken
+}
+
 /// An operation that has ended.
 #[derive(Debug)]
 pub struct Ended {
     /// The token it was submitted with.
-    pub token: u64,
+    pub token: OpToken,
     /// The kernel's own answer: bytes, which may be fewer than asked, or the error.
     pub result: io::Result<usize>,
 }
@@ -83,7 +89,7 @@ pub enum Wake<'a> {
 pub trait Engine: Send {
     /// Takes an operation; `Err` hands it back because the engine is full. It may be executed at
     /// any time from now on, in any order with others in flight.
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp>;
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp>;
 
     /// Submits what was queued and waits for an end or for `wake`; appends what has ended.
     fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()>;

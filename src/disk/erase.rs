@@ -1,15 +1,15 @@
 //! A DISCARD or WRITE_ZEROES as a sequence of host operations.
 //!
 //! Owns the choice between punching a hole, ZERO_RANGE and overwriting with zeroes, range by range.
-//! What comes after the last range (a sync, the completion) is the business of [`super::machine`].
+//! What comes after the last range (a sync, the completion) is the business of [`super::disk_queue`].
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
+use super::disk_queue::DiskError;
 use super::engine::HostOp;
 use super::geometry::{Alignment, SectorRange};
-use super::machine::DiskError;
 use super::transfer::BOUNCE_MAX;
 use crate::mem::{AlignedBuffer, Iov};
 

@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use super::blocking::BlockingEngine;
-use super::engine::{Engine, HostOp, Wake};
+use super::engine::{Engine, HostOp, OpToken, Wake};
 use crate::mem::{AlignedBuffer, Iov};
 use crate::mutants::{Mutant, is_on};
 
@@ -176,7 +176,7 @@ fn probe_by_reading(file: &Arc<File>) -> Alignment {
         let mut engine = BlockingEngine::new(Arc::clone(file));
         let mut ended = Vec::new();
         let iov = whole.part(u64::from(skip), u64::from(len), 1);
-        let sent = engine.submit(0, HostOp::Readv { iov, offset: 0 }).is_ok();
+        let sent = engine.submit(OpToken(0), HostOp::Readv { iov, offset: 0 }).is_ok();
         sent && engine.wait(Wake::Now, &mut ended).is_ok() && ended.iter().all(|end| end.result.is_ok())
     };
     let sizes = [512u32, 1024, 2048, 4096];

@@ -1,7 +1,7 @@
 //! Where the time of a request goes: latencies by kind of request and phase.
 //!
 //! Owns the phases and the sums over queues. The moments are found by the state machine
-//! ([`super::machine::Disk`]: handed to the host, host done) and by the queue's worker (all others).
+//! ([`super::disk_queue::DiskQueue`]: handed to the host, host done) and by the queue's worker (all others).
 //! A queue's latencies are recorded by its worker alone; whoever reports copies them.
 
 use std::time::{Duration, Instant};

@@ -1,7 +1,7 @@
 //! One host image: open flags, locking, geometry, alignment, cache policy, engines, the first sync
 //! error, counters, latencies, bytes at risk.
 //!
-//! Knows nothing of virtio or KVM. [`machine::Disk`] is the one state machine between requests and
+//! Knows nothing of virtio or KVM. [`disk_queue::DiskQueue`] is the one state machine between requests and
 //! host operations, the same above every [`engine::Engine`]; [`cache`] says what a mode means;
 //! [`image`] is the open file that the queues of a disk share.
 
@@ -10,6 +10,7 @@ pub mod cache;
 pub mod choice;
 mod contents;
 pub mod counters;
+pub mod disk_queue;
 pub mod engine;
 pub mod erase;
 pub mod fault;
@@ -20,7 +21,6 @@ pub mod image;
 pub mod latch;
 pub mod latency;
 mod lock;
-pub mod machine;
 pub mod monitor;
 pub mod op;
 pub mod options;

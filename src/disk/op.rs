@@ -5,6 +5,14 @@ use std::io;
 use super::erase::ZeroedRange;
 use super::geometry::SectorRange;
 use crate::mem::Iov;
+use crate::slab_number;
+
+slab_number! {
+    /// The number of a request of one queue, from [`DiskQueue::submit`] to its [`Completion`].
+    ///
+    /// [`DiskQueue::submit`]: super::disk_queue::DiskQueue::submit
+    RequestId
+}
 
 /// What a request wants of the disk.
 #[derive(Debug)]
@@ -84,11 +92,11 @@ impl DiskError {
     }
 }
 
-/// A request that is done.
+/// A completed request.
 #[derive(Debug)]
 pub struct Completion {
-    /// The identity it was submitted with.
-    pub id: u64,
+    /// The number it was submitted with.
+    pub id: RequestId,
     /// Every byte moved and, where that was asked, stable; or why not.
     pub result: Result<(), DiskError>,
 }

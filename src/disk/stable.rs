@@ -2,7 +2,7 @@
 //!
 //! Owns the choice between RWF_DSYNC, an fdatasync of a write's own and one for many, and who waits
 //! for which fdatasync. Whether a write must be stable at all is the business of [`super::cache`];
-//! what the kernel answers is judged by [`super::machine`].
+//! what the kernel answers is judged by [`super::disk_queue`].
 //!
 //! One rule keeps it right: an fdatasync speaks only for those that had joined before it started
 //! (virtio 5.2.6.2). A write joins when its last byte has ended; a FLUSH when it is taken from the
@@ -13,6 +13,7 @@
 //! FLUSH ────────────────────────────┴─ joins ─→ waiting ─ fdatasync starts ─→ running ─→ complete
 //! ```
 
+use super::op::RequestId;
 use crate::mutants::{Mutant, is_on};
 
 /// How a write is made stable where it must be.
@@ -50,7 +51,7 @@ impl StableBy {
 }
 
 /// A request that waits for an fdatasync; `None` for a sync of our own.
-pub(super) type Member = Option<u64>;
+pub(super) type Member = Option<RequestId>;
 
 /// The shared fdatasyncs of one queue: at most one is running.
 #[derive(Default)]
@@ -120,7 +121,7 @@ impl Group {
     }
 
     /// Whom the running sync is for, without our own.
-    pub(super) fn running(&self) -> impl Iterator<Item = u64> + '_ {
+    pub(super) fn running(&self) -> impl Iterator<Item = RequestId> + '_ {
         self.running.iter().flatten().copied().flatten()
     }
 
@@ -142,6 +143,10 @@ impl Group {
 mod tests {
     use super::*;
 
+    fn id(number: u64) -> Member {
+        Some(RequestId(number))
+    }
+
     #[test]
     fn names_are_told_apart_and_found_again() {
         for by in StableBy::ALL {
@@ -156,14 +161,14 @@ mod tests {
         group.begins_write();
         group.begins_write();
         group.ends_write();
-        group.joins(Some(1), false);
+        group.joins(id(1), false);
         assert!(!group.is_due(), "the other is still being written");
         group.ends_write();
-        group.joins(Some(2), false);
+        group.joins(id(2), false);
         assert!(group.is_due());
         group.starts();
         assert!(!group.is_due());
-        assert_eq!(group.ends(), [Some(1), Some(2)]);
+        assert_eq!(group.ends(), [id(1), id(2)]);
         assert!(group.is_idle());
     }
 
@@ -172,24 +177,24 @@ mod tests {
     fn a_flush_waits_for_no_write_but_for_the_running_sync() {
         let mut group = Group::default();
         group.begins_write();
-        group.joins(Some(1), true);
+        group.joins(id(1), true);
         assert!(group.is_due());
         group.starts();
-        group.joins(Some(2), true);
+        group.joins(id(2), true);
         assert!(!group.is_due(), "one at a time");
-        assert_eq!(group.ends(), [Some(1)], "who came later is not spoken for");
+        assert_eq!(group.ends(), [id(1)], "who came later is not spoken for");
         assert!(group.is_due());
     }
 
     #[test]
     fn a_guest_that_turns_its_cache_off_again_and_again_waits_for_one_sync() {
         let mut group = Group::default();
-        group.joins(Some(1), true);
+        group.joins(id(1), true);
         group.starts();
         for _ in 0..1000 {
             group.joins(None, true);
         }
-        assert_eq!(group.ends(), [Some(1)]);
+        assert_eq!(group.ends(), [id(1)]);
         group.starts();
         assert_eq!(group.ends(), [None]);
     }
@@ -215,10 +220,10 @@ mod tests {
     fn lists_are_used_again() {
         let mut group = Group::default();
         for round in 0..3 {
-            group.joins(Some(round), true);
+            group.joins(id(round), true);
             group.starts();
             let members = group.ends();
-            assert_eq!(members, [Some(round)]);
+            assert_eq!(members, [id(round)]);
             group.recycle(members);
         }
         assert_eq!(group.spare.len(), 1);

@@ -1,13 +1,13 @@
 //! A read or write as a sequence of host operations.
 //!
 //! Owns continuation of short transfers and bounce buffers. What an error means, and what comes
-//! after the last byte, is the business of [`super::machine`].
+//! after the last byte, is the business of [`super::disk_queue`].
 
 use std::io;
 
+use super::disk_queue::DiskError;
 use super::engine::HostOp;
 use super::image::Image;
-use super::machine::DiskError;
 use super::queue_stats::QueueStats;
 use crate::mem::{BufferPool, Iov};
 use crate::mutants::{Mutant, is_on};

@@ -19,7 +19,7 @@ use io_uring::{IoUring, opcode, squeue};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::counters::Counters;
-use super::engine::{Ended, Engine, HostOp, Wake};
+use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use super::image::Image;
 use crate::mem::{self, Iov, Ram};
 use crate::slab::Slab;
@@ -71,7 +71,7 @@ pub struct UringEngine {
     /// Keeps the registered file, and counts the system calls.
     image: Arc<Image>,
     /// What the kernel has: the memory of an operation lives until its end is seen.
-    ops: Slab<(u64, HostOp)>,
+    ops: Slab<u64, (OpToken, HostOp)>,
     /// Most operations that the kernel has at once: as many as its completions have room for.
     room: usize,
     bell: Bell,
@@ -300,7 +300,7 @@ impl UringEngine {
 }
 
 impl Engine for UringEngine {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         if let Some(moved) = self.try_inline(&op) {
             self.at_once.push(Ended { token, result: Ok(moved) });
             return Ok(());

@@ -15,8 +15,8 @@ use crate::disk::Image;
 use crate::disk::blocking::system_call;
 use crate::disk::cache::{Negotiated, WriteCache};
 use crate::disk::choice::EngineKind;
-use crate::disk::engine::{Ended, Engine, HostOp, Wake};
-use crate::disk::machine::{Disk, Op};
+use crate::disk::disk_queue::{DiskQueue, Op, RequestId};
+use crate::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use crate::mem::{AlignedBuffer, Iov, Segment};
 use crate::sync::unpoisoned;
 
@@ -117,12 +117,13 @@ struct Trial<'a> {
 
 impl Trial<'_> {
     /// A disk as this driver has it when its requests begin, with what led there.
-    fn begin(&self, refuse: bool) -> (Arc<WriteCache>, (Disk, Calls), Vec<&'static str>) {
+    fn begin(&self, refuse: bool) -> (Arc<WriteCache>, (DiskQueue, Calls), Vec<&'static str>) {
         let cache = Arc::new(WriteCache::new(self.image.policy()));
         let calls = Calls::default();
         let (kind, buffered) = (self.engine, !self.image.policy().direct);
         let engine = Box::new(Recorder { calls: calls.clone(), kind, buffered, ended: Vec::new(), refuse });
-        let mut disk = Disk::new(Arc::clone(self.image), Arc::clone(&cache), engine, self.image.stable());
+        let mut disk =
+            DiskQueue::new(Arc::clone(self.image), Arc::clone(&cache), engine, self.image.stable());
         cache.negotiate(self.negotiated);
         if let Some(value) = self.sets {
             cache.guest_sets_writeback(value != 0);
@@ -154,7 +155,7 @@ impl Trial<'_> {
         let (_, (mut disk, calls), _) = self.begin(refuse);
         for id in 0..times {
             match self.parse(kind, flags) {
-                Ok(op) => disk.submit(id, op),
+                Ok(op) => disk.submit(RequestId(id), op),
                 Err(status) => return (name(status), vec![]),
             }
         }
@@ -201,7 +202,7 @@ fn name(status: Status) -> &'static str {
 }
 
 /// Takes the disk through everything in flight; whether all of it went well.
-fn finish(disk: &mut Disk) -> bool {
+fn finish(disk: &mut DiskQueue) -> bool {
     let mut ok = true;
     // Far more turns than a request of one block has operations.
     for _ in 0..64 {
@@ -242,7 +243,7 @@ struct Recorder {
 }
 
 impl Engine for Recorder {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         self.calls.push(self.kind.call(&op, self.buffered));
         let result = match &op {
             HostOp::Writev { dsync: true, .. } | HostOp::PunchHole { .. } | HostOp::ZeroRange { .. }

@@ -7,8 +7,8 @@ use minivmm::blk::BlockDevice;
 use minivmm::bus::BusDevice;
 use minivmm::disk::Image;
 use minivmm::disk::cache::WriteCache;
+use minivmm::disk::disk_queue::{DiskQueue, StableBy};
 use minivmm::disk::engine::Engine;
-use minivmm::disk::machine::{Disk, StableBy};
 use minivmm::mem::{self, Ram};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -113,7 +113,7 @@ impl Rig {
 
     fn with_parts(image: Arc<Image>, ram: Ram, engine: Box<dyn Engine>, stable_by: StableBy) -> Self {
         let cache = Arc::new(WriteCache::new(image.policy()));
-        let disk = Disk::new(Arc::clone(&image), Arc::clone(&cache), engine, stable_by);
+        let disk = DiskQueue::new(Arc::clone(&image), Arc::clone(&cache), engine, stable_by);
         let device =
             BlockDevice::with_disks("vda", Arc::clone(&image), Arc::clone(&cache), vec![disk]).unwrap();
         Self::over(image, cache, ram, device)

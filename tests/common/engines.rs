@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use minivmm::disk::Image;
 use minivmm::disk::blocking::BlockingEngine;
-use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
+use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 
 /// What happens to an operation.
 #[derive(Debug, Clone, Copy)]
@@ -56,7 +56,7 @@ pub struct Scripted {
     inner: BlockingEngine,
     script: Script,
     log: Log,
-    queued: VecDeque<(u64, HostOp)>,
+    queued: VecDeque<(OpToken, HostOp)>,
 }
 
 impl Scripted {
@@ -74,7 +74,7 @@ impl Scripted {
 }
 
 impl Engine for Scripted {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         self.queued.push_back((token, op));
         Ok(())
     }

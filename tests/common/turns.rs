@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use minivmm::blk::worker::{Job, QueueWorker};
 use minivmm::disk::Image;
 use minivmm::disk::cache::{Negotiated, WriteCache};
-use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
-use minivmm::disk::machine::{Disk, StableBy};
+use minivmm::disk::disk_queue::{DiskQueue, StableBy};
+use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::mem::{self, Ram};
 use minivmm::ratelimit::RateLimit;
 use minivmm::virtio::Interrupt;
@@ -24,7 +24,7 @@ use super::driver::*;
 struct AtOnce(Vec<Ended>);
 
 impl Engine for AtOnce {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         let bytes = match &op {
             HostOp::Readv { iov, .. } | HostOp::Writev { iov, .. } => iov.bytes(),
             _ => 0,
@@ -60,7 +60,7 @@ pub struct Turns {
     pub ram: Ram,
     pub size: u16,
     pub avail: u16,
-    pub disk: Disk,
+    pub disk: DiskQueue,
     pub doorbell: Arc<EventFd>,
     told: Arc<AtomicU64>,
     limit: RateLimit,
@@ -91,7 +91,7 @@ impl Turns {
             ram: mem::map_ram(&[(0, RAM_BYTES)]).unwrap(),
             size,
             avail: 0,
-            disk: Disk::new(image, cache, engine, stable_by),
+            disk: DiskQueue::new(image, cache, engine, stable_by),
             doorbell: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
             told: Arc::default(),
             limit: RateLimit::for_guest_errors("blk"),

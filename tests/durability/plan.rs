@@ -4,7 +4,7 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use minivmm::disk::machine::StableBy;
+use minivmm::disk::disk_queue::StableBy;
 
 use super::storage::{Fault, SECTORS};
 

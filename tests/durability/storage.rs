@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
+use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::mem::{self, Iov, Ram, Segment};
 use minivmm::mutants::{Mutant, is_on};
 
@@ -70,13 +70,13 @@ struct Tiers {
 
 struct Running {
     queue: usize,
-    token: u64,
+    token: OpToken,
     op: HostOp,
     started: Option<u64>,
     /// (sector, index of its version) that this operation writes.
     writes: Vec<(usize, usize)>,
     /// Others' syncs that end with this one (a mutant).
-    riders: Vec<(usize, u64)>,
+    riders: Vec<(usize, OpToken)>,
 }
 
 /// A call of fdatasync.
@@ -560,7 +560,7 @@ impl SimEngine {
 }
 
 impl Engine for SimEngine {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         let mut storage = self.lock();
         if storage.in_flight(self.queue) >= ROOM {
             return Err(op);

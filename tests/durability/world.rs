@@ -12,8 +12,8 @@ use minivmm::blk::worker::QueueWorker;
 use minivmm::disk::DiskOptions;
 use minivmm::disk::Image;
 use minivmm::disk::cache::{Negotiated, POLICIES, WriteCache};
+use minivmm::disk::disk_queue::DiskQueue;
 use minivmm::disk::geometry::{Alignment, Geometry};
-use minivmm::disk::machine::Disk;
 use minivmm::mem::Ram;
 use minivmm::ratelimit::RateLimit;
 use minivmm::sync::observed::{self, Access};
@@ -39,7 +39,7 @@ pub struct World<'a> {
     cache: Arc<WriteCache>,
     promises: Promises,
     /// The disks of workers that have ended.
-    drained: Vec<Option<Disk>>,
+    drained: Vec<Option<DiskQueue>>,
     images: Images,
     queues: Vec<Queue>,
     workers: Vec<Worker>,
@@ -56,14 +56,14 @@ pub struct World<'a> {
 
 /// A queue's worker, as its thread would run it (`blk/worker.rs`, `work`).
 struct Worker {
-    fiber: Fiber<Result<Disk, Violation>>,
+    fiber: Fiber<Result<DiskQueue, Violation>>,
     /// Told to drain and end.
     stops: Rc<Cell<bool>>,
     sleeps: bool,
 }
 
 impl Worker {
-    fn new(mut disk: Disk, job: minivmm::blk::worker::Job) -> Self {
+    fn new(mut disk: DiskQueue, job: minivmm::blk::worker::Job) -> Self {
         let stops = Rc::new(Cell::new(false));
         let told = Rc::clone(&stops);
         let fiber = Fiber::new(move || {
@@ -189,9 +189,10 @@ impl<'a> World<'a> {
     fn run(&mut self) -> Result<(), Violation> {
         let stable_by = self.plan.stable;
         let engine = |queue| Box::new(SimEngine { storage: Arc::clone(&self.storage), queue });
-        let disk =
-            |queue| Disk::new(Arc::clone(&self.image), Arc::clone(&self.cache), engine(queue), stable_by);
-        let mut disks: Vec<Disk> = (0..self.plan.queues).map(disk).collect();
+        let disk = |queue| {
+            DiskQueue::new(Arc::clone(&self.image), Arc::clone(&self.cache), engine(queue), stable_by)
+        };
+        let mut disks: Vec<DiskQueue> = (0..self.plan.queues).map(disk).collect();
         observe(&self.ram, &self.queues);
         let mut steps = self.plan.steps.iter();
         loop {
@@ -338,7 +339,7 @@ impl<'a> World<'a> {
 
     /// A reset, or the end: whatever is in flight is waited for, by workers that go on side by side, or
     /// that are stopped one after the other, as the device does it.
-    fn drain(&mut self) -> Result<Vec<Disk>, Violation> {
+    fn drain(&mut self) -> Result<Vec<DiskQueue>, Violation> {
         let all_at_once = self.storage.lock().unwrap().roll(2) == 0;
         for queue in 0..self.plan.queues {
             self.workers[queue].stops.set(true);

@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use minivmm::blk::worker::{Job, QueueWorker};
 use minivmm::disk::cache::{POLICIES, WriteCache};
-use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
+use minivmm::disk::disk_queue::{DiskQueue, StableBy};
+use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::disk::geometry::{Alignment, Geometry};
-use minivmm::disk::machine::{Disk, StableBy};
 use minivmm::disk::{DiskOptions, Image};
 use minivmm::mem::{Ram, map_ram, write_bytes};
 use minivmm::ratelimit::RateLimit;
@@ -62,7 +62,7 @@ impl Interrupt for Rung {
 struct Idle;
 
 impl Engine for Idle {
-    fn submit(&mut self, _: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, _: OpToken, op: HostOp) -> Result<(), HostOp> {
         Err(op)
     }
 
@@ -87,7 +87,7 @@ pub struct Rings {
     avail: *mut u8,
     used: *mut u8,
     /// The worker's state machine, for one run after the other: none of them gives it anything to do.
-    disk: Rc<Cell<Option<Disk>>>,
+    disk: Rc<Cell<Option<DiskQueue>>>,
 }
 
 impl Rings {
@@ -107,7 +107,7 @@ impl Rings {
         let options = DiskOptions { cache: &POLICIES[0], ..DiskOptions::new("modelled") };
         let image = Arc::new(Image::simulated(&options, geometry).unwrap());
         let cache = Arc::new(WriteCache::new(&POLICIES[0]));
-        let disk = Disk::new(Arc::clone(&image), Arc::clone(&cache), Box::new(Idle), StableBy::Dsync);
+        let disk = DiskQueue::new(Arc::clone(&image), Arc::clone(&cache), Box::new(Idle), StableBy::Dsync);
         let host = |at| ram.host(at, 64).unwrap();
         Self {
             event_idx,
@@ -138,7 +138,7 @@ impl Rings {
         let disks = Rc::clone(&self.disk);
         let (image, cache) = (Arc::clone(&self.image), Arc::clone(&self.cache));
         Fiber::new(move || {
-            let new = || Disk::new(image, cache, Box::new(Idle), StableBy::Dsync);
+            let new = || DiskQueue::new(image, cache, Box::new(Idle), StableBy::Dsync);
             let mut lent = Lent { disk: Some(disks.take().unwrap_or_else(new)), disks };
             let mut limit = RateLimit::for_guest_errors("blk");
             let mut worker = QueueWorker::new(job, lent.disk.as_mut().unwrap(), &mut limit);
@@ -180,8 +180,8 @@ impl Rings {
 
 /// Goes back when its run is over, also where that is in the middle.
 struct Lent {
-    disk: Option<Disk>,
-    disks: Rc<Cell<Option<Disk>>>,
+    disk: Option<DiskQueue>,
+    disks: Rc<Cell<Option<DiskQueue>>>,
 }
 
 impl Drop for Lent {

@@ -17,7 +17,7 @@ use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::engine::{Ended, Engine, HostOp, Wake};
+use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use super::image::Image;
 use alarm::Alarm;
 use plan::{Fate, Faults, Plan};
@@ -39,14 +39,14 @@ pub struct FaultEngine {
     faults: Arc<Faults>,
     alarm: Option<Alarm>,
     /// What was decided of an operation that the engine below had no room for.
-    refused: Option<(u64, Plan)>,
-    held: BinaryHeap<Reverse<(Instant, u64)>>,
+    refused: Option<(OpToken, Plan)>,
+    held: BinaryHeap<Reverse<(Instant, OpToken)>>,
     /// The operations of those that are held.
-    ops: HashMap<u64, Act>,
+    ops: HashMap<OpToken, Act>,
     /// Their time has come.
-    due: VecDeque<u64>,
+    due: VecDeque<OpToken>,
     /// Those that fail when the engine below ends them.
-    to_fail: HashMap<u64, i32>,
+    to_fail: HashMap<OpToken, i32>,
     /// Operations that the engine below has.
     below: usize,
     at_once: Vec<Ended>,
@@ -119,7 +119,7 @@ impl FaultEngine {
     }
 
     /// Hands an operation on; gives it back where there is no room.
-    fn carry_out(&mut self, token: u64, act: Act) -> Result<(), Act> {
+    fn carry_out(&mut self, token: OpToken, act: Act) -> Result<(), Act> {
         let (op, errno) = match act {
             Act::Ended(result) => {
                 self.at_once.push(Ended { token, result });
@@ -143,7 +143,7 @@ impl FaultEngine {
         }
     }
 
-    fn hold(&mut self, token: u64, until: Instant, act: Act) {
+    fn hold(&mut self, token: OpToken, until: Instant, act: Act) {
         self.held.push(Reverse((until, token)));
         self.ops.insert(token, act);
     }
@@ -226,7 +226,7 @@ fn some_of(bytes: u64, unit: u64, dice: u64) -> Option<u64> {
 }
 
 impl Engine for FaultEngine {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         // An operation is counted once, however often it is handed over.
         let plan = match self.refused.take() {
             Some((refused, plan)) if refused == token => plan,

@@ -11,14 +11,14 @@ use std::io;
 use std::sync::Arc;
 
 use super::{Change, SyncNumber, WriteLog};
-use crate::disk::engine::{Ended, Engine, HostOp, Wake};
+use crate::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use crate::disk::image::Image;
 
 /// An engine whose ends are recorded.
 pub struct LoggingEngine {
     inner: Box<dyn Engine>,
     image: Arc<Image>,
-    in_flight: HashMap<u64, Watched>,
+    in_flight: HashMap<OpToken, Watched>,
 }
 
 /// An operation that the engine below has.
@@ -75,7 +75,7 @@ fn says_nothing(op: &HostOp, error: &io::Error) -> bool {
 }
 
 impl Engine for LoggingEngine {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         let Some(log) = self.image.write_log() else { return self.inner.submit(token, op) };
         if matches!(op, HostOp::Readv { .. }) {
             return self.inner.submit(token, op);

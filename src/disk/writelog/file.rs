@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use super::format::{HEADER_BYTES, Header, SUPERBLOCK_BYTES, Superblock};
 use crate::disk::blocking::BlockingEngine;
-use crate::disk::engine::{Engine, HostOp, Wake};
+use crate::disk::engine::{Engine, HostOp, OpToken, Wake};
 use crate::disk::geometry::SECTOR;
 use crate::disk::image::ImageProblem;
 use crate::disk::lock;
@@ -110,7 +110,7 @@ impl LogFile {
             let part = iov.part(done, u64::MAX, 1024);
             let op = HostOp::Writev { iov: part, offset: offset + done, dsync: false };
             let mut ended = Vec::new();
-            let given = engine.submit(0, op);
+            let given = engine.submit(OpToken(0), op);
             engine.wait(Wake::Now, &mut ended)?;
             match ended.pop().map(|end| end.result) {
                 Some(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}

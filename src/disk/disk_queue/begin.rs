@@ -3,7 +3,7 @@
 //! Owns the refusals (readonly, misaligned, after a failed sync) and the first choice between the
 //! ways to a stable write. All that follows is the business of [`super`].
 
-use super::Disk;
+use super::DiskQueue;
 use crate::disk::erase::{Erase, ZeroedRange};
 use crate::disk::flight::{Next, Stage};
 use crate::disk::geometry::SectorRange;
@@ -22,7 +22,7 @@ struct Way {
     later: bool,
 }
 
-impl Disk {
+impl DiskQueue {
     /// The first stage of a request and its first host operation.
     pub(super) fn begin(&mut self, op: Op, wb_at_submit: bool) -> Result<(Stage, Next), DiskError> {
         match op {

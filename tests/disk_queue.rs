@@ -11,10 +11,10 @@ use common::engines::Kind;
 use common::images::TestImage;
 use minivmm::disk::Image;
 use minivmm::disk::cache::{Negotiated, POLICIES, WriteCache};
-use minivmm::disk::engine::{Ended, Engine, HostOp, Wake};
+use minivmm::disk::disk_queue::{DiskQueue, Op, RequestId, StableBy};
+use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::disk::erase::ZeroedRange;
 use minivmm::disk::geometry::SectorRange;
-use minivmm::disk::machine::{Disk, Op, StableBy};
 use minivmm::mem::{AlignedBuffer, Iov};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -23,7 +23,7 @@ const BLOCK: u32 = 4096;
 /// What the engine holds, in the order it was given.
 #[derive(Default)]
 struct Held {
-    operations: Vec<(u64, HostOp)>,
+    operations: Vec<(OpToken, HostOp)>,
     ended: Vec<Ended>,
     room: usize,
     /// The last wait was one that may sleep.
@@ -39,7 +39,7 @@ struct Hands(Arc<Mutex<Held>>);
 struct Manual(Hands);
 
 impl Engine for Manual {
-    fn submit(&mut self, token: u64, op: HostOp) -> Result<(), HostOp> {
+    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         let mut held = self.0.0.lock().unwrap();
         if held.operations.len() == held.room {
             return Err(op);
@@ -63,7 +63,7 @@ impl Engine for Manual {
 
 /// One queue: its state machine and the hands on its engine.
 struct Queue {
-    disk: Disk,
+    disk: DiskQueue,
     hands: Hands,
 }
 
@@ -71,7 +71,7 @@ impl Queue {
     fn new(image: &Arc<Image>, cache: &Arc<WriteCache>, stable_by: StableBy) -> Self {
         let hands = Hands(Arc::new(Mutex::new(Held { room: 64, ..Held::default() })));
         let engine = Box::new(Manual(hands.clone()));
-        Self { disk: Disk::new(Arc::clone(image), Arc::clone(cache), engine, stable_by), hands }
+        Self { disk: DiskQueue::new(Arc::clone(image), Arc::clone(cache), engine, stable_by), hands }
     }
 
     fn range(&self, sector: u64, bytes: u64) -> SectorRange {
@@ -80,17 +80,17 @@ impl Queue {
 
     fn write(&mut self, id: u64, bytes: u32) {
         let op = Op::Write(self.range(8, u64::from(bytes)), memory(bytes));
-        self.disk.submit(id, op);
+        self.disk.submit(RequestId(id), op);
     }
 
     fn read(&mut self, id: u64, bytes: u32) {
         let op = Op::Read(self.range(8, u64::from(bytes)), memory(bytes));
-        self.disk.submit(id, op);
+        self.disk.submit(RequestId(id), op);
     }
 
     fn zero(&mut self, id: u64) {
         let zeroed = ZeroedRange { range: self.range(8, u64::from(BLOCK)), unmap: false };
-        self.disk.submit(id, Op::WriteZeroes(vec![zeroed]));
+        self.disk.submit(RequestId(id), Op::WriteZeroes(vec![zeroed]));
     }
 
     /// What the engine has, once the batch is known.
@@ -120,7 +120,7 @@ impl Queue {
 
     /// What has completed since: identity, and whether it is OK.
     fn completed(&mut self) -> Vec<(u64, bool)> {
-        self.disk.take_completions().map(|done| (done.id, done.result.is_ok())).collect()
+        self.disk.take_completions().map(|done| (done.id.0, done.result.is_ok())).collect()
     }
 }
 
@@ -177,7 +177,7 @@ fn when_a_sync_fails_on_one_queue_no_promise_of_another_is_kept() {
     type Start = fn(&mut Queue);
     // What is in flight on the other queue, how it is made stable, and how many ends it takes.
     let others: [(&str, Start, StableBy, usize); 5] = [
-        ("a FLUSH", |queue| queue.disk.submit(1, Op::Flush), StableBy::Dsync, 1),
+        ("a FLUSH", |queue| queue.disk.submit(RequestId(1), Op::Flush), StableBy::Dsync, 1),
         ("a DSYNC write", |queue| queue.write(1, BLOCK), StableBy::Dsync, 1),
         ("a write to be synced", |queue| queue.write(1, BLOCK), StableBy::Fdatasync, 1),
         ("zeroes", |queue| queue.zero(1), StableBy::Dsync, 1),
@@ -199,7 +199,7 @@ fn when_a_sync_fails_on_one_queue_no_promise_of_another_is_kept() {
             let mut other = Queue::new(&image, &cache, stable_by);
             start(&mut other);
             other.kinds();
-            failing.disk.submit(9, Op::Flush);
+            failing.disk.submit(RequestId(9), Op::Flush);
             failing.end(error(libc::EIO));
             assert_eq!(failing.completed(), [(9, false)]);
             for _ in 0..ends {
@@ -218,13 +218,13 @@ fn after_a_failed_sync_nothing_that_must_be_stable_is_even_begun() {
     let (_test, image, cache) = disk("none");
     cache.guest_sets_writeback(false);
     let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
-    queue.disk.submit(0, Op::Flush);
+    queue.disk.submit(RequestId(0), Op::Flush);
     queue.end(error(libc::ENOSPC));
     queue.write(1, BLOCK);
     queue.zero(2);
     let range = queue.range(8, u64::from(BLOCK));
-    queue.disk.submit(3, Op::Discard(vec![range]));
-    queue.disk.submit(4, Op::Flush);
+    queue.disk.submit(RequestId(3), Op::Discard(vec![range]));
+    queue.disk.submit(RequestId(4), Op::Flush);
     assert_eq!(queue.completed(), [(0, false), (1, false), (2, false), (3, false), (4, false)]);
     assert_eq!(queue.kinds(), []);
     // What promises nothing still goes on, and so do reads.
@@ -277,7 +277,7 @@ fn an_engine_that_is_full_gets_the_rest_later() {
         queue.hands.0.lock().unwrap().room = room;
         for id in 0..20 {
             queue.write(id, BLOCK);
-            queue.disk.submit(100 + id, Op::Flush);
+            queue.disk.submit(RequestId(100 + id), Op::Flush);
         }
         let mut completed = Vec::new();
         let mut executed = Vec::new();
@@ -307,9 +307,9 @@ fn an_engine_that_is_full_gets_the_rest_later() {
 fn an_engine_that_ends_what_it_was_never_given_is_not_trusted_again() {
     let (_test, image, cache) = disk("none");
     let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
-    queue.hands.0.lock().unwrap().ended.push(Ended { token: 77, result: Ok(0) });
+    queue.hands.0.lock().unwrap().ended.push(Ended { token: OpToken(77), result: Ok(0) });
     queue.disk.wait(Wake::Now).unwrap();
-    queue.disk.submit(1, Op::Flush);
+    queue.disk.submit(RequestId(1), Op::Flush);
     assert_eq!(queue.completed(), [(1, false)]);
 }
 
@@ -326,7 +326,7 @@ fn the_sync_at_a_change_to_writethrough_is_waited_for_and_its_failure_latches() 
     queue.end(error(libc::EIO));
     assert!(queue.disk.is_idle());
     assert_eq!(queue.completed(), [], "nobody asked for it");
-    queue.disk.submit(1, Op::Flush);
+    queue.disk.submit(RequestId(1), Op::Flush);
     assert_eq!(queue.completed(), [(1, false)]);
 }
 
@@ -336,7 +336,7 @@ fn short_zeroes_go_on_from_the_last_whole_block() {
     let step = u64::from(image.geometry().alignment.offset);
     let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
     let range = queue.range(8, u64::from(4 * BLOCK));
-    queue.disk.submit(1, Op::WriteZeroes(vec![ZeroedRange { range, unmap: true }]));
+    queue.disk.submit(RequestId(1), Op::WriteZeroes(vec![ZeroedRange { range, unmap: true }]));
     for expected in [Kind::Punch, Kind::Zero] {
         assert_eq!(queue.kinds(), [expected]);
         queue.end(error(libc::EOPNOTSUPP));
@@ -365,7 +365,7 @@ fn writes_in_flight_share_one_sync_that_starts_after_all_of_them_ended() {
             assert_eq!(queue.kinds(), expected, "{stable_by:?}");
         }
         queue.write(9, BLOCK);
-        queue.disk.submit(10, Op::Flush);
+        queue.disk.submit(RequestId(10), Op::Flush);
         assert_eq!(queue.kinds(), [Kind::Fdatasync, Kind::Write], "one sync at a time");
         queue.end(Ok(0));
         assert_eq!(queue.completed(), (0..4).map(|id| (id, true)).collect::<Vec<_>>());
@@ -389,7 +389,7 @@ fn a_failed_shared_sync_fails_all_who_share_it() {
     for id in 0..3 {
         queue.write(id, BLOCK);
     }
-    queue.disk.submit(3, Op::Flush);
+    queue.disk.submit(RequestId(3), Op::Flush);
     // The FLUSH goes at once; the writes have the next one.
     assert_eq!(queue.kinds(), [Kind::Write, Kind::Write, Kind::Write, Kind::Fdatasync]);
     for _ in 0..3 {
@@ -399,7 +399,7 @@ fn a_failed_shared_sync_fails_all_who_share_it() {
     assert_eq!(queue.completed(), [(3, true)]);
     queue.end(error(libc::EIO));
     assert_eq!(queue.completed(), [(0, false), (1, false), (2, false)]);
-    queue.disk.submit(4, Op::Flush);
+    queue.disk.submit(RequestId(4), Op::Flush);
     queue.write(5, BLOCK);
     assert_eq!(queue.kinds(), [], "nothing is tried again");
     assert_eq!(queue.completed(), [(4, false), (5, false)]);
@@ -442,11 +442,11 @@ fn where_the_host_has_no_rwf_dsync_a_lone_write_is_synced_like_the_others() {
 fn a_flush_in_flight_keeps_neither_reads_nor_plain_writes_waiting() {
     let (_test, image, cache) = disk("none");
     let mut queue = Queue::new(&image, &cache, StableBy::Auto);
-    queue.disk.submit(0, Op::Flush);
+    queue.disk.submit(RequestId(0), Op::Flush);
     assert_eq!(queue.kinds(), [Kind::Fdatasync]);
     queue.read(1, BLOCK);
     queue.write(2, BLOCK);
-    queue.disk.submit(3, Op::Flush);
+    queue.disk.submit(RequestId(3), Op::Flush);
     assert_eq!(
         queue.kinds(),
         [Kind::Fdatasync, Kind::Read, Kind::Write],
@@ -472,7 +472,7 @@ fn a_refusal_of_rwf_dsync_after_it_has_worked_is_an_error_that_latches() {
     queue.end(Ok(BLOCK as usize));
     queue.write(1, BLOCK);
     queue.end(error(libc::EOPNOTSUPP));
-    queue.disk.submit(2, Op::Flush);
+    queue.disk.submit(RequestId(2), Op::Flush);
     assert_eq!(queue.kinds(), []);
     assert_eq!(queue.completed(), [(0, true), (1, false), (2, false)]);
 }
@@ -483,7 +483,7 @@ fn a_sync_that_nobody_will_judge_counts_as_failed() {
     let (mut gone, mut other) =
         (Queue::new(&image, &cache, StableBy::Dsync), Queue::new(&image, &cache, StableBy::Dsync));
     for queue in [&mut gone, &mut other] {
-        queue.disk.submit(1, Op::Flush);
+        queue.disk.submit(RequestId(1), Op::Flush);
         queue.kinds();
     }
     other.end(Ok(0));
@@ -502,7 +502,7 @@ fn errnos() -> impl Iterator<Item = i32> {
 fn whatever_the_error_of_a_sync_is_it_latches() {
     type Start = fn(&mut Queue);
     let syncs: [(&str, Start, StableBy, Kind); 5] = [
-        ("a FLUSH", |queue| queue.disk.submit(1, Op::Flush), StableBy::Dsync, Kind::Fdatasync),
+        ("a FLUSH", |queue| queue.disk.submit(RequestId(1), Op::Flush), StableBy::Dsync, Kind::Fdatasync),
         ("a DSYNC write", |queue| queue.write(1, BLOCK), StableBy::Dsync, Kind::WriteDsync),
         ("a lone write", |queue| queue.write(1, BLOCK), StableBy::Auto, Kind::WriteDsync),
         (
@@ -540,7 +540,7 @@ fn whatever_the_error_of_a_sync_is_it_latches() {
             queue.end(error(errno));
             assert_eq!(queue.completed(), [(1, false)], "{what}, error {errno}");
             assert_eq!(image.latch.check().unwrap_err().raw_os_error(), Some(errno), "{what}");
-            queue.disk.submit(2, Op::Flush);
+            queue.disk.submit(RequestId(2), Op::Flush);
             queue.write(3, BLOCK);
             queue.zero(4);
             assert_eq!(queue.kinds(), [], "{what}, error {errno}: nothing is tried again");
@@ -553,7 +553,7 @@ fn whatever_the_error_of_a_sync_is_it_latches() {
 fn a_sync_is_open_before_the_engine_may_begin_it() {
     type Start = fn(&mut Queue);
     let syncs: [(&str, Start); 2] = [
-        ("a FLUSH", |queue| queue.disk.submit(9, Op::Flush)),
+        ("a FLUSH", |queue| queue.disk.submit(RequestId(9), Op::Flush)),
         ("a DSYNC write", |queue| queue.write(9, BLOCK)),
     ];
     for (what, start) in syncs {
@@ -561,7 +561,7 @@ fn a_sync_is_open_before_the_engine_may_begin_it() {
         cache.guest_sets_writeback(false);
         let mut failing = Queue::new(&image, &cache, StableBy::Dsync);
         let other = Arc::new(Mutex::new(Queue::new(&image, &cache, StableBy::Dsync)));
-        other.lock().unwrap().disk.submit(1, Op::Flush);
+        other.lock().unwrap().disk.submit(RequestId(1), Op::Flush);
         assert_eq!(other.lock().unwrap().kinds(), [Kind::Fdatasync]);
         // The host is quick: before `submit` has returned it has told the failing queue's sync the error, and
         // the other queue has heard of its own success.
@@ -588,7 +588,7 @@ fn every_success_that_was_held_completes_and_once() {
             cache.guest_sets_writeback(false);
             let mut other = Queue::new(&image, &cache, stable_by);
             let mut queue = Queue::new(&image, &cache, stable_by);
-            other.disk.submit(9, Op::Flush);
+            other.disk.submit(RequestId(9), Op::Flush);
             assert_eq!(other.kinds(), [Kind::Fdatasync]);
             // Three writes and their syncs, one after the other; then three more, side by side.
             for id in 0..3 {
@@ -623,7 +623,7 @@ fn a_wait_that_releases_the_last_success_does_not_sleep_behind_it() {
     let (_test, image, cache) = disk("none");
     let mut other = Queue::new(&image, &cache, StableBy::Dsync);
     let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
-    other.disk.submit(9, Op::Flush);
+    other.disk.submit(RequestId(9), Op::Flush);
     assert_eq!(other.kinds(), [Kind::Fdatasync]);
     cache.guest_sets_writeback(false);
     queue.disk.sync_if_switched_off();

@@ -5,9 +5,10 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::Disk;
+use super::DiskQueue;
+use crate::disk::engine::OpToken;
 use crate::disk::flight::{Flight, Stage};
-use crate::disk::op::Op;
+use crate::disk::op::{Op, RequestId};
 use crate::disk::queue_stats::QueueStats;
 
 /// What the clock said, where latencies are wanted.
@@ -15,7 +16,7 @@ pub(super) struct Moments {
     /// When the engine's last wait was over.
     woke: Instant,
     /// Requests of which an operation was handed to the engine, and when.
-    submitted: Vec<(u64, Instant)>,
+    submitted: Vec<(RequestId, Instant)>,
 }
 
 impl Moments {
@@ -24,7 +25,7 @@ impl Moments {
     }
 }
 
-impl Disk {
+impl DiskQueue {
     /// The figures of its queue.
     pub fn stats(&self) -> &Arc<QueueStats> {
         &self.stats
@@ -44,7 +45,7 @@ impl Disk {
     }
 
     /// The requests of which an operation was handed to the engine since this was last asked, and when.
-    pub fn take_submitted(&mut self) -> impl Iterator<Item = (u64, Instant)> + '_ {
+    pub fn take_submitted(&mut self) -> impl Iterator<Item = (RequestId, Instant)> + '_ {
         self.moments.iter_mut().flat_map(|moments| moments.submitted.drain(..))
     }
 
@@ -70,7 +71,7 @@ impl Disk {
     }
 
     /// Whose operation was handed to the engine at this time.
-    pub(super) fn note_submitted(&mut self, token: u64, at: Option<Instant>) {
+    pub(super) fn note_submitted(&mut self, token: OpToken, at: Option<Instant>) {
         let (Some(moments), Some(at)) = (&mut self.moments, at) else { return };
         match self.in_flight.get_mut(token) {
             Some(Flight { stage: Stage::GroupSync, .. }) => {

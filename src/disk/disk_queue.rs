@@ -28,12 +28,12 @@ use std::time::Instant;
 
 use super::cache::WriteCache;
 use super::counters::HostKind;
-use super::engine::{Ended, Engine, HostOp, Wake};
+use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use super::flight::{Flight, Next, OpenSync, Stage, Success, Who};
 use super::image::Image;
 use super::latch::Ticket;
 use super::monitor::{SyncEnd, SyncStart};
-pub use super::op::{Completion, DiskError, Op};
+pub use super::op::{Completion, DiskError, Op, RequestId};
 use super::queue_stats::QueueStats;
 pub use super::stable::StableBy;
 use super::stable::{Group, Member};
@@ -44,7 +44,7 @@ use crate::slab::Slab;
 use figures::Moments;
 
 /// The state machine of one queue of one disk.
-pub struct Disk {
+pub struct DiskQueue {
     image: Arc<Image>,
     cache: Arc<WriteCache>,
     engine: Box<dyn Engine>,
@@ -52,15 +52,15 @@ pub struct Disk {
     /// Until the host refuses RWF_DSYNC.
     has_dsync: bool,
     dsync_worked: bool,
-    in_flight: Slab<Flight>,
+    in_flight: Slab<OpToken, Flight>,
     group: Group,
     pool: BufferPool,
     /// Stable writes of this batch, of which the way is not decided yet.
-    undecided: Vec<u64>,
+    undecided: Vec<OpToken>,
     /// DSYNC writes in flight.
     dsyncs: usize,
     /// Operations that the engine has no room for.
-    waiting: VecDeque<(u64, HostOp)>,
+    waiting: VecDeque<(OpToken, HostOp)>,
     ended: Vec<Ended>,
     /// Successes that count only when other syncs have been judged.
     held: Vec<(Ticket, Success)>,
@@ -69,7 +69,7 @@ pub struct Disk {
     moments: Option<Moments>,
 }
 
-impl Disk {
+impl DiskQueue {
     /// The machine of one queue; `engine` works on the image's descriptor.
     pub fn new(
         image: Arc<Image>,
@@ -110,8 +110,8 @@ impl Disk {
         self.in_flight.is_empty() && self.group.is_idle() && self.held.is_empty() && self.done.is_empty()
     }
 
-    /// Takes a request. Its completion comes out of [`Disk::take_completions`], perhaps at once.
-    pub fn submit(&mut self, id: u64, op: Op) {
+    /// Takes a request. Its completion comes out of [`DiskQueue::take_completions`], perhaps at once.
+    pub fn submit(&mut self, id: RequestId, op: Op) {
         self.count(&op);
         let wb_at_submit = self.cache.writeback();
         let is_write = matches!(op, Op::Write(..));
@@ -246,7 +246,7 @@ impl Disk {
     }
 
     /// A flight that never took off.
-    fn abandon(&mut self, token: u64, error: DiskError) {
+    fn abandon(&mut self, token: OpToken, error: DiskError) {
         if let Some(flight) = self.in_flight.remove(token) {
             if flight.grouped {
                 self.group.ends_write();
@@ -291,7 +291,7 @@ impl Disk {
     }
 
     /// Hands an operation to the engine, behind those that already wait for room in it.
-    fn issue(&mut self, token: u64, op: HostOp) {
+    fn issue(&mut self, token: OpToken, op: HostOp) {
         if let Some(flight) = self.in_flight.get_mut(token) {
             flight.current = Some(op.clone());
             self.dsyncs += usize::from(flight.stage.is_dsync());
@@ -526,7 +526,7 @@ impl Disk {
         }
     }
 
-    fn complete(&mut self, id: Option<u64>, result: Result<(), DiskError>) {
+    fn complete(&mut self, id: Member, result: Result<(), DiskError>) {
         if result.is_err() {
             self.stats.count(|counters| &counters.errors);
         }
@@ -538,7 +538,7 @@ impl Disk {
     }
 }
 
-impl Drop for Disk {
+impl Drop for DiskQueue {
     /// Usually nothing is in flight. Where an engine has failed, nobody will judge the syncs that it
     /// had: they count as failed.
     fn drop(&mut self) {
