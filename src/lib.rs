@@ -29,7 +29,7 @@
 //! | [`sandbox`] | what every thread gives up before the guest runs | everything |
 //! | [`files`] | which files are the same, who uses one, and every opening for output | guests, disks |
 //! | [`layout`], [`mem`] | the address map; guest memory and pieces of it | everything |
-//! | [`ratelimit`], [`slab`], [`text`], [`program`], [`child`], [`mutants`], [`sync`] | quiet logs; private numbers; wrapped lines; where the binaries lie; processes watched; deliberate mistakes; std's atomics and mutex, which tests may watch | everything |
+//! | [`ratelimit`], [`slab`], [`text`], [`program`], [`child`], [`mutants`], [`sync`], [`doorbell`] | quiet logs; private numbers; wrapped lines; where the binaries lie; processes watched; deliberate mistakes; std's atomics and mutex, which tests may watch; how an eventfd is rung | everything |
 //! | [`signals`], [`scratch_dir`] | the signals that ask us to end; directories for a run's temporary files | everything |
 //!
 //! One write, there and back, is told in `docs/architecture.md`.

@@ -30,7 +30,6 @@ impl Number for u64 {
 }
 
 /// Defines a type that wraps a slab's number.
-#[macro_export]
 macro_rules! slab_number {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -54,6 +53,8 @@ macro_rules! slab_number {
         }
     };
 }
+
+pub(crate) use slab_number;
 
 /// A set of values, each under a number of its own.
 #[derive(Debug)]

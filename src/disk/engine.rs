@@ -10,7 +10,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::mem::Iov;
-use crate::slab_number;
+use crate::slab::slab_number;
 
 /// One operation on the image, as the host's kernel knows it.
 #[derive(Debug, Clone)]

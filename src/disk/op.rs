@@ -5,7 +5,7 @@ use std::io;
 use super::erase::ZeroedRange;
 use super::geometry::SectorRange;
 use crate::mem::Iov;
-use crate::slab_number;
+use crate::slab::slab_number;
 
 slab_number! {
     /// The number of a request of one queue, from [`DiskQueue::submit`] to its [`Completion`].
