@@ -1,4 +1,5 @@
-//! README.md, typed from top to bottom: every command line of its code blocks, in order, in one directory.
+//! README.md and then docs/tour.md, typed from top to bottom: every command line of their code blocks, in
+//! order, in one directory.
 //!
 //! Guests run on this machine's KVM where it can run Linux, in the emulated host elsewhere. `make` targets
 //! are only looked up here: CI runs `make run` and `make test` themselves.
@@ -31,7 +32,7 @@ enum Try {
 
 const SHELL: &str = "/ # ";
 
-/// Each line of README by its beginning; the first that fits.
+/// Each line of the two pages by its beginning; the first that fits.
 const LINES: [(&str, Try); 23] = [
     ("make ", Try::Make),
     ("PATH=", Try::Done),
@@ -110,8 +111,9 @@ fn command_lines(text: &str) -> Vec<String> {
     commands.filter(|line| !line.is_empty() && !line.starts_with('#')).collect()
 }
 
-fn readme() -> String {
-    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap()
+fn pages() -> String {
+    let page = |name| std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap();
+    ["README.md", "docs/tour.md"].map(page).concat()
 }
 
 /// Types `keys` when `wait_for` is there; the status and all that was shown.
@@ -186,11 +188,11 @@ fn try_line(place: &Place, line: &str) {
 }
 
 #[test]
-fn every_command_of_the_readme_does_what_it_says() {
+fn every_command_of_the_readme_and_the_tour_does_what_it_says() {
     let place = Host::get().place();
     let made = place.sh("mkdir linux && cp \"$GUESTS/small/vmlinux\" linux/vmlinux");
     assert_eq!(made.status, 0, "{}", made.stderr);
-    let lines = command_lines(&readme());
+    let lines = command_lines(&pages());
     assert!(lines.len() >= 20, "{lines:?}");
     for line in &lines {
         try_line(&place, line);

@@ -2,6 +2,8 @@
 //! file contains (`docs/architecture.md`; the map of the crate is `src/lib.rs`).
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
+#[path = "tidy/pages.rs"]
+mod pages;
 #[path = "tidy/requirements.rs"]
 mod requirements;
 

@@ -12,7 +12,7 @@ use crate::layout;
 pub const DEFAULT: &str = "console=ttyS0 reboot=k panic=-1";
 
 /// For a guest that is there for one command: no more is probed than there is, nothing is waited for.
-/// The figures are in docs/running-commands.md.
+/// The figures are in docs/results/boot.md.
 const FAST: &str = "tsc=reliable no_timer_check random.trust_cpu=on i8042.noaux i8042.nokbd \
     cryptomgr.notests rcupdate.rcu_expedited=1 8250.nr_uarts=1";
 

@@ -10,7 +10,7 @@ use crate::layout::{KIB, MIB, RAM_HOLE};
 /// For each page of memory the kernel has a `struct page`: 64 bytes of 4096.
 const PAGE_SHARE: u64 = 64;
 /// What a kernel reserves besides its image before it mounts its root: measured 8 MiB with Debian's 6.1 and 6.12
-/// (docs/running-commands.md), and as much again.
+/// (docs/results/boot.md), and as much again.
 const RESERVED_BYTES: u64 = 16 * MIB;
 /// What the guest's programs work in.
 const WORKING_BYTES: u64 = 24 * MIB;
