@@ -209,6 +209,7 @@ install-files: $(manual)/minivmm.1
 	@install -D -m 644 $(manual)/minivmm.fish $(installed)/share/fish/vendor_completions.d/minivmm.fish
 	@install -m 644 $(wildcard README.md) CONTRIBUTING.md CHANGELOG.md $(installed)/share/doc/minivmm
 	@install -D -m 644 docs/*.* -t $(installed)/share/doc/minivmm/docs
+	@install -D -m 644 docs/reference/* -t $(installed)/share/doc/minivmm/docs/reference
 	@install -D -m 644 docs/results/* -t $(installed)/share/doc/minivmm/docs/results
 	@install -m 644 LICENSE-APACHE LICENSE-MIT $(installed)/share/doc/minivmm
 	@rm -f $(installed)/share/minivmm/vmlinux $(installed)/share/minivmm/modules.cpio

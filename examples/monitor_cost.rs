@@ -1,5 +1,5 @@
 //! What the durability monitor costs: instructions and time of each event, alone and inside the
-//! disk's state machine. How to run it, and what came out, is in `docs/statistics.md`.
+//! disk's state machine. How to run it, and what came out, is in `docs/results/performance.md`.
 //!
 //! Usage: monitor_cost acknowledge|sync|write COUNT [IMAGE]
 

@@ -1,6 +1,6 @@
 //! Statistics of a run: the same figures as JSON for programs and as text for people.
 //!
-//! Owns the schema and its version (`docs/statistics.md`); [`print`] has the words. The figures are counted
+//! Owns the schema and its version (`docs/reference/statistics-json.md`); [`print`] has the words. The figures are counted
 //! in [`crate::disk`]. Fields may be added under the same version; whoever removes one or changes what
 //! it means raises it.
 

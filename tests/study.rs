@@ -193,21 +193,27 @@ fn the_json_has_a_version_and_what_the_guide_says() {
     let json: serde_json::Value = serde_json::from_str(&report(steps()).to_json().unwrap()).unwrap();
     assert_eq!(json["schema"], "minivmm-study");
     assert_eq!(json["version"], 1);
-    let guide = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/study.md")).unwrap();
+    let guide =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/reference/study-json.md"))
+            .unwrap();
     let names = |value: &serde_json::Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
     let experiment = &json["experiments"][0];
     let measure = &experiment["measures"][0];
-    for (prefix, value) in [
-        ("", &json),
-        ("experiments[].", experiment),
-        ("experiments[].claims[].", &experiment["claims"][0]),
-        ("experiments[].measures[].", measure),
-        ("experiments[].measures[].cases[].", &measure["cases"][0]),
-        ("experiments[].plots[].", &experiment["plots"][0]),
-        ("steps[].", &json["steps"][0]),
+    for (object, value) in [
+        ("the report", &json),
+        ("`experiments[]`", experiment),
+        ("`experiments[].claims[]`", &experiment["claims"][0]),
+        ("`experiments[].measures[]`", measure),
+        ("`experiments[].measures[].cases[]`", &measure["cases"][0]),
+        ("`experiments[].plots[]`", &experiment["plots"][0]),
+        ("`steps[]`", &json["steps"][0]),
     ] {
+        let row = guide.lines().find(|line| line.starts_with(&format!("| {object} |"))).unwrap();
         for name in names(value) {
-            assert!(guide.contains(&format!("`{prefix}{name}`")), "docs/study.md lacks {prefix}{name}");
+            assert!(
+                row.contains(&format!("`{name}`")),
+                "docs/reference/study-json.md: {object} lacks {name}"
+            );
         }
     }
 }

@@ -1,5 +1,5 @@
 //! The same freestanding guest under minivmm and under QEMU, on this machine's KVM, in turn; fio on the host
-//! beside them (docs/performance.md, "Beside QEMU, without a kernel").
+//! beside them (docs/performance.md, "The other benchmarks").
 //!
 //! Owns the rows, the order of the runs and the report. It never fails because something is slow: a figure
 //! is reported, not tested.

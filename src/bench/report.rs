@@ -1,6 +1,6 @@
 //! Everything that was measured, and what follows from it.
 //!
-//! Owns the schema of `--json` and its version (docs/benchmarking.md). Fields may be added under the same
+//! Owns the schema of `--json` and its version (docs/reference/bench-json.md). Fields may be added under the same
 //! version; whoever removes one or changes what it means raises it.
 
 use std::collections::BTreeMap;

@@ -218,10 +218,13 @@ fn the_guide_lists_every_field_of_the_json_and_every_warning() {
     });
     let mut names = Vec::new();
     fields(&serde_json::to_value(&report).unwrap(), &mut names);
-    let guide = include_str!("../../docs/benchmarking.md");
+    let guide = concat!(
+        include_str!("../../docs/benchmarking.md"),
+        include_str!("../../docs/reference/bench-json.md")
+    );
     let codes = warn::ABOUT.iter().map(|about| about.0.to_owned());
     for name in names.into_iter().chain(codes) {
         let is_told = ["`", "[]`"].iter().any(|end| guide.contains(&format!("`{name}{end}")));
-        assert!(is_told, "docs/benchmarking.md does not tell of {name}");
+        assert!(is_told, "docs/benchmarking.md and docs/reference/bench-json.md do not tell of {name}");
     }
 }

@@ -29,7 +29,7 @@ pub static EXPERIMENT: Experiment = Experiment {
     ],
     what: "fio in the guest writes a lot in pieces of 64 KiB past its cache, with one sync at the end: a copy, a restore, a file system that \
            writes back. Counted is how many of the writes minivmm makes stable one by one, and how many fdatasyncs it makes.",
-    confounds: "The claims are about QEMU; the modes\u{2019} rows are the same (docs/cache-modes.md), and there too a write in none is a plain one. \
+    confounds: "The claims are about QEMU; the modes\u{2019} rows are the same (docs/results/qemu-calls.md), and there too a write in none is a plain one. \
                 How much a stable write costs depends on the disk; where the host is emulated its FLUSH is nearly free.",
     steps: &["stable"],
     measures: &[

@@ -1,6 +1,6 @@
 //! The study as one document: machine, claims, predictions, figures, verdicts, pictures.
 //!
-//! Owns the schema and its version (docs/study.md lists the fields). The page shows this and nothing else.
+//! Owns the schema and its version (docs/reference/study-json.md lists the fields). The page shows this and nothing else.
 //! Fields may be added under the same version; whoever removes one or changes what it means raises it.
 
 use serde::Serialize;

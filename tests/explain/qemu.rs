@@ -1,5 +1,5 @@
 //! QEMU with the same guest, so the same driver, beside minivmm. Where the two differ in what is
-//! stable, or in which sync is made, the difference is one of [`KNOWN`], which docs/cache-modes.md
+//! stable, or in which sync is made, the difference is one of [`KNOWN`], which docs/results/qemu-calls.md
 //! explains; a new one fails.
 //!
 //! `MINIVMM_QEMU` names another emulator than the installed one. Its guest is emulated: it needs no

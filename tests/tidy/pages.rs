@@ -1,13 +1,21 @@
 //! The pages of `docs/`, README.md and CONTRIBUTING.md: every link and every `docs/…` that a file names leads
-//! somewhere, the guide (`docs/README.md`) and the index of results list each page once, and the guide stays short.
+//! somewhere, the guide (`docs/README.md`) lists each page once, and the guide stays short.
 
 use std::path::Path;
 
 use super::{files, nothing_is_wrong, root};
 
-/// Words that the guide may have, as `wc -w` counts them. Neither rules nor dated results count.
-const WORDS_MAX: usize = 44_200;
-const NOT_COUNTED: [&str; 2] = ["docs/requirements.md", "docs/results/"];
+/// Words that the guide may have, as `wc -w` counts them. Neither rules, dated results nor tables that tests
+/// compare with the code count.
+const WORDS_MAX: usize = 37_500;
+const NOT_COUNTED: [&str; 3] = ["docs/requirements.md", "docs/results/", "docs/reference/"];
+
+/// Which page lists the pages of which directory, and how its links to them begin.
+const INDEXES: [(&str, &str, &str); 3] = [
+    ("docs/README.md", "docs/", ""),
+    ("docs/README.md", "docs/reference/", "reference/"),
+    ("docs/results/README.md", "docs/results/", ""),
+];
 
 fn is_page(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "md")
@@ -79,17 +87,17 @@ fn every_page_that_a_file_names_is_there() {
 }
 
 #[test]
-fn the_guide_and_the_index_of_results_list_each_page_once() {
+fn an_index_lists_each_page_once() {
     let mut wrong = Vec::new();
-    for (index, directory) in [("docs/README.md", "docs/"), ("docs/results/README.md", "docs/results/")] {
+    for (index, directory, inside) in INDEXES {
         let text = std::fs::read_to_string(root().join(index)).unwrap();
         for (path, _) in pages() {
-            let Some(name) = path.strip_prefix(directory).filter(|name| !name.contains('/')) else {
-                continue;
-            };
-            let count = text.matches(&format!("]({name})")).count();
-            if name != "README.md" && count != 1 {
-                wrong.push(format!("{index}: lists {name} {count} times"));
+            let name =
+                path.strip_prefix(directory).filter(|name| !name.contains('/') && *name != "README.md");
+            let Some(name) = name else { continue };
+            let count = text.matches(&format!("]({inside}{name})")).count();
+            if count != 1 {
+                wrong.push(format!("{index}: lists {path} {count} times"));
             }
         }
     }
