@@ -128,7 +128,7 @@ torture: test-deps build guest emuhost
 	@MINIVMM_HOST=emulated MINIVMM_SOAK_SECONDS=$(or $(SOAK),300) cargo test --release --locked --test soak -- --nocapture
 	@$(MAKE) --no-print-directory test-intel
 
-# A smoke test under kvm_intel wherever this runs: Bochs emulates the processors (docs/hosts.md).
+# A smoke test under kvm_intel wherever this runs: Bochs emulates the processors (CONTRIBUTING.md).
 test-intel: deps build guest-small emuhost-intel
 	@guest-images/test-intel $(MODELS)
 

@@ -209,7 +209,7 @@ fn judge(probed: Probed) -> (String, Option<String>) {
 }
 
 impl Report {
-    /// As JSON, its keys told in `docs/explain.md`.
+    /// As JSON, its keys told in `docs/reference/explain-json.md`.
     pub fn to_json(&self) -> serde_json::Result<String> {
         serde_json::to_string_pretty(self)
     }

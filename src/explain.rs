@@ -25,7 +25,7 @@ pub use layers::{Layer, below, below_device};
 pub use place::Place;
 pub use print::to_text;
 
-/// All that is known beforehand about one disk. `docs/explain.md` tells the keys.
+/// All that is known beforehand about one disk. `docs/reference/explain-json.md` tells the keys.
 #[derive(Debug, Serialize)]
 pub struct Explanation {
     /// The image, as given.

@@ -1,6 +1,6 @@
 //! The address map of the machine, in address order, checked by the compiler.
 //!
-//! Owns every guest physical address, port and interrupt line that we chose. `docs/architecture.md`
+//! Owns every guest physical address, port and interrupt line that we chose. `docs/reference/address-map.md`
 //! shows it as a table.
 
 /// One kibibyte.

@@ -218,7 +218,9 @@ fn on_an_overlay_the_upper_file_is_looked_at() {
 
 #[test]
 fn every_column_is_documented_and_every_documented_column_is_there() {
-    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/observing.md")).unwrap();
+    let text =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/reference/observe-csv.md"))
+            .unwrap();
     let table = text.split("## The columns").nth(1).unwrap().split("\n## ").next().unwrap();
     let documented: Vec<String> = table
         .lines()

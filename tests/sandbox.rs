@@ -1,5 +1,5 @@
 //! The sandbox by itself: threads of a child of this test enter as each role, and then do what they may not.
-//! And the table of `docs/security.md`, which is the code's. What a whole VM does in it is `tests/bare`'s.
+//! And the table of `docs/reference/sandbox-calls.md`, which is the code's. What a whole VM does in it is `tests/bare`'s.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stderr, reason = "tests may")]
 
 use std::fs::File;
@@ -159,7 +159,7 @@ fn without_the_filter_landlock_opens_nothing_either() {
     }
 }
 
-/// A row as docs/security.md has it.
+/// A row as docs/reference/sandbox-calls.md has it.
 fn row(call: &Call) -> String {
     let names = |list: Vec<&str>| list.join(", ");
     let when = match call.when {
@@ -184,6 +184,8 @@ fn the_documentation_has_the_codes_table() {
         .into_iter()
         .filter(|role| !role.own().is_empty())
         .for_each(|role| table(role.name(), role.own()));
-    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/security.md")).unwrap();
-    assert!(text.contains(&expected), "docs/security.md is to contain:\n{expected}");
+    let text =
+        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/reference/sandbox-calls.md"))
+            .unwrap();
+    assert!(text.contains(&expected), "docs/reference/sandbox-calls.md is to contain:\n{expected}");
 }

@@ -1,4 +1,4 @@
-//! The walk-throughs of `docs/crash-testing.md`: that `minivmm crash` finds what the wrong programs of
+//! The walk-throughs of `examples/crash/README.md`: that `minivmm crash` finds what the wrong programs of
 //! `examples/crash` lose, and nothing in the right ones, with a stock kernel's ext4 and Debian's SQLite.
 //!
 //! The guests run on this machine's KVM where it can run Linux, in the emulated host elsewhere; the

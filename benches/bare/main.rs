@@ -1,5 +1,5 @@
 //! The same freestanding guest under minivmm and under QEMU, on this machine's KVM, in turn; fio on the host
-//! beside them (docs/performance.md, "The other benchmarks").
+//! beside them (benches/README.md).
 //!
 //! Owns the rows, the order of the runs and the report. It never fails because something is slow: a figure
 //! is reported, not tested.

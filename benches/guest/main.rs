@@ -1,6 +1,6 @@
 //! What a guest sees: fio in the test guest under minivmm and QEMU, with the same kernel, initramfs and
 //! image, in turn, and fio on the host beside them; boots to init; memory beyond the guest's
-//! (docs/performance.md).
+//! (benches/README.md).
 //!
 //! Owns the arguments and the report. It never fails because something is slow: a figure is reported,
 //! not tested.
@@ -106,7 +106,7 @@ struct Arguments {
     bench: bool,
 }
 
-/// The whole report as JSON (docs/performance.md has the fields).
+/// The whole report as JSON (benches/README.md has the fields).
 #[derive(Serialize)]
 struct Report<'a> {
     version: u32,

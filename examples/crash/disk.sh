@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes the disk of the walk-throughs in docs/crash-testing.md: 64 MiB, an ext4 on the first 48, nothing behind it but
+# Makes the disk of the walk-throughs in examples/crash/README.md: 64 MiB, an ext4 on the first 48, nothing behind it but
 # the place for promises at 56 MiB. Needs no root.
 # usage: disk.sh IMAGE [FILE]...
 set -eu

@@ -1,7 +1,7 @@
 //! Parameters of Linux' with which it does not find, or cannot use, what this machine has.
 //!
 //! Owns what each of them costs here, so that the run says it before the guest hangs: the sentence names the
-//! parameter, the consequence, and what to do. Which kernels were tried is in `docs/guest-images.md`.
+//! parameter, the consequence, and what to do. Which kernels were tried is in `docs/reference/kernel-parameters.md`.
 
 use super::cmdline;
 

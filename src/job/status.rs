@@ -1,6 +1,6 @@
 //! The status file (`--status-file`): how a run ended, for programs.
 //!
-//! Owns its schema, which docs/running-commands.md describes; `version` changes when a field changes
+//! Owns its schema, which docs/reference/status-file.md describes; `version` changes when a field changes
 //! its meaning or goes.
 
 use std::fs::File;

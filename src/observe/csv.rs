@@ -1,6 +1,6 @@
 //! The file of an observation: a header, then a line for each disk and moment.
 //!
-//! Owns the columns and their order, which docs/observing.md explains, and the reading of such a file.
+//! Owns the columns and their order, which docs/reference/observe-csv.md explains, and the reading of such a file.
 //! No value has a comma or a quote, so none is quoted; what is not known is empty, never 0.
 
 use std::collections::HashMap;

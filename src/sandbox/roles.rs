@@ -1,6 +1,6 @@
 //! Which thread may make which system call, and why: the sandbox's one table.
 //!
-//! Owns it. `docs/security.md` shows it, and `tests/sandbox.rs` compares the two and runs guests under
+//! Owns it. `docs/reference/sandbox-calls.md` shows it, and `tests/sandbox.rs` compares the two and runs guests under
 //! strace. What is not here is trapped. A call that a change needs is found by `--sandbox=log`.
 
 use std::ffi::c_int;

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Saves a file 12 times by writing a new one and renaming it over the old one; the guest's part of "A program that
-# forgets fsync" in docs/crash-testing.md.
+# forgets fsync" in examples/crash/README.md.
 # usage: guest.sh careless|file-only|right [DEVICE [MOUNT_OPTIONS]]
 #   careless   syncs nothing
 #   file-only  syncs the new file before the rename

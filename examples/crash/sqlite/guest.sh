@@ -1,6 +1,6 @@
 #!/bin/sh
 # Inserts 12 rows by SQLite, a transaction each, and promises each once COMMIT has returned; the guest's part of "A
-# database" in docs/crash-testing.md.
+# database" in examples/crash/README.md.
 # usage: guest.sh DELETE|WAL OFF|NORMAL|FULL|EXTRA [DEVICE]
 #        guest.sh promise DEVICE NUMBER
 set -eu

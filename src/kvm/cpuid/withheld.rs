@@ -1,6 +1,6 @@
 //! What KVM offers of the processor and the guest does not get.
 //!
-//! Owns the table, which `docs/security.md` shows; a test compares the two. KVM_GET_SUPPORTED_CPUID lists
+//! Owns the table, which `docs/reference/cpuid.md` shows; a test compares the two. KVM_GET_SUPPORTED_CPUID lists
 //! what KVM *can* give. Some of it enlarges what a hostile guest can attack, and some needs set-up by the
 //! VMM that minivmm does not do, so that a guest which uses it fails.
 
