@@ -31,12 +31,12 @@ use super::counters::HostKind;
 use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use super::flight::{Flight, Next, OpenSync, Stage, Success, Who};
 use super::image::Image;
-use super::latch::Ticket;
 use super::monitor::{SyncEnd, SyncStart};
 pub use super::op::{Completion, DiskError, Op, RequestId};
 use super::queue_stats::QueueStats;
 pub use super::stable::StableBy;
 use super::stable::{Group, Member};
+use super::sync_ledger::SyncTicket;
 use super::transfer::{Transfer, bounce_buffers};
 use crate::mem::BufferPool;
 use crate::mutants::{self, Mutant, is_on};
@@ -63,7 +63,7 @@ pub struct DiskQueue {
     waiting: VecDeque<(OpToken, HostOp)>,
     ended: Vec<Ended>,
     /// Successes that count only when other syncs have been judged.
-    held: Vec<(Ticket, Success)>,
+    held: Vec<(SyncTicket, Success)>,
     done: Vec<Completion>,
     stats: Arc<QueueStats>,
     moments: Option<Moments>,
@@ -187,7 +187,7 @@ impl DiskQueue {
     }
 
     /// What has to be settled first for something held to count.
-    fn first_horizon(&self) -> Option<Ticket> {
+    fn first_horizon(&self) -> Option<SyncTicket> {
         self.held.iter().map(|&(horizon, _)| horizon).min()
     }
 

@@ -2,10 +2,10 @@
 
 use super::engine::HostOp;
 use super::erase::Erase;
-use super::latch::Ticket;
 use super::monitor::SyncStart;
 use super::op::DiskError;
 use super::stable::Member;
+use super::sync_ledger::SyncTicket;
 use super::transfer::Transfer;
 
 /// A request in flight: exactly one host operation of it is under way, or waits for room.
@@ -37,7 +37,7 @@ impl Flight {
 
 /// A sync that the engine has.
 pub(super) struct OpenSync {
-    pub(super) ticket: Ticket,
+    pub(super) ticket: SyncTicket,
     /// What an fdatasync will have made stable, for the monitor.
     pub(super) covers: Option<SyncStart>,
 }

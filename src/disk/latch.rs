@@ -1,19 +1,20 @@
 //! The first sync error, kept for the life of the process.
 //!
-//! The kernel tells an error of writeback once: to one fdatasync, or stable write, while others that
-//! were in flight with it succeed. So a success counts only when every sync that was open at its
-//! end has been judged too; until then it is held ([`SyncLatch::open_now`]), and the queue that holds
-//! it may sleep: the judge of the last of them rings for it ([`SyncLatch::ring_when_settled`], E7).
+//! A sync that succeeded is trusted only once every sync that overlapped it has been judged
+//! ([`super::sync_ledger`], E7). Until then its queue holds the success ([`SyncLatch::open_now`]) and may block;
+//! whoever judges the last of the overlapping syncs rings that queue's doorbell
+//! ([`SyncLatch::ring_when_settled`]).
 //!
-//! After a failed fdatasync the kernel has marked the lost pages clean, and the next one succeeds: so
-//! an error is never retried, and from then on no FLUSH and no stable write of this disk is reported
-//! OK (E1, E2), in every mode and on every queue.
+//! After a failed fdatasync Linux marks the lost pages clean, and the next fdatasync succeeds. So a failed sync is
+//! never retried, and from then on no FLUSH and no stable write of this disk is reported OK (E1, E2), in every
+//! mode and on every queue.
 
 use std::io;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::sync_ledger::{SyncLedger, SyncTicket};
 use crate::doorbell;
 use crate::sync::{AtomicI32, Mutex, MutexGuard, Ordering, unpoisoned};
 
@@ -26,9 +27,7 @@ pub struct SyncLatch {
 
 #[derive(Debug, Default)]
 struct Syncs {
-    opened: u64,
-    /// In the order of their numbers.
-    open: Vec<u64>,
+    ledger: SyncLedger,
     /// Queues that hold a success and sleep, one place each.
     sleepers: Vec<Sleeper>,
 }
@@ -36,19 +35,9 @@ struct Syncs {
 /// Who is to be woken, and when.
 #[derive(Debug)]
 struct Sleeper {
-    horizon: u64,
+    horizon: SyncTicket,
     bell: Arc<EventFd>,
 }
-
-impl Syncs {
-    fn is_settled(&self, horizon: u64) -> bool {
-        self.open.first().is_none_or(|&oldest| oldest > horizon)
-    }
-}
-
-/// A sync that an engine has, or whose result nobody has looked at.
-#[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Clone, Copy)]
-pub struct Ticket(u64);
 
 impl SyncLatch {
     fn syncs(&self) -> MutexGuard<'_, Syncs> {
@@ -56,35 +45,31 @@ impl SyncLatch {
     }
 
     /// A sync is about to be handed to an engine.
-    pub fn open(&self) -> Ticket {
-        let mut syncs = self.syncs();
-        syncs.opened += 1;
-        let number = syncs.opened;
-        syncs.open.push(number);
-        Ticket(number)
+    pub fn open(&self) -> SyncTicket {
+        self.syncs().ledger.open()
     }
 
     /// Its result has been looked at, and latched if it was an error. Wakes whom this settles.
-    pub fn judged(&self, Ticket(number): Ticket) {
+    pub fn judged(&self, ticket: SyncTicket) {
         let mut syncs = self.syncs();
-        syncs.open.retain(|&other| other != number);
-        let Syncs { open, sleepers, .. } = &mut *syncs;
+        let Syncs { ledger, sleepers } = &mut *syncs;
+        ledger.judge(ticket);
         sleepers.retain(|sleeper| {
-            let waits_on = open.first().is_some_and(|&oldest| oldest <= sleeper.horizon);
-            if !waits_on {
+            let is_settled = ledger.is_settled(sleeper.horizon);
+            if is_settled {
                 ring(&sleeper.bell);
             }
-            waits_on
+            !is_settled
         });
     }
 
     /// Rings `bell` once, as soon as `horizon` is settled. `false` if it is by now, and nothing will
     /// ring. Looked at and kept in one step, so that no judgement comes between. A bell has one place:
     /// what was asked for it before is forgotten.
-    pub fn ring_when_settled(&self, Ticket(horizon): Ticket, bell: &Arc<EventFd>) -> bool {
+    pub fn ring_when_settled(&self, horizon: SyncTicket, bell: &Arc<EventFd>) -> bool {
         let mut syncs = self.syncs();
         syncs.sleepers.retain(|sleeper| !Arc::ptr_eq(&sleeper.bell, bell));
-        if syncs.is_settled(horizon) {
+        if syncs.ledger.is_settled(horizon) {
             return false;
         }
         syncs.sleepers.push(Sleeper { horizon, bell: Arc::clone(bell) });
@@ -93,13 +78,13 @@ impl SyncLatch {
 
     /// The newest sync that is open now: a success that ends now counts once it and all before it
     /// are judged. `None` if there is nothing to wait for.
-    pub fn open_now(&self) -> Option<Ticket> {
-        self.syncs().open.last().copied().map(Ticket)
+    pub fn open_now(&self) -> Option<SyncTicket> {
+        self.syncs().ledger.horizon()
     }
 
     /// Whether this sync and all that were opened before it are judged.
-    pub fn is_settled(&self, Ticket(number): Ticket) -> bool {
-        self.syncs().is_settled(number)
+    pub fn is_settled(&self, horizon: SyncTicket) -> bool {
+        self.syncs().ledger.is_settled(horizon)
     }
 
     /// Keeps `error` if it is the first; logs that one.
@@ -162,35 +147,6 @@ mod tests {
         latch.set(&io::Error::from_raw_os_error(libc::ENOSPC));
         latch.set(&io::Error::from_raw_os_error(libc::EIO));
         assert_eq!(latch.check().unwrap_err().raw_os_error(), Some(libc::ENOSPC));
-    }
-
-    /// Shows E7.
-    #[test]
-    fn a_success_is_settled_when_all_syncs_that_were_open_are_judged() {
-        let latch = SyncLatch::default();
-        assert_eq!(latch.open_now(), None);
-        let (first, second) = (latch.open(), latch.open());
-        latch.judged(second);
-        let horizon = latch.open_now().unwrap();
-        let _later = latch.open();
-        assert!(!latch.is_settled(horizon));
-        latch.judged(first);
-        assert!(latch.is_settled(horizon), "what was opened later does not matter");
-    }
-
-    #[test]
-    fn a_success_waits_for_the_newest_sync_that_was_open_and_for_each_before_it() {
-        for judged_first in 0..3 {
-            let latch = SyncLatch::default();
-            let syncs = [latch.open(), latch.open(), latch.open()];
-            let horizon = latch.open_now().unwrap();
-            assert_eq!(horizon, syncs[2]);
-            for step in 0..3 {
-                assert!(!latch.is_settled(horizon), "{step} of 3 are judged, from number {judged_first} on");
-                latch.judged(syncs[(judged_first + step) % 3]);
-            }
-            assert!(latch.is_settled(horizon));
-        }
     }
 
     #[test]

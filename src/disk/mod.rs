@@ -26,6 +26,7 @@ pub mod op;
 pub mod options;
 pub mod queue_stats;
 pub mod stable;
+pub mod sync_ledger;
 pub mod times;
 mod transfer;
 pub mod uring;

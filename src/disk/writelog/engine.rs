@@ -10,9 +10,10 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
-use super::{Change, SyncNumber, WriteLog};
+use super::{Change, WriteLog};
 use crate::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use crate::disk::image::Image;
+use crate::disk::sync_ledger::SyncTicket;
 
 /// An engine whose ends are recorded.
 pub struct LoggingEngine {
@@ -24,7 +25,7 @@ pub struct LoggingEngine {
 /// An operation that the engine below has.
 struct Watched {
     op: HostOp,
-    sync: Option<SyncNumber>,
+    sync: Option<SyncTicket>,
 }
 
 impl LoggingEngine {

@@ -2,8 +2,8 @@
 //!
 //! Owns the order of the entries, for all queues of the disk together. An entry that ended stands before
 //! a flush only if it had ended before that fdatasync was handed to an engine; a flush, or a write with
-//! RWF_DSYNC, counts only when every sync that was open at its end has been judged too, because the
-//! kernel tells an error once (E7). After a failed sync nothing in the log is called stable any more.
+//! RWF_DSYNC, counts only once every sync that overlapped it has been judged ([`super::sync_ledger`], E7).
+//! After a failed sync nothing in the log is called stable any more.
 //!
 //! ```text
 //! write ends ───────────────────┐
@@ -26,6 +26,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use super::geometry::SECTOR;
 use super::image::ImageProblem;
+use super::sync_ledger::{SyncLedger, SyncTicket};
 use crate::mem::Iov;
 use crate::sync::unpoisoned;
 pub use file::as_output;
@@ -41,10 +42,6 @@ pub struct WriteLog {
     path: PathBuf,
     line: Mutex<Line>,
 }
-
-/// A sync that an engine has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct SyncNumber(u64);
 
 /// What has ended and changes the disk.
 #[derive(Debug)]
@@ -62,9 +59,7 @@ struct Line {
     /// `None` once it cannot be written any more.
     file: Option<LogFile>,
     waiting: VecDeque<Item>,
-    syncs: u64,
-    /// Syncs that nobody has judged, in the order of their numbers.
-    open: Vec<SyncNumber>,
+    syncs: SyncLedger,
     /// A sync has failed.
     distrusted: bool,
     entries: u64,
@@ -74,7 +69,7 @@ struct Line {
 #[derive(Debug)]
 enum Item {
     Change { offset: u64, change: Change, claim: Claim },
-    Sync { number: SyncNumber, claim: Claim },
+    Sync { number: SyncTicket, claim: Claim },
 }
 
 /// Whether an item may call something stable.
@@ -85,7 +80,7 @@ enum Claim {
     /// Not known yet: it has not ended.
     Open,
     /// It does, once this sync and all before it are judged.
-    After(Option<SyncNumber>),
+    After(Option<SyncTicket>),
 }
 
 impl WriteLog {
@@ -94,8 +89,7 @@ impl WriteLog {
         let line = Line {
             file: Some(LogFile::begin(path, image)?),
             waiting: VecDeque::new(),
-            syncs: 0,
-            open: Vec::new(),
+            syncs: SyncLedger::default(),
             distrusted: false,
             entries: 0,
             error: None,
@@ -119,18 +113,18 @@ impl WriteLog {
     }
 
     /// A sync is about to be handed to an engine.
-    pub fn sync_starts(&self) -> SyncNumber {
+    pub fn sync_starts(&self) -> SyncTicket {
         self.line().sync_starts(true)
     }
 
     /// A write that is its own sync is about to be handed to an engine.
-    pub fn stable_write_starts(&self) -> SyncNumber {
+    pub fn stable_write_starts(&self) -> SyncTicket {
         self.line().sync_starts(false)
     }
 
     /// That sync has ended, well or badly; `None` where it says nothing: it was never begun, or was
     /// interrupted.
-    pub fn sync_ends(&self, number: SyncNumber, is_stable: Option<bool>) {
+    pub fn sync_ends(&self, number: SyncTicket, is_stable: Option<bool>) {
         let mut line = self.line();
         let claim = line.judge(number, is_stable);
         if let Some(Item::Sync { claim: its, .. }) =
@@ -142,7 +136,7 @@ impl WriteLog {
     }
 
     /// A change has ended at this offset in bytes; with the number of its sync if it is its own.
-    pub fn change_ends(&self, offset: u64, change: Change, sync: Option<SyncNumber>) {
+    pub fn change_ends(&self, offset: u64, change: Change, sync: Option<SyncTicket>) {
         let mut line = self.line();
         let claim = sync.map_or(Claim::Nothing, |number| line.judge(number, Some(true)));
         if line.file.is_some() {
@@ -174,10 +168,8 @@ impl WriteLog {
 }
 
 impl Line {
-    fn sync_starts(&mut self, stands_in_line: bool) -> SyncNumber {
-        self.syncs += 1;
-        let number = SyncNumber(self.syncs);
-        self.open.push(number);
+    fn sync_starts(&mut self, stands_in_line: bool) -> SyncTicket {
+        let number = self.syncs.open();
         if stands_in_line && self.file.is_some() {
             self.waiting.push_back(Item::Sync { number, claim: Claim::Open });
         }
@@ -185,10 +177,10 @@ impl Line {
     }
 
     /// What may be claimed of a sync that has ended so.
-    fn judge(&mut self, number: SyncNumber, is_stable: Option<bool>) -> Claim {
-        self.open.retain(|&other| other != number);
+    fn judge(&mut self, number: SyncTicket, is_stable: Option<bool>) -> Claim {
+        self.syncs.judge(number);
         match is_stable {
-            Some(true) => Claim::After(self.open.last().copied()),
+            Some(true) => Claim::After(self.syncs.horizon()),
             Some(false) => {
                 self.distrusted = true;
                 Claim::Nothing
@@ -202,7 +194,7 @@ impl Line {
         match claim {
             Claim::Nothing | Claim::After(None) => true,
             Claim::Open => false,
-            Claim::After(Some(horizon)) => self.open.first().is_none_or(|&oldest| oldest > horizon),
+            Claim::After(Some(horizon)) => self.syncs.is_settled(horizon),
         }
     }
 
