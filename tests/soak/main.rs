@@ -131,8 +131,8 @@ fn judge(place: &Place, seed: u64) {
         let disk = &stats["disks"][number];
         let what = format!("{mode}: {disk:#}\n{all}");
         let count = |pointer: &str| disk.pointer(pointer).and_then(Value::as_u64).unwrap();
-        // The load was one, and the faults were met.
-        assert!(count("/requests/read") > 100 && count("/requests/write") > 100, "{what}");
+        // The load was one, and the faults were met. How much of it comes to pass in a cycle is the host's affair.
+        assert!(count("/requests/read") > 20 && count("/requests/write") > 20, "{what}");
         assert!(count("/faults/failed") > 0 && count("/requests/errors") > 0, "{what}");
         assert!(count("/faults/shortened") > 0 && count("/transfers/continued") > 0, "{what}");
         assert!(said.contains(&format!("refused {name}")), "{what}");
