@@ -29,7 +29,7 @@ use std::time::Instant;
 use super::cache::WriteCache;
 use super::counters::HostKind;
 use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
-use super::flight::{Flight, Next, OpenSync, Stage, Success, Who};
+use super::flight::{Flight, Flights, Next, OpenSync, Stage, Success, Who};
 use super::image::Image;
 use super::monitor::{SyncEnd, SyncStart};
 pub use super::op::{Completion, DiskError, Op, RequestId};
@@ -40,7 +40,6 @@ use super::sync_ledger::SyncTicket;
 use super::transfer::{Transfer, bounce_buffers};
 use crate::mem::BufferPool;
 use crate::mutants::{self, Mutant, is_on};
-use crate::slab::Slab;
 use figures::Moments;
 
 /// The state machine of one queue of one disk.
@@ -52,13 +51,11 @@ pub struct DiskQueue {
     /// Until the host refuses RWF_DSYNC.
     has_dsync: bool,
     dsync_worked: bool,
-    in_flight: Slab<OpToken, Flight>,
+    in_flight: Flights,
     group: Group,
     pool: BufferPool,
     /// Stable writes of this batch, of which the way is not decided yet.
     undecided: Vec<OpToken>,
-    /// DSYNC writes in flight.
-    dsyncs: usize,
     /// Operations that the engine has no room for.
     waiting: VecDeque<(OpToken, HostOp)>,
     ended: Vec<Ended>,
@@ -87,10 +84,9 @@ impl DiskQueue {
             stable_by,
             has_dsync: true,
             dsync_worked: false,
-            in_flight: Slab::default(),
+            in_flight: Flights::default(),
             group: Group::default(),
             undecided: Vec::new(),
-            dsyncs: 0,
             waiting: VecDeque::new(),
             ended: Vec::new(),
             held: Vec::new(),
@@ -135,7 +131,6 @@ impl DiskQueue {
                 }
             }
             Next::Later => {
-                self.group.begins_write();
                 let token = self.in_flight.insert(flight);
                 self.undecided.push(token);
             }
@@ -201,7 +196,7 @@ impl DiskQueue {
     pub fn is_ready(&mut self) -> bool {
         let is_settled = |horizon| self.image.latch.is_settled(horizon);
         !self.done.is_empty()
-            || self.group.is_due()
+            || self.group.is_due(self.in_flight.writing())
             || self.first_horizon().is_some_and(is_settled)
             || self.engine.is_ready()
     }
@@ -228,18 +223,21 @@ impl DiskQueue {
             return;
         }
         let mut undecided = std::mem::take(&mut self.undecided);
-        let alone = undecided.len() == 1 && self.dsyncs == 0 && self.group.writes_only(1);
+        let alone = undecided.len() == 1
+            && (self.in_flight.writing(), self.in_flight.dsyncs()) == (1, 0)
+            && self.group.is_idle();
         for token in undecided.drain(..) {
-            let Some(flight) = self.in_flight.get_mut(token) else { continue };
-            let Stage::Transfer(transfer) = &mut flight.stage else { continue };
-            transfer.dsync = alone;
-            flight.grouped = !alone;
-            if alone {
-                self.group.ends_write();
-            }
-            match transfer.next_window(&self.image, &self.stats, &mut self.pool) {
-                Ok(op) => self.issue(token, op),
-                Err(error) => self.abandon(token, error),
+            let (image, stats, pool) = (&self.image, &self.stats, &mut self.pool);
+            let first = self.in_flight.change(token, |flight| {
+                let Stage::Transfer(transfer) = &mut flight.stage else { return None };
+                transfer.dsync = alone;
+                flight.grouped = !alone;
+                Some(transfer.next_window(image, stats, pool))
+            });
+            match first.flatten() {
+                Some(Ok(op)) => self.issue(token, op),
+                Some(Err(error)) => self.abandon(token, error),
+                None => {}
             }
         }
         self.undecided = undecided;
@@ -248,15 +246,12 @@ impl DiskQueue {
     /// A flight that never took off.
     fn abandon(&mut self, token: OpToken, error: DiskError) {
         if let Some(flight) = self.in_flight.remove(token) {
-            if flight.grouped {
-                self.group.ends_write();
-            }
             self.complete(flight.id, Err(error));
         }
     }
 
     fn start_shared_sync(&mut self) {
-        if self.group.is_due() {
+        if self.group.is_due(self.in_flight.writing()) {
             self.group.starts();
             self.stats.count(|counters| &counters.shared_syncs);
             self.take_off(Flight::new(None, Stage::GroupSync), HostOp::Fdatasync);
@@ -283,19 +278,13 @@ impl DiskQueue {
     }
 
     fn take_off(&mut self, flight: Flight, first: HostOp) {
-        if flight.grouped {
-            self.group.begins_write();
-        }
         let token = self.in_flight.insert(flight);
         self.issue(token, first);
     }
 
     /// Hands an operation to the engine, behind those that already wait for room in it.
     fn issue(&mut self, token: OpToken, op: HostOp) {
-        if let Some(flight) = self.in_flight.get_mut(token) {
-            flight.current = Some(op.clone());
-            self.dsyncs += usize::from(flight.stage.is_dsync());
-        }
+        self.in_flight.set_current(token, &op);
         self.waiting.push_back((token, op));
         self.feed_engine();
     }
@@ -310,9 +299,7 @@ impl DiskQueue {
                 Ok(()) => {
                     self.stats.count(|counters| counters.of(kind));
                     self.note_submitted(token, now);
-                    if let Some(flight) = self.in_flight.get_mut(token) {
-                        flight.sync = sync;
-                    }
+                    self.in_flight.set_sync(token, sync);
                 }
                 Err(op) => {
                     if let Some(sync) = sync {
@@ -341,7 +328,6 @@ impl DiskQueue {
             self.image.latch.set(&io::Error::from_raw_os_error(libc::EIO));
             return;
         };
-        self.dsyncs = self.dsyncs.saturating_sub(usize::from(flight.stage.is_dsync()));
         let sync = flight.sync.take();
         let next = match end.result {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => match flight.current.take() {
@@ -354,10 +340,7 @@ impl DiskQueue {
         if let Some(sync) = &sync {
             self.image.latch.judged(sync.ticket);
         }
-        if flight.grouped && !flight.goes_on_writing(&next) {
-            flight.grouped = false;
-            self.group.ends_write();
-        }
+        flight.grouped &= flight.goes_on_writing(&next);
         self.go_on(flight, next, sync.and_then(|sync| sync.covers));
     }
 

@@ -1,12 +1,13 @@
 //! A request in flight, and what may come after an operation of it.
 
-use super::engine::HostOp;
+use super::engine::{HostOp, OpToken};
 use super::erase::Erase;
 use super::monitor::SyncStart;
 use super::op::DiskError;
 use super::stable::Member;
 use super::sync_ledger::SyncTicket;
 use super::transfer::Transfer;
+use crate::slab::Slab;
 
 /// A request in flight: exactly one host operation of it is under way, or waits for room.
 pub(super) struct Flight {
@@ -32,6 +33,83 @@ impl Flight {
     /// Whether it is still moving bytes after `next`.
     pub(super) fn goes_on_writing(&self, next: &Next) -> bool {
         matches!(next, Next::Op(_)) && !self.stage.is_sync()
+    }
+}
+
+/// The requests in flight of one queue, with counts of two kinds among them.
+///
+/// The counts are derived: every flight enters, leaves and changes through these methods, so that no caller
+/// has to keep a count in step.
+#[derive(Default)]
+pub(super) struct Flights {
+    flights: Slab<OpToken, Flight>,
+    writing: usize,
+    dsyncs: usize,
+}
+
+impl Flights {
+    pub(super) fn is_empty(&self) -> bool {
+        self.flights.is_empty()
+    }
+
+    /// Returns the number of writes for which the next shared sync waits.
+    pub(super) fn writing(&self) -> usize {
+        self.writing
+    }
+
+    /// Returns the number of writes with RWF_DSYNC.
+    pub(super) fn dsyncs(&self) -> usize {
+        self.dsyncs
+    }
+
+    pub(super) fn insert(&mut self, flight: Flight) -> OpToken {
+        self.writing += usize::from(flight.grouped);
+        self.dsyncs += usize::from(flight.stage.is_dsync());
+        self.flights.insert(flight)
+    }
+
+    pub(super) fn remove(&mut self, token: OpToken) -> Option<Flight> {
+        let flight = self.flights.remove(token)?;
+        self.uncount(&flight);
+        Some(flight)
+    }
+
+    /// Changes a flight; `None` if there is none under `token`.
+    pub(super) fn change<R>(&mut self, token: OpToken, change: impl FnOnce(&mut Flight) -> R) -> Option<R> {
+        let flight = self.flights.get_mut(token)?;
+        let before = (flight.grouped, flight.stage.is_dsync());
+        let result = change(flight);
+        let after = (flight.grouped, flight.stage.is_dsync());
+        self.writing = self.writing + usize::from(after.0) - usize::from(before.0);
+        self.dsyncs = self.dsyncs + usize::from(after.1) - usize::from(before.1);
+        Some(result)
+    }
+
+    /// Keeps the operation that the engine gets, to repeat it after EINTR.
+    pub(super) fn set_current(&mut self, token: OpToken, op: &HostOp) {
+        if let Some(flight) = self.flights.get_mut(token) {
+            flight.current = Some(op.clone());
+        }
+    }
+
+    /// Keeps the sync that is open while the engine has the flight's operation.
+    pub(super) fn set_sync(&mut self, token: OpToken, sync: Option<OpenSync>) {
+        if let Some(flight) = self.flights.get_mut(token) {
+            flight.sync = sync;
+        }
+    }
+
+    pub(super) fn get(&mut self, token: OpToken) -> Option<&Flight> {
+        self.flights.get_mut(token).map(|flight| &*flight)
+    }
+
+    pub(super) fn into_values(self) -> impl Iterator<Item = Flight> {
+        self.flights.into_values()
+    }
+
+    fn uncount(&mut self, flight: &Flight) {
+        self.writing -= usize::from(flight.grouped);
+        self.dsyncs -= usize::from(flight.stage.is_dsync());
     }
 }
 

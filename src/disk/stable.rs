@@ -56,8 +56,6 @@ pub(super) type Member = Option<RequestId>;
 /// The shared fdatasyncs of one queue: at most one is running.
 #[derive(Default)]
 pub(super) struct Group {
-    /// Stable writes whose bytes are still being moved; the next sync waits for them.
-    writing: usize,
     /// Joined since the running sync started.
     waiting: Vec<Member>,
     /// Somebody who waits is a FLUSH: it waits for no write.
@@ -71,24 +69,9 @@ pub(super) struct Group {
 }
 
 impl Group {
-    /// Nobody writes, waits or is being synced.
+    /// Nobody waits or is being synced.
     pub(super) fn is_idle(&self) -> bool {
-        self.writing == 0 && self.waiting.is_empty() && self.running.is_none()
-    }
-
-    /// Whether nobody but so many who write are there.
-    pub(super) fn writes_only(&self, writing: usize) -> bool {
-        self.writing == writing && self.waiting.is_empty() && self.running.is_none()
-    }
-
-    /// A write that will join has begun.
-    pub(super) fn begins_write(&mut self) {
-        self.writing += 1;
-    }
-
-    /// It has ended, well or not; the next sync does not wait for it any more.
-    pub(super) fn ends_write(&mut self) {
-        self.writing = self.writing.saturating_sub(1);
+        self.waiting.is_empty() && self.running.is_none()
     }
 
     /// Waits for the next sync to start; an urgent member makes it start at once.
@@ -106,11 +89,11 @@ impl Group {
         }
     }
 
-    /// Whether a sync has to start now. One at a time: those who come meanwhile share the next.
-    /// A write that is being moved is waited for, which ends: no more can come than the queue has
-    /// entries, since none of them completes before.
-    pub(super) fn is_due(&self) -> bool {
-        self.running.is_none() && !self.waiting.is_empty() && (self.urgent || self.writing == 0)
+    /// Returns `true` if a sync must start now, with `writing` stable writes that still move bytes. One sync at a
+    /// time: those who come meanwhile share the next. Unless a FLUSH waits, the sync waits for these writes. That
+    /// wait ends: no more writes can come than the queue has entries, since none of them completes before.
+    pub(super) fn is_due(&self, writing: usize) -> bool {
+        self.running.is_none() && !self.waiting.is_empty() && (self.urgent || writing == 0)
     }
 
     /// A sync starts: it speaks for all who wait now.
@@ -158,16 +141,12 @@ mod tests {
     #[test]
     fn writes_wait_for_each_other_and_share_one_sync() {
         let mut group = Group::default();
-        group.begins_write();
-        group.begins_write();
-        group.ends_write();
         group.joins(id(1), false);
-        assert!(!group.is_due(), "the other is still being written");
-        group.ends_write();
+        assert!(!group.is_due(1), "the other is still being written");
         group.joins(id(2), false);
-        assert!(group.is_due());
+        assert!(group.is_due(0));
         group.starts();
-        assert!(!group.is_due());
+        assert!(!group.is_due(0));
         assert_eq!(group.ends(), [id(1), id(2)]);
         assert!(group.is_idle());
     }
@@ -176,14 +155,13 @@ mod tests {
     #[test]
     fn a_flush_waits_for_no_write_but_for_the_running_sync() {
         let mut group = Group::default();
-        group.begins_write();
         group.joins(id(1), true);
-        assert!(group.is_due());
+        assert!(group.is_due(1));
         group.starts();
         group.joins(id(2), true);
-        assert!(!group.is_due(), "one at a time");
+        assert!(!group.is_due(1), "one at a time");
         assert_eq!(group.ends(), [id(1)], "who came later is not spoken for");
-        assert!(group.is_due());
+        assert!(group.is_due(0));
     }
 
     #[test]
@@ -204,12 +182,12 @@ mod tests {
         let mut group = Group::default();
         for round in 0..3 {
             group.joins(None, true);
-            assert!(group.is_due(), "round {round}");
+            assert!(group.is_due(0), "round {round}");
             group.starts();
             // While that one runs: it started before.
             group.joins(None, true);
             assert_eq!(group.ends(), [None], "round {round}");
-            assert!(group.is_due(), "round {round}: the running sync does not count for the second switch");
+            assert!(group.is_due(0), "round {round}: the running sync does not count for the second switch");
             group.starts();
             assert_eq!(group.ends(), [None], "round {round}");
             assert!(group.is_idle());

@@ -73,7 +73,7 @@ impl DiskQueue {
     /// Whose operation was handed to the engine at this time.
     pub(super) fn note_submitted(&mut self, token: OpToken, at: Option<Instant>) {
         let (Some(moments), Some(at)) = (&mut self.moments, at) else { return };
-        match self.in_flight.get_mut(token) {
+        match self.in_flight.get(token) {
             Some(Flight { stage: Stage::GroupSync, .. }) => {
                 moments.submitted.extend(self.group.running().map(|id| (id, at)));
             }
