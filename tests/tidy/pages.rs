@@ -124,3 +124,28 @@ fn the_reader_of_links_understands_what_pages_write() {
     assert_eq!(anchor("Add a test, of `another` kind"), "add-a-test-of-another-kind");
     assert!(has_heading("# A\n\n## Limits of time\n", "limits-of-time") && !has_heading("# A\n", "b"));
 }
+
+#[test]
+fn the_map_of_the_tests_names_every_suite_and_no_other() {
+    let map = std::fs::read_to_string(root().join("tests/README.md")).unwrap();
+    let mut suites = std::collections::BTreeSet::new();
+    for entry in std::fs::read_dir(root().join("tests")).unwrap() {
+        let path = entry.unwrap().path();
+        let is_suite =
+            path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").exists();
+        if is_suite {
+            suites.insert(path.file_stem().unwrap().to_string_lossy().into_owned());
+        }
+    }
+    let cells = map.lines().filter_map(|line| line.strip_prefix('|')?.split('|').nth(1));
+    let names: Vec<&str> = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)).collect();
+    let mut wrong = Vec::new();
+    for suite in suites.iter().filter(|suite| !names.contains(&suite.as_str())) {
+        wrong.push(format!("tests/README.md: where is the suite {suite}?"));
+    }
+    let others = ["observed", "mutants", "tests/as-user"];
+    for name in names.iter().filter(|name| !suites.contains(**name) && !others.contains(name)) {
+        wrong.push(format!("tests/README.md: there is no suite {name}"));
+    }
+    nothing_is_wrong(&wrong);
+}
