@@ -249,7 +249,10 @@ fn in_the_background_it_waits_for_its_terminal_and_leaves_the_modes_alone() {
         return;
     }
     let mut shell = Command::new("bash");
-    shell.args(["-c", r#"set -m; "$@"; echo "stopped by $(($? - 128))"; bg; read -r; fg; exit $?"#, "bash"]);
+    // A shell sends no SIGCONT to a job of which it has not yet heard that it has stopped: `fg` waits for that.
+    let script = r#"set -m; "$@"; echo "stopped by $(($? - 128))"; bg; echo continued
+        until jobs -s | grep -q .; do sleep 0.05; done; echo "stopped again"; read -r; fg; exit $?"#;
+    shell.args(["-c", script, "bash"]);
     shell.arg(binary());
     start(&mut shell, Entry::Elf, "scenario=echo").args(["--timeout", "60"]);
     // SAFETY: what it calls may be called between fork and exec.
@@ -262,8 +265,9 @@ fn in_the_background_it_waits_for_its_terminal_and_leaves_the_modes_alone() {
     let pid: i32 = children.split_whitespace().next().unwrap().parse().unwrap();
     kill(pid, libc::SIGTSTP);
     session.read_until(&format!("stopped by {}", libc::SIGSTOP));
-    session.read_until("&");
-    wait_until(|| is_stopped(pid), "it wants the terminal");
+    session.read_until("continued");
+    session.read_until("stopped again");
+    assert!(is_stopped(pid), "it wants the terminal");
     assert_eq!(Modes::of(&session.slave), session.before, "the terminal is the shell's");
     session.type_in(b"\n");
     wait_until(|| session.is_raw(), "it is in the foreground again");
