@@ -656,3 +656,19 @@ fn each_change_to_writethrough_is_synced_and_not_the_first_alone() {
         assert!(queue.disk.is_idle(), "round {round}");
     }
 }
+
+#[test]
+fn a_change_to_writethrough_while_a_shared_sync_runs_is_synced_after_it() {
+    let (_test, image, cache) = disk("none");
+    let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
+    queue.disk.submit(RequestId(1), Op::Flush);
+    assert_eq!(queue.kinds(), [Kind::Fdatasync]);
+    cache.guest_sets_writeback(false);
+    queue.disk.sync_if_switched_off();
+    assert_eq!(queue.kinds(), [Kind::Fdatasync], "one at a time");
+    queue.end(Ok(0));
+    assert_eq!(queue.completed(), [(1, true)]);
+    assert_eq!(queue.kinds(), [Kind::Fdatasync], "the one that ran had started before the change");
+    queue.end(Ok(0));
+    assert!(queue.disk.is_idle());
+}
