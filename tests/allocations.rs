@@ -20,8 +20,9 @@ use minivmm::disk::{DiskOptions, Image};
 
 const BATCH: u16 = 32;
 const QUEUE: u16 = 256;
-/// What a list's growth may cost where ends come as the host has them; one a request would be many.
-const GROWTHS: u64 = 8;
+/// What the growth of lists may cost where operations end when the host ends them: a batch may be heard of at
+/// once for the first time, and four lists then double three or four times. One a request would be 160.
+const GROWTHS: u64 = 16;
 
 /// What executes the operations.
 #[derive(Debug, Clone, Copy)]
