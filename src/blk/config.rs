@@ -31,15 +31,15 @@ const NUM_QUEUES: usize = 34;
 /// Length of struct virtio_blk_config up to write_zeroes_may_unmap and its padding.
 const CONFIG_BYTES: usize = 60;
 
-/// Most segments of one DISCARD or WRITE_ZEROES.
+/// The most segments that one DISCARD or WRITE_ZEROES may have.
 pub const ERASE_SEGMENTS_MAX: u32 = 32;
-/// Most sectors of one segment: 2 GiB, so that one request cannot keep a worker for long.
+/// The most sectors that one segment may have: 2 GiB, so that one request cannot occupy a worker for long.
 pub const ERASE_SECTORS_MAX: u32 = 1 << 22;
 
-/// What is offered for `image` with so many queues.
+/// Returns the features that are offered for `image` with `queues` queues.
 ///
-/// FLUSH always, so CONFIG_WCE may be (virtio 5.2.5.2); in `unsafe` too, where it breaks the promise
-/// on purpose but leaves the guest's behaviour as in writeback.
+/// FLUSH is always offered, as CONFIG_WCE requires (virtio 5.2.5.2). The mode `unsafe` offers it too: it breaks
+/// the promise on purpose, but leaves the guest's behaviour as in writeback.
 pub fn offered(image: &Image, queues: u16) -> u64 {
     let always = feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC;
     let block = SEG_MAX | BLK_SIZE | TOPOLOGY | FLUSH | CONFIG_WCE;
@@ -49,7 +49,7 @@ pub fn offered(image: &Image, queues: u16) -> u64 {
     always | block | writing | discard | many
 }
 
-/// The names of all that may be offered, in the order of their bits.
+/// The names of all features that may be offered, in the order of their bits.
 const NAMES: [(u64, &str); 12] = [
     (SEG_MAX, "SEG_MAX"),
     (RO, "RO"),
@@ -65,12 +65,13 @@ const NAMES: [(u64, &str); 12] = [
     (feature::VERSION_1, "VERSION_1"),
 ];
 
-/// Features by their names.
+/// Returns the names of `features`.
 pub fn names(features: u64) -> Vec<&'static str> {
     NAMES.iter().filter(|(bit, _)| features & bit != 0).map(|(_, name)| *name).collect()
 }
 
-/// Configuration space, with `writeback` as it is now. Fields whose feature is not offered read 0.
+/// Returns the configuration space, with the present value of `writeback`. Fields whose feature is not offered
+/// read 0.
 pub fn space(image: &Image, queues: u16, writeback: bool) -> [u8; CONFIG_BYTES] {
     let geometry = image.geometry();
     let offered = offered(image, queues);
@@ -78,7 +79,7 @@ pub fn space(image: &Image, queues: u16, writeback: bool) -> [u8; CONFIG_BYTES] 
     let mut space = [0; CONFIG_BYTES];
     let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, &geometry.capacity_sectors.to_le_bytes());
-    // A header and a status leave so many descriptors for data.
+    // The header and the status take two descriptors; the rest is for data.
     put(12, &u32::from(image.queue_size().saturating_sub(2)).to_le_bytes());
     put(20, &geometry.logical_block.to_le_bytes());
     put(24, &[physical_block_exp(geometry.physical_block, geometry.logical_block)]);
@@ -101,7 +102,7 @@ pub fn space(image: &Image, queues: u16, writeback: bool) -> [u8; CONFIG_BYTES] 
     space
 }
 
-/// log2 of physical over logical block, both powers of two.
+/// Returns log2 of the physical over the logical block size. Both are powers of two.
 fn physical_block_exp(physical: u32, logical: u32) -> u8 {
     let exponent = physical.max(1).ilog2().saturating_sub(logical.max(1).ilog2());
     u8::try_from(exponent).unwrap_or(0)

@@ -1,7 +1,7 @@
 //! virtio-blk (virtio 5.2): the device that a transport sees.
 //!
-//! Owns activation, reset and configuration space. Requests are moved by [`worker`], parsed by
-//! [`request`], and carried out by [`crate::disk`]. Knows nothing of KVM or transports.
+//! Owns activation, reset and configuration space. [`worker`] moves requests, [`request`] parses them, and
+//! [`crate::disk`] carries them out. Knows nothing of KVM or transports.
 
 pub mod config;
 pub mod poll;
@@ -23,18 +23,18 @@ use worker::{Job, WorkerThread};
 /// Device ID of a block device (virtio 5.2.1).
 const DEVICE_ID: u32 = 2;
 
-/// Why there is no device for an image.
+/// Why a device could not be made for an image.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
-    /// Its engine is not to be had.
+    /// The image's engine is not available.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// Its worker cannot be started.
+    /// A worker's thread cannot be started.
     #[error("a disk's worker cannot be started")]
     Thread(#[source] io::Error),
 }
 
-/// A virtio-blk device: one image, and a worker thread, a state machine and an engine a queue.
+/// A virtio-blk device: one image, and for each queue a worker thread, a state machine and an engine.
 pub struct BlockDevice {
     image: Arc<Image>,
     cache: Arc<WriteCache>,
@@ -44,12 +44,14 @@ pub struct BlockDevice {
 }
 
 impl BlockDevice {
-    /// Makes the device and its parked workers, as many as the image is to have queues; `name` is vda, vdb, ... and names the threads.
+    /// Creates the device and its parked workers, one for each queue that the image is to have. `name` is vda,
+    /// vdb, ..., and names the threads.
     pub fn new(name: &str, image: Arc<Image>) -> Result<Self, DeviceError> {
         Self::with_ram(name, image, None)
     }
 
-    /// The same; where guest memory is to be registered with the engine (buffers=fixed), it is `ram`.
+    /// Creates the device like [`BlockDevice::new`]. If guest memory is to be registered with the engine
+    /// (buffers=fixed), `ram` is that memory.
     pub fn with_ram(name: &str, image: Arc<Image>, ram: Option<&Ram>) -> Result<Self, DeviceError> {
         let cache = Arc::new(WriteCache::new(image.policy()));
         let Chosen { engines, kind, why } = choose(&image, ram, image.queues())?;
@@ -63,7 +65,7 @@ impl BlockDevice {
         Ok(device)
     }
 
-    /// A device over these machines, one a queue, all of `image` and `cache`.
+    /// Creates a device over `disks`, one for each queue. All of them work on `image` and `cache`.
     pub fn with_disks(
         name: &str,
         image: Arc<Image>,
@@ -76,20 +78,21 @@ impl BlockDevice {
         Ok(Self { image, cache, queue_sizes, workers, engine: EngineKind::Blocking })
     }
 
-    /// The engine that does the I/O.
+    /// Returns the engine that does the I/O.
     pub fn engine(&self) -> EngineKind {
         self.engine
     }
 
-    /// How many queues it has.
+    /// Returns the number of queues.
     pub fn queues(&self) -> u16 {
         u16::try_from(self.queue_sizes.len()).unwrap_or(u16::MAX)
     }
 
-    /// A worker makes stable what is complete by now, where the guest has turned its write cache off.
-    /// Any of them can; one that is parked, because its queue was not enabled or was stopped, cannot.
+    /// Wakes a worker after the guest has turned its write cache off; the worker makes stable what is complete
+    /// by then. Any worker can do it, except one that is parked because its queue was not enabled or was
+    /// stopped.
     fn wake_for_switch(&self) {
-        // Nobody there: nothing can be in flight, and the first to come will see it.
+        // If no worker is running, nothing can be in flight, and the first to start will see the switch.
         let _ = self.workers.iter().any(WorkerThread::wake);
     }
 }
@@ -107,7 +110,7 @@ impl VirtioDevice for BlockDevice {
         &self.queue_sizes
     }
 
-    /// Without MQ there is one queue, whatever `num_queues` says (virtio 5.2.2).
+    /// Returns 1 without MQ, whatever `num_queues` says (virtio 5.2.2).
     fn queues_with(&self, features: u64) -> usize {
         if features & config::MQ == 0 { 1 } else { self.queue_sizes.len() }
     }
@@ -152,7 +155,7 @@ impl VirtioDevice for BlockDevice {
             worker.stop();
         }
         if self.cache.is_switch_pending() {
-            // It was woken to see to that, and may have been stopped before it did.
+            // The worker that was woken to handle the switch may have been stopped before it did.
             self.wake_for_switch();
         }
     }

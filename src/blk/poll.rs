@@ -1,18 +1,18 @@
-//! Looking instead of sleeping, for as long as it pays.
+//! Spinning instead of blocking, for as long as it pays.
 //!
-//! Owns the decision how long a worker looks at its ring and its engine before it sleeps. To be woken
-//! costs 5 to 30 us on a virtual machine, more than a disk's answer often takes; to look for nothing
-//! costs a CPU. So the time follows what came of it: an event that came soon after sleep began makes
-//! it longer, one that was long in coming makes it shorter, down to nothing on an idle disk.
+//! Owns the decision how long a worker polls its ring and its engine before it blocks. A wake-up costs 5 to 30
+//! us on a virtual machine, which is often more than a disk needs to complete a request. Polling in vain costs
+//! a CPU. So the polling time adapts: an event soon after the worker blocked makes it longer. An event that
+//! took long makes it shorter, down to zero on an idle disk.
 
 use std::time::{Duration, Instant};
 
-/// The first step from nothing.
+/// The first polling time after zero.
 const STEP: Duration = Duration::from_micros(4);
-/// Looks between two glances at the clock.
+/// Polls between two readings of the clock.
 const LOOKS: u32 = 8;
 
-/// How long one worker looks before it sleeps.
+/// Decides how long one worker spins before it blocks.
 #[derive(Debug)]
 pub struct Poller {
     max: Duration,
@@ -20,17 +20,17 @@ pub struct Poller {
 }
 
 impl Poller {
-    /// Looks for at most `max`; never, if that is nothing.
+    /// Creates a poller that spins for at most `max`; zero means never.
     pub fn new(max: Duration) -> Self {
         Self { max, window: max }
     }
 
-    /// Whether it ever looks.
+    /// Returns `true` if the poller ever spins.
     pub fn is_on(&self) -> bool {
         !self.max.is_zero()
     }
 
-    /// Looks until `ready`, or until the time is over; whether it was ready.
+    /// Spins until `ready` returns `true` or the time is over. Returns `true` if it was ready.
     pub fn look(&self, mut ready: impl FnMut() -> bool) -> bool {
         if self.window.is_zero() {
             return false;
@@ -49,7 +49,7 @@ impl Poller {
         }
     }
 
-    /// An event came so long after the worker began to look, or to sleep.
+    /// Adapts the polling time to an event that came `took` after the worker began to spin or block.
     pub fn learn(&mut self, took: Duration) {
         if took > self.max {
             self.window /= 2;

@@ -1,8 +1,8 @@
 //! What a descriptor chain asks of a block device (virtio 5.2.6).
 //!
-//! Owns framing and parsing, whatever the descriptor layout (virtio 2.7.4.1): the first 16 readable
-//! bytes are the header, the last writable byte is the status. Pure: bytes that were copied out of
-//! guest memory once come in, and a request that is private from then on comes out.
+//! Owns framing and parsing, whatever the descriptor layout (virtio 2.7.4.1): the first 16 readable bytes are
+//! the header, the last writable byte is the status. Pure: the input was copied out of guest memory once, and
+//! the parsed request is private from then on.
 
 use crate::disk::erase::ZeroedRange;
 use crate::disk::geometry::{Geometry, SECTOR, SectorRange};
@@ -11,11 +11,11 @@ use crate::virtio::queue::Chain;
 
 use super::config::{self, ERASE_SECTORS_MAX, ERASE_SEGMENTS_MAX};
 
-/// Bytes of struct virtio_blk_req up to its data.
+/// Bytes of struct virtio_blk_req before its data.
 pub const HEADER_BYTES: usize = 16;
 /// Bytes of struct virtio_blk_discard_write_zeroes.
 const ERASE_SEGMENT_BYTES: usize = 16;
-/// Bytes of a GET_ID answer.
+/// Bytes of the data that GET_ID returns.
 pub const ID_BYTES: u32 = 20;
 
 /// Request types.
@@ -32,40 +32,40 @@ pub mod kind {
 /// Flag of a discard or write-zeroes segment.
 pub const UNMAP: u32 = 1;
 
-/// The status byte.
+/// The status byte of a completed request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
-    /// Done, all of it.
+    /// The request was carried out completely.
     Ok = 0,
-    /// Not done, or nobody knows.
+    /// The request failed, or its outcome is unknown.
     IoErr = 1,
-    /// Not something this device does.
+    /// The device does not support the request.
     Unsupp = 2,
 }
 
 /// A chain taken apart into the parts of a request.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Frame {
-    /// Whether the first [`HEADER_BYTES`] readable bytes, which are the header, are there.
+    /// `true` if the first [`HEADER_BYTES`] readable bytes, which are the header, are present.
     pub has_header: bool,
-    /// Readable bytes behind the header.
+    /// The readable bytes after the header.
     pub data_out: Vec<Segment>,
-    /// Writable bytes before the status.
+    /// The writable bytes before the status.
     pub data_in: Vec<Segment>,
     /// Guest address of the status byte.
     pub status_addr: u64,
 }
 
 impl Frame {
-    /// Takes a chain apart; `None` if it has no writable byte for a status.
+    /// Takes a chain apart. Returns `None` if it has no writable byte for a status.
     pub fn new(chain: &Chain) -> Option<Self> {
         let mut frame = Self::default();
         frame.take_apart(chain).then_some(frame)
     }
 
-    /// Takes a chain apart, in place of another one whose memory is used again; whether it has a
-    /// writable byte for a status.
+    /// Takes a chain apart and replaces the present parts, whose memory is reused. Returns `true` if the chain
+    /// has a writable byte for a status.
     pub fn take_apart(&mut self, chain: &Chain) -> bool {
         self.has_header = skip(&chain.readable, HEADER_BYTES as u64, &mut self.data_out);
         match without_last(&chain.writable, &mut self.data_in) {
@@ -75,28 +75,28 @@ impl Frame {
         true
     }
 
-    /// Bytes that the device may fill.
+    /// Returns the number of bytes that the device may fill.
     pub fn data_in_bytes(&self) -> u64 {
         total(&self.data_in)
     }
 }
 
-/// All bytes of some segments.
+/// Returns the total length of `segments` in bytes.
 pub fn total(segments: &[Segment]) -> u64 {
     segments.iter().map(|segment| u64::from(segment.len)).sum()
 }
 
-/// What goes into the used ring (virtio 2.7.8.2): bytes from the first writable one that are really
-/// written, if the status is and `data` bytes of the `room` before it are.
+/// Returns the length for the used ring (virtio 2.7.8.2): how many bytes from the first writable one on were
+/// really written. The status was written, and `data` bytes of the `room` before it.
 pub fn written(data: u32, room: u64) -> u32 {
     match room {
         all if all == u64::from(data) => data.saturating_add(1),
-        // A gap lies between what was written and the status, which then does not count.
+        // There is a gap between what was written and the status, which then does not count.
         _ => data,
     }
 }
 
-/// The address of the last byte; what comes before it goes into `before`.
+/// Returns the address of the last byte of `segments`, and puts what comes before it into `before`.
 fn without_last(segments: &[Segment], before: &mut Vec<Segment>) -> Option<u64> {
     before.clear();
     let last = segments.iter().rposition(|segment| segment.len > 0)?;
@@ -106,11 +106,11 @@ fn without_last(segments: &[Segment], before: &mut Vec<Segment>) -> Option<u64> 
     if len > 0 {
         before.push(Segment { addr: ending.addr, len });
     }
-    // An address beyond 2^64 is nowhere: writing the status there fails, and says so.
+    // An address beyond 2^64 is in no RAM: writing the status there fails, and the failure is reported.
     Some(ending.addr.saturating_add(u64::from(len)))
 }
 
-/// What comes behind the first `count` bytes goes into `rest`; whether there are so many.
+/// Puts what follows the first `count` bytes into `rest`. Returns `true` if there are that many.
 fn skip(segments: &[Segment], count: u64, rest: &mut Vec<Segment>) -> bool {
     rest.clear();
     let mut left = count;
@@ -120,24 +120,24 @@ fn skip(segments: &[Segment], count: u64, rest: &mut Vec<Segment>) -> bool {
         // At most the segment's own length.
         let len = len - u32::try_from(skipped).unwrap_or(len);
         if len > 0 {
-            // Beyond 2^64 is outside RAM like any other such address, and found there.
+            // An address beyond 2^64 is outside RAM, and is rejected later like any other such address.
             rest.push(Segment { addr: addr.saturating_add(skipped), len });
         }
     }
     left == 0
 }
 
-/// The header, private (virtio 5.2.6).
+/// The header as a private copy (virtio 5.2.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
-    /// Type.
+    /// Type of the request.
     pub kind: u32,
     /// First sector.
     pub sector: u64,
 }
 
 impl Header {
-    /// Decodes it; the reserved word is ignored.
+    /// Decodes the header; the reserved word is ignored.
     pub fn parse(bytes: &[u8; HEADER_BYTES]) -> Self {
         let [k0, k1, k2, k3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = *bytes;
         Self {
@@ -146,8 +146,8 @@ impl Header {
         }
     }
 
-    /// Bytes of `data_out` that must be copied to parse the request: the segments of an erase.
-    /// `None` if there are more, or fewer, than such a request may have.
+    /// Returns how many bytes of `data_out` must be copied to parse the request: the segments of an erase.
+    /// `None` if such a request may not have that many bytes.
     pub fn payload_bytes(&self, data_out: u64) -> Option<usize> {
         match self.kind {
             kind::DISCARD | kind::WRITE_ZEROES => {
@@ -161,46 +161,46 @@ impl Header {
     }
 }
 
-/// A request, checked against the disk as far as that goes without moving a byte.
+/// A request that was checked against the disk as far as is possible without moving a byte.
 #[derive(Debug, Clone)]
 pub enum Request {
     /// Read this range into the writable data.
     In(SectorRange),
     /// Write the readable data to this range.
     Out(SectorRange),
-    /// Make stable.
+    /// Make stable what was acknowledged before.
     Flush,
-    /// Tell the serial.
+    /// Return the serial.
     GetId,
-    /// Forget these ranges.
+    /// Discard the content of these ranges.
     Discard(Vec<SectorRange>),
     /// Zero these ranges.
     WriteZeroes(Vec<ZeroedRange>),
 }
 
-/// The disk as far as parsing needs it.
+/// What parsing needs to know of the disk.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits<'a> {
-    /// Capacity.
+    /// Capacity and block sizes.
     pub geometry: &'a Geometry,
-    /// Features that were negotiated.
+    /// The negotiated feature bits.
     pub features: u64,
-    /// A read-only disk answers every write with IOERR, whatever was negotiated (B9).
+    /// `true` if the disk is read-only: every write completes with IOERR, whatever was negotiated (B9).
     pub readonly: bool,
 }
 
-/// Parses a request whose frame is sound; `payload` is the data of an erase. The error is the
-/// status to answer with.
+/// Parses a request whose frame is sound; `payload` is the data of an erase. The error is the status that the
+/// request completes with.
 pub fn parse(header: Header, frame: &Frame, payload: &[u8], limits: &Limits<'_>) -> Result<Request, Status> {
     let range = |bytes| limits.geometry.check(header.sector, bytes).ok_or(Status::IoErr);
     let writable = |request| if limits.readonly { Err(Status::IoErr) } else { request };
     match header.kind {
-        // Data of the wrong direction is not moved, and OK would say that it was (R9).
+        // Data of the wrong direction is not moved, and OK would claim that it was (R9).
         kind::IN if !frame.data_out.is_empty() => Err(Status::IoErr),
         kind::OUT if !frame.data_in.is_empty() => Err(Status::IoErr),
         kind::IN => range(total(&frame.data_in)).map(Request::In),
         kind::OUT => writable(range(total(&frame.data_out)).map(Request::Out)),
-        // Sector and data mean nothing to a FLUSH; a driver that sets them gets its FLUSH (B10).
+        // A FLUSH has no sector and no data; a driver that sets them gets its FLUSH nonetheless (B10).
         kind::FLUSH => Ok(Request::Flush),
         kind::GET_ID if frame.data_in_bytes() < u64::from(ID_BYTES) => Err(Status::IoErr),
         kind::GET_ID => Ok(Request::GetId),
@@ -210,7 +210,7 @@ pub fn parse(header: Header, frame: &Frame, payload: &[u8], limits: &Limits<'_>)
         kind::WRITE_ZEROES if limits.features & config::WRITE_ZEROES != 0 => {
             writable(write_zeroes(payload, limits).map(Request::WriteZeroes))
         }
-        // On a readonly disk these two were never offered; they are writes all the same.
+        // On a read-only disk these two were never offered, but they are writes and fail like any other write.
         kind::DISCARD | kind::WRITE_ZEROES if limits.readonly => Err(Status::IoErr),
         _ => Err(Status::Unsupp),
     }
@@ -218,8 +218,8 @@ pub fn parse(header: Header, frame: &Frame, payload: &[u8], limits: &Limits<'_>)
 
 fn discard(payload: &[u8], limits: &Limits<'_>) -> Result<Vec<SectorRange>, Status> {
     let segments = erase_segments(payload)?;
-    // Unknown flags, and for DISCARD unmap too, are UNSUPP (virtio 5.2.6.2), before any range is
-    // looked at.
+    // Unknown flags complete with UNSUPP, and so does unmap in a DISCARD (virtio 5.2.6.2). This is checked
+    // before any range.
     if segments.iter().any(|segment| segment.flags != 0) {
         return Err(Status::Unsupp);
     }
@@ -231,7 +231,7 @@ fn write_zeroes(payload: &[u8], limits: &Limits<'_>) -> Result<Vec<ZeroedRange>,
     if segments.iter().any(|segment| segment.flags & !UNMAP != 0) {
         return Err(Status::Unsupp);
     }
-    // Without `discard=on` write_zeroes_may_unmap is 0, and the flag is a wish that is not granted.
+    // Without `discard=on` write_zeroes_may_unmap is 0, and the unmap flag is ignored.
     let may_unmap = limits.features & config::DISCARD != 0;
     let ranges = segments.iter().map(|segment| {
         let unmap = may_unmap && segment.flags & UNMAP != 0;

@@ -1,8 +1,8 @@
-//! The worker of one queue: moves requests from the ring to the disk and their answers back.
+//! The worker of one queue: moves requests from the ring to the disk and completes them.
 //!
-//! Owns the thread, its parking between drivers, and what each request in flight still needs for
-//! its answer. A popped chain is completed exactly once, or the ring is declared broken. Requests
-//! are kept under a private number, never under the guest's head, which a hostile guest may submit
+//! Owns the worker's thread, its parking between drivers, and what each request in flight still needs for its
+//! completion. A popped chain is completed exactly once, or the ring is declared broken. Requests are kept
+//! under a private number and never under the guest's head, because a hostile guest may submit the same head
 //! twice (R8).
 
 use std::io;
@@ -28,36 +28,36 @@ use crate::virtio::Interrupt;
 use crate::virtio::queue::{Chain, Ring, RingError};
 use crate::warn_limited;
 
-/// A worker's stack: its frames are small, and there may be many workers.
+/// Stack size of a worker. Its frames are small, and there may be many workers.
 const STACK_BYTES: usize = 256 << 10;
 
-/// What a worker gets at activation.
+/// What a worker needs to serve a queue, handed over at activation.
 pub struct Job {
     /// Guest RAM.
     pub ram: Ram,
-    /// What was negotiated.
+    /// The negotiated feature bits.
     pub features: u64,
     /// The queue's index.
     pub index: u16,
-    /// Its rings.
+    /// The queue's rings.
     pub ring: Ring,
-    /// Its doorbell.
+    /// The queue's doorbell.
     pub doorbell: Arc<EventFd>,
-    /// The way to the driver.
+    /// Notifies the driver.
     pub interrupt: Arc<dyn Interrupt>,
 }
 
-/// The answer that a request in flight still owes.
+/// What is needed to complete a request that is in flight.
 struct Owed {
     head: u16,
     status_addr: u64,
-    /// Writable bytes before the status.
+    /// Writable bytes before the status byte.
     room: u64,
-    /// Bytes of data that the driver gets if all goes well.
+    /// Bytes of data that the driver gets if the request succeeds.
     data_bytes: u32,
 }
 
-/// The request that is being taken, private. Its memory is used for the next one.
+/// The request that is being parsed, as a private copy. Its memory is reused for the next request.
 #[derive(Default)]
 struct Taken {
     chain: Chain,
@@ -65,8 +65,8 @@ struct Taken {
     payload: Vec<u8>,
 }
 
-/// One queue at work, from DRIVER_OK to reset. It needs no thread of its own: tests call
-/// [`QueueWorker::turn`].
+/// Serves one queue from DRIVER_OK to reset. It needs no thread of its own: tests call [`QueueWorker::turn`]
+/// directly.
 pub struct QueueWorker<'a> {
     job: Job,
     disk: &'a mut DiskQueue,
@@ -75,13 +75,15 @@ pub struct QueueWorker<'a> {
     taken: Taken,
     errors: &'a mut RateLimit,
     poller: Poller,
-    /// Where latencies are wanted.
+    /// `None` if latencies are not recorded.
     stopwatch: Option<Stopwatch>,
 }
 
 impl<'a> QueueWorker<'a> {
-    /// A worker for `job` on `disk`. `errors` outlives the job, or a guest that resets the device
-    /// again and again could log without end (R18).
+    /// Creates a worker that serves `job` on `disk`.
+    ///
+    /// `errors` outlives the job. Otherwise a guest that resets the device again and again could log without
+    /// end (R18).
     pub fn new(job: Job, disk: &'a mut DiskQueue, errors: &'a mut RateLimit) -> Self {
         let image = Arc::clone(disk.image());
         let stopwatch = Stopwatch::begin(disk);
@@ -97,13 +99,13 @@ impl<'a> QueueWorker<'a> {
         }
     }
 
-    /// The same, looking for more for at most so long before it sleeps.
+    /// Makes the worker spin for at most `max` before it blocks.
     pub fn polling(mut self, max: Duration) -> Self {
         self.poller = Poller::new(max);
         self
     }
 
-    /// One round: takes what is available, answers what is done, and waits for more of either.
+    /// Runs one round: pops available chains, completes finished requests, and waits for more of either.
     pub fn turn(&mut self) -> Result<(), TurnError> {
         self.disk.sync_if_switched_off();
         let more = self.take_available()?;
@@ -122,13 +124,13 @@ impl<'a> QueueWorker<'a> {
         self.answer()
     }
 
-    /// Looks for more of either without sleeping, where that pays; the driver rings no doorbell
-    /// meanwhile. Whether there is something.
+    /// Spins for new chains or finished I/O where that pays, and returns `true` if there are any. The driver
+    /// rings no doorbell meanwhile.
     fn look(&mut self) -> Result<bool, TurnError> {
         if !self.poller.is_on() {
             return Ok(false);
         }
-        // What was taken is handed over before.
+        // Submit what was popped before spinning.
         self.disk.wait(Wake::Now)?;
         self.answer()?;
         let is_full = self.is_full();
@@ -136,18 +138,19 @@ impl<'a> QueueWorker<'a> {
         Ok(self.poller.look(|| (!is_full && ring.has_available()) || disk.is_ready()))
     }
 
-    /// More in flight than the ring has entries is possible only when a driver submits descriptors
-    /// that it does not own; the rest waits until some are done (R23).
+    /// Returns `true` if as many requests are in flight as the ring has entries. Only a driver that submits
+    /// descriptors that it does not own has more; the rest waits until some of them complete (R23).
     fn is_full(&self) -> bool {
         self.pending.len() >= usize::from(self.job.ring.size())
     }
 
-    /// Waits for everything in flight and answers it (virtio 2.4.1, R15). When the ring takes no
-    /// answer any more, the I/O on guest memory is waited for all the same.
+    /// Waits for everything in flight and completes it (virtio 2.4.1, R15).
+    ///
+    /// If the ring accepts no more completions, I/O on guest memory is still waited for.
     pub fn drain(&mut self) -> Result<(), TurnError> {
         let mut outcome = Ok(());
         while !self.disk.is_idle() {
-            // What another queue's sync holds has no end of ours.
+            // A success held for another queue's sync has no I/O of ours; our doorbell is rung for it.
             let held = self.disk.holds_success();
             self.disk.wait(if held { Wake::Doorbell(&self.job.doorbell) } else { Wake::EndOnly })?;
             match outcome {
@@ -155,12 +158,12 @@ impl<'a> QueueWorker<'a> {
                 Err(_) => self.disk.take_completions().for_each(drop),
             }
         }
-        // Of what was answered before the ring broke, the driver has not been told yet.
+        // If the ring broke during a turn, what completed before is not published yet.
         outcome.and_then(|()| self.answer())
     }
 
-    /// After a drain, and where the ring was never broken: whatever was taken from it is answered, or the
-    /// guest would wait for ever.
+    /// Returns an error if a popped chain was never completed: the guest would wait for it for ever. To be
+    /// called after a drain, if the ring was never broken.
     pub fn owes_nothing(&self) -> Result<(), TurnError> {
         match self.pending.len() {
             0 => Ok(()),
@@ -168,19 +171,19 @@ impl<'a> QueueWorker<'a> {
         }
     }
 
-    /// Whether nothing is in flight.
+    /// Returns `true` if no request is in flight.
     pub fn is_idle(&self) -> bool {
         self.disk.is_idle()
     }
 
-    /// Answers what has ended by now, and takes nothing new.
+    /// Completes requests whose I/O has finished. Pops no new chain.
     pub fn wait_for_ends(&mut self) -> Result<(), TurnError> {
         self.disk.wait(Wake::Now)?;
         self.answer()
     }
 
-    /// Pops at most as many chains as the ring has entries, so that a flood of requests cannot
-    /// keep the others from being answered (R17); whether there may be more.
+    /// Pops at most as many chains as the ring has entries, and returns `true` if there may be more. The bound
+    /// keeps a flood of new requests from delaying the completion of others (R17).
     fn take_available(&mut self) -> Result<bool, RingError> {
         let mut taken = std::mem::take(&mut self.taken);
         let more = self.take_into(&mut taken);
@@ -200,7 +203,7 @@ impl<'a> QueueWorker<'a> {
         Ok(true)
     }
 
-    /// A chain becomes a request of the disk, or is answered at once.
+    /// Turns a chain into a request to the disk, or completes it at once.
     fn take(&mut self, taken: &mut Taken) -> Result<(), RingError> {
         let head = taken.chain.head;
         if !taken.frame.take_apart(&taken.chain) {
@@ -227,7 +230,7 @@ impl<'a> QueueWorker<'a> {
         self.disk.submit(id, op);
     }
 
-    /// Reads header and payload, once, and makes an operation of them.
+    /// Reads header and payload once, and makes an operation of them.
     fn parse(&mut self, taken: &mut Taken) -> Result<(Op, u32), Answer> {
         let Taken { chain, frame, payload } = taken;
         let mut bad = |why: &dyn std::fmt::Display| {
@@ -244,7 +247,7 @@ impl<'a> QueueWorker<'a> {
         let mut bytes = [0; HEADER_BYTES];
         mem::gather(ram, &chain.readable, &mut bytes).map_err(|why| bad(&why))?;
         let header = Header::parse(&bytes);
-        // An erase with a wrong amount of data still has to be UNSUPP where it is not offered, so
+        // Where an erase is not offered it must complete with UNSUPP, even if its amount of data is wrong. So
         // an empty payload goes on to the parser, which refuses it.
         let payload_bytes = header.payload_bytes(request::total(&frame.data_out)).unwrap_or(0);
         payload.clear();
@@ -256,7 +259,7 @@ impl<'a> QueueWorker<'a> {
         match request::parse(header, frame, payload, &limits)? {
             Request::In(range) => {
                 let iov = Iov::new(ram, &frame.data_in).map_err(|why| bad(&why))?;
-                // More than 4 GiB was refused by the walk; the largest used length is 2^32 - 1.
+                // The walk has refused more than 4 GiB; the largest used length is 2^32 - 1.
                 let data_bytes = u32::try_from(range.bytes()).unwrap_or(u32::MAX - 1);
                 Ok((Op::Read(range, iov), data_bytes))
             }
@@ -274,8 +277,8 @@ impl<'a> QueueWorker<'a> {
         }
     }
 
-    /// Answers what the disk has done; then shows the driver all of it, by one store, and tells it,
-    /// at most once.
+    /// Completes what the disk has finished. Then publishes all of it by one store, and notifies the driver at
+    /// most once.
     fn answer(&mut self) -> Result<(), TurnError> {
         let heard = self.note_submitted();
         for Completion { id, result } in self.disk.take_completions() {
@@ -285,7 +288,8 @@ impl<'a> QueueWorker<'a> {
                 Err(error) => {
                     let path = self.image.path().display();
                     warn_limited!(self.errors, "disk {path}: request fails: {}", Chained(&error));
-                    // What was transferred before the error is not counted on: 0 is always true.
+                    // The driver cannot rely on what was transferred before the error; a length of 0 is always
+                    // true.
                     owed.data_bytes = 0;
                     Status::IoErr
                 }
@@ -304,7 +308,8 @@ impl<'a> QueueWorker<'a> {
         Ok(())
     }
 
-    /// Notes what was handed to the host since it was last called; when the host was last heard of.
+    /// Notes what was handed to the host since the last call. Returns when the last wait for the engine
+    /// returned; `None` if latencies are not recorded.
     fn note_submitted(&mut self) -> Option<Instant> {
         let watch = self.stopwatch.as_mut()?;
         self.disk.take_submitted().for_each(|(id, at)| watch.submits(id, at));
@@ -312,15 +317,15 @@ impl<'a> QueueWorker<'a> {
     }
 }
 
-/// Data is there; now the status, then the used entry; its index comes when the batch is published
-/// (virtio 2.7.8.2).
+/// Writes the status, then the used entry; the data was written before. The used index follows when the batch
+/// is published (virtio 2.7.8.2).
 fn finish(job: &mut Job, owed: &Owed, status: Status) -> Result<(), RingError> {
     mem::write_bytes(&job.ram, owed.status_addr, &[status as u8])
         .map_err(|_| RingError::NoStatus(owed.head))?;
     job.ring.push_used(owed.head, request::written(owed.data_bytes, owed.room))
 }
 
-/// An answer that needs no disk.
+/// The outcome of a request that needs no disk.
 struct Answer {
     status: Status,
     data_bytes: u32,
@@ -332,24 +337,25 @@ impl From<Status> for Answer {
     }
 }
 
-/// Why a worker cannot go on.
+/// Why a worker cannot continue.
 #[derive(Debug, thiserror::Error)]
 pub enum TurnError {
     /// The driver has broken the ring.
     #[error("the driver has broken its queue")]
     Ring(#[from] RingError),
-    /// The engine cannot wait.
+    /// Waiting for the engine failed.
     #[error("the I/O engine failed")]
     Engine(#[from] io::Error),
-    /// The disk completed what was never submitted: our error, and nothing it says can be trusted.
+    /// The disk completed a request that was never submitted. This is a bug of ours, and the disk's completions
+    /// can no longer be trusted.
     #[error("the disk completed request {0}, which is not in flight")]
     Lost(RequestId),
-    /// The disk is idle and has not completed so many requests: our error, as well.
+    /// The disk is idle but has not completed this many requests. This is a bug of ours, too.
     #[error("the disk has nothing in flight and has not completed {0} of its requests")]
     Forgotten(usize),
 }
 
-/// An error with its causes, in one line.
+/// Displays an error with its causes, in one line.
 struct Chained<'a>(&'a dyn std::error::Error);
 
 impl std::fmt::Display for Chained<'_> {
@@ -364,7 +370,7 @@ impl std::fmt::Display for Chained<'_> {
     }
 }
 
-/// What the device and its worker's thread say to each other.
+/// The state shared by the device and its worker's thread.
 struct Mailbox {
     state: Mutex<State>,
     changed: Condvar,
@@ -373,13 +379,13 @@ struct Mailbox {
 enum State {
     /// Waits for a driver.
     Parked,
-    /// A driver has come.
+    /// A driver has enabled the queue; the worker has not taken the job yet.
     Starting(Box<Job>),
-    /// At work; the eventfd wakes it.
+    /// Serves the queue; the eventfd is the doorbell that wakes the worker.
     Working(Arc<EventFd>),
     /// Told to drain and park.
     Stopping,
-    /// Told to end, or ended by itself.
+    /// Told to exit, or has exited by itself.
     Ended,
 }
 
@@ -398,13 +404,13 @@ impl Mailbox {
     }
 }
 
-/// A worker's thread, created at start and parked until a driver comes.
+/// A worker's thread, created at start and parked until a driver enables the queue.
 pub struct WorkerThread {
     mailbox: Arc<Mailbox>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// The worker's thread is not there any more.
+/// The worker's thread has exited.
 #[derive(Debug, thiserror::Error)]
 #[error("the worker's thread has ended")]
 pub struct WorkerGone;
@@ -424,7 +430,7 @@ impl WorkerThread {
         Ok(Self { mailbox, thread: Some(thread) })
     }
 
-    /// Hands over the queue.
+    /// Hands over the queue to the worker.
     pub fn start(&self, job: Job) -> Result<(), WorkerGone> {
         match &mut *self.mailbox.lock() {
             state @ State::Parked => *state = State::Starting(Box::new(job)),
@@ -434,20 +440,21 @@ impl WorkerThread {
         Ok(())
     }
 
-    /// Has the worker look at more than its ring; whether it will: one that is parked does not.
+    /// Wakes the worker so that it checks more than its ring. Returns `false` if it will not, because it is not
+    /// working.
     pub fn wake(&self) -> bool {
         match &*self.mailbox.lock() {
             State::Working(doorbell) => {
                 ring(doorbell);
                 true
             }
-            // It looks before its first request.
+            // It checks before its first request.
             State::Starting(_) => true,
             State::Parked | State::Stopping | State::Ended => false,
         }
     }
 
-    /// Returns when the worker has drained and parked, or has ended.
+    /// Returns once the worker has drained and parked, or has exited.
     pub fn stop(&self) {
         let mut state = self.mailbox.lock();
         if let State::Starting(_) = *state {
@@ -465,7 +472,7 @@ impl WorkerThread {
 }
 
 impl Drop for WorkerThread {
-    /// Whoever starts an I/O owns it until it ends: drains, then joins.
+    /// Drains, then joins: whoever starts an I/O owns it until it completes.
     fn drop(&mut self) {
         self.stop();
         self.mailbox.set(State::Ended);
@@ -477,7 +484,7 @@ impl Drop for WorkerThread {
     }
 }
 
-/// However the thread ends, nobody waits for it for ever.
+/// Marks the thread as ended however it exits, so that nobody waits for it for ever.
 struct EndsWithThread<'a>(&'a Mailbox);
 
 impl Drop for EndsWithThread<'_> {
@@ -492,8 +499,10 @@ fn ring(doorbell: &EventFd) {
     }
 }
 
-/// The thread: parks, works, drains, parks again. It ends when it is told to, or when its engine
-/// cannot be waited for, since then nothing can be known of what is in flight.
+/// Runs the thread: parks, serves a queue, drains, and parks again.
+///
+/// The thread exits when it is told to. It also exits when waiting for its engine fails, since nothing is then
+/// known about what is in flight.
 fn work(mailbox: &Mailbox, mut disk: DiskQueue) {
     let mut errors = RateLimit::for_guest_errors("blk");
     let mut broken = RateLimit::for_guest_errors("blk: broken queues");
@@ -505,7 +514,7 @@ fn work(mailbox: &Mailbox, mut disk: DiskQueue) {
         while outcome.is_ok() && matches!(*mailbox.lock(), State::Working(_)) {
             outcome = worker.turn();
         }
-        // Of several errors the last tells most: only an engine's says that I/O may be in flight yet.
+        // The latest error is reported: only an engine's error means that I/O may still be in flight.
         let outcome = worker.drain().and(outcome).and_then(|()| worker.owes_nothing());
         drop(worker);
         let outcome = disk.rest().map_err(TurnError::from).and(outcome);
@@ -537,7 +546,7 @@ fn next_job(mailbox: &Mailbox) -> Option<Job> {
     }
 }
 
-/// Tells that nothing is in flight any more.
+/// Reports that nothing is in flight any more.
 fn park(mailbox: &Mailbox) {
     match &mut *mailbox.lock() {
         State::Ended => {}
