@@ -4,7 +4,7 @@ use std::io;
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// Rings `doorbell`, which must not block. Fails only if its descriptor cannot be written.
+/// Rings `doorbell`, which must be non-blocking. Fails only if its descriptor cannot be written.
 ///
 /// EAGAIN means that the counter is full. A full counter wakes the reader as well, so that is success.
 pub fn ring(doorbell: &EventFd) -> io::Result<()> {

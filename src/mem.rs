@@ -25,12 +25,12 @@ pub use mapping::HUGE_PAGE;
 use mapping::Mapping;
 pub use scatter::{gather, scatter};
 
-/// Guest RAM. Clones share the mapping, and the mapping lives until the last clone goes; a clone
-/// costs no allocation, so every request may hold one.
+/// Guest RAM. Clones share the mapping, which lives until the last clone is dropped. Cloning allocates nothing,
+/// so every request may hold a clone.
 #[derive(Debug, Clone)]
 pub struct Ram(Arc<Regions>);
 
-/// The regions of RAM, and the host's mappings that hold them.
+/// The regions of RAM, and the host mappings that hold them.
 #[derive(Debug)]
 struct Regions {
     regions: GuestMemoryMmap<()>,
@@ -38,7 +38,7 @@ struct Regions {
     _mappings: Vec<Mapping>,
 }
 
-/// What makes `vm_memory`'s own ways into guest memory work on it.
+/// Lets `vm_memory`'s own accessors work on guest RAM.
 impl GuestMemoryBackend for Ram {
     type R = GuestRegionMmap<()>;
 
@@ -56,8 +56,8 @@ impl GuestMemoryBackend for Ram {
 }
 
 impl Ram {
-    /// Where `len` bytes from guest address `addr` are in this process: wholly inside one region
-    /// (R3), never across a hole. The pointer is good for as long as any clone of this lives.
+    /// Returns the host pointer for `len` bytes at guest address `addr`. The range must lie inside one region
+    /// (R3) and never crosses a hole. The pointer is valid as long as any clone of this `Ram` lives.
     pub fn host(&self, addr: u64, len: usize) -> Result<*mut u8, OutsideRam> {
         let outside = OutsideRam { addr, len: len as u64 };
         let slice = self.0.regions.get_slice(GuestAddress(addr), len).map_err(|_| outside)?;
@@ -75,27 +75,28 @@ pub struct OutsideRam {
     pub len: u64,
 }
 
-/// Why guest RAM could not be had.
+/// Why guest RAM could not be mapped.
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
     /// The host refused the mapping.
     #[error("cannot map {} of guest memory (--memory): {limit}", size(*bytes))]
     Map {
-        /// Size of all of it.
+        /// Size of all guest RAM, in bytes.
         bytes: u64,
-        /// What is in the way.
+        /// The limit that is in the way.
         limit: String,
-        /// The host's answer.
+        /// The error that the host reported.
         source: io::Error,
     },
-    /// The regions are not in order or overlap.
+    /// The regions are out of order, or overlap.
     #[error("the regions of guest memory do not fit together: {0}")]
     Regions(String),
 }
 
-/// Maps guest RAM: private, anonymous, NORESERVE, DONTFORK (O_DIRECT and fork do not mix, open(2))
-/// and HUGEPAGE, in the given regions of (guest address, bytes). Guest and host addresses agree modulo
-/// [`HUGE_PAGE`] in each.
+/// Maps guest RAM in the given regions of (guest address, bytes).
+///
+/// The memory is private, anonymous, NORESERVE, DONTFORK (O_DIRECT and fork do not mix, open(2)) and HUGEPAGE.
+/// In each region guest and host addresses agree modulo [`HUGE_PAGE`].
 pub fn map_ram(regions: &[(u64, u64)]) -> Result<Ram, RamError> {
     let (mut mapped, mut mappings) = (Vec::new(), Vec::new());
     let all = regions.iter().map(|region| region.1).sum();
@@ -108,7 +109,7 @@ pub fn map_ram(regions: &[(u64, u64)]) -> Result<Ram, RamError> {
     Ok(Ram(Arc::new(Regions { regions, _mappings: mappings })))
 }
 
-/// A region of `all` bytes of RAM.
+/// Maps one region; guest RAM has `all` bytes in total.
 fn map_region(base: u64, bytes: u64, all: u64) -> Result<(GuestRegionMmap<()>, Mapping), RamError> {
     let failed = |source| RamError::Map { bytes: all, limit: limits::in_the_way(), source };
     let len = usize::try_from(bytes).map_err(|e| failed(io::Error::other(e)))?;
@@ -123,7 +124,7 @@ fn map_region(base: u64, bytes: u64, all: u64) -> Result<(GuestRegionMmap<()>, M
         .ok_or_else(|| RamError::Regions(format!("{base:#x} + {bytes:#x} wraps")))
 }
 
-/// A guest physical range, as found in a descriptor: an allegation until an [`Iov`] is made of it.
+/// A guest physical range, as found in a descriptor. It is unchecked until an [`Iov`] is made of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment {
     /// First guest physical address.
@@ -132,7 +133,7 @@ pub struct Segment {
     pub len: u32,
 }
 
-/// Bytes that vm-memory copies without an ordinary `memcpy`: an aligned integer is never torn.
+/// The most bytes that vm-memory copies without an ordinary `memcpy`: an aligned integer is never torn.
 const INTEGER_BYTES_MAX: usize = 8;
 
 /// Copies `data` to guest address `addr`.
@@ -160,12 +161,12 @@ pub fn read_bytes(ram: &Ram, addr: u64, data: &mut [u8]) -> Result<(), OutsideRa
     Ok(())
 }
 
-/// All of RAM, in bytes.
+/// Returns the size of all RAM in bytes.
 pub fn bytes(ram: &Ram) -> u64 {
     ram.iter().map(GuestMemoryRegion::len).sum()
 }
 
-/// The regions of RAM as (guest address, host address, bytes), for KVM's memory slots.
+/// Returns the regions of RAM as (guest address, host address, bytes), for KVM's memory slots.
 pub fn regions(ram: &Ram) -> Vec<(u64, u64, u64)> {
     ram.iter()
         .map(|region| {

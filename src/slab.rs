@@ -1,8 +1,7 @@
 //! Values under private numbers.
 //!
-//! Owns the numbering of what is in flight: a number is never used twice, so that a late or invented
-//! answer finds nothing, and no memory is allocated once as many were held at the same time as ever
-//! will be.
+//! Owns the numbering of what is in flight. A number is never used twice, so a late or invented completion
+//! finds nothing. Memory is allocated only while the number of values held at the same time still grows.
 
 use std::marker::PhantomData;
 
@@ -13,7 +12,8 @@ pub trait Number: Copy {
     /// Returns the wrapped number.
     fn to_u64(self) -> u64;
 
-    /// Returns the index of the value's slot: below the largest count of values held at the same time.
+    /// Returns the index of the value's slot, which is less than the largest number of values ever held at the
+    /// same time.
     fn slot(self) -> usize {
         parts(self.to_u64()).0
     }
@@ -66,7 +66,7 @@ pub struct Slab<N, T> {
 
 #[derive(Debug)]
 struct Slot<T> {
-    /// How often the slot was used: the upper half of the number.
+    /// How often the slot was used: the upper half of the number. It wraps after 2^32 uses.
     turn: u32,
     value: Option<T>,
 }
@@ -77,9 +77,9 @@ impl<N, T> Default for Slab<N, T> {
     }
 }
 
-/// Slot and turn of a number.
+/// Splits a number into slot and turn.
 fn parts(number: u64) -> (usize, u32) {
-    // The halves of 64 bits are 32 bits each.
+    // Each half has 32 of the 64 bits.
     #[allow(clippy::cast_possible_truncation)]
     let (index, turn) = (number as u32, (number >> 32) as u32);
     (index as usize, turn)

@@ -139,7 +139,7 @@ impl<'a> QueueWorker<'a> {
     }
 
     /// Returns `true` if as many requests are in flight as the ring has entries. Only a driver that submits
-    /// descriptors that it does not own has more; the rest waits until some of them complete (R23).
+    /// descriptors that it does not own can want more; those wait until others have completed (R23).
     fn is_full(&self) -> bool {
         self.pending.len() >= usize::from(self.job.ring.size())
     }
@@ -171,7 +171,7 @@ impl<'a> QueueWorker<'a> {
         }
     }
 
-    /// Returns `true` if no request is in flight.
+    /// Returns `true` if nothing is in flight and no finished request waits for its completion.
     pub fn is_idle(&self) -> bool {
         self.disk.is_idle()
     }

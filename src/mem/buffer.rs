@@ -1,7 +1,7 @@
 //! Host memory for bounces and zeroes.
 //!
-//! Owns aligned buffers and their reuse. Whatever is handed out holds zeroes or what the taker has
-//! put in, never bytes of an earlier request (CVE-2024-8612).
+//! Owns aligned buffers and their reuse. A buffer that is handed out holds zeroes or what the taker has put in,
+//! never bytes of an earlier request (CVE-2024-8612).
 
 use std::alloc::Layout;
 use std::io;
@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::Iov;
 
-/// Zeroed host memory on a given alignment, for bounces and for zeroes.
+/// Zeroed host memory with a given alignment, for bounces and for zeroes.
 pub struct AlignedBuffer {
     pub(super) ptr: *mut u8,
     layout: Layout,
@@ -21,8 +21,10 @@ unsafe impl Send for AlignedBuffer {}
 unsafe impl Sync for AlignedBuffer {}
 
 impl AlignedBuffer {
-    /// `len` bytes (at least 1) on a multiple of `align` (a power of two), all zero: what a guest
-    /// gets out of a bounce can never be another request's data (CVE-2024-8612).
+    /// Allocates `len` zeroed bytes (at least 1) on a multiple of `align` (a power of two).
+    ///
+    /// Because of the zeroes, what a guest gets out of a bounce can never be another request's data
+    /// (CVE-2024-8612).
     pub fn new(len: usize, align: usize) -> io::Result<Self> {
         let layout = Layout::from_size_align(len.max(1), align).map_err(io::Error::other)?;
         // SAFETY: the layout's size is not zero.
@@ -33,12 +35,12 @@ impl AlignedBuffer {
         Ok(Self { ptr, layout })
     }
 
-    /// Length in bytes.
+    /// Returns the length in bytes.
     pub fn len(&self) -> usize {
         self.layout.size()
     }
 
-    /// Never: a buffer has at least one byte.
+    /// Returns `false`: a buffer has at least one byte.
     pub fn is_empty(&self) -> bool {
         false
     }
@@ -57,14 +59,14 @@ impl Drop for AlignedBuffer {
     }
 }
 
-/// Buffers of one size and alignment that are used again.
+/// A pool of reusable buffers of one size and alignment.
 ///
-/// There is no giving back that could come too early or be forgotten: the pool keeps a handle to
-/// each buffer, and one is free when nobody else has any, that is, when the last [`Iov`] over it is
-/// gone, the copies that an engine holds included.
+/// Buffers are not given back explicitly, which could be done too early or be forgotten. The pool keeps a
+/// handle to each buffer, and a buffer is free when nobody else holds one. That is so once the last [`Iov`]
+/// over it is dropped, the copies that an engine holds included.
 pub struct BufferPool {
     buffers: Vec<Arc<AlignedBuffer>>,
-    /// Where to look first: behind the one taken last, which is the likeliest to be free.
+    /// Where to search first: after the buffer taken last, where a free one is likeliest.
     next: usize,
     buffer_bytes: usize,
     align: usize,
@@ -72,14 +74,14 @@ pub struct BufferPool {
 }
 
 impl BufferPool {
-    /// A pool of at most `buffers_max` buffers of `buffer_bytes` bytes on multiples of `align`. None
-    /// is allocated before it is needed.
+    /// Creates a pool of at most `buffers_max` buffers of `buffer_bytes` bytes on multiples of `align`. A
+    /// buffer is allocated only when it is needed.
     pub fn new(buffer_bytes: usize, align: usize, buffers_max: usize) -> Self {
         Self { buffers: Vec::new(), next: 0, buffer_bytes, align, buffers_max }
     }
 
-    /// `len` bytes of zeroes. What is longer than the pool's buffers, or too much at once, gets memory
-    /// of its own, which goes with its last user.
+    /// Returns `len` bytes of zeroes. A request longer than the pool's buffers, or beyond their number, gets
+    /// memory of its own, which is freed with its last user.
     pub fn take_zeroed(&mut self, len: usize) -> io::Result<Iov> {
         let buffer = match self.take(len)? {
             Taken::Fresh(buffer) => buffer,
@@ -93,7 +95,7 @@ impl BufferPool {
         Ok(Iov::from_buffer(&buffer, len))
     }
 
-    /// As many bytes as `from` has, with what it has: nothing of a former use is left to clear.
+    /// Returns a copy of `from`. The copy covers the whole length, so no bytes of a former use need clearing.
     pub fn take_copy(&mut self, from: &Iov) -> io::Result<Iov> {
         let len = usize::try_from(from.bytes()).map_err(io::Error::other)?;
         let buffer = match self.take(len)? {
@@ -105,12 +107,12 @@ impl BufferPool {
         Ok(copy)
     }
 
-    /// Buffers that the pool keeps, in use or not.
+    /// Returns the number of buffers that the pool keeps, in use or not.
     pub fn len(&self) -> usize {
         self.buffers.len()
     }
 
-    /// Whether it keeps none.
+    /// Returns `true` if the pool keeps no buffer.
     pub fn is_empty(&self) -> bool {
         self.buffers.is_empty()
     }
@@ -121,7 +123,7 @@ impl BufferPool {
         }
         let count = self.buffers.len();
         let free = (self.next..count).chain(0..self.next.min(count)).find(|&at| {
-            // Unique also means that what others did with it is over before we do anything.
+            // Being the only holder also means that all accesses by former holders happened before ours.
             self.buffers.get_mut(at).is_some_and(|buffer| Arc::get_mut(buffer).is_some())
         });
         if let Some(at) = free {
@@ -147,6 +149,6 @@ impl BufferPool {
 enum Taken {
     /// Just allocated, all zero.
     Fresh(Arc<AlignedBuffer>),
-    /// The pool's at this place, with old bytes in it.
+    /// The pool's buffer at this index, with old bytes in it.
     Used(usize),
 }

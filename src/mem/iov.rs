@@ -1,7 +1,7 @@
 //! Memory for the host's kernel, as an `iovec` array.
 //!
-//! Owns the arrays and their reuse: making an [`Iov`], taking a part of one and cloning it allocate
-//! nothing once a thread has warmed up.
+//! Owns the arrays and their reuse: once a thread has warmed up, making an [`Iov`], taking a part of one and
+//! cloning it allocate nothing.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -15,9 +15,9 @@ const SPARE_PIECES_MAX: usize = 1024;
 
 /// Memory that the host's kernel may read or write, as an `iovec` array.
 ///
-/// It owns what it points to (a clone of the RAM, or an aligned buffer), so whoever holds it may
-/// hand it to the kernel until the operation ends. There is no way to get a slice out of one. The
-/// array does not move when its `Iov` does, and clones share it.
+/// An `Iov` owns what it points to: a clone of the RAM, or an aligned buffer. So whoever holds it may hand it
+/// to the kernel until the operation ends. There is no way to get a slice out of one. The array does not move
+/// when its `Iov` does, and clones share it.
 #[derive(Clone)]
 pub struct Iov {
     pieces: Pieces,
@@ -38,8 +38,8 @@ impl std::fmt::Debug for Iov {
 }
 
 impl Iov {
-    /// Checks every segment once against `ram` (R3) and keeps them as host ranges. Empty segments
-    /// are left out (R4).
+    /// Checks every segment once against `ram` (R3) and keeps them as host ranges. Empty segments are left out
+    /// (R4).
     pub fn new(ram: &Ram, segments: &[Segment]) -> Result<Self, OutsideRam> {
         let mut pieces = Pieces::take();
         let mut bytes = 0;
@@ -51,7 +51,7 @@ impl Iov {
         Ok(Self { pieces, bytes, keep: Keep::Ram(ram.clone()) })
     }
 
-    /// The whole of an aligned buffer's first `len` bytes.
+    /// Makes an `Iov` of the first `len` bytes of `buffer`, or of all of it if it is shorter.
     pub fn from_buffer(buffer: &Arc<AlignedBuffer>, len: usize) -> Self {
         let len = len.min(buffer.len());
         let mut pieces = Pieces::take();
@@ -59,18 +59,18 @@ impl Iov {
         Self { pieces, bytes: len as u64, keep: Keep::Buffer(Arc::clone(buffer)) }
     }
 
-    /// All bytes together.
+    /// Returns the total length in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The array for `preadv`, `pwritev`.
+    /// Returns the array for `preadv` and `pwritev`.
     pub fn as_iovecs(&self) -> &[libc::iovec] {
         self.pieces.as_slice()
     }
 
-    /// Whether every piece begins on a multiple of `memory_align` and is a multiple of `len_align`
-    /// long, in bytes: O_DIRECT wants it of each iovec, not only of the total.
+    /// Returns `true` if every piece begins on a multiple of `memory_align` and its length is a multiple of
+    /// `len_align`, in bytes. O_DIRECT demands it of each iovec, not only of the total.
     pub fn is_aligned(&self, memory_align: u32, len_align: u32) -> bool {
         self.as_iovecs().iter().all(|piece| {
             (piece.iov_base as usize).is_multiple_of(memory_align as usize)
@@ -78,7 +78,7 @@ impl Iov {
         })
     }
 
-    /// The part from `skip`, at most `len` bytes of it and at most `pieces_max` pieces.
+    /// Returns the part from byte `skip` on, limited to `len` bytes and `pieces_max` pieces.
     pub fn part(&self, skip: u64, len: u64, pieces_max: usize) -> Self {
         if skip == 0 && len >= self.bytes && self.as_iovecs().len() <= pieces_max {
             return self.clone();
@@ -109,7 +109,7 @@ impl Iov {
         Self { pieces, bytes: len - left, keep: self.keep.clone() }
     }
 
-    /// Copies from here into `to`, up to the shorter of the two; the number of bytes.
+    /// Copies from this memory into `to`, up to the shorter of the two. Returns the number of bytes copied.
     pub fn copy_to(&self, to: &Iov) -> u64 {
         let mut source = Cursor::new(self.as_iovecs());
         let mut target = Cursor::new(to.as_iovecs());
@@ -155,7 +155,7 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// A shared array of pieces. The last of its holders leaves it to its thread's next request.
+/// A shared array of pieces. When its last holder drops it, the thread keeps the array for its next request.
 #[derive(Clone)]
 struct Pieces(
     /// `None` only while it is dropped.
@@ -171,18 +171,18 @@ unsafe impl Send for Array {}
 unsafe impl Sync for Array {}
 
 thread_local! {
-    /// Arrays that nobody holds any more: empty, with the room that they had.
+    /// Arrays that nobody holds any more. They are empty but keep their capacity.
     static SPARE: RefCell<Vec<Arc<Array>>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Pieces {
-    /// An empty array that nobody else holds.
+    /// Returns an empty array that nobody else holds.
     fn take() -> Self {
         let spare = SPARE.try_with(|spare| spare.borrow_mut().pop()).ok().flatten();
         Self(Some(spare.unwrap_or_else(|| Arc::new(Array(Vec::with_capacity(1))))))
     }
 
-    /// Adds a piece, before anybody shares the array.
+    /// Adds a piece. The array must not be shared yet.
     fn push(&mut self, ptr: *mut u8, len: usize) {
         let own = self.0.as_mut().and_then(Arc::get_mut);
         debug_assert!(own.is_some(), "only arrays out of `take` grow, and nobody shares those");
@@ -202,7 +202,7 @@ impl Drop for Pieces {
         let Some(own) = Arc::get_mut(&mut array) else { return };
         own.0.clear();
         if own.0.capacity() <= SPARE_PIECES_MAX {
-            // At the end of the thread there is no list any more, and the array goes.
+            // When the thread exits, the list may be gone already; then the array is freed.
             let _ = SPARE.try_with(|spare| {
                 let mut spare = spare.borrow_mut();
                 if spare.len() < SPARE_ARRAYS_MAX {

@@ -1,13 +1,13 @@
 //! Why this host does not let a process have memory.
 //!
-//! Owns the two limits that there are, and what is left of them: the process's own, and the host's where it promises
-//! no more than it has.
+//! Owns the two limits that there are, and what is left of them: the process's own, and the host's if the host
+//! promises no more memory than it has.
 
 use std::fs;
 
 const MIB: u64 = 1 << 20;
 
-/// A number of bytes as `--memory` takes it.
+/// Formats a number of bytes as `--memory` takes it.
 pub fn size(bytes: u64) -> String {
     match bytes % (1 << 30) {
         0 => format!("{}G", bytes >> 30),
@@ -15,10 +15,10 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
-/// The limit that is in the way, in words, with its figure.
+/// Describes the limit that is in the way, with its figure.
 pub fn in_the_way() -> String {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: fills the structure that it is given.
+    // SAFETY: getrlimit fills the structure that it is given.
     let is_known = unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) } == 0;
     if is_known && limit.rlim_cur != libc::RLIM_INFINITY {
         return format!(
@@ -39,7 +39,7 @@ pub fn in_the_way() -> String {
     "the host does not give it: ask for less".to_owned()
 }
 
-/// How many bytes this host can still promise, by its /proc/meminfo.
+/// Returns how many bytes this host can still promise, according to its /proc/meminfo.
 fn left_to_promise(meminfo: &str) -> Option<u64> {
     let kib = |name: &str| -> Option<u64> {
         let line = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;

@@ -1,9 +1,9 @@
-//! The host's side of one region of guest RAM: reserved address space with the RAM inside it, placed
-//! so that the host can use huge pages.
+//! The host's side of one region of guest RAM: reserved address space with the RAM inside it, placed so that
+//! the host can use huge pages.
 //!
 //! Owns the alignment. KVM maps guest memory by huge pages (EPT and NPT entries of 2 MiB) only where the
 //! guest's and the host's address have the same offset in a huge page. Linux aligns anonymous mappings by
-//! itself since 6.7, and only those whose length is a multiple of 2 MiB.
+//! itself since 6.7, but only those whose length is a multiple of 2 MiB.
 
 use std::io;
 
@@ -26,11 +26,11 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps `bytes` bytes of RAM whose host address is congruent to the guest address `base` modulo
-    /// [`HUGE_PAGE`]. What is reserved before and behind the RAM stays inaccessible.
+    /// [`HUGE_PAGE`]. The reserved space before and after the RAM stays inaccessible.
     pub fn new(base: u64, bytes: usize) -> io::Result<Self> {
         let huge_page = usize::try_from(HUGE_PAGE).map_err(io::Error::other)?;
         let reserved_bytes = bytes.checked_add(huge_page).ok_or(io::ErrorKind::OutOfMemory)?;
-        // Miri (`make miri`) knows memory that is readable and writable from the start, and no other.
+        // Miri (`make miri`) supports only memory that is readable and writable from the start.
         let (protection, lazily) = if cfg!(miri) {
             (libc::PROT_READ | libc::PROT_WRITE, 0)
         } else {
@@ -52,13 +52,13 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Where the RAM begins.
+    /// Returns the address at which the RAM begins.
     pub fn ram(&self) -> *mut u8 {
         self.ram
     }
 
-    /// Makes the RAM accessible, keeps it from child processes (O_DIRECT and fork do not mix, open(2)),
-    /// and asks for huge pages.
+    /// Makes the RAM accessible, keeps it from child processes (O_DIRECT and fork do not mix, open(2)), and
+    /// asks for huge pages.
     fn open(&self, bytes: usize) -> io::Result<()> {
         // SAFETY: the range lies inside the mapping that `self` owns, and nobody uses it yet.
         let opened = unsafe { libc::mprotect(self.ram.cast(), bytes, libc::PROT_READ | libc::PROT_WRITE) };
@@ -83,7 +83,8 @@ impl Drop for Mapping {
     }
 }
 
-/// Bytes from host address `host` to the next one that is congruent to `guest` modulo [`HUGE_PAGE`].
+/// Returns the distance in bytes from host address `host` to the next one that is congruent to `guest` modulo
+/// [`HUGE_PAGE`].
 fn to_alignment(host: u64, guest: u64) -> u64 {
     guest.wrapping_sub(host) % HUGE_PAGE
 }
@@ -118,7 +119,8 @@ mod tests {
             (0, 64 << 20),
             (4 << 30, 0x1000),
         ] {
-            // Small mappings between them, so that the kernel's own choice is aligned by chance alone.
+            // Small mappings between them, so that the kernel's own choice of address is aligned only by
+            // chance.
             between.push(Mapping::new(0, 0x1000).unwrap());
             let mapping = Mapping::new(base, bytes).unwrap();
             assert_eq!(mapping.ram() as u64 % HUGE_PAGE, base % HUGE_PAGE, "{base:#x} {bytes:#x}");
@@ -131,11 +133,11 @@ mod tests {
         }
     }
 
-    /// Whether the kernel can read the byte at `address` on our behalf.
+    /// Returns `true` if the kernel can read the byte at `address` on our behalf.
     fn is_readable(address: *const u8) -> bool {
         let (_reader, writer) = std::io::pipe().unwrap();
         let fd = std::os::fd::AsRawFd::as_raw_fd(&writer);
-        // SAFETY: the kernel checks the address and answers EFAULT where nothing readable is.
+        // SAFETY: the kernel checks the address and reports EFAULT if nothing readable is there.
         unsafe { libc::write(fd, address.cast(), 1) == 1 }
     }
 }

@@ -1,9 +1,9 @@
-//! Copies between the host's memory and a list of guest segments, for what is small: headers, messages, identifiers.
-//! The data of a request goes through [`super::Iov`] instead, without a copy.
+//! Copies between the host's memory and a list of guest segments, for small data: headers, messages,
+//! identifiers. The data of a request goes through [`super::Iov`] instead, without a copy.
 
 use super::{OutsideRam, Ram, Segment, read_bytes, write_bytes};
 
-/// Fills `bytes` from the segments, in their order, and returns how many bytes the segments had for it.
+/// Fills `bytes` from the segments in order. Returns how many bytes the segments had for it.
 pub fn gather(ram: &Ram, segments: &[Segment], bytes: &mut [u8]) -> Result<usize, OutsideRam> {
     let all = bytes.len();
     let mut rest = bytes;
@@ -18,7 +18,7 @@ pub fn gather(ram: &Ram, segments: &[Segment], bytes: &mut [u8]) -> Result<usize
     Ok(all - rest.len())
 }
 
-/// Copies `bytes` into the segments, in their order, and returns how many bytes the segments had room for.
+/// Copies `bytes` into the segments in order. Returns how many bytes the segments had room for.
 pub fn scatter(ram: &Ram, segments: &[Segment], bytes: &[u8]) -> Result<usize, OutsideRam> {
     let mut rest = bytes;
     for segment in segments {
