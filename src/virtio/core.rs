@@ -16,20 +16,20 @@ use crate::mem::Ram;
 use crate::ratelimit::RateLimit;
 use crate::warn_limited;
 
-/// Longer than any device's configuration space here.
+/// The largest configuration space that is compared; every device here has a smaller one.
 const CONFIG_BYTES_MAX: usize = 128;
 
 /// Bits of the device status field (virtio 2.1).
 pub mod status {
     /// The driver has noticed the device.
     pub const ACKNOWLEDGE: u32 = 1;
-    /// The driver knows how to drive it.
+    /// The driver knows how to drive the device.
     pub const DRIVER: u32 = 2;
     /// The driver is ready; the device is live.
     pub const DRIVER_OK: u32 = 4;
     /// Feature negotiation is complete.
     pub const FEATURES_OK: u32 = 8;
-    /// The device cannot go on.
+    /// The device cannot continue.
     pub const DEVICE_NEEDS_RESET: u32 = 64;
     /// The driver has given up.
     pub const FAILED: u32 = 128;
@@ -42,11 +42,11 @@ pub enum Reg {
     DeviceId,
     /// The selected 32 bits of the device's features.
     DeviceFeatures,
-    /// Selects them.
+    /// Selects which 32 bits of the device's features are read.
     DeviceFeaturesSel,
     /// The selected 32 bits of the driver's features.
     DriverFeatures,
-    /// Selects them.
+    /// Selects which 32 bits of the driver's features are accessed.
     DriverFeaturesSel,
     /// Selects a queue.
     QueueSel,
@@ -54,15 +54,15 @@ pub enum Reg {
     QueueSizeMax,
     /// Size of the selected queue.
     QueueSize,
-    /// Whether the selected queue is enabled.
+    /// 1 if the selected queue is enabled, else 0.
     QueueReady,
     /// An address of the selected queue.
     QueueAddr(QueuePart, Half),
-    /// Available-buffer notification for the queue of the written index.
+    /// Available-buffer notification; the value written is the queue's index.
     QueueNotify,
     /// Device status.
     Status,
-    /// Changes whenever configuration space may have changed by itself.
+    /// Changes after configuration space may have changed by itself.
     ConfigGeneration,
 }
 
@@ -111,18 +111,18 @@ impl Half {
     }
 }
 
-/// What a worker may change behind the register machine's back: the status byte, for
-/// DEVICE_NEEDS_RESET. Shared with the transport's [`Interrupt`].
+/// The device status byte, shared with the transport's [`Interrupt`]. A worker may set DEVICE_NEEDS_RESET in it
+/// without going through the register machine.
 #[derive(Debug, Default)]
 pub struct DeviceStatus(AtomicU32);
 
 impl DeviceStatus {
-    /// The bits, now.
+    /// Returns the current bits.
     pub fn get(&self) -> u32 {
         self.0.load(Ordering::SeqCst)
     }
 
-    /// Sets DEVICE_NEEDS_RESET; whether the driver must be told, which is so once it has set
+    /// Sets DEVICE_NEEDS_RESET. Returns `true` if the driver must be notified, which is so once it has set
     /// DRIVER_OK (virtio 2.1.2).
     pub fn set_needs_reset(&self) -> bool {
         self.0.fetch_or(status::DEVICE_NEEDS_RESET, Ordering::SeqCst) & status::DRIVER_OK != 0
@@ -148,15 +148,15 @@ pub struct Core {
     queues: Vec<QueueState>,
     doorbells: Vec<Arc<EventFd>>,
     config_generation: u32,
-    /// Configuration space may have changed by itself since the generation was last read.
+    /// `true` if configuration space may have changed by itself since the generation was last read.
     config_changed: bool,
-    /// Configuration space when the generation was last read.
+    /// Configuration space when it was last compared with the device's.
     config_seen: [u8; CONFIG_BYTES_MAX],
     errors: RateLimit,
 }
 
 impl Core {
-    /// The registers as they are after reset. `interrupt` shares `status`.
+    /// Creates the registers in the state that they have after reset. `interrupt` shares `status`.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         ram: Ram,
@@ -186,17 +186,17 @@ impl Core {
         Ok(core)
     }
 
-    /// One eventfd a queue, for KVM to signal at each notification.
+    /// Returns one eventfd per queue, which KVM signals at each notification.
     pub fn doorbells(&self) -> &[Arc<EventFd>] {
         &self.doorbells
     }
 
-    /// The queue that is selected, whether or not there is one.
+    /// Returns the selected queue index, whether or not such a queue exists.
     pub fn queue_sel(&self) -> u32 {
         self.queue_sel
     }
 
-    /// Reads a register; those that are only written read 0.
+    /// Reads a register. One that can only be written reads 0.
     pub fn read(&mut self, reg: Reg) -> u32 {
         match reg {
             Reg::DeviceId => self.device.device_id(),
@@ -226,7 +226,7 @@ impl Core {
         }
     }
 
-    /// Writes a register; what may not be written, now or ever, is ignored.
+    /// Writes a register. A write that is not allowed, now or ever, is ignored.
     pub fn write(&mut self, reg: Reg, value: u32) {
         match reg {
             Reg::DeviceFeaturesSel => self.device_features_sel = value,
@@ -249,34 +249,37 @@ impl Core {
         }
     }
 
-    /// Reads configuration space.
+    /// Reads configuration space. Bytes that do not exist read 0.
     pub fn read_config(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         self.device.read_config(offset, data);
     }
 
-    /// Writes configuration space: not before FEATURES_OK (virtio 3.1.1).
+    /// Writes configuration space. Writes before FEATURES_OK are ignored (virtio 3.1.1).
     pub fn write_config(&mut self, offset: u64, data: &[u8]) {
         if self.status.get() & status::FEATURES_OK != 0 {
             self.look_at_config();
             self.device.write_config(offset, data);
-            // The driver knows of its own write, so that counts as seen.
+            // The driver knows of its own write, so that write counts as seen.
             self.device.read_config(0, &mut self.config_seen);
         }
     }
 
-    /// Drains and resets the device (virtio 2.4.1): when this returns status reads 0, no I/O is in
-    /// flight and no notification follows. Linux' mmio driver does not poll for it.
+    /// Drains and resets the device (virtio 2.4.1). When this returns status reads 0, no I/O is in flight and
+    /// no notification follows. Linux's mmio driver does not poll for the end of the reset.
     pub fn reset(&mut self) {
         self.device.reset();
         self.status.0.store(0, Ordering::SeqCst);
         self.forget_driver();
-        // The device may have restored fields that the driver had changed.
+        // The reset may have restored fields that the driver had changed.
         self.config_changed = true;
     }
 
-    /// Another one after each change that a driver may have seen half of. It is counted when it is read,
-    /// so that of the 256 values that PCI has room for two neighbours always differ (virtio 4.1.4.3.1).
+    /// Returns the configuration generation, which is incremented if the driver may have seen a half-made
+    /// change.
+    ///
+    /// It is incremented only when it is read. So two successive values always differ if there was a change
+    /// between them, although PCI has room for only 256 values (virtio 4.1.4.3.1).
     fn generation(&mut self) -> u32 {
         self.look_at_config();
         let changed = std::mem::take(&mut self.config_changed);
@@ -284,7 +287,8 @@ impl Core {
         self.config_generation
     }
 
-    /// Notices what the device has changed by itself since the last look, such as a console's size.
+    /// Checks whether the device has changed its configuration space by itself since the last check: a
+    /// console's size, for example.
     fn look_at_config(&mut self) {
         let mut now = [0; CONFIG_BYTES_MAX];
         self.device.read_config(0, &mut now);
@@ -312,7 +316,7 @@ impl Core {
     }
 
     fn write_driver_features(&mut self, value: u32) {
-        // After FEATURES_OK a driver error (virtio 3.1.1), ignored.
+        // Writing features after FEATURES_OK is a driver error (virtio 3.1.1) and is ignored.
         if self.status.get() & status::FEATURES_OK == 0
             && let Some(half) = Half::selected(self.driver_features_sel)
         {
@@ -320,7 +324,7 @@ impl Core {
         }
     }
 
-    /// Changes the selected queue, unless it is enabled: then it is immutable (R14).
+    /// Changes the selected queue's configuration, unless the queue is enabled: then it is immutable (R14).
     fn configure(&mut self, change: impl FnOnce(&mut QueueConfig)) {
         if let Some(at) = self.selected().filter(|&at| !self.queues[at].ready) {
             change(&mut self.queues[at].config);
@@ -342,8 +346,8 @@ impl Core {
             };
     }
 
-    /// A live queue may be stopped, and drivers of mmio wait until it reads 0 (virtio 4.2.2.2). It
-    /// cannot be started again before reset: RING_RESET is not offered (virtio 2.6.1).
+    /// Stops a live queue; drivers of mmio wait until QueueReady reads 0 (virtio 4.2.2.2). The queue cannot be
+    /// started again before reset: RING_RESET is not offered (virtio 2.6.1).
     fn stop_queue(&mut self, at: usize, value: u32) {
         if value == 0
             && std::mem::take(&mut self.queues[at].ready)
@@ -353,7 +357,7 @@ impl Core {
         }
     }
 
-    /// A doorbell that KVM did not catch: the same wake-up path.
+    /// Rings a doorbell that KVM did not catch. The worker wakes the same way.
     fn notify(&mut self, queue: u32) {
         let doorbell = usize::try_from(queue).ok().and_then(|at| self.doorbells.get(at));
         if let Some(doorbell) = doorbell
@@ -395,7 +399,7 @@ impl Core {
         }
     }
 
-    /// Any subset of what is offered, if VERSION_1 is in it (virtio 6.2).
+    /// Returns `true` if the driver's features are a subset of those offered, with VERSION_1 (virtio 6.2).
     fn features_are_ok(&mut self) -> bool {
         let unknown = self.driver_features & !self.device.features();
         if unknown != 0 {

@@ -26,36 +26,37 @@ pub mod feature {
     pub const VERSION_1: u64 = 1 << 32;
 }
 
-/// How a device reaches the driver: mmio's line, PCI's messages; tests count.
+/// Notifies the driver: mmio's line or PCI's messages; tests count.
 pub trait Interrupt: Send + Sync {
-    /// A used-buffer notification for queue `index`.
+    /// Sends a used-buffer notification for queue `index`.
     fn queue(&self, index: u16);
-    /// A configuration-change notification.
+    /// Sends a configuration-change notification.
     fn config(&self);
-    /// The device cannot go on: sets DEVICE_NEEDS_RESET, then notifies (virtio 2.1.2).
+    /// Sets DEVICE_NEEDS_RESET and then notifies the driver: the device cannot continue (virtio 2.1.2).
     fn needs_reset(&self);
 }
 
 /// A queue that the driver has enabled, checked by the register core.
 pub struct EnabledQueue {
-    /// Its index.
+    /// The queue's index.
     pub index: u16,
-    /// Its rings.
+    /// The queue's rings.
     pub ring: Ring,
-    /// Written at each available-buffer notification, by KVM itself (ioeventfd) or the transport.
+    /// The queue's doorbell. KVM itself (ioeventfd) or the transport writes it at each available-buffer
+    /// notification.
     pub doorbell: Arc<EventFd>,
 }
 
-/// What a device gets at DRIVER_OK.
+/// What a device is given at DRIVER_OK.
 pub struct Activation {
     /// Guest RAM.
     pub ram: Ram,
-    /// The features that were negotiated.
+    /// The negotiated feature bits.
     pub features: u64,
-    /// The enabled queues, in order of their index. They move into the device: the data path
-    /// shares no lock with the transport.
+    /// The enabled queues, in order of their index. They move into the device, so the data path shares no lock
+    /// with the transport.
     pub queues: Vec<EnabledQueue>,
-    /// The way to the driver.
+    /// Notifies the driver.
     pub interrupt: Arc<dyn Interrupt>,
 }
 
@@ -65,28 +66,28 @@ pub enum ActivateError {
     /// A queue that the device cannot do without was not enabled.
     #[error("queue {0} was not enabled")]
     MissingQueue(u16),
-    /// A worker is gone.
+    /// A worker's thread has exited.
     #[error("the worker of queue {0} has ended")]
     Worker(u16),
 }
 
 /// A device behind its transport, as the machine sees it.
 pub trait Transport: BusDevice {
-    /// One eventfd a queue, for KVM to signal at each notification.
+    /// Returns one eventfd per queue, which KVM signals at each notification.
     fn doorbells(&self) -> &[Arc<EventFd>];
-    /// Resets the device: when this returns no I/O is in flight.
+    /// Resets the device. When this returns no I/O is in flight.
     fn stop(&mut self);
 }
 
 /// A virtio device, as its transport sees it.
 pub trait VirtioDevice: Send {
-    /// Device ID (virtio 5).
+    /// Returns the device ID (virtio 5).
     fn device_id(&self) -> u32;
-    /// All features offered, VERSION_1 among them.
+    /// Returns all features that are offered, VERSION_1 among them.
     fn features(&self) -> u64;
-    /// The largest size of each queue; the number of queues is its length.
+    /// Returns the largest size of each queue. The length of the slice is the number of queues.
     fn queue_sizes(&self) -> &[u16];
-    /// How many of the queues, from 0 on, there are for a driver that has negotiated `features`. Those
+    /// Returns how many of the queues, from 0 on, exist for a driver that has negotiated `features`. Queues
     /// beyond are not served, whether the driver enables them or not.
     fn queues_with(&self, features: u64) -> usize {
         let _ = features;
@@ -94,16 +95,17 @@ pub trait VirtioDevice: Send {
     }
     /// Reads configuration space at `offset`; bytes that do not exist read 0 (virtio 2.5).
     fn read_config(&self, offset: u64, data: &mut [u8]);
-    /// Writes configuration space, after FEATURES_OK; whatever is not writable is ignored.
+    /// Writes configuration space, after FEATURES_OK. Writes to bytes that are not writable are ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
-    /// FEATURES_OK: this subset of [`VirtioDevice::features`] holds until reset.
+    /// Accepts the negotiated features at FEATURES_OK. This subset of [`VirtioDevice::features`] holds until
+    /// reset.
     fn negotiated(&mut self, features: u64);
-    /// DRIVER_OK: takes the queues and starts to work.
+    /// Takes the queues at DRIVER_OK and starts to serve them.
     fn activate(&mut self, parts: Activation) -> Result<(), ActivateError>;
-    /// The driver takes one queue back (virtio 4.2.2.2): waits for its I/O in flight; when it returns
-    /// the queue is not touched any more, until reset and the next activation.
+    /// Stops one queue, which the driver takes back (virtio 4.2.2.2). Waits for its I/O in flight. When this
+    /// returns the queue is not touched any more until reset and the next activation.
     fn stop_queue(&mut self, index: u16);
-    /// Stops, having waited for all I/O in flight (S10, R15): when it returns no queue is touched
+    /// Stops the device after waiting for all I/O in flight (S10, R15). When this returns no queue is touched
     /// and no notification is sent any more.
     fn reset(&mut self);
 }

@@ -1,13 +1,13 @@
 //! Split virtqueue, device side (virtio 2.7).
 //!
-//! Owns the checks of a queue's configuration (virtio-queue's own among them), the walk over
-//! descriptor chains, the indices and EVENT_IDX; [`memory`] has the accesses to the rings, which are
-//! translated once. Everything read here was written by the guest and is read exactly once (R13).
-//! Knows nothing of requests or files.
+//! Owns the checks of a queue's configuration (virtio-queue's own among them), the walk over descriptor chains,
+//! the indices and EVENT_IDX. [`memory`] holds the accesses to the rings, whose addresses are translated once.
+//! Everything read here was written by the guest and is read exactly once (R13). Knows nothing of requests or
+//! files.
 //!
-//! Two kinds of guest errors: a ring that cannot be followed any further is a [`RingError`] and ends
-//! in DEVICE_NEEDS_RESET; a chain whose structure is sound but whose content is not is handed on
-//! with its [`ChainFault`], so that it is completed like any other.
+//! There are two kinds of guest errors. A ring that cannot be followed any further is a [`RingError`] and leads
+//! to DEVICE_NEEDS_RESET. A chain with sound structure but invalid content is handed on with its
+//! [`ChainFault`], so that it completes like any other.
 
 mod memory;
 
@@ -23,7 +23,7 @@ use crate::mem::{Ram, Segment};
 use crate::sync::{Ordering, fence};
 use memory::{Available, DESCRIPTOR_BYTES, Table, Used};
 
-/// A queue's configuration as the driver wrote it: an allegation until [`Ring::new`] accepts it.
+/// A queue's configuration as the driver wrote it. It is unchecked until [`Ring::new`] accepts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct QueueConfig {
     /// Number of descriptors.
@@ -39,28 +39,28 @@ pub struct QueueConfig {
 /// Why a queue's configuration is refused (virtio 2.7).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum QueueConfigError {
-    /// Not a power of two, or beyond what the device offers.
+    /// The size is not a power of two, or exceeds what the device offers.
     #[error("queue size {0} is no power of two from 1 to {1}")]
     Size(u32, u16),
-    /// An address that is not on the boundary the specification wants.
+    /// An address is not aligned as the specification demands.
     #[error("the {part} at {addr:#x} is not aligned to {align}")]
     Alignment {
-        /// Which part of the queue.
+        /// The part of the queue.
         part: &'static str,
-        /// Its guest address.
+        /// The part's guest address.
         addr: u64,
-        /// The boundary in bytes.
+        /// The alignment in bytes.
         align: u64,
     },
-    /// Not wholly in RAM.
+    /// A part is not wholly in RAM.
     #[error("the {part} at {addr:#x} is not in RAM")]
     OutsideRam {
-        /// Which part of the queue.
+        /// The part of the queue.
         part: &'static str,
-        /// Its guest address.
+        /// The part's guest address.
         addr: u64,
     },
-    /// virtio-queue finds something that our own checks do not.
+    /// virtio-queue rejects the configuration although our own checks accept it.
     #[error("virtio-queue does not accept it")]
     Refused,
 }
@@ -68,67 +68,67 @@ pub enum QueueConfigError {
 /// Why the ring cannot be followed any further.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
-    /// More chains announced than there are descriptors (R7).
+    /// The driver announced more chains than there are descriptors (R7).
     #[error("avail.idx jumped from {next} to {idx}, more than the {size} entries of the ring")]
     AvailJump {
-        /// Where we are.
+        /// The next index that the device expects.
         next: u16,
-        /// Where the driver says it is.
+        /// The index that the driver has written.
         idx: u16,
-        /// Entries of the ring.
+        /// Number of entries of the ring.
         size: u16,
     },
-    /// A descriptor index beyond its table (R2, R7).
+    /// A descriptor index is beyond its table (R2, R7).
     #[error("descriptor {index} is beyond the {size} of its table")]
     Index {
         /// The index.
         index: u32,
-        /// Entries of the table.
+        /// Number of entries of the table.
         size: u32,
     },
-    /// More descriptors in one chain than the queue has: a loop (R1).
+    /// One chain has more descriptors than the queue: a loop (R1).
     #[error("the chain at descriptor {head} is longer than the {size} descriptors of the queue: a loop")]
     Loop {
-        /// First descriptor.
+        /// Index of the first descriptor.
         head: u16,
-        /// Descriptors of the queue.
+        /// Number of descriptors of the queue.
         size: u16,
     },
-    /// An indirect descriptor where none may be (R6).
+    /// An indirect descriptor is where none may be (R6).
     #[error("descriptor {0} is indirect, which {1}")]
     Indirect(u16, &'static str),
-    /// An indirect table of a length that cannot be (R6).
+    /// An indirect table has an invalid length (R6).
     #[error("an indirect table of {0} bytes, which is no number of whole descriptors from 1 on")]
     IndirectLength(u32),
-    /// An indirect table that is not wholly in RAM (R3).
+    /// An indirect table is not wholly in RAM (R3).
     #[error("the indirect table at {0:#x} is not in RAM")]
     Unreachable(u64),
-    /// A chain without a byte for the answer.
+    /// A chain has no writable byte for a status.
     #[error("the chain at descriptor {0} has nowhere to put a status")]
     NoStatus(u16),
 }
 
-/// Why a chain that could be followed cannot be a request.
+/// Why a chain that could be followed is not a valid request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ChainFault {
-    /// A readable descriptor behind a writable one (virtio 2.7.4.2).
+    /// A readable descriptor follows a writable one (virtio 2.7.4.2).
     #[error("a readable descriptor behind a writable one")]
     Order,
-    /// More than 2^32 bytes (virtio 2.7.5.2).
+    /// The chain has more than 2^32 bytes (virtio 2.7.5.2).
     #[error("more than 4 GiB in one chain")]
     TooLong,
 }
 
-/// A descriptor chain, read once: private from here on.
+/// A descriptor chain that was read once. From then on it is a private copy.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Chain {
-    /// What goes into the used ring.
+    /// Index of the first descriptor, which goes into the used ring.
     pub head: u16,
-    /// What the driver has filled, in order.
+    /// The segments that the driver has filled, in order.
     pub readable: Vec<Segment>,
-    /// What the device may fill, in order.
+    /// The segments that the device may fill, in order.
     pub writable: Vec<Segment>,
-    /// What is wrong with it.
+    /// What is wrong with the chain; `None` if nothing is.
     pub fault: Option<ChainFault>,
 }
 
@@ -137,30 +137,30 @@ pub struct Ring {
     descriptors: Table,
     available: Available,
     used: Used,
-    /// The next entry of the available ring to be taken.
+    /// The next entry of the available ring to be popped.
     next_available: u16,
-    /// avail.idx when it was last read, and found to be at most a ring's length ahead.
+    /// avail.idx when it was last read. It was then checked to be at most a ring's length ahead.
     seen_available: u16,
     /// The next entry of the used ring to be written.
     next_used: u16,
     /// used.idx as the driver sees it.
     published: u16,
-    /// used.idx when it was last decided whether to notify.
+    /// used.idx at the last decision whether to notify.
     judged: u16,
-    /// Without EVENT_IDX: used.flags asks for no doorbell.
+    /// `true` if used.flags asks for no doorbell. Used only without EVENT_IDX.
     is_quiet: bool,
     size: u16,
     indirect: bool,
     event_idx: bool,
-    /// As the driver has said it.
+    /// The configuration as the driver wrote it.
     config: QueueConfig,
-    /// Where indirect tables are found; and it keeps what the three parts point to.
+    /// Guest RAM, in which indirect tables are found. It also keeps the memory of the three parts mapped.
     ram: Ram,
 }
 
 impl Ring {
-    /// Checks the whole configuration once (R14) and translates it, for the queue's whole life: RAM
-    /// does not change.
+    /// Checks the whole configuration once (R14) and translates its addresses. The translation holds as long as
+    /// the queue lives, since RAM does not change.
     pub fn new(
         ram: &Ram,
         config: &QueueConfig,
@@ -208,24 +208,23 @@ impl Ring {
         })
     }
 
-    /// Number of descriptors.
+    /// Returns the number of descriptors.
     pub fn size(&self) -> u16 {
         self.size
     }
 
-    /// Where the parts of the queue are, as the driver has said it.
+    /// Returns the addresses of the queue's parts as the driver wrote them.
     pub fn config(&self) -> &QueueConfig {
         &self.config
     }
 
-    /// The next available chain, if there is one, in memory of its own.
+    /// Pops the next available chain into newly allocated memory. Returns `None` if there is none.
     pub fn pop(&mut self) -> Result<Option<Chain>, RingError> {
         let mut chain = Chain::default();
         Ok(self.pop_into(&mut chain)?.then_some(chain))
     }
 
-    /// The next available chain, in place of what was in `chain`, whose memory is used again;
-    /// whether there was one.
+    /// Pops the next available chain into `chain`, whose memory is reused. Returns `false` if there is none.
     pub fn pop_into(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
         if self.next_available == self.seen_available && !self.look_for_more()? {
             return Ok(false);
@@ -236,7 +235,7 @@ impl Ring {
         Ok(true)
     }
 
-    /// Reads avail.idx; whether there are entries that were not taken.
+    /// Reads avail.idx. Returns `true` if there are entries that were not popped yet.
     fn look_for_more(&mut self) -> Result<bool, RingError> {
         let (next, idx, size) = (self.next_available, self.available.idx(), self.size);
         if idx.wrapping_sub(next) > size {
@@ -305,14 +304,14 @@ impl Ring {
         Table::new(&self.ram, table.addr, table.len / entry).map_err(|_| RingError::Unreachable(table.addr))
     }
 
-    /// Writes the used entry of a chain; `written` bytes from its first writable one are really
-    /// written. The driver sees it after [`Ring::publish`].
+    /// Writes the used entry of a chain, of which `written` bytes from its first writable one on were really
+    /// written. The driver sees the entry after [`Ring::publish`].
     pub fn push_used(&mut self, head: u16, written: u32) -> Result<(), RingError> {
         if head >= self.size {
             return Err(RingError::Index { index: u32::from(head), size: u32::from(self.size) });
         }
-        // Only a driver that has more chains outstanding than there are entries gets here: it gets
-        // the older ones before they are overwritten.
+        // Only a driver with more chains outstanding than the ring has entries gets here. The older entries are
+        // published before they are overwritten.
         if self.next_used.wrapping_sub(self.published) == self.size {
             self.store_used_idx();
         }
@@ -321,8 +320,8 @@ impl Ring {
         Ok(())
     }
 
-    /// Shows the driver everything that was pushed, by one store; whether it is to be notified
-    /// (virtio 2.7.7.2), which is asked once for all of it.
+    /// Publishes everything that was pushed, by one store. Returns `true` if the driver is to be notified
+    /// (virtio 2.7.7.2); this is decided once for all of it.
     #[must_use = "a driver that wants to be notified must be"]
     pub fn publish(&mut self) -> bool {
         if self.next_used == self.judged {
@@ -351,20 +350,20 @@ impl Ring {
         self.published = self.next_used;
     }
 
-    /// Whether the driver has made something available that was not taken.
+    /// Returns `true` if the driver has made a chain available that was not popped yet.
     pub fn has_available(&self) -> bool {
         self.available.idx() != self.next_available
     }
 
-    /// Asks the driver not to ring the doorbell. With EVENT_IDX there is nothing to say: avail_event
-    /// stays behind, so it rings no more (virtio 2.7.10).
+    /// Asks the driver not to ring the doorbell. With EVENT_IDX nothing is written: avail_event stays behind,
+    /// so the driver rings no more (virtio 2.7.10).
     pub fn disable_doorbell(&mut self) {
         if !self.event_idx && !std::mem::replace(&mut self.is_quiet, true) {
             self.used.set_flags(QUIET);
         }
     }
 
-    /// Asks for the doorbell again; `true` if something became available meanwhile, for which it
+    /// Asks for the doorbell again. Returns `true` if a chain became available meanwhile, for which the driver
     /// may never ring.
     pub fn enable_doorbell(&mut self) -> bool {
         if self.event_idx {
@@ -383,11 +382,11 @@ impl Ring {
     }
 }
 
-/// used.flags that ask for no doorbell.
+/// The value of used.flags that asks for no doorbell.
 #[allow(clippy::cast_possible_truncation, reason = "it is 1")]
 const QUIET: u16 = VRING_USED_F_NO_NOTIFY as u16;
 
-/// What virtio-queue's own checks say.
+/// Returns `true` if virtio-queue's own checks accept the configuration.
 fn is_valid_to_virtio_queue(ram: &Ram, config: &QueueConfig, size: u16) -> bool {
     let Ok(mut queue) = Queue::new(size) else { return false };
     let set = queue
@@ -399,7 +398,7 @@ fn is_valid_to_virtio_queue(ram: &Ram, config: &QueueConfig, size: u16) -> bool 
 }
 
 impl Chain {
-    /// Empty, with the room that it had.
+    /// Empties the chain but keeps its capacity.
     fn begin(&mut self, head: u16) {
         self.head = head;
         self.readable.clear();

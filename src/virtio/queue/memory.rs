@@ -1,9 +1,9 @@
 //! The three parts of a queue where they lie in this process (virtio 2.7.5, 2.7.6, 2.7.8).
 //!
-//! Owns the only raw accesses to them, and each access's memory order. Addresses are translated and
-//! checked once, when the queue is enabled; an index is brought into its part here, so no access
-//! leaves it whatever the caller or the guest says. Every field is read by exactly one load and no
-//! reference to guest memory outlives it: the two-byte fields are atomics, a descriptor is copied.
+//! Owns the only raw accesses to them, and each access's memory order. Addresses are translated and checked
+//! once, when the queue is enabled. Every index is brought inside its part here, so no access leaves the part,
+//! whatever the caller or the guest says. Every field is read by exactly one load, and no reference to guest
+//! memory outlives the load: the two-byte fields are atomics, and a descriptor is copied.
 
 use crate::mem::{OutsideRam, Ram, Segment};
 use crate::sync::{AtomicU16, AtomicU32, AtomicU64, Ordering};
@@ -14,16 +14,16 @@ pub const DESCRIPTOR_BYTES: u16 = 16;
 /// struct virtq_desc (virtio 2.7.5), read once.
 #[derive(Debug, Clone, Copy)]
 pub struct Descriptor {
-    /// The memory that it describes.
+    /// The memory that the descriptor describes.
     pub segment: Segment,
     /// VRING_DESC_F_*.
     pub flags: u16,
-    /// The next one in the chain, if the flags say so.
+    /// The next descriptor in the chain; meaningful only if the flags say so.
     pub next: u16,
 }
 
-/// A descriptor table: the queue's own, or an indirect one. It may not outlive the RAM that it was
-/// found in, which the [`super::Ring`] holds.
+/// A descriptor table: the queue's own, or an indirect one. It must not outlive the RAM that it was found in,
+/// which the [`super::Ring`] keeps mapped.
 #[derive(Debug, Clone, Copy)]
 pub struct Table {
     ptr: *mut u8,
@@ -34,23 +34,23 @@ pub struct Table {
 unsafe impl Send for Table {}
 
 impl Table {
-    /// Bytes of a table of so many descriptors.
+    /// Returns the size in bytes of a table of `entries` descriptors.
     pub fn bytes(entries: u32) -> usize {
         usize::from(DESCRIPTOR_BYTES) * entries as usize
     }
 
-    /// The table of so many descriptors at a guest address, wholly in RAM.
+    /// Finds the table of `entries` descriptors at a guest address. It must be wholly in RAM.
     pub fn new(ram: &Ram, addr: u64, entries: u32) -> Result<Self, OutsideRam> {
         let ptr = ram.host(addr, Self::bytes(entries))?;
         Ok(Self { ptr, entries })
     }
 
-    /// Its number of descriptors. Those of an indirect table may be more than a chain can reach.
+    /// Returns the number of descriptors. An indirect table may have more than a chain can reach.
     pub fn entries(&self) -> u32 {
         self.entries
     }
 
-    /// Reads a descriptor once; `None` beyond the table.
+    /// Reads a descriptor once. Returns `None` if `index` is beyond the table.
     pub fn read(&self, index: u16) -> Option<Descriptor> {
         if u32::from(index) >= self.entries {
             return None;
@@ -64,7 +64,7 @@ impl Table {
             let word = |which| unsafe { AtomicU64::from_ptr(words.add(which)) }.load(Ordering::Relaxed);
             (u64::from_le(word(0)), u64::from_le(word(1)))
         } else {
-            // Only an indirect table may be anywhere.
+            // Only an indirect table may be unaligned.
             // SAFETY: the sixteen bytes of a descriptor in RAM; bytes need no alignment.
             let [low, high] = unsafe { at.cast::<[[u8; 8]; 2]>().read_volatile() };
             (u64::from_le_bytes(low), u64::from_le_bytes(high))
@@ -74,7 +74,7 @@ impl Table {
 }
 
 impl Descriptor {
-    /// From its two words in memory: addr; len, flags and next.
+    /// Decodes a descriptor from its two words in memory: addr; len, flags and next.
     fn new(low: u64, high: u64) -> Self {
         Self {
             segment: Segment { addr: low, len: (high & 0xffff_ffff) as u32 },
@@ -84,19 +84,19 @@ impl Descriptor {
     }
 }
 
-/// A ring: its place, and single accesses at offsets inside.
+/// The memory of a ring, and single accesses at offsets inside it.
 struct Area {
     ptr: *mut u8,
     bytes: usize,
 }
 
-// SAFETY: the pointer leads to guest RAM, shared memory by nature, of which every user of this holds
-// a clone; it is touched by atomics only.
+// SAFETY: the pointer leads to guest RAM, which is shared memory by nature. Every user of this area holds a
+// clone of the RAM, and the area is touched by atomics only.
 unsafe impl Send for Area {}
 
 impl Area {
-    /// `bytes` bytes at a guest address, wholly in RAM, on a multiple of 4 or 2 (the guest's page and
-    /// the host's are aligned alike, so the guest's alignment is the pointer's; looked at all the same).
+    /// Finds `bytes` bytes at a guest address, wholly in RAM and on a multiple of `align`, 4 or 2. Guest and
+    /// host pages are aligned alike, so the guest's alignment is the pointer's; it is checked all the same.
     fn new(ram: &Ram, addr: u64, bytes: usize, align: usize) -> Result<Self, OutsideRam> {
         let ptr = ram.host(addr, bytes)?;
         if !ptr.addr().is_multiple_of(align) {
@@ -107,9 +107,9 @@ impl Area {
 
     fn load(&self, at: usize, order: Ordering) -> u16 {
         debug_assert!(at + 2 <= self.bytes && at.is_multiple_of(2));
-        // SAFETY: offsets are computed below from positions brought inside the ring, which was
-        // checked to be in RAM and aligned, and which the RAM's owner outlives. The reference lives
-        // for one load, and an atomic may be changed by anybody at any time.
+        // SAFETY: offsets are computed below from positions brought inside the ring. The ring was checked to be
+        // in RAM and aligned, and the RAM's owner outlives it. The reference lives for one load, and an atomic
+        // may be changed by anybody at any time.
         u16::from_le(unsafe { AtomicU16::from_ptr(self.ptr.add(at).cast()) }.load(order))
     }
 
@@ -133,12 +133,12 @@ pub struct Available {
 }
 
 impl Available {
-    /// Bytes of a ring of `size` entries.
+    /// Returns the size in bytes of a ring of `size` entries.
     pub fn bytes(size: u16) -> usize {
         6 + 2 * usize::from(size)
     }
 
-    /// The ring at a guest address, wholly in RAM.
+    /// Finds the ring at a guest address. It must be wholly in RAM.
     pub fn new(ram: &Ram, addr: u64, size: u16) -> Result<Self, OutsideRam> {
         Ok(Self { area: Area::new(ram, addr, Self::bytes(size), 2)?, size })
     }
@@ -147,7 +147,7 @@ impl Available {
         self.area.load(0, Ordering::Relaxed)
     }
 
-    /// What is read after it, entries and descriptors, is at least as new (virtio 2.7.13).
+    /// Loads avail.idx. Entries and descriptors that are read after it are at least as new (virtio 2.7.13).
     pub fn idx(&self) -> u16 {
         self.area.load(2, Ordering::Acquire)
     }
@@ -168,12 +168,12 @@ pub struct Used {
 }
 
 impl Used {
-    /// Bytes of a ring of `size` entries.
+    /// Returns the size in bytes of a ring of `size` entries.
     pub fn bytes(size: u16) -> usize {
         6 + 8 * usize::from(size)
     }
 
-    /// The ring at a guest address, wholly in RAM.
+    /// Finds the ring at a guest address. It must be wholly in RAM.
     pub fn new(ram: &Ram, addr: u64, size: u16) -> Result<Self, OutsideRam> {
         Ok(Self { area: Area::new(ram, addr, Self::bytes(size), 4)?, size })
     }
@@ -182,7 +182,7 @@ impl Used {
         self.area.store(0, flags, Ordering::Relaxed);
     }
 
-    /// What was written before it, data, status and entries, is there when it is seen (virtio 2.7.8.2).
+    /// Stores used.idx. Whoever sees it also sees what was written before: data, status, entries (virtio 2.7.8.2).
     pub fn set_idx(&self, idx: u16) {
         self.area.store(2, idx, Ordering::Release);
     }
