@@ -1,7 +1,7 @@
 //! virtio over MMIO (virtio 4.2), version 2.
 //!
-//! Owns the map from offsets and widths to registers and the interrupt status. The machine behind
-//! them is [`super::core`]. Knows nothing of KVM: the interrupt line is an eventfd.
+//! Owns the map from offsets and widths to registers, and the interrupt status. The machine behind the
+//! registers is [`super::core`]. Knows nothing of KVM: the interrupt line is an eventfd.
 
 use std::io;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ const CONFIG: u64 = 0x100;
 const USED_BUFFER: u32 = 1;
 const CONFIG_CHANGE: u32 = 2;
 
-/// What an offset of the control registers is.
+/// What lies at an offset of the control registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Register {
     Magic,
@@ -38,7 +38,7 @@ enum Register {
     Core(Reg),
     InterruptStatus,
     InterruptAck,
-    /// Length and base of a shared memory region: there is none.
+    /// Length and base of a shared memory region; all ones, since there is none.
     SharedMemory,
     Unknown,
 }
@@ -75,7 +75,7 @@ fn register(offset: u64) -> Register {
     })
 }
 
-/// Registers that only the driver writes: they read 0 (virtio 4.2.2).
+/// Returns `true` for a register that only the driver writes. Such registers read 0 (virtio 4.2.2).
 fn is_write_only(reg: Reg) -> bool {
     matches!(
         reg,
@@ -89,7 +89,7 @@ fn is_write_only(reg: Reg) -> bool {
     )
 }
 
-/// The interrupt line of one device, with the register that says why it was raised.
+/// The interrupt line of one device, with the register that says why the line was raised.
 struct Line {
     status: Arc<DeviceStatus>,
     pending: AtomicU32,
@@ -99,7 +99,7 @@ struct Line {
 impl Line {
     fn raise(&self, why: u32) {
         self.pending.fetch_or(why, Ordering::SeqCst);
-        // An eventfd counts to 2^64 - 2 before a write could fail, and KVM empties it at once.
+        // The counter reaches 2^64 - 2 before a write could fail, and KVM empties it at once.
         if let Err(error) = self.irq.write(1) {
             log::error!("virtio: an interrupt was lost: {error}");
         }
@@ -129,7 +129,7 @@ pub struct MmioTransport {
 }
 
 impl MmioTransport {
-    /// Puts `device` behind registers; `irq` is bound to its interrupt line, edge triggered.
+    /// Puts `device` behind registers. `irq` is bound to the device's interrupt line, edge triggered.
     pub fn new(device: Box<dyn VirtioDevice>, ram: Ram, irq: EventFd) -> io::Result<Self> {
         let status = Arc::new(DeviceStatus::default());
         let line = Arc::new(Line { status: Arc::clone(&status), pending: AtomicU32::new(0), irq });
@@ -168,8 +168,10 @@ impl MmioTransport {
 }
 
 impl BusDevice for MmioTransport {
-    /// Control registers are read as aligned 32 bits, any other access to them reads 0; configuration
-    /// space, which begins behind them, is read in any way (virtio 4.2.2.2).
+    /// Reads control registers or configuration space (virtio 4.2.2.2).
+    ///
+    /// Control registers are read as aligned 32 bits; any other access to them reads 0. Configuration space
+    /// begins behind them and is read with any width and alignment.
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         let (control, config) = data.split_at_mut(control_bytes(offset, data.len()));
@@ -195,13 +197,13 @@ impl BusDevice for MmioTransport {
     }
 }
 
-/// How many bytes of an access come before configuration space.
+/// Returns how many bytes of an access come before configuration space.
 fn control_bytes(offset: u64, len: usize) -> usize {
     usize::try_from(CONFIG.saturating_sub(offset)).map_or(len, |before| before.min(len))
 }
 
 impl Transport for MmioTransport {
-    /// Each is rung by a write of its queue's index to [`QUEUE_NOTIFY`].
+    /// Returns the doorbells. Each is rung by a write of its queue's index to [`QUEUE_NOTIFY`].
     fn doorbells(&self) -> &[Arc<EventFd>] {
         self.core.doorbells()
     }

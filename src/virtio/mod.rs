@@ -63,7 +63,7 @@ pub struct Activation {
 /// Why a device did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ActivateError {
-    /// A queue that the device cannot do without was not enabled.
+    /// The device has no worker for a queue that the driver has enabled.
     #[error("queue {0} was not enabled")]
     MissingQueue(u16),
     /// A worker's thread has exited.

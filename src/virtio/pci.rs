@@ -1,10 +1,9 @@
 //! virtio over PCI (virtio 4.1), modern only: all registers in one memory region, MSI-X, no INTx.
 //!
-//! Owns what the registers of the region mean, the capabilities that tell of them, and the vectors that
-//! events are mapped to. [`region`] maps offsets to registers; an access of any width and start has its
-//! effect on each that it touches. The machine behind the registers is [`super::core`], masks and
-//! pending bits are [`crate::pci::msix`]'s. Knows nothing of KVM: doorbells are eventfds, messages go
-//! to a [`MessageSink`].
+//! Owns the meaning of the region's registers, the capabilities that describe them, and the vectors that events
+//! are mapped to. [`region`] maps offsets to registers. An access of any width and start takes effect on each
+//! register that it touches. The machine behind the registers is [`super::core`]; masks and pending bits are in
+//! [`crate::pci::msix`]. Knows nothing of KVM: doorbells are eventfds, messages go to a [`MessageSink`].
 
 mod region;
 
@@ -33,18 +32,18 @@ use region::{
 /// virtio's own vendor ID, and the first device ID without legacy registers (virtio 4.1.2).
 const VENDOR: u16 = 0x1af4;
 const DEVICE_0: u16 = 0x1040;
-/// Not of a transitional device (virtio 4.1.2.1).
+/// The revision of a device that is not transitional (virtio 4.1.2.1).
 const REVISION: u8 = 1;
 const SUBSYSTEM: u16 = 0x40;
 
-/// An event that is mapped to no vector (virtio 4.1.5.1.2).
+/// The vector of an event that is mapped to no vector (virtio 4.1.5.1.2).
 const NO_VECTOR: u16 = 0xffff;
 
 /// Bits of the ISR status (virtio 4.1.4.5).
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
 
-/// Vendor specific capability, and what of virtio's it tells (virtio 4.1.4).
+/// The vendor-specific capability, and virtio's types of it (virtio 4.1.4).
 const CAP_VENDOR: u8 = 9;
 const CAP_COMMON: u8 = 1;
 const CAP_NOTIFY: u8 = 2;
@@ -57,7 +56,7 @@ const CAP_OFFSET: usize = 8;
 const CAP_LENGTH: usize = 12;
 const CAP_DATA: usize = 16;
 
-/// Which events are mapped to which vectors, and the ISR status.
+/// Which event is mapped to which vector, and the ISR status.
 struct Vectors {
     status: Arc<DeviceStatus>,
     isr: AtomicU8,
@@ -71,19 +70,19 @@ impl Vectors {
         unpoisoned(self.msix.lock())
     }
 
-    /// Signals what an event is mapped to; whether messages are in use at all.
+    /// Signals the vector that `event` is mapped to. Returns `true` if messages are in use at all.
     fn signal(&self, event: Option<&AtomicU16>) -> bool {
         let mut msix = self.msix();
         if msix.is_enabled()
             && let Some(event) = event
         {
-            // NO_VECTOR is a vector that there never is.
+            // No vector has the number NO_VECTOR.
             msix.signal(event.load(Ordering::SeqCst));
         }
         msix.is_enabled()
     }
 
-    /// Maps an event; a vector that is not there reads back as none (virtio 4.1.5.1.2.1).
+    /// Maps an event to a vector. A vector that does not exist reads back as NO_VECTOR (virtio 4.1.5.1.2.1).
     fn map(&self, event: Option<&AtomicU16>, vector: u32) {
         let known = u16::try_from(vector).ok().filter(|vector| *vector < self.msix().vectors());
         if let Some(event) = event {
@@ -91,7 +90,8 @@ impl Vectors {
         }
     }
 
-    /// The device is reset: nothing is mapped, nothing is to be told (virtio 4.1.5.1.2.1, 2.4.1).
+    /// Unmaps all events and forgets pending notifications, after a reset of the device (virtio 4.1.5.1.2.1,
+    /// 2.4.1).
     fn reset(&self) {
         for event in self.queues.iter().chain([&self.config]) {
             event.store(NO_VECTOR, Ordering::SeqCst);
@@ -108,7 +108,7 @@ impl Interrupt for Vectors {
         }
     }
 
-    /// The ISR status tells of it also where messages are in use (virtio 4.1.4.5.1).
+    /// Sets the ISR status as well, even if messages are in use (virtio 4.1.4.5.1).
     fn config(&self) {
         self.isr.fetch_or(ISR_CONFIG, Ordering::SeqCst);
         self.signal(Some(&self.config));
@@ -126,14 +126,14 @@ pub struct PciTransport {
     core: Core,
     vectors: Arc<Vectors>,
     space: ConfigSpace,
-    /// Offset of MSI-X's capability, and of the one that is a window.
+    /// Offsets of MSI-X's capability, and of the capability that is a window to the registers.
     msix_at: usize,
     window_at: usize,
 }
 
 impl PciTransport {
-    /// Makes a function of `device`, with its registers at `address`, a multiple of [`BAR_BYTES`].
-    /// `sink` has as many vectors as [`vectors_of`] says.
+    /// Makes a PCI function of `device`, with its registers at `address`, a multiple of [`BAR_BYTES`]. `sink`
+    /// has as many vectors as [`vectors_of`] returns.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         ram: Ram,
@@ -193,7 +193,8 @@ impl PciTransport {
         }
     }
 
-    /// Which queues are notified is told by the address, not by the value.
+    /// Rings the doorbells of the queues whose registers are written. The address selects the queue, not the
+    /// value.
     fn notify(&mut self, at: u64, bytes: usize) {
         for lane in lanes(at, bytes, |at| (at - at % NOTIFY_STRIDE, 4)) {
             let queue = u32::try_from(lane.register / NOTIFY_STRIDE).unwrap_or(u32::MAX);
@@ -233,7 +234,7 @@ impl PciTransport {
 
     fn write_field(&mut self, field: Field, value: u32) {
         match field {
-            // A driver may not write 0 there (virtio 4.1.4.3.2), so a queue is not taken back.
+            // A driver may not write 0 to QueueReady (virtio 4.1.4.3.2), so a queue is never taken back.
             Field::Core(Reg::QueueReady) if value != 1 => {}
             Field::Core(Reg::Status) => {
                 self.core.write(Reg::Status, value);
@@ -252,8 +253,8 @@ impl PciTransport {
         self.vectors.queues.get(usize::try_from(self.core.queue_sel()).ok()?)
     }
 
-    /// The access that the window in configuration space asks for: one that could be made to the
-    /// region itself (virtio 4.1.4.9.1).
+    /// Returns offset and length of the access that the window in configuration space asks for. `None` if the
+    /// driver could not make that access to the region itself (virtio 4.1.4.9.1).
     fn window(&self) -> Option<(u64, usize)> {
         let word = |at| {
             let mut bytes = [0; 4];
@@ -304,7 +305,7 @@ impl PciFunction for PciTransport {
     }
 }
 
-/// The memory of the function, wherever the bus has found that it is.
+/// The function's memory. The bus has found the function already, so offsets count from its base.
 impl BusDevice for PciTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         self.read_region(offset, data);
@@ -327,7 +328,7 @@ impl Transport for PciTransport {
     }
 }
 
-/// How many vectors a device's function has: one for each queue and one for its configuration.
+/// Returns the number of vectors of a device's function: one for each queue and one for its configuration.
 pub fn vectors_of(device: &dyn VirtioDevice) -> u16 {
     let vectors = device.queue_sizes().len() as u64 + 1;
     u16::try_from(vectors.min(VECTORS_MAX)).unwrap_or(u16::MAX)
@@ -335,7 +336,7 @@ pub fn vectors_of(device: &dyn VirtioDevice) -> u16 {
 
 fn identity(device_id: u32) -> Identity {
     let class = match device_id {
-        // Mass storage; communication; else unclassified.
+        // Mass storage; communication; everything else is unclassified.
         2 => [0x01, 0x80, 0],
         3 => [0x07, 0x80, 0],
         _ => [0xff, 0, 0],
@@ -349,8 +350,8 @@ fn identity(device_id: u32) -> Identity {
     }
 }
 
-/// Tells where the parts of the region are (virtio 4.1.4); offsets of MSI-X's capability and of the
-/// window's.
+/// Adds the capabilities that tell where the parts of the region are (virtio 4.1.4). Returns the offsets of
+/// MSI-X's capability and of the window.
 fn add_capabilities(space: &mut ConfigSpace, vectors: u16) -> (usize, usize) {
     let queues = u64::from(vectors.saturating_sub(1));
     space.add_capability(CAP_VENDOR, &capability(CAP_COMMON, COMMON, COMMON_BYTES, &[]), &[]);
@@ -359,14 +360,14 @@ fn add_capabilities(space: &mut ConfigSpace, vectors: u16) -> (usize, usize) {
     space.add_capability(CAP_VENDOR, &notify, &[]);
     space.add_capability(CAP_VENDOR, &capability(CAP_ISR, ISR, 1, &[]), &[]);
     space.add_capability(CAP_VENDOR, &capability(CAP_DEVICE, DEVICE, DEVICE_BYTES, &[]), &[]);
-    // Bar, offset, length and data of the window are the driver's.
+    // The driver may write bar, offset, length and data of the window.
     let mut open = [0xff; CAP_DATA + 4 - 2];
     open[..CAP_BAR - 2].fill(0);
     open[CAP_BAR - 1..CAP_OFFSET - 2].fill(0);
     let window = space.add_capability(CAP_VENDOR, &capability(CAP_PCI, 0, 0, &[0; 4]), &open);
     let low = |value: u64| u32::try_from(value).unwrap_or(0).to_le_bytes();
     let mut table = Vec::from(vectors.saturating_sub(1).to_le_bytes());
-    // Both in base address register 0, whose number is in the lowest three bits.
+    // Table and pending bits are in base address register 0, whose number is in the lowest three bits.
     table.extend(low(TABLE));
     table.extend(low(PENDING));
     let control = (msix::ENABLE | msix::FUNCTION_MASK).to_le_bytes();
@@ -374,7 +375,7 @@ fn add_capabilities(space: &mut ConfigSpace, vectors: u16) -> (usize, usize) {
     (usize::from(msix), usize::from(window))
 }
 
-/// struct virtio_pci_cap, from its third byte on.
+/// Builds a struct virtio_pci_cap, from its third byte on.
 fn capability(kind: u8, offset: u64, length: u64, more: &[u8]) -> Vec<u8> {
     let low = |value: u64| u32::try_from(value).unwrap_or(0).to_le_bytes();
     let bytes = u8::try_from(CAP_DATA + more.len()).unwrap_or(0);

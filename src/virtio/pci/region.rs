@@ -1,16 +1,16 @@
 //! What lies where in the memory region of a virtio function.
 //!
-//! Owns the map from bytes to parts, and to the registers of the common configuration (virtio
-//! 4.1.4.3). What a register means is the transport's.
+//! Owns the map from bytes to parts, and to the registers of the common configuration (virtio 4.1.4.3). What a
+//! register means is up to the transport.
 
 use super::super::core::{Half, QueuePart, Reg};
 use crate::pci::msix;
 
-/// Bytes of memory that a function takes, which is where its registers lie.
+/// Bytes of memory that a function takes, in which its registers lie.
 pub const BAR_BYTES: u64 = 0x8000;
 /// Offset of the notification registers, for the ioeventfds.
 pub const NOTIFY: u64 = 0x3000;
-/// Distance of two queues' notification registers (`notify_off_multiplier`, virtio 4.1.4.4).
+/// Distance between two queues' notification registers (`notify_off_multiplier`, virtio 4.1.4.4).
 pub const NOTIFY_STRIDE: u64 = 4;
 
 /// The other parts of the region.
@@ -21,7 +21,7 @@ pub const DEVICE: u64 = 0x2000;
 pub const DEVICE_BYTES: u64 = 0x100;
 pub const TABLE: u64 = 0x4000;
 pub const PENDING: u64 = 0x6000;
-/// Most vectors that the table has room for.
+/// The most vectors that the table has room for.
 pub const VECTORS_MAX: u64 = (PENDING - TABLE) / msix::ENTRY_BYTES;
 
 /// A register of the common configuration (virtio 4.1.4.3).
@@ -34,7 +34,7 @@ pub enum Field {
     NotifyOffset,
 }
 
-/// The registers in order: offset, width in bytes. Those of 64 bits are two of 32.
+/// The registers in order: offset, width in bytes, field. A register of 64 bits is two of 32.
 const FIELDS: [(u64, usize, Field); 19] = {
     use Half::{High, Low};
     use QueuePart::{Available, Descriptors, Used};
@@ -61,13 +61,13 @@ const FIELDS: [(u64, usize, Field); 19] = {
     ]
 };
 
-/// The register of the common configuration that begins at `offset`.
+/// Returns the register of the common configuration that begins at `offset`.
 pub fn field(offset: u64) -> Option<Field> {
     FIELDS.iter().find(|(at, ..)| *at == offset).map(|(_, _, field)| *field)
 }
 
-/// The register of the common configuration that byte `offset` belongs to: offset and width. Bytes
-/// that no register has are each alone.
+/// Returns offset and width of the register of the common configuration that byte `offset` belongs to. A byte
+/// that belongs to no register stands alone.
 pub fn locate(offset: u64) -> (u64, usize) {
     FIELDS
         .iter()
@@ -76,7 +76,7 @@ pub fn locate(offset: u64) -> (u64, usize) {
         .unwrap_or((offset, 1))
 }
 
-/// Part of the memory region, and the offset in it.
+/// A part of the memory region, and the offset in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {
     Common(u64),
@@ -88,8 +88,8 @@ pub enum Part {
     Nothing,
 }
 
-/// The part that an access of `len` bytes at `offset` begins in, and how many of its bytes lie there:
-/// one at least, if there is any.
+/// Returns the part that an access of `len` bytes at `offset` begins in, and how many of its bytes lie in that
+/// part: at least one if `len` is not 0.
 pub fn first_part(offset: u64, len: usize) -> (Part, usize) {
     let (part, end) = match offset {
         COMMON..ISR => (Part::Common(offset - COMMON), ISR),
