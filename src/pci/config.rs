@@ -1,21 +1,21 @@
 //! A function's configuration space: the header of type 0, base address registers, capabilities.
 //!
-//! Owns which bits there are and which of them a guest may change (PCI Local Bus 3.0, chapter 6).
-//! What a change means is the function's business.
+//! Owns which bits there are, and which of them a guest may change (PCI Local Bus 3.0, chapter 6). What a
+//! change means is up to the function.
 
 use std::ops::Range;
 
-/// Bytes of configuration space that a function without PCI Express has.
+/// Size in bytes of the configuration space of a function without PCI Express.
 pub const CONFIG_BYTES: usize = 256;
 
 /// Offset of the command register.
 pub const COMMAND: usize = 0x04;
-/// The function answers at its memory addresses.
+/// Command register: the function answers at its memory addresses.
 const COMMAND_MEMORY: u8 = 1 << 1;
-/// The function may write to memory.
+/// Command register: the function may write to memory.
 const COMMAND_MASTER: u8 = 1 << 2;
 const STATUS: usize = 0x06;
-/// There is a list of capabilities.
+/// Status register: there is a list of capabilities.
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 const BAR0: usize = 0x10;
 const CAPABILITIES: usize = 0x34;
@@ -27,7 +27,7 @@ const BAR_MEMORY_64: u8 = 0b100;
 /// Bits 0 to 31.
 const LOW_HALF: u64 = 0xffff_ffff;
 
-/// Whether an access of `len` bytes at `at` touches a byte of `register`.
+/// Returns `true` if an access of `len` bytes at `at` touches a byte of `register`.
 pub fn touches(register: &Range<usize>, at: usize, len: usize) -> bool {
     at < register.end && register.start < at.saturating_add(len)
 }
@@ -35,24 +35,24 @@ pub fn touches(register: &Range<usize>, at: usize, len: usize) -> bool {
 /// A range of guest physical addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
-    /// The first.
+    /// The first address.
     pub base: u64,
-    /// How many, from 1 on.
+    /// Number of addresses, at least 1.
     pub len: u64,
 }
 
-/// What a function's configuration says of its memory.
+/// What a function's configuration says about its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Memory {
-    /// It has none, or the command register switches it off.
+    /// The function has no memory, or the command register switches it off.
     Off,
-    /// The guest asks for its size: the base address register holds ones and no address.
+    /// The guest asks for the size: the base address register holds ones and no address.
     Sizing,
-    /// It is here.
+    /// The memory is at these addresses.
     At(Span),
 }
 
-/// What a function is.
+/// The identification of a function.
 #[derive(Debug, Clone, Copy)]
 pub struct Identity {
     /// Vendor ID.
@@ -61,7 +61,7 @@ pub struct Identity {
     pub device: u16,
     /// Revision ID.
     pub revision: u8,
-    /// Base class, sub-class and programming interface, from the highest byte down.
+    /// Base class, sub-class and programming interface, highest byte first.
     pub class: [u8; 3],
     /// Subsystem vendor ID and subsystem ID.
     pub subsystem: [u16; 2],
@@ -72,16 +72,16 @@ pub struct ConfigSpace {
     bytes: [u8; CONFIG_BYTES],
     /// Bits that the guest may change.
     writable: [u8; CONFIG_BYTES],
-    /// Where the address of the next capability is to be written.
+    /// Where the offset of the next capability is to be written.
     link: usize,
-    /// The first byte that no capability has.
+    /// The first byte after all capabilities.
     free: usize,
-    /// Bytes of memory behind base address registers 0 and 1; 0 if they are none.
+    /// Bytes of memory behind base address registers 0 and 1; 0 if there is none.
     memory_bytes: u64,
 }
 
 impl ConfigSpace {
-    /// A header with no base address register and no capability. Interrupt pin 0: no INTx.
+    /// Creates a header without base address registers and capabilities. Interrupt pin is 0: no INTx.
     pub fn new(identity: &Identity) -> Self {
         let mut space = Self {
             bytes: [0; CONFIG_BYTES],
@@ -98,16 +98,18 @@ impl ConfigSpace {
         space.put(0x2c, &subsystem_vendor.to_le_bytes());
         space.put(0x2e, &subsystem.to_le_bytes());
         space.writable[COMMAND] = COMMAND_MEMORY | COMMAND_MASTER;
-        // INTx disable: there is none, but a driver of messages sets it.
+        // INTx disable: there is no INTx, but a driver that uses messages sets the bit.
         space.writable[COMMAND + 1] = 1 << 2;
-        // Software's own scratch bytes: cache line size and interrupt line.
+        // Scratch bytes for software: cache line size and interrupt line.
         space.writable[0x0c] = 0xff;
         space.writable[INTERRUPT_LINE] = 0xff;
         space
     }
 
-    /// Places base address registers 0 and 1, one of 64 bits: `len` bytes of memory, a power of two,
-    /// at `address`, a multiple of it. A guest that writes all ones reads how large it is.
+    /// Places `len` bytes of memory at `address`, through base address registers 0 and 1 as one of 64 bits.
+    ///
+    /// `len` is a power of two, and `address` a multiple of it. A guest that writes all ones reads the size
+    /// back.
     pub fn place(&mut self, address: u64, len: u64) {
         debug_assert!(len.is_power_of_two() && address.is_multiple_of(len) && len >= 16);
         self.memory_bytes = len;
@@ -117,8 +119,10 @@ impl ConfigSpace {
         self.bytes[COMMAND] |= COMMAND_MEMORY;
     }
 
-    /// Adds a capability: its ID, a link, then `body`, of which the guest may change the bits in
-    /// `writable` (from its first byte on). Its offset.
+    /// Adds a capability and returns its offset.
+    ///
+    /// The capability is its ID, a link, then `body`. The guest may change the bits of `body` that are set in
+    /// `writable`, which begins at the first byte of `body`.
     pub fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> u8 {
         let at = self.free;
         self.put(at, &[id, 0]);
@@ -134,14 +138,14 @@ impl ConfigSpace {
         offset
     }
 
-    /// Writes bytes that the guest reads; those beyond the end are not there.
+    /// Sets bytes that the guest reads. Bytes beyond the end are dropped.
     pub fn put(&mut self, at: usize, bytes: &[u8]) {
         for (to, from) in self.bytes.iter_mut().skip(at).zip(bytes) {
             *to = *from;
         }
     }
 
-    /// The bytes from `at` on, zeroes beyond the end.
+    /// Returns the bytes from `at` on; bytes beyond the end are 0.
     pub fn get(&self, at: usize, data: &mut [u8]) {
         data.fill(0);
         for (to, from) in data.iter_mut().zip(self.bytes.iter().skip(at)) {
@@ -149,20 +153,20 @@ impl ConfigSpace {
         }
     }
 
-    /// What the guest writes: only the bits that it may change.
+    /// Writes for the guest, which changes only the bits that it may change.
     pub fn write(&mut self, at: usize, data: &[u8]) {
         for ((byte, bits), new) in self.bytes.iter_mut().zip(&self.writable).skip(at).zip(data) {
             *byte = *byte & !bits | new & bits;
         }
     }
 
-    /// What the command register and base address registers 0 and 1 say of the function's memory.
+    /// Returns what the command register and base address registers 0 and 1 say about the function's memory.
     pub fn memory(&self) -> Memory {
         if self.memory_bytes == 0 || self.bytes[COMMAND] & COMMAND_MEMORY == 0 {
             return Memory::Off;
         }
         let address = self.address();
-        // Ones in all bits of a half that can be written are a question, not an address.
+        // If all writable bits of one half are ones, the guest asks for the size; the value is no address.
         let low = !(self.memory_bytes - 1) & LOW_HALF;
         if address & LOW_HALF == low || address >> 32 == LOW_HALF {
             return Memory::Sizing;
@@ -170,7 +174,7 @@ impl ConfigSpace {
         Memory::At(Span { base: address, len: self.memory_bytes })
     }
 
-    /// The address in base address registers 0 and 1.
+    /// Returns the address in base address registers 0 and 1.
     fn address(&self) -> u64 {
         let mut bytes = [0; 8];
         self.get(BAR0, &mut bytes);

@@ -1,10 +1,9 @@
-//! Who answers where in the bus's memory: base address registers move functions, and their doorbells
-//! follow.
+//! Who answers where in the bus's memory: base address registers move functions, and their doorbells follow.
 //!
-//! Owns the places of all functions' memory. A function answers where its configuration says, inside the
-//! window that the host bridge passes on; of two that claim the same address the one of the lower
-//! device number answers. Ones that the guest writes to ask for a size move nothing. How a doorbell
-//! reaches KVM is behind [`DoorbellSink`].
+//! Owns the places of all functions' memory. A function answers where its configuration says, inside the window
+//! that the host bridge passes on. If two claim the same address, the one with the lower device number answers.
+//! A guest that writes all ones to ask for a size moves nothing. How a doorbell reaches KVM is behind
+//! [`DoorbellSink`].
 
 use std::io;
 use std::ops::Range;
@@ -15,20 +14,21 @@ use crate::ratelimit::RateLimit;
 use crate::sync::unpoisoned;
 use crate::warn_limited;
 
-/// The doorbells of one function, as they follow its memory: KVM's ioeventfds; in tests, a list. A
-/// doorbell that is bound nowhere still works: its write reaches the function's registers.
+/// The doorbells of one function, which follow its memory: KVM's ioeventfds; in tests, a list.
+///
+/// A doorbell that is bound nowhere still works: the write reaches the function's registers.
 pub trait DoorbellSink: Send {
-    /// From now on the function's memory is at `base`, or nowhere.
+    /// Binds the doorbells to the function's memory at `base`; `None` unbinds them.
     fn place(&mut self, base: Option<u64>) -> io::Result<()>;
 }
 
-/// One function.
+/// One function of the bus.
 struct Function {
-    /// What its configuration says.
+    /// What the function's configuration says about its memory.
     says: Memory,
-    /// Where it answers.
+    /// Where the function answers; `None` if nowhere.
     at: Option<Span>,
-    /// Where it answered last, for messages.
+    /// Where the function answered last, for messages.
     last: Option<Span>,
     doorbells: Box<dyn DoorbellSink>,
 }
@@ -43,13 +43,14 @@ struct Places {
 pub struct MemoryMap {
     window: Range<u64>,
     places: Mutex<Places>,
-    /// The functions that answer, by their addresses. It is read at each access; whoever holds its
-    /// lock takes no other.
+    /// The functions that answer, sorted by address. Each access reads this; a thread that holds its lock takes
+    /// no other.
     routes: RwLock<Vec<(Span, usize)>>,
 }
 
 impl MemoryMap {
-    /// A window in which no function answers yet; the functions' doorbells by device number.
+    /// Creates a window in which no function answers yet. `doorbells` are those of the functions, by device
+    /// number.
     pub fn new(window: Range<u64>, doorbells: impl IntoIterator<Item = Box<dyn DoorbellSink>>) -> Self {
         let function = |doorbells| Function { says: Memory::Off, at: None, last: None, doorbells };
         let functions = doorbells.into_iter().map(function).collect();
@@ -58,12 +59,13 @@ impl MemoryMap {
         Self { window, places, routes: RwLock::default() }
     }
 
-    /// First address of the window.
+    /// Returns the first address of the window.
     pub fn base(&self) -> u64 {
         self.window.start
     }
 
-    /// Who answers at `addr`, as device number and offset, and how many of `len` bytes it takes.
+    /// Returns the function that answers at `addr`, as device number and offset, and how many of `len` bytes go
+    /// there. If none answers, the number counts the bytes before the next function.
     pub fn find(&self, addr: u64, len: usize) -> (Option<(usize, u64)>, usize) {
         let routes = unpoisoned(self.routes.read());
         let limit = |end: u64| len.min(usize::try_from(end - addr).unwrap_or(len));
@@ -75,8 +77,8 @@ impl MemoryMap {
         (None, routes.get(after).map_or(len, |(next, _)| limit(next.base)))
     }
 
-    /// A function's configuration was written. The caller holds the function's lock, so that the last
-    /// write is the last that is told.
+    /// Moves a function as its configuration says after a write. The caller holds the function's lock, so that
+    /// the last write also arrives here last.
     pub fn update(&self, device: usize, says: Memory) {
         let mut places = self.places();
         let Some(function) = places.functions.get_mut(device).filter(|function| function.says != says) else {
@@ -89,7 +91,7 @@ impl MemoryMap {
         places.put(&wanted);
     }
 
-    /// Tells of an access where no function answers.
+    /// Reports an access where no function answers.
     pub fn stray(&self, what: &str, addr: u64) {
         let places = &mut *self.places();
         let was = |function: &Function| function.last.is_some_and(|span| span.contains(addr));
@@ -119,7 +121,8 @@ impl MemoryMap {
 }
 
 impl Places {
-    /// Where each function is to answer from now on; `changed` is the one that made the difference.
+    /// Returns where each function is to answer from now on. `changed` is the function whose configuration was
+    /// written.
     fn wanted(&mut self, window: &Range<u64>, changed: usize) -> Vec<Option<Span>> {
         let mut wanted: Vec<Option<Span>> = Vec::with_capacity(self.functions.len());
         for (device, function) in self.functions.iter().enumerate() {
@@ -154,7 +157,7 @@ impl Places {
         wanted
     }
 
-    /// Unbinds the doorbells of those that move or are switched off.
+    /// Unbinds the doorbells of functions that move or are switched off.
     fn take_away(&mut self, wanted: &[Option<Span>]) {
         for (device, (function, wanted)) in self.functions.iter_mut().zip(wanted).enumerate() {
             if function.at.is_some()
@@ -169,7 +172,7 @@ impl Places {
         }
     }
 
-    /// Binds the doorbells of those that have moved or were switched on.
+    /// Binds the doorbells of functions that have moved or were switched on.
     fn put(&mut self, wanted: &[Option<Span>]) {
         for (device, (function, wanted)) in self.functions.iter_mut().zip(wanted).enumerate() {
             if function.at == *wanted {

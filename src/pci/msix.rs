@@ -1,7 +1,7 @@
-//! MSI-X: a table of messages, one a vector, each masked or not (PCI Local Bus 3.0, 6.8.2).
+//! MSI-X: a table of messages, one per vector, each masked or not (PCI Local Bus 3.0, 6.8.2).
 //!
-//! Owns masks and pending bits, exactly: a vector that is masked remembers that it was signalled, and
-//! sends once when it is unmasked. How a message reaches a CPU is behind [`MessageSink`].
+//! Owns masks and pending bits, exactly: a masked vector remembers that it was signalled, and sends once when
+//! it is unmasked. How a message reaches a CPU is behind [`MessageSink`].
 
 use std::io;
 
@@ -9,7 +9,7 @@ use crate::bus::lanes::{lanes, words};
 use crate::ratelimit::RateLimit;
 use crate::warn_limited;
 
-/// Bytes of an entry of the table.
+/// Size in bytes of an entry of the table.
 pub const ENTRY_BYTES: u64 = 16;
 /// Capability ID.
 pub const CAPABILITY: u8 = 0x11;
@@ -20,30 +20,30 @@ pub const ENABLE: u16 = 1 << 15;
 /// Vector control: the vector is masked.
 const VECTOR_MASK: u32 = 1;
 
-/// What is written where, so that a CPU is interrupted.
+/// A write to memory that interrupts a CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Message {
-    /// Where: an address of the local APICs.
+    /// The address, which is one of the local APICs'.
     pub address: u64,
-    /// What.
+    /// The value that is written.
     pub data: u32,
 }
 
-/// The way of a message to the guest's CPUs: KVM's routes and irqfds; in tests, a list.
+/// Delivers messages to the guest's CPUs: KVM's routes and irqfds; in tests, a list.
 pub trait MessageSink: Send {
-    /// From now on `vector` sends `message`.
+    /// Makes `vector` send `message` from now on.
     fn route(&mut self, vector: u16, message: Message) -> io::Result<()>;
-    /// Sends it.
+    /// Sends the message of `vector`.
     fn send(&self, vector: u16) -> io::Result<()>;
 }
 
-/// Registers of one vector.
+/// The registers of one vector.
 #[derive(Debug, Clone, Copy)]
 struct Entry {
     message: Message,
     masked: bool,
     pending: bool,
-    /// What the sink has been told.
+    /// The message that the sink was told last; `None` if that failed or never happened.
     routed: Option<Message>,
 }
 
@@ -57,7 +57,7 @@ pub struct Msix {
 }
 
 impl Msix {
-    /// So many vectors, all masked, and messages not in use.
+    /// Creates `vectors` vectors, all masked. Messages are not in use.
     pub fn new(vectors: u16, sink: Box<dyn MessageSink>) -> Self {
         let fresh = Entry { message: Message::default(), masked: true, pending: false, routed: None };
         Self {
@@ -69,17 +69,17 @@ impl Msix {
         }
     }
 
-    /// How many vectors there are.
+    /// Returns the number of vectors.
     pub fn vectors(&self) -> u16 {
         u16::try_from(self.entries.len()).unwrap_or(u16::MAX)
     }
 
-    /// Whether messages are in use.
+    /// Returns `true` if messages are in use.
     pub fn is_enabled(&self) -> bool {
         self.enabled
     }
 
-    /// The guest has written message control.
+    /// Takes over what the guest has written to message control.
     pub fn set_control(&mut self, control: u16) {
         self.enabled = control & ENABLE != 0;
         self.masked = control & FUNCTION_MASK != 0;
@@ -88,7 +88,8 @@ impl Msix {
         }
     }
 
-    /// Signals a vector: sends its message, or remembers it while it is masked.
+    /// Signals a vector: sends its message, or marks it pending while it is masked. Does nothing if messages
+    /// are not in use.
     pub fn signal(&mut self, vector: u16) {
         if let Some(entry) = self.entries.get_mut(usize::from(vector)).filter(|_| self.enabled) {
             entry.pending = true;
@@ -96,14 +97,14 @@ impl Msix {
         }
     }
 
-    /// Forgets what is remembered: nothing is sent after a device's reset (virtio 2.4.1).
+    /// Clears all pending bits: nothing is sent after a device's reset (virtio 2.4.1).
     pub fn forget_pending(&mut self) {
         for entry in &mut self.entries {
             entry.pending = false;
         }
     }
 
-    /// Reads the table, in any width.
+    /// Reads the table with any width.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         for lane in lanes(offset, data.len(), words) {
@@ -111,7 +112,7 @@ impl Msix {
         }
     }
 
-    /// Writes the table, in any width.
+    /// Writes the table with any width.
     pub fn write_table(&mut self, offset: u64, data: &[u8]) {
         for lane in lanes(offset, data.len(), words) {
             let value = lane.merge(self.read_register(lane.register), data);
@@ -125,7 +126,7 @@ impl Msix {
         }
     }
 
-    /// Reads the pending bits, one a vector.
+    /// Reads the pending bits, one per vector.
     pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
         for (at, to) in data.iter_mut().enumerate() {
             let byte = usize::try_from(offset).unwrap_or(usize::MAX).saturating_add(at);
@@ -135,7 +136,8 @@ impl Msix {
         }
     }
 
-    /// Sends what may be sent: the sink hears of a message before the first of it.
+    /// Sends the message of `vector` if it is pending and nothing masks it. The sink is told the message before
+    /// it is sent for the first time.
     fn settle(&mut self, vector: u16) {
         let Some(entry) = self.entries.get_mut(usize::from(vector)) else { return };
         if !self.enabled || self.masked || entry.masked {
@@ -295,8 +297,8 @@ mod tests {
         Act::Forget,
     ];
 
-    /// PCI 3.0, 6.8.2.6 in a few words: a signal is pending until it is sent, whatever is masked, how
-    /// often; and it is sent once, as soon as nothing masks it.
+    /// PCI 3.0, 6.8.2.6 in a few words: a signal stays pending until it is sent, however often it is masked. It
+    /// is sent once, as soon as nothing masks it.
     #[derive(Default)]
     struct Model {
         enabled: bool,
@@ -327,7 +329,7 @@ mod tests {
             let (mut msix, heard) = msix();
             let mut model = Model { masks: (true, false), ..Model::default() };
             let mut so_far = Vec::new();
-            // From a function that is enabled, which a short sequence gets to the point with.
+            // Begin with a function that is enabled, so that a short sequence reaches the interesting states.
             let steps = (0..STEPS).map(|step| ACTS[(number / acts.pow(step) % acts) as usize]);
             for act in [ACTS[3]].into_iter().chain(steps) {
                 so_far.push(act);
@@ -387,7 +389,7 @@ mod tests {
 
     #[test]
     fn a_write_of_any_width_has_its_effect_on_every_entry_that_it_touches() {
-        // The mask bit of vector 0 is in byte 12; each of these clears it.
+        // The mask bit of vector 0 is in byte 12; each of these writes clears it.
         for (offset, len) in [(12, 1), (12, 2), (11, 2), (12, 4), (12, 8), (8, 8), (9, 4), (5, 8)] {
             let (mut msix, heard) = msix();
             msix.set_control(ENABLE);
@@ -396,7 +398,7 @@ mod tests {
             msix.write_table(offset, &vec![0; len]);
             assert_eq!(take(&heard).len(), 1, "{len} bytes at {offset}");
         }
-        // And one that reaches into the next entry settles both.
+        // A write that reaches into the next entry takes effect on both.
         let (mut msix, heard) = msix();
         msix.set_control(ENABLE);
         program(&mut msix, 1, Message { address: 0, data: 7 }, 0);

@@ -1,8 +1,8 @@
 //! The bus and the two ways to configuration space: ports 0xCF8 and 0xCFC, and ECAM.
 //!
-//! Owns which device number has which function, and hands accesses of the bus's memory to the function
-//! that [`super::memory`] finds there. One bus, function 0 of each device; what is not
-//! there reads as all ones (PCI Local Bus 3.0, 3.2.2.3; PCI Express 7.2.2).
+//! Owns which device number has which function, and hands accesses of the bus's memory to the function that
+//! [`super::memory`] finds there. There is one bus, with function 0 of each device. What does not exist reads
+//! as all ones (PCI Local Bus 3.0, 3.2.2.3; PCI Express 7.2.2).
 
 use std::io;
 use std::ops::Range;
@@ -13,40 +13,41 @@ use super::memory::{DoorbellSink, MemoryMap};
 use crate::bus::{Bus, BusDevice, Outcome, SharedDevice};
 use crate::sync::unpoisoned;
 
-/// Device numbers of a bus, of which 0 is the host bridge.
+/// Number of device numbers of a bus; device 0 is the host bridge.
 pub const DEVICES_MAX: usize = 32;
-/// Ports of the first way: an address at 0xCF8, data at 0xCFC.
+/// Number of ports for configuration: the address at 0xCF8, data at 0xCFC.
 pub const PORTS_LEN: u64 = 8;
-/// Offset of the data register.
+/// Offset of the data register from the first port.
 const DATA: u64 = 4;
-/// ECAM of one bus: 4 KiB for each of eight functions of each device.
+/// Size in bytes of one bus's ECAM: 4 KiB for each of eight functions of each device.
 pub const ECAM_BYTES: u64 = 1 << 20;
 
-/// The address register's bit without which data is not configuration.
+/// The bit of the address register without which data accesses are not configuration accesses.
 const ENABLE: u32 = 1 << 31;
 
-/// A function, as the bus sees it: its memory, in which offsets count from its base, and its configuration.
-/// Accesses of configuration are 1 to 4 bytes and cross no multiple of four.
+/// A function as the bus sees it: its memory, in which offsets count from its base, and its configuration.
+///
+/// Accesses of configuration space are 1 to 4 bytes and cross no multiple of four.
 pub trait PciFunction: BusDevice {
     /// Reads configuration space.
     fn read_config(&mut self, offset: usize, data: &mut [u8]);
-    /// Writes it.
+    /// Writes configuration space.
     fn write_config(&mut self, offset: usize, data: &[u8]);
-    /// What configuration space says of the function's memory now.
+    /// Returns what configuration space says about the function's memory now.
     fn memory(&self) -> Memory;
 }
 
-/// A function on the bus, and what makes its doorbells follow it.
+/// A function on the bus, and the sink that makes its doorbells follow it.
 pub type OnBus = (Arc<Mutex<dyn PciFunction>>, Box<dyn DoorbellSink>);
 
-/// The bus.
+/// The bus: its functions, and where they answer.
 pub struct PciRoot {
-    /// By device number.
+    /// The functions, by device number.
     functions: Vec<Arc<Mutex<dyn PciFunction>>>,
     map: MemoryMap,
 }
 
-/// The host bridge, a function that does nothing; kernels look for one before they trust the ports.
+/// The host bridge, a function that does nothing. Kernels look for one before they trust the ports.
 struct HostBridge(ConfigSpace);
 
 impl PciFunction for HostBridge {
@@ -63,7 +64,7 @@ impl PciFunction for HostBridge {
     }
 }
 
-/// It has no memory, so none of this is reached.
+/// The host bridge has no memory, so none of this is reached.
 impl BusDevice for HostBridge {
     fn read(&mut self, _: u64, _: &mut [u8]) {}
 
@@ -72,7 +73,7 @@ impl BusDevice for HostBridge {
     }
 }
 
-/// The host bridge has none.
+/// The doorbells of the host bridge: none.
 struct NoDoorbells;
 
 impl DoorbellSink for NoDoorbells {
@@ -82,10 +83,12 @@ impl DoorbellSink for NoDoorbells {
 }
 
 impl PciRoot {
-    /// A host bridge, and behind it these functions, as devices 1, 2, ... It passes on the addresses of
-    /// `window`; the functions are there where their configuration says.
+    /// Creates a bus with a host bridge and, behind it, `functions` as devices 1, 2, ...
+    ///
+    /// The bridge passes on the addresses of `window`. The functions answer in it where their configuration
+    /// says.
     pub fn new(window: Range<u64>, functions: impl IntoIterator<Item = OnBus>) -> Self {
-        // A PCI Express host bridge without registers of its own, as QEMU has it.
+        // A PCI Express host bridge without registers of its own, with QEMU's IDs.
         let bridge = Identity {
             vendor: 0x1b36,
             device: 0x0008,
@@ -103,8 +106,8 @@ impl PciRoot {
         Self { functions, map }
     }
 
-    /// `offset` is that of ECAM: device in bits 15 to 19, function in 12 to 14, register below. An
-    /// access of several words, or across them, is one of each.
+    /// Reads configuration space at `offset` in ECAM: device in bits 15 to 19, function in 12 to 14, register
+    /// below. An access of several words, or across words, is split into one access per word.
     fn read(&self, offset: u64, data: &mut [u8]) {
         for (at, range) in words(offset, data.len()) {
             let Some(data) = data.get_mut(range) else { return };
@@ -123,13 +126,14 @@ impl PciRoot {
             if let (Some((device, register)), Some(data)) = (self.find(at), data.get(range)) {
                 let mut function = lock(&self.functions[device]);
                 function.write_config(register, data);
-                // Under the function's lock, so that the last write decides.
+                // Update under the function's lock, so that the last write decides.
                 self.map.update(device, function.memory());
             }
         }
     }
 
-    /// The device number that an offset in ECAM leads to, if a function is there, and the register.
+    /// Returns the device number and the register that an offset in ECAM leads to. `None` if there is no
+    /// function.
     fn find(&self, offset: u64) -> Option<(usize, usize)> {
         let (device, function, register) = (offset >> 15, offset >> 12 & 7, offset & 0xfff);
         let device = usize::try_from(device).ok().filter(|device| *device < self.functions.len())?;
@@ -141,7 +145,7 @@ fn lock(function: &Mutex<dyn PciFunction>) -> MutexGuard<'_, dyn PciFunction + '
     unpoisoned(function.lock())
 }
 
-/// An access of `len` bytes, cut at multiples of four: where each piece is, and which bytes it has.
+/// Cuts an access of `len` bytes at multiples of four. Each piece is its offset and its range of bytes.
 fn words(offset: u64, len: usize) -> impl Iterator<Item = (u64, Range<usize>)> {
     let mut from = 0;
     std::iter::from_fn(move || {
@@ -152,22 +156,25 @@ fn words(offset: u64, len: usize) -> impl Iterator<Item = (u64, Range<usize>)> {
     })
 }
 
-/// The way by ports, which every kernel knows.
+/// Access to configuration space by ports, which every kernel knows.
 pub struct ConfigPorts {
     root: Arc<PciRoot>,
     address: u32,
-    /// What accesses other than of 32 bits reach at the address register's ports.
+    /// What accesses reach at the address register's ports if they are not 32 bits wide.
     others: Bus,
 }
 
 impl ConfigPorts {
-    /// Ports to `root`. The address register takes 32 bits at once: `others` has what else is at its
-    /// four ports, counted from the first, for accesses of any other width.
+    /// Creates ports to `root`.
+    ///
+    /// The address register accepts only 32 bits at once. Accesses of any other width to its four ports go to
+    /// `others`, in which offsets count from the first port.
     pub fn new(root: Arc<PciRoot>, others: Bus) -> Self {
         Self { root, address: 0, others }
     }
 
-    /// Where in ECAM byte `lane` of the data register is now, if it is configuration of bus 0.
+    /// Returns the offset in ECAM that byte `lane` of the data register leads to now. `None` if that is not
+    /// configuration of bus 0.
     fn target(&self, lane: u64) -> Option<u64> {
         let (bus, device, register) =
             (self.address >> 16 & 0xff, self.address >> 8 & 0xff, self.address & 0xfc);
@@ -214,7 +221,7 @@ impl BusDevice for ConfigPorts {
     }
 }
 
-/// The way by memory.
+/// Access to configuration space by memory.
 pub struct Ecam(pub Arc<PciRoot>);
 
 impl SharedDevice for Ecam {
@@ -228,8 +235,8 @@ impl SharedDevice for Ecam {
     }
 }
 
-/// The memory that the host bridge passes on; offsets count from the window's first address. The
-/// function's lock is the only one that is held while the function works.
+/// The memory that the host bridge passes on. Offsets count from the window's first address. While a function
+/// works, its lock is the only one that is held.
 pub struct PciMemory(pub Arc<PciRoot>);
 
 impl SharedDevice for PciMemory {
