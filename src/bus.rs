@@ -1,8 +1,8 @@
 //! Port and MMIO dispatch: finds the device that owns an address and hands it the access.
 //!
-//! Owns the map from ranges to devices. Knows nothing of KVM or of what a device is. A device never
-//! reaches into the VMM: it answers an access with an [`Outcome`], and the vCPU loop acts on it.
-//! [`lanes`] cuts an access into the registers that it touches.
+//! Owns the map from ranges to devices. Knows nothing of KVM or of what a device is. A device never reaches
+//! into the VMM: it answers an access with an [`Outcome`], and the vCPU loop acts on it. [`lanes`] cuts an
+//! access into the registers that it touches.
 
 pub mod lanes;
 
@@ -10,10 +10,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::sync::unpoisoned;
 
-/// What the machine has to do after a device has taken an access.
+/// What the machine must do after a device has handled an access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// Go on.
+    /// Continue.
     Continue,
     /// The guest has powered the machine off.
     Shutdown,
@@ -25,25 +25,25 @@ pub enum Outcome {
     GuestPanic,
 }
 
-/// A device behind ports or MMIO. `offset` counts from the start of the range it was placed at.
+/// A device behind ports or MMIO. `offset` counts from the start of the range that the device was placed at.
 ///
-/// Accesses of every width from 0 to 8 bytes and every alignment arrive here as the guest made
-/// them, but none reaches beyond the range: the bus cuts an access where a range begins or ends. A
-/// device answers accesses that it does not know with zeroes, and never panics. A write has its effect
-/// on every register that it touches, wherever it begins.
+/// Accesses of every width from 0 to 8 bytes and every alignment arrive here as the guest made them. None
+/// reaches beyond the range: the bus cuts an access where a range begins or ends. A device answers accesses
+/// that it does not know with zeroes, and never panics. A write takes effect on every register that it touches,
+/// wherever it begins.
 pub trait BusDevice: Send {
-    /// Fills `data` (already zeroed) with what the guest reads.
+    /// Fills `data`, which is already zeroed, with what the guest reads.
     fn read(&mut self, offset: u64, data: &mut [u8]);
-    /// Takes what the guest writes.
+    /// Handles a write by the guest.
     fn write(&mut self, offset: u64, data: &[u8]) -> Outcome;
 }
 
-/// What a range of addresses leads to: a device behind a lock, or one that several CPUs use at once and
+/// What a range of addresses leads to. It is a device behind a lock, or one that several CPUs use at once and
 /// that has locks of its own where it needs them.
 pub trait SharedDevice: Send + Sync {
-    /// As [`BusDevice::read`].
+    /// Reads as [`BusDevice::read`] does.
     fn read(&self, offset: u64, data: &mut [u8]);
-    /// As [`BusDevice::write`].
+    /// Writes as [`BusDevice::write`] does.
     fn write(&self, offset: u64, data: &[u8]) -> Outcome;
 }
 
@@ -60,18 +60,18 @@ impl<T: BusDevice + ?Sized> SharedDevice for Mutex<T> {
 /// Why a device could not be placed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum BusError {
-    /// Two devices would answer one address.
+    /// Two devices would own the same address, or the range is empty or wraps.
     #[error(
         "cannot place {name} at {base:#x}, {len:#x} bytes: the range overlaps that of {other}, or is empty"
     )]
     Overlap {
-        /// Whom we tried to place.
+        /// The device that was to be placed.
         name: &'static str,
         /// First address of the range.
         base: u64,
         /// Length of the range in bytes.
         len: u64,
-        /// Who is there already.
+        /// The device that owns part of the range already.
         other: &'static str,
     },
 }
@@ -83,14 +83,14 @@ struct Slot {
     device: Arc<dyn SharedDevice>,
 }
 
-/// An address space: ports, or MMIO. Built once, then shared by all vCPUs.
+/// An address space: ports, or MMIO. It is built once and then shared by all vCPUs.
 #[derive(Default)]
 pub struct Bus {
     slots: Vec<Slot>,
 }
 
 impl Bus {
-    /// An empty address space.
+    /// Creates an empty address space.
     pub fn new() -> Self {
         Self::default()
     }
@@ -116,7 +116,7 @@ impl Bus {
         Ok(())
     }
 
-    /// A read of the guest's; addresses that nobody owns read as all ones, as on a PC.
+    /// Reads for the guest. Addresses that no device owns read as all ones, as on a PC.
     pub fn read(&self, mut addr: u64, mut data: &mut [u8]) {
         loop {
             let (slot, bytes) = self.piece(addr, data.len());
@@ -135,8 +135,8 @@ impl Bus {
         }
     }
 
-    /// A write of the guest's; addresses that nobody owns ignore it. A piece that ends the machine is
-    /// the last.
+    /// Writes for the guest. Addresses that no device owns ignore the write. After an outcome other than
+    /// [`Outcome::Continue`] the rest of the access is dropped.
     pub fn write(&self, mut addr: u64, mut data: &[u8]) -> Outcome {
         loop {
             let (slot, bytes) = self.piece(addr, data.len());
@@ -149,7 +149,7 @@ impl Bus {
         }
     }
 
-    /// Who owns `addr`, and how many of `len` bytes from there on have the same owner.
+    /// Returns the owner of `addr`, and how many of `len` bytes from there on have the same owner.
     fn piece(&self, addr: u64, len: usize) -> (Option<&Slot>, usize) {
         let limit = |end: u64| len.min(usize::try_from(end - addr).unwrap_or(len));
         let after = self.slots.partition_point(|slot| slot.base <= addr);
@@ -161,8 +161,10 @@ impl Bus {
     }
 }
 
-/// A poisoned lock means that a thread failed while it held it; its error is already on its way to
-/// `main`, and the device's state is plain data, so the others go on until they are stopped.
+/// Locks a device even if the lock is poisoned.
+///
+/// A poisoned lock means that a thread panicked while it held the lock, and its error is already on its way to
+/// `main`. The device's state is plain data, so the other threads continue until they are stopped.
 fn lock<T: ?Sized>(device: &Mutex<T>) -> MutexGuard<'_, T> {
     unpoisoned(device.lock())
 }
@@ -200,7 +202,7 @@ mod tests {
         assert_eq!(bus.write(0x30, &[3]), Outcome::Continue);
     }
 
-    /// A device of single bytes: reads give their addresses, writes are kept.
+    /// A device of single bytes: each byte reads as its address, and writes are kept.
     #[derive(Default)]
     struct Bytes(Vec<(u64, u8)>);
     impl BusDevice for Bytes {
@@ -221,7 +223,7 @@ mod tests {
         let mut bus = Bus::new();
         bus.place("low", 0x10, 4, low.clone()).unwrap();
         bus.place("high", 0x16, 2, high.clone()).unwrap();
-        // The same, byte by byte.
+        // Compare with the same access made byte by byte.
         let owner = |addr: u64| match addr {
             0x10..0x14 => Some((0, addr - 0x10)),
             0x16..0x18 => Some((1, addr - 0x16)),

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-/// Lets a burst of messages pass in each period and counts the rest, which is told with the next, or at the end.
+/// Lets a burst of messages pass in each period and counts the rest. The count is reported with the next
+/// message that passes, or when this is dropped.
 #[derive(Debug)]
 pub struct RateLimit {
     what: &'static str,
@@ -14,17 +15,19 @@ pub struct RateLimit {
 }
 
 impl RateLimit {
-    /// At most `burst` messages in each `period`; they begin with `what`.
+    /// Allows at most `burst` messages in each `period`. `what` begins the message that reports the count at
+    /// the end.
     pub fn new(what: &'static str, burst: u32, period: Duration) -> Self {
         Self { what, period, burst, started: None, passed: 0, held_back: 0 }
     }
 
-    /// What one source of guest errors gets: five lines in ten seconds.
+    /// Returns the limit for one source of guest errors: five messages in ten seconds.
     pub fn for_guest_errors(what: &'static str) -> Self {
         Self::new(what, 5, Duration::from_secs(10))
     }
 
-    /// Whether a message may be logged now; `Some(n)` says that n were held back before it.
+    /// Returns `Some(n)` if a message may be logged now, where `n` messages were held back before it; else
+    /// `None`.
     pub fn pass(&mut self) -> Option<u64> {
         self.pass_at(Instant::now())
     }
@@ -51,7 +54,7 @@ impl Drop for RateLimit {
     }
 }
 
-/// Logs a warning through a [`RateLimit`], with the number of those held back before it.
+/// Logs a warning through a [`RateLimit`], with the number of messages held back before it.
 #[macro_export]
 macro_rules! warn_limited {
     ($limit:expr, $($arg:tt)+) => {

@@ -1,7 +1,7 @@
 //! An access of any width and start, cut into the registers that it touches.
 //!
-//! Owns the rule for registers of several bytes: what is read of one is its bytes; what is written to a
-//! part of one is put together with the rest of its present value, as byte enables do on a real bus.
+//! Owns the rule for registers of several bytes. A read of part of a register returns those bytes. A write to
+//! part of a register is combined with the rest of its present value, as byte enables do on a real bus.
 
 use std::ops::Range;
 
@@ -12,21 +12,21 @@ use super::Outcome;
 pub struct Lane {
     /// Offset of the register.
     pub register: u64,
-    /// The register's bytes that are accessed.
+    /// The bytes of the register that are accessed.
     bytes: Range<usize>,
-    /// The same bytes in the access.
+    /// The position of these bytes in the access.
     data: Range<usize>,
-    /// Whether those are all that the register has.
+    /// `true` if the access covers the whole register.
     is_whole: bool,
 }
 
 impl Lane {
-    /// Whether all of the register is accessed, so that its present value does not matter.
+    /// Returns `true` if the access covers the whole register, so that its present value does not matter.
     pub fn is_whole(&self) -> bool {
         self.is_whole
     }
 
-    /// Puts the accessed bytes of a register that reads `value` into `data`, the access.
+    /// Copies the accessed bytes of a register whose value is `value` into `data`, the access.
     pub fn fill(&self, value: u32, data: &mut [u8]) {
         if let (Some(to), Some(from)) =
             (data.get_mut(self.data.clone()), value.to_le_bytes().get(self.bytes.clone()))
@@ -35,7 +35,7 @@ impl Lane {
         }
     }
 
-    /// The register's new value where `data`, the access, is written to it and it was `old`.
+    /// Returns the register's new value after `data`, the access, is written to it; `old` is its present value.
     pub fn merge(&self, old: u32, data: &[u8]) -> u32 {
         let mut value = if self.is_whole { [0; 4] } else { old.to_le_bytes() };
         if let (Some(to), Some(from)) = (value.get_mut(self.bytes.clone()), data.get(self.data.clone())) {
@@ -45,8 +45,10 @@ impl Lane {
     }
 }
 
-/// The lanes of `len` bytes from `offset` on, in their order. `locate` gives the register that a byte
-/// belongs to: its offset and its width, from 1 to 4. Nothing is beyond the last address.
+/// Returns the lanes of `len` bytes from `offset` on, in order.
+///
+/// `locate` returns the register that a byte belongs to: its offset and its width, from 1 to 4. There are no
+/// lanes beyond the last address.
 pub fn lanes(offset: u64, len: usize, locate: impl Fn(u64) -> (u64, usize)) -> impl Iterator<Item = Lane> {
     let mut done = 0;
     std::iter::from_fn(move || {
@@ -63,13 +65,13 @@ pub fn lanes(offset: u64, len: usize, locate: impl Fn(u64) -> (u64, usize)) -> i
     })
 }
 
-/// Registers of four bytes each, one after the other: `locate` for [`lanes`].
+/// Locates registers of four bytes each, one after the other, for [`lanes`].
 pub fn words(offset: u64) -> (u64, usize) {
     (offset & !3, 4)
 }
 
-/// Hands a write to registers of one byte each: `write` gets each register's offset and value. A byte
-/// that ends the machine is the last.
+/// Hands a write to registers of one byte each: `write` gets each register's offset and value. After an outcome
+/// other than [`Outcome::Continue`] the remaining bytes are dropped.
 pub fn each_byte(offset: u64, data: &[u8], mut write: impl FnMut(u64, u8) -> Outcome) -> Outcome {
     (offset..)
         .zip(data)
@@ -82,7 +84,7 @@ pub fn each_byte(offset: u64, data: &[u8], mut write: impl FnMut(u64, u8) -> Out
 mod tests {
     use super::*;
 
-    /// Registers of four, two, one and one bytes, again and again.
+    /// Registers of four, two, one and one bytes, repeated.
     fn mixed(offset: u64) -> (u64, usize) {
         match offset & 7 {
             0..4 => (offset & !3, 4),
