@@ -57,7 +57,7 @@ impl GuestMemoryBackend for Ram {
 
 impl Ram {
     /// Returns the host pointer for `len` bytes at guest address `addr`. The range must lie inside one region
-    /// (R3) and never crosses a hole. The pointer is valid as long as any clone of this `Ram` lives.
+    /// (R3), so it crosses no hole. The pointer is valid as long as any clone of this `Ram` lives.
     pub fn host(&self, addr: u64, len: usize) -> Result<*mut u8, OutsideRam> {
         let outside = OutsideRam { addr, len: len as u64 };
         let slice = self.0.regions.get_slice(GuestAddress(addr), len).map_err(|_| outside)?;

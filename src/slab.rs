@@ -1,7 +1,8 @@
 //! Values under private numbers.
 //!
-//! Owns the numbering of what is in flight. A number is never used twice, so a late or invented completion
-//! finds nothing. Memory is allocated only while the number of values held at the same time still grows.
+//! Owns the numbering of what is in flight. A number is used once, so a late or invented completion finds
+//! nothing. (It repeats only after its slot was used 2^32 times.) Memory is allocated only while the number of
+//! values held at the same time still grows.
 
 use std::marker::PhantomData;
 

@@ -38,7 +38,7 @@ pub const ERASE_SECTORS_MAX: u32 = 1 << 22;
 
 /// Returns the features that are offered for `image` with `queues` queues.
 ///
-/// FLUSH is always offered, as CONFIG_WCE requires (virtio 5.2.5.2). The mode `unsafe` offers it too: it breaks
+/// FLUSH is always offered, so CONFIG_WCE may be (virtio 5.2.5.2). The mode `unsafe` offers it too: it breaks
 /// the promise on purpose, but leaves the guest's behaviour as in writeback.
 pub fn offered(image: &Image, queues: u16) -> u64 {
     let always = feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC;

@@ -86,8 +86,8 @@ pub fn total(segments: &[Segment]) -> u64 {
     segments.iter().map(|segment| u64::from(segment.len)).sum()
 }
 
-/// Returns the length for the used ring (virtio 2.7.8.2): how many bytes from the first writable one on were
-/// really written. The status was written, and `data` bytes of the `room` before it.
+/// Returns the length for the used ring (virtio 2.7.8.2): how many bytes from the first writable one on are
+/// really written, if the status is written and `data` bytes of the `room` before it.
 pub fn written(data: u32, room: u64) -> u32 {
     match room {
         all if all == u64::from(data) => data.saturating_add(1),

@@ -1,6 +1,6 @@
 //! Copies of bytes that somebody else may be changing meanwhile.
 //!
-//! Owns the one copy that may touch guest memory. To Rust a `memmove` would be a data race as soon as two
+//! Owns the one copy that may touch guest memory. In Rust a `memmove` would be a data race as soon as two
 //! queues bounce the same guest buffer. What an `asm` block does to memory is not an access by Rust code, just
 //! as what a system call does is not.
 
