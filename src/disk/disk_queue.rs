@@ -1,10 +1,12 @@
 //! The state machine between requests and host operations.
 //!
 //! Owns, for one queue: continuation of short transfers, bounce buffers, stable writes, the use of
-//! the error latch, draining; [`super::transfer`] and [`super::erase`] take a request through its
-//! parts, [`super::stable`] tells who shares an fdatasync. Its completions are whole: `Ok` means
-//! every byte and, for a stable write or a FLUSH, stable. It sits above the engines, so whatever an
-//! engine does wrong or the kernel answers is judged here, and a simulated engine can try all of it.
+//! the error latch, draining. [`super::transfer`] and [`super::erase`] split a request into host operations;
+//! [`super::stable`] decides which requests share an fdatasync. A request completes with `Ok` only when every
+//! byte has been moved and, for a stable write or a FLUSH, is stable.
+//!
+//! This layer sits above the engines. It judges everything that the kernel answers and that an engine does
+//! wrong, so a test with a simulated engine can try all of it.
 //!
 //! A request has at most one host operation in flight at any time:
 //!
@@ -48,26 +50,30 @@ pub struct DiskQueue {
     cache: Arc<WriteCache>,
     engine: Box<dyn Engine>,
     stable_by: StableBy,
-    /// Until the host refuses RWF_DSYNC.
+    /// `true` until the host answers EOPNOTSUPP to RWF_DSYNC.
     has_dsync: bool,
+    /// `true` once a write with RWF_DSYNC has succeeded. EOPNOTSUPP is an error like any other from then on.
     dsync_worked: bool,
     in_flight: Flights,
     group: Group,
     pool: BufferPool,
-    /// Stable writes of this batch, of which the way is not decided yet.
+    /// Stable writes of this batch for which [`DiskQueue::decide`] has not chosen RWF_DSYNC or fdatasync yet.
     undecided: Vec<OpToken>,
-    /// Operations that the engine has no room for.
+    /// Operations that wait for room in the engine, oldest first.
     waiting: VecDeque<(OpToken, HostOp)>,
+    /// An empty list that each wait reuses.
     ended: Vec<Ended>,
-    /// Successes that count only when other syncs have been judged.
+    /// Successful syncs that count only once every sync up to the ticket has been judged.
     held: Vec<(SyncTicket, Success)>,
+    /// Completed requests that nobody has taken yet.
     done: Vec<Completion>,
     stats: Arc<QueueStats>,
+    /// `None` unless latencies are recorded.
     moments: Option<Moments>,
 }
 
 impl DiskQueue {
-    /// The machine of one queue; `engine` works on the image's descriptor.
+    /// Returns the state machine of one queue. `engine` works on the image's descriptor.
     pub fn new(
         image: Arc<Image>,
         cache: Arc<WriteCache>,
@@ -96,17 +102,17 @@ impl DiskQueue {
         }
     }
 
-    /// The image.
+    /// Returns the image.
     pub fn image(&self) -> &Arc<Image> {
         &self.image
     }
 
-    /// Whether nothing is in flight and no completion waits to be taken.
+    /// Returns `true` if nothing is in flight and no completion waits to be taken.
     pub fn is_idle(&self) -> bool {
         self.in_flight.is_empty() && self.group.is_idle() && self.held.is_empty() && self.done.is_empty()
     }
 
-    /// Takes a request. Its completion comes out of [`DiskQueue::take_completions`], perhaps at once.
+    /// Submits a request. [`DiskQueue::take_completions`] returns its completion, possibly at once.
     pub fn submit(&mut self, id: RequestId, op: Op) {
         self.count(&op);
         let wb_at_submit = self.cache.writeback();
@@ -140,21 +146,21 @@ impl DiskQueue {
         }
     }
 
-    /// The guest has turned its write cache off: makes stable what is complete by now.
+    /// Makes stable what has completed by now, if the guest has turned its write cache off.
     pub fn sync_if_switched_off(&mut self) {
         if self.cache.take_switched_off() && self.cache.policy().honour_flush && !self.image.readonly() {
             self.group.joins(None, true);
-            // Before whatever the guest asks for next.
+            // Unless another sync is running, this one starts before the guest's next request.
             self.start_shared_sync();
         }
     }
 
-    /// Waits until something has ended or `wake` says so.
+    /// Hands all queued operations to the engine and waits until one completes or `wake` ends the wait.
     pub fn wait(&mut self, wake: Wake<'_>) -> io::Result<()> {
         self.decide();
         self.feed_engine();
         self.start_shared_sync();
-        // A release is an end. That of a sync of our own completes no request, and nothing may be left to ring.
+        // A release ends the wait: a sync of our own completes no request, and nothing may be left to ring the bell.
         let has_ended = self.release_settled();
         let wake = if !has_ended && self.may_sleep(wake) { wake } else { Wake::Now };
         let mut ended = std::mem::take(&mut self.ended);
@@ -169,8 +175,8 @@ impl DiskQueue {
         waited
     }
 
-    /// Whether a wait may last. What is held only by another queue's sync has no end of our own to
-    /// wake us: whoever judges that sync rings our doorbell.
+    /// Returns `true` if the engine may block. A success held only by another queue's sync is not released by an
+    /// operation of this queue. Whoever judges that sync rings this queue's doorbell.
     fn may_sleep(&self, wake: Wake<'_>) -> bool {
         match (wake, self.first_horizon()) {
             _ if !self.done.is_empty() => false,
@@ -181,18 +187,18 @@ impl DiskQueue {
         }
     }
 
-    /// What has to be settled first for something held to count.
+    /// Returns the oldest horizon of the held successes: the first of them counts once it is settled.
     fn first_horizon(&self) -> Option<SyncTicket> {
         self.held.iter().map(|&(horizon, _)| horizon).min()
     }
 
-    /// Whether a success waits for another queue's sync, whose judgement rings the doorbell of the
-    /// last wait.
+    /// Returns `true` if a success waits for another sync to be judged. If another queue judges that sync, it
+    /// rings the doorbell of this queue's last wait.
     pub fn holds_success(&self) -> bool {
         !self.held.is_empty()
     }
 
-    /// Whether a wait would end something at once, found without a system call.
+    /// Returns `true` if a wait would make progress without blocking. Makes no system call.
     pub fn is_ready(&mut self) -> bool {
         let is_settled = |horizon| self.image.latch.is_settled(horizon);
         !self.done.is_empty()
@@ -201,23 +207,23 @@ impl DiskQueue {
             || self.engine.is_ready()
     }
 
-    /// The queue is at rest and its doorbell goes away: the engine lets go of it.
+    /// Makes the engine release the doorbell. Call this when nothing is in flight, before the doorbell goes away.
     pub fn rest(&mut self) -> io::Result<()> {
         self.engine.rest()
     }
 
-    /// The requests that are done, in the order of their ends.
+    /// Returns the completed requests in the order in which they completed, and removes them.
     pub fn take_completions(&mut self) -> std::vec::Drain<'_, Completion> {
         self.done.drain(..)
     }
 
-    /// Whether a stable write without RWF_DSYNC joins the others, instead of an fdatasync of its own.
+    /// Returns `true` if stable writes without RWF_DSYNC share an fdatasync, `false` if each has its own.
     fn shares_syncs(&self) -> bool {
         matches!(self.stable_by, StableBy::Group | StableBy::Auto)
     }
 
-    /// The batch is known: a stable write that is alone in flight is written with RWF_DSYNC, one
-    /// call and one flush; others share an fdatasync, one flush for all of them.
+    /// Chooses how the undecided writes become stable, now that the whole batch is known. A stable write that is
+    /// alone in flight gets RWF_DSYNC: one call and one flush. Several share an fdatasync: one flush for all.
     fn decide(&mut self) {
         if self.undecided.is_empty() {
             return;
@@ -243,7 +249,7 @@ impl DiskQueue {
         self.undecided = undecided;
     }
 
-    /// A flight that never took off.
+    /// Completes a request whose first operation could not be made.
     fn abandon(&mut self, token: OpToken, error: DiskError) {
         if let Some(flight) = self.in_flight.remove(token) {
             self.complete(flight.id, Err(error));
@@ -262,7 +268,7 @@ impl DiskQueue {
         }
     }
 
-    /// Completes what was held, once all the syncs that it waited for are judged; whether there was any.
+    /// Completes the held successes whose syncs have all been judged. Returns `true` if there was any.
     fn release_settled(&mut self) -> bool {
         let before = self.held.len();
         let mut at = 0;
@@ -282,7 +288,7 @@ impl DiskQueue {
         self.issue(token, first);
     }
 
-    /// Hands an operation to the engine, behind those that already wait for room in it.
+    /// Hands an operation to the engine, after those that already wait for room there.
     fn issue(&mut self, token: OpToken, op: HostOp) {
         self.in_flight.set_current(token, &op);
         self.waiting.push_back((token, op));
@@ -293,7 +299,7 @@ impl DiskQueue {
         while let Some((token, op)) = self.waiting.pop_front() {
             let kind = HostKind::of(&op);
             let now = self.moments.is_some().then(Instant::now);
-            // Open before the engine may begin it.
+            // Opened before the engine may begin it, so that no overlap is missed (E7).
             let sync = self.open_sync(&op);
             match self.engine.submit(token, op) {
                 Ok(()) => {
@@ -319,11 +325,11 @@ impl DiskQueue {
         })
     }
 
-    /// An operation has ended: the next one of its request, or the request's completion.
+    /// Handles a completed operation: issues the next one of its request, or completes the request.
     fn advance(&mut self, end: Ended) {
-        // A number a operation: what ends twice, or late, finds nothing.
+        // Every operation has a token of its own, so a duplicate or late result finds no flight.
         let Some(mut flight) = self.in_flight.remove(end.token) else {
-            // An engine that ends what it was never given could just as well have lost something.
+            // An engine that reports an operation it was never given may have lost another one as well.
             log::error!("disk: the engine ended operation {}, which is not in flight", end.token);
             self.image.latch.set(&io::Error::from_raw_os_error(libc::EIO));
             return;
@@ -336,7 +342,7 @@ impl DiskQueue {
             },
             result => self.judge(&mut flight, result),
         };
-        // Judged only now that an error of it is latched.
+        // The sync counts as judged only now, after `judge` has latched its error.
         if let Some(sync) = &sync {
             self.image.latch.judged(sync.ticket);
         }
@@ -353,12 +359,12 @@ impl DiskQueue {
             }
             Next::Done(result) => {
                 let failed = matches!(result, Err(DiskError::Host { .. }));
-                // Now, because the next write may make the file as long as it was.
+                // Records the file's size now, because the next write may extend a truncated file again.
                 if let Err(DiskError::Short { .. }) = result {
                     let _ = self.image.cut();
                 }
                 self.end_sync(covers, if failed { SyncEnd::Failed } else { SyncEnd::Void });
-                // Before the guest is told: what it now takes for written.
+                // Counts the bytes before the guest is told that they are written.
                 if result.is_ok() && !flight.stage.is_stable() {
                     self.image.monitor.acknowledges(flight.writes);
                 }
@@ -384,7 +390,7 @@ impl DiskQueue {
         }
     }
 
-    /// Reports the end of a flight, to all for whom it speaks.
+    /// Completes the request of a flight, or all requests that share its fdatasync.
     fn finish(&mut self, flight: &Flight, result: Result<(), DiskError>) {
         match (&flight.stage, result) {
             (Stage::GroupSync, result) => {
@@ -406,7 +412,7 @@ impl DiskQueue {
         self.group.recycle(members);
     }
 
-    /// A success that counts, unless an earlier sync has failed.
+    /// Completes the requests of a successful sync. They fail with the latched error if any sync has failed.
     fn succeed(&mut self, success: Success) {
         let is_ok = self.check_latch().is_ok();
         self.end_sync(success.covers, if is_ok { SyncEnd::Stable } else { SyncEnd::Void });
@@ -446,7 +452,7 @@ impl DiskQueue {
         }
     }
 
-    /// Everything is written: complete, or make stable first what must be.
+    /// Returns what follows the last byte of a write: its completion, or the sync that must come first.
     fn finish_write(&self, flight: &mut Flight, is_stable: bool) -> Next {
         if !self.cache.write_must_be_stable(flight.wb_at_submit) {
             return Next::Done(Ok(()));
@@ -492,8 +498,8 @@ impl DiskQueue {
                     && !self.dsync_worked
                     && source.raw_os_error() == Some(libc::EOPNOTSUPP) =>
             {
-                // Refused before a byte was written: this host has no RWF_DSYNC here. Where one has
-                // worked before, it is an error like any other.
+                // The kernel refused before it wrote a byte: it has no RWF_DSYNC for this file. After a
+                // write with RWF_DSYNC has worked, EOPNOTSUPP is an error like any other.
                 log::info!("disk: no RWF_DSYNC on this file; stable writes use fdatasync");
                 self.has_dsync = false;
                 transfer.dsync = false;
@@ -501,7 +507,7 @@ impl DiskQueue {
             }
             Err(source) => {
                 if transfer.dsync && !is_on(Mutant::SyncErrorForgotten) {
-                    // Whether the write or its sync has failed cannot be told apart.
+                    // A failed write and a failed sync of it cannot be told apart, so both are latched.
                     self.image.latch.set(&source);
                 }
                 Err(DiskError::Host { what: transfer.what(), source })
@@ -522,8 +528,8 @@ impl DiskQueue {
 }
 
 impl Drop for DiskQueue {
-    /// Usually nothing is in flight. Where an engine has failed, nobody will judge the syncs that it
-    /// had: they count as failed.
+    /// Fails the syncs that are still in flight. There are some only after an engine has failed; nobody else
+    /// will judge them.
     fn drop(&mut self) {
         for sync in std::mem::take(&mut self.in_flight).into_values().filter_map(|flight| flight.sync) {
             self.image.latch.set(&io::Error::from_raw_os_error(libc::EIO));

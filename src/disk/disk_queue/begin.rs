@@ -1,7 +1,7 @@
-//! How a request begins: what is checked before its first host operation, and which that is.
+//! How a request begins: the checks before its first host operation, and the choice of that operation.
 //!
 //! Owns the refusals (readonly, misaligned, after a failed sync) and the first choice between the
-//! ways to a stable write. All that follows is the business of [`super`].
+//! ways to a stable write. [`super`] does everything that follows.
 
 use super::DiskQueue;
 use crate::disk::erase::{Erase, ZeroedRange};
@@ -13,17 +13,17 @@ use crate::disk::transfer::Transfer;
 use crate::mem::Iov;
 use crate::mutants::{self, Mutant, is_on};
 
-/// How a transfer is begun.
+/// How a transfer begins. The default is a read.
 #[derive(Debug, Clone, Copy, Default)]
 struct Way {
     write: bool,
     dsync: bool,
-    /// Whether it is stable by itself is decided when the batch is known.
+    /// `true` if `decide` chooses RWF_DSYNC or a shared fdatasync once the whole batch is known.
     later: bool,
 }
 
 impl DiskQueue {
-    /// The first stage of a request and its first host operation.
+    /// Returns the first stage of a request and what to do first, usually a host operation.
     pub(super) fn begin(&mut self, op: Op, wb_at_submit: bool) -> Result<(Stage, Next), DiskError> {
         match op {
             Op::Read(range, iov) => self.begin_transfer(range, iov, Way::default()),

@@ -1,6 +1,6 @@
-//! What the state machine counts, and the moments that it sees.
+//! What the state machine counts, and the moments that it records.
 //!
-//! Owns both for one queue. Nothing is decided by them, and no clock is read unless latencies are wanted.
+//! Owns both for one queue. No decision depends on them. The clock is read only if latencies are recorded.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,11 +11,11 @@ use crate::disk::flight::{Flight, Stage};
 use crate::disk::op::{Op, RequestId};
 use crate::disk::queue_stats::QueueStats;
 
-/// What the clock said, where latencies are wanted.
+/// The moments that the latencies are made from. Kept only if latencies are recorded.
 pub(super) struct Moments {
-    /// When the engine's last wait was over.
+    /// When the engine's last wait returned.
     woke: Instant,
-    /// Requests of which an operation was handed to the engine, and when.
+    /// The requests whose operations were handed to the engine, and when. One entry per operation.
     submitted: Vec<(RequestId, Instant)>,
 }
 
@@ -26,30 +26,30 @@ impl Moments {
 }
 
 impl DiskQueue {
-    /// The figures of its queue.
+    /// Returns the statistics of this queue.
     pub fn stats(&self) -> &Arc<QueueStats> {
         &self.stats
     }
 
-    /// The queue begins to work.
+    /// Records that the queue begins to work now.
     pub fn woke_now(&mut self) {
         if let Some(moments) = &mut self.moments {
             moments.woke = Instant::now();
         }
     }
 
-    /// When the last wait was over, and with it the operations whose ends were heard of; `None` where
-    /// latencies are not wanted.
+    /// Returns the time of the last [`DiskQueue::woke_now`]: when the last wait returned and reported the completed
+    /// operations. `None` if latencies are not recorded.
     pub fn woke_at(&self) -> Option<Instant> {
         self.moments.as_ref().map(|moments| moments.woke)
     }
 
-    /// The requests of which an operation was handed to the engine since this was last asked, and when.
+    /// Returns the requests whose operations were handed to the engine since the last call, and when.
     pub fn take_submitted(&mut self) -> impl Iterator<Item = (RequestId, Instant)> + '_ {
         self.moments.iter_mut().flat_map(|moments| moments.submitted.drain(..))
     }
 
-    /// A request has come.
+    /// Counts a new request and its bytes.
     pub(super) fn count(&self, op: &Op) {
         self.stats.begins();
         self.stats.count(|counters| match op {
@@ -70,7 +70,7 @@ impl DiskQueue {
         }
     }
 
-    /// Whose operation was handed to the engine at this time.
+    /// Records `at` for the request whose operation `token` was handed to the engine, or for all that share it.
     pub(super) fn note_submitted(&mut self, token: OpToken, at: Option<Instant>) {
         let (Some(moments), Some(at)) = (&mut self.moments, at) else { return };
         match self.in_flight.get(token) {
