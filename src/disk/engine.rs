@@ -1,7 +1,7 @@
-//! What executes host operations, and the operations.
+//! The engines, which execute host operations, and those operations.
 //!
-//! Owns the seam below the disk's state machine: an engine knows nothing of guests, stability or
-//! policy, and hands back the kernel's own answers, short counts and errors included. The blocking
+//! Owns the seam below the disk's state machine. An engine knows nothing of guests, stability or
+//! policy. It hands back the kernel's own answers, including short counts and errors. The blocking
 //! engine is [`super::blocking`]; tests have others.
 
 use std::io;
@@ -12,23 +12,23 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::mem::Iov;
 use crate::slab::slab_number;
 
-/// One operation on the image, as the host's kernel knows it.
+/// One operation on the image, in terms of the host's kernel.
 #[derive(Debug, Clone)]
 pub enum HostOp {
     /// `preadv`.
     Readv {
-        /// Where the bytes go.
+        /// The memory to read into.
         iov: Iov,
         /// Offset in the image, in bytes.
         offset: u64,
     },
     /// `pwritev`, or `pwritev2` with RWF_DSYNC.
     Writev {
-        /// Where the bytes come from.
+        /// The memory to write from.
         iov: Iov,
         /// Offset in the image, in bytes.
         offset: u64,
-        /// Stable when it ends.
+        /// `true` if the bytes must be stable when the operation completes.
         dsync: bool,
     },
     /// `fdatasync`.
@@ -39,7 +39,7 @@ pub enum HostOp {
         offset: u64,
         /// Length in bytes.
         len: u64,
-        /// For a WRITE_ZEROES: the guest counts on zeroes. For a DISCARD it counts on nothing.
+        /// `true` for a WRITE_ZEROES: the guest relies on zeroes. `false` for a DISCARD: it relies on nothing.
         must_zero: bool,
     },
     /// `fallocate` with FALLOC_FL_ZERO_RANGE and KEEP_SIZE.
@@ -52,7 +52,7 @@ pub enum HostOp {
 }
 
 impl HostOp {
-    /// Whether its success says that something is stable.
+    /// Returns `true` if success of this operation means that data is stable.
     pub fn is_sync(&self) -> bool {
         matches!(self, HostOp::Fdatasync | HostOp::Writev { dsync: true, .. })
     }
@@ -63,43 +63,44 @@ slab_number! {
     OpToken
 }
 
-/// An operation that has ended.
+/// An operation that has completed.
 #[derive(Debug)]
 pub struct Ended {
-    /// The token it was submitted with.
+    /// The token that the operation was submitted with.
     pub token: OpToken,
-    /// The kernel's own answer: bytes, which may be fewer than asked, or the error.
+    /// The kernel's own answer: the number of bytes, which may be fewer than asked for, or the error.
     pub result: io::Result<usize>,
 }
 
-/// What may end a wait, besides the end of an operation.
+/// What may end a wait, besides the completion of an operation.
 #[derive(Debug, Clone, Copy)]
 pub enum Wake<'a> {
-    /// This eventfd, which the engine then clears. The state machine may keep a clone, so that another
-    /// queue can wake this one (`SyncLatch::ring_when_settled`). Nobody else reads it: an engine may take its
-    /// O_NONBLOCK away.
+    /// This eventfd. The engine clears it when it is rung. The state machine may keep a clone, so that another
+    /// queue can wake this one (`SyncLatch::ring_when_settled`). Nobody else may read the eventfd, because an
+    /// engine may clear its O_NONBLOCK.
     Doorbell(&'a Arc<EventFd>),
-    /// Nothing: wait for an operation to end, if there is one.
+    /// Nothing. The wait blocks until an operation completes, if one is in flight.
     EndOnly,
-    /// Everything: do not block.
+    /// The wait does not block.
     Now,
 }
 
 /// Executes host operations on one image, for one queue.
 pub trait Engine: Send {
-    /// Takes an operation; `Err` hands it back because the engine is full. It may be executed at
-    /// any time from now on, in any order with others in flight.
+    /// Takes an operation, or hands it back as `Err` if the engine is full. The engine may execute the operation
+    /// at any time from now on, in any order with others in flight.
     fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp>;
 
-    /// Submits what was queued and waits for an end or for `wake`; appends what has ended.
+    /// Submits what is queued and waits until an operation completes or `wake` ends the wait. Appends the
+    /// completed operations to `ended`.
     fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()>;
 
-    /// Whether a wait might end something at once, found without a system call.
+    /// Returns `true` if a wait might complete something at once. Makes no system call.
     fn is_ready(&mut self) -> bool {
         true
     }
 
-    /// Nothing is in flight, and the doorbell of the last wait goes away: lets go of it.
+    /// Releases the doorbell of the last wait, which is about to go away. Nothing is in flight.
     fn rest(&mut self) -> io::Result<()> {
         Ok(())
     }

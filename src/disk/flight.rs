@@ -1,4 +1,6 @@
-//! A request in flight, and what may come after an operation of it.
+//! A request in flight, and what may follow each of its operations.
+//!
+//! Owns the set of flights of one queue and the counts derived from it.
 
 use super::engine::{HostOp, OpToken};
 use super::erase::Erase;
@@ -9,19 +11,20 @@ use super::sync_ledger::SyncTicket;
 use super::transfer::Transfer;
 use crate::slab::Slab;
 
-/// A request in flight: exactly one host operation of it is under way, or waits for room.
+/// A request in flight. Exactly one host operation of it is in the engine or waits to be handed over.
 pub(super) struct Flight {
-    /// `None` for a sync of our own.
+    /// `None` for a sync that this queue makes for itself, such as the shared fdatasync.
     pub(super) id: Member,
+    /// The guest's `writeback` byte when the request was submitted.
     pub(super) wb_at_submit: bool,
     pub(super) stage: Stage,
     /// Bytes that the guest sees changed, for the monitor.
     pub(super) writes: u64,
-    /// The next shared sync waits for it.
+    /// `true` if the next shared sync waits for this write.
     pub(super) grouped: bool,
-    /// The operation that the engine has, to repeat it after EINTR.
+    /// The operation that the engine has, kept to repeat it after EINTR.
     pub(super) current: Option<HostOp>,
-    /// Open while the engine has that operation and it is a sync.
+    /// The open sync while the engine has `current`; `None` if `current` is no sync.
     pub(super) sync: Option<OpenSync>,
 }
 
@@ -30,16 +33,16 @@ impl Flight {
         Self { id, wb_at_submit: false, stage, writes: 0, grouped: false, current: None, sync: None }
     }
 
-    /// Whether it is still moving bytes after `next`.
+    /// Returns `true` if `next` is another operation of the write itself, and not a sync.
     pub(super) fn goes_on_writing(&self, next: &Next) -> bool {
         matches!(next, Next::Op(_)) && !self.stage.is_sync()
     }
 }
 
-/// The requests in flight of one queue, with counts of two kinds among them.
+/// The requests in flight of one queue, with a count of each of two kinds.
 ///
-/// The counts are derived: every flight enters, leaves and changes through these methods, so that no caller
-/// has to keep a count in step.
+/// Flights are added, changed and removed only through these methods, which keep the counts right. No caller
+/// has to.
 #[derive(Default)]
 pub(super) struct Flights {
     flights: Slab<OpToken, Flight>,
@@ -74,7 +77,7 @@ impl Flights {
         Some(flight)
     }
 
-    /// Changes a flight; `None` if there is none under `token`.
+    /// Changes a flight and returns what `change` returns, or `None` if there is no flight under `token`.
     pub(super) fn change<R>(&mut self, token: OpToken, change: impl FnOnce(&mut Flight) -> R) -> Option<R> {
         let flight = self.flights.get_mut(token)?;
         let before = (flight.grouped, flight.stage.is_dsync());
@@ -85,14 +88,14 @@ impl Flights {
         Some(result)
     }
 
-    /// Keeps the operation that the engine gets, to repeat it after EINTR.
+    /// Stores the operation that the engine gets, to repeat it after EINTR.
     pub(super) fn set_current(&mut self, token: OpToken, op: &HostOp) {
         if let Some(flight) = self.flights.get_mut(token) {
             flight.current = Some(op.clone());
         }
     }
 
-    /// Keeps the sync that is open while the engine has the flight's operation.
+    /// Stores the sync that is open while the engine has the flight's operation.
     pub(super) fn set_sync(&mut self, token: OpToken, sync: Option<OpenSync>) {
         if let Some(flight) = self.flights.get_mut(token) {
             flight.sync = sync;
@@ -116,28 +119,29 @@ impl Flights {
 /// A sync that the engine has.
 pub(super) struct OpenSync {
     pub(super) ticket: SyncTicket,
-    /// What an fdatasync will have made stable, for the monitor.
+    /// What this sync will have made stable, for the monitor. `None` unless it is an fdatasync.
     pub(super) covers: Option<SyncStart>,
 }
 
-/// A sync that went well: requests that are done and stable if no other sync says otherwise.
+/// A sync that succeeded. Its requests are stable unless a sync that overlapped it has failed.
 pub(super) struct Success {
     pub(super) who: Who,
     pub(super) covers: Option<SyncStart>,
 }
 
-/// For whom a sync speaks.
+/// The requests that a sync completes.
 pub(super) enum Who {
     One(Member),
     Group(Vec<Member>),
 }
 
+/// What a request is doing.
 pub(super) enum Stage {
     Transfer(Transfer),
     Erase(Erase),
-    /// An fdatasync of its own, that started after everything of this request had ended.
+    /// An fdatasync for this request alone. It starts after every other operation of the request has completed.
     Sync,
-    /// The shared fdatasync, for all who had joined before it started.
+    /// The shared fdatasync, for all requests that joined before it started.
     GroupSync,
 }
 
@@ -146,25 +150,27 @@ impl Stage {
         matches!(self, Stage::Sync | Stage::GroupSync)
     }
 
-    /// Whether all that was written is stable when this ends well.
+    /// Returns `true` if everything written is stable once this stage succeeds.
     pub(super) fn is_stable(&self) -> bool {
         self.is_sync() || self.is_dsync()
     }
 
-    /// Whether this is a write whose parts are stable when they end.
+    /// Returns `true` if this is a write with RWF_DSYNC: each part is stable when it completes.
     pub(super) fn is_dsync(&self) -> bool {
         matches!(self, Stage::Transfer(transfer) if transfer.dsync)
     }
 }
 
-/// What comes after an operation has ended, or at the beginning.
+/// What follows a completed operation, or the submission of a request.
 pub(super) enum Next {
+    /// Issue this operation.
     Op(HostOp),
+    /// Complete the request.
     Done(Result<(), DiskError>),
-    /// Done and stable, if no other sync says otherwise.
+    /// Complete the request as stable, unless a sync that overlapped has failed.
     Stable,
-    /// All is written; the next shared fdatasync makes it stable.
+    /// Everything is written. Wait for the next shared fdatasync to make it stable.
     Join,
-    /// How it becomes stable is decided when the batch is known.
+    /// Wait until the whole batch is known; `decide` then chooses RWF_DSYNC or a shared fdatasync.
     Later,
 }

@@ -1,13 +1,13 @@
 //! The first sync error, kept for the life of the process.
 //!
 //! A sync that succeeded is trusted only once every sync that overlapped it has been judged
-//! ([`super::sync_ledger`], E7). Until then its queue holds the success ([`SyncLatch::open_now`]) and may block;
-//! whoever judges the last of the overlapping syncs rings that queue's doorbell
+//! ([`super::sync_ledger`], E7). Until then its queue holds the success ([`SyncLatch::open_now`]) and may block.
+//! The thread that judges the last of the overlapping syncs rings that queue's doorbell
 //! ([`SyncLatch::ring_when_settled`]).
 //!
-//! After a failed fdatasync Linux marks the lost pages clean, and the next fdatasync succeeds. So a failed sync is
-//! never retried, and from then on no FLUSH and no stable write of this disk is reported OK (E1, E2), in every
-//! mode and on every queue.
+//! After a failed fdatasync Linux marks the lost pages clean, and the next fdatasync succeeds. A failed sync is
+//! therefore never retried. From then on no FLUSH and no stable write of this disk is reported OK (E1, E2), in
+//! every mode and on every queue.
 
 use std::io;
 use std::sync::Arc;
@@ -18,9 +18,10 @@ use super::sync_ledger::{SyncLedger, SyncTicket};
 use crate::doorbell;
 use crate::sync::{AtomicI32, Mutex, MutexGuard, Ordering, unpoisoned};
 
-/// Remembers the first sync error of one disk, and which syncs nobody has judged yet.
+/// The first sync error of one disk, and the syncs that nobody has judged yet.
 #[derive(Debug, Default)]
 pub struct SyncLatch {
+    /// 0 until a sync has failed.
     errno: AtomicI32,
     syncs: Mutex<Syncs>,
 }
@@ -28,11 +29,11 @@ pub struct SyncLatch {
 #[derive(Debug, Default)]
 struct Syncs {
     ledger: SyncLedger,
-    /// Queues that hold a success and sleep, one place each.
+    /// The queues that hold a success and may block. Each has at most one entry.
     sleepers: Vec<Sleeper>,
 }
 
-/// Who is to be woken, and when.
+/// A queue to wake once `horizon` is settled.
 #[derive(Debug)]
 struct Sleeper {
     horizon: SyncTicket,
@@ -44,12 +45,13 @@ impl SyncLatch {
         unpoisoned(self.syncs.lock())
     }
 
-    /// A sync is about to be handed to an engine.
+    /// Enters a sync in the ledger. Call this just before it is handed to an engine.
     pub fn open(&self) -> SyncTicket {
         self.syncs().ledger.open()
     }
 
-    /// Its result has been looked at, and latched if it was an error. Wakes whom this settles.
+    /// Marks a sync as judged: its result has been checked, and latched if it was an error. Wakes the queues
+    /// whose horizon this settles.
     pub fn judged(&self, ticket: SyncTicket) {
         let mut syncs = self.syncs();
         let Syncs { ledger, sleepers } = &mut *syncs;
@@ -63,9 +65,11 @@ impl SyncLatch {
         });
     }
 
-    /// Rings `bell` once, as soon as `horizon` is settled. `false` if it is by now, and nothing will
-    /// ring. Looked at and kept in one step, so that no judgement comes between. A bell has one place:
-    /// what was asked for it before is forgotten.
+    /// Arranges that `bell` is rung once, as soon as `horizon` is settled. Returns `false` if it is settled already;
+    /// `bell` is then not rung.
+    ///
+    /// The check and the entry are one step under the lock, so that no sync is judged between them. A bell has
+    /// one entry; this call replaces an earlier one.
     pub fn ring_when_settled(&self, horizon: SyncTicket, bell: &Arc<EventFd>) -> bool {
         let mut syncs = self.syncs();
         syncs.sleepers.retain(|sleeper| !Arc::ptr_eq(&sleeper.bell, bell));
@@ -76,18 +80,18 @@ impl SyncLatch {
         true
     }
 
-    /// The newest sync that is open now: a success that ends now counts once it and all before it
-    /// are judged. `None` if there is nothing to wait for.
+    /// Returns the newest open sync, or `None` if there is nothing to wait for. A success that is reported now
+    /// counts once that sync and all before it are judged.
     pub fn open_now(&self) -> Option<SyncTicket> {
         self.syncs().ledger.horizon()
     }
 
-    /// Whether this sync and all that were opened before it are judged.
+    /// Returns `true` if the sync `horizon` and all syncs opened before it are judged.
     pub fn is_settled(&self, horizon: SyncTicket) -> bool {
         self.syncs().ledger.is_settled(horizon)
     }
 
-    /// Keeps `error` if it is the first; logs that one.
+    /// Latches and logs `error` if it is the first; ignores later ones.
     pub fn set(&self, error: &io::Error) {
         let errno = error.raw_os_error().filter(|&errno| errno != 0).unwrap_or(libc::EIO);
         if self.errno.compare_exchange(0, errno, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
@@ -98,7 +102,7 @@ impl SyncLatch {
         }
     }
 
-    /// `Err` with the first error, if there was one.
+    /// Returns the first error as `Err`, or `Ok` if no sync has failed.
     pub fn check(&self) -> io::Result<()> {
         match self.errno.load(Ordering::SeqCst) {
             0 => Ok(()),
@@ -128,7 +132,7 @@ mod tests {
         let (early, late) = (bell(), bell());
         assert!(latch.ring_when_settled(second, &late));
         assert!(latch.ring_when_settled(first, &early));
-        // Asked again, it still has one place.
+        // A second request for the same bell leaves one entry.
         assert!(latch.ring_when_settled(second, &late));
         latch.judged(second);
         assert!(early.read().is_err() && late.read().is_err(), "the older one is still open");

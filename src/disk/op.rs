@@ -1,4 +1,4 @@
-//! What a disk is asked for, and what it answers.
+//! Requests to a disk, their errors and their completions.
 
 use std::io;
 
@@ -14,23 +14,23 @@ slab_number! {
     RequestId
 }
 
-/// What a request wants of the disk.
+/// What a request asks of the disk.
 #[derive(Debug)]
 pub enum Op {
-    /// Fills the memory from the image.
+    /// Reads the range into the memory.
     Read(SectorRange, Iov),
-    /// Writes the memory to the image.
+    /// Writes the memory to the range.
     Write(SectorRange, Iov),
-    /// Makes stable whatever was complete before this was submitted.
+    /// Makes everything stable that completed before this request was submitted.
     Flush,
-    /// The content of these ranges is not wanted any more.
+    /// Says that the content of these ranges is no longer wanted.
     Discard(Vec<SectorRange>),
-    /// These ranges read as zeroes afterwards.
+    /// Makes these ranges read as zeroes.
     WriteZeroes(Vec<ZeroedRange>),
 }
 
 impl Op {
-    /// Bytes that the guest will see changed.
+    /// Returns the number of bytes that the guest will see changed.
     pub(super) fn written_bytes(&self) -> u64 {
         match self {
             Op::Read(..) | Op::Flush => 0,
@@ -43,40 +43,40 @@ impl Op {
     }
 }
 
-/// Why a request failed. Nothing of it is retried.
+/// Why a request failed. A failed request is not retried.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
-    /// The host refused the operation.
+    /// The host reported an error for the operation.
     #[error("{what} failed")]
     Host {
-        /// Which one.
+        /// The operation.
         what: &'static str,
-        /// The host's answer.
+        /// The error that the host reported.
         source: io::Error,
     },
-    /// The image ends before the request does: somebody has truncated it.
+    /// The transfer cannot continue after a short or impossible count. Usually somebody has truncated the image.
     #[error("{what} ended after {done} of {bytes} bytes: has the image been truncated?")]
     Short {
-        /// Which operation.
+        /// The operation.
         what: &'static str,
-        /// Bytes moved, all parts together.
+        /// Bytes that all earlier parts of the request have moved.
         done: u64,
-        /// Bytes asked for.
+        /// Bytes that the request asks for.
         bytes: u64,
     },
-    /// An earlier sync has failed, so nothing can be called stable any more.
+    /// An earlier sync of this disk has failed, so nothing can be reported stable any more.
     #[error("nothing can be made stable since an earlier sync failed")]
     Latched(#[source] io::Error),
     /// The disk is read-only.
     #[error("the disk is readonly")]
     Readonly,
-    /// Not on the block boundaries that O_DIRECT needs here.
+    /// The request is not on the block boundaries that O_DIRECT needs here. The field is their size in bytes.
     #[error("not aligned to the {0} bytes that O_DIRECT needs on this host")]
     Misaligned(u32),
 }
 
 impl DiskError {
-    /// The same error, for another request that shared the operation.
+    /// Returns a copy of the error, for another request that shared the operation.
     pub(super) fn again(&self) -> DiskError {
         let copy = |error: &io::Error| match error.raw_os_error() {
             Some(errno) => io::Error::from_raw_os_error(errno),
@@ -95,8 +95,8 @@ impl DiskError {
 /// A completed request.
 #[derive(Debug)]
 pub struct Completion {
-    /// The number it was submitted with.
+    /// The number that the request was submitted with.
     pub id: RequestId,
-    /// Every byte moved and, where that was asked, stable; or why not.
+    /// `Ok` if every byte was moved and, where the request must be stable, is stable. Otherwise the reason.
     pub result: Result<(), DiskError>,
 }

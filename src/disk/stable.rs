@@ -1,12 +1,12 @@
 //! How writes become stable, and the group commit.
 //!
-//! Owns the choice between RWF_DSYNC, an fdatasync of a write's own and one for many, and who waits
-//! for which fdatasync. Whether a write must be stable at all is the business of [`super::cache`];
-//! what the kernel answers is judged by [`super::disk_queue`].
+//! Owns the choice between RWF_DSYNC, one fdatasync per write and one for many, and which requests wait
+//! for which fdatasync. [`super::cache`] decides whether a write must be stable at all;
+//! [`super::disk_queue`] judges what the kernel answers.
 //!
-//! One rule keeps it right: an fdatasync speaks only for those that had joined before it started
-//! (virtio 5.2.6.2). A write joins when its last byte has ended; a FLUSH when it is taken from the
-//! queue.
+//! One rule makes this correct: an fdatasync counts only for the requests that joined before it started
+//! (virtio 5.2.6.2). A write joins when its last byte has been written. A FLUSH joins when it is taken from
+//! the queue.
 //!
 //! ```text
 //! stable write ─ transfer ─ ended ──┐
@@ -16,25 +16,25 @@
 use super::op::RequestId;
 use crate::mutants::{Mutant, is_on};
 
-/// How a write is made stable where it must be.
+/// How a write that must be stable is made stable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StableBy {
     /// RWF_DSYNC on each write.
     Dsync,
-    /// A write, then an fdatasync of its own.
+    /// Each write, then an fdatasync for it alone.
     Fdatasync,
-    /// The writes in flight, then one fdatasync for all of them.
+    /// All writes in flight, then one fdatasync for all of them.
     Group,
-    /// A write that is alone as `Dsync`, several as `Group`; on a block device whose disk has no
-    /// FUA, where a DSYNC write costs two flushes, always as `Group`.
+    /// `Dsync` for a write that is alone in flight, `Group` for several. Always `Group` on a block device whose
+    /// disk has no FUA, because a DSYNC write costs two flushes there.
     Auto,
 }
 
 impl StableBy {
-    /// All ways, in the order of the help.
+    /// All variants, in the order of `--help`.
     pub const ALL: [StableBy; 4] = [StableBy::Dsync, StableBy::Fdatasync, StableBy::Group, StableBy::Auto];
 
-    /// The name on the command line.
+    /// Returns the name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             StableBy::Dsync => "dsync",
@@ -44,37 +44,37 @@ impl StableBy {
         }
     }
 
-    /// The way of that name.
+    /// Returns the variant with that name, or `None` if there is none.
     pub fn by_name(name: &str) -> Option<StableBy> {
         Self::ALL.into_iter().find(|by| by.name() == name)
     }
 }
 
-/// A request that waits for an fdatasync; `None` for a sync of our own.
+/// A request that waits for an fdatasync; `None` for a sync that no request asked for.
 pub(super) type Member = Option<RequestId>;
 
-/// The shared fdatasyncs of one queue: at most one is running.
+/// The shared fdatasyncs of one queue. At most one is running at a time.
 #[derive(Default)]
 pub(super) struct Group {
-    /// Joined since the running sync started.
+    /// The members that joined since the running sync started.
     waiting: Vec<Member>,
-    /// Somebody who waits is a FLUSH: it waits for no write.
+    /// `true` if a waiting member is a FLUSH or a sync of our own: the next sync then waits for no write.
     urgent: bool,
-    /// Among them is a sync of our own.
+    /// `true` if a sync of our own is in `waiting`.
     own_waits: bool,
-    /// A sync is running for these.
+    /// The members that the running sync is for; `None` if no sync is running.
     running: Option<Vec<Member>>,
-    /// Emptied lists, so that a sync allocates nothing.
+    /// Empty lists to reuse, so that a sync allocates nothing.
     spare: Vec<Vec<Member>>,
 }
 
 impl Group {
-    /// Nobody waits or is being synced.
+    /// Returns `true` if no member waits and no sync is running.
     pub(super) fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.running.is_none()
     }
 
-    /// Waits for the next sync to start; an urgent member makes it start at once.
+    /// Adds a member to the next sync. An urgent member makes that sync start without waiting for writes.
     pub(super) fn joins(&mut self, member: Member, urgent: bool) {
         if is_on(Mutant::GroupTakesLatecomers)
             && let Some(running) = &mut self.running
@@ -83,37 +83,39 @@ impl Group {
             return;
         }
         self.urgent |= urgent;
-        // A sync of our own is the same sync, however often the guest gives cause for it (R23).
+        // One waiting sync of our own is enough, however often the guest gives cause for one (R23).
         if member.is_some() || !std::mem::replace(&mut self.own_waits, true) {
             self.waiting.push(member);
         }
     }
 
-    /// Returns `true` if a sync must start now, with `writing` stable writes that still move bytes. One sync at a
-    /// time: those who come meanwhile share the next. Unless a FLUSH waits, the sync waits for these writes. That
-    /// wait ends: no more writes can come than the queue has entries, since none of them completes before.
+    /// Returns `true` if a sync must start now. `writing` is the number of stable writes that still move bytes.
+    ///
+    /// Only one sync runs at a time; members that join meanwhile share the next one. The next sync waits for the
+    /// `writing` writes unless an urgent member waits. That wait is bounded: none of these writes completes
+    /// before the sync, so no more can come than the queue has entries.
     pub(super) fn is_due(&self, writing: usize) -> bool {
         self.running.is_none() && !self.waiting.is_empty() && (self.urgent || writing == 0)
     }
 
-    /// A sync starts: it speaks for all who wait now.
+    /// Records that a sync starts. It is for all members that wait now.
     pub(super) fn starts(&mut self) {
         let next = self.spare.pop().unwrap_or_default();
         self.running = Some(std::mem::replace(&mut self.waiting, next));
         (self.urgent, self.own_waits) = (false, false);
     }
 
-    /// Whom the running sync is for, without our own.
+    /// Returns the requests that the running sync is for.
     pub(super) fn running(&self) -> impl Iterator<Item = RequestId> + '_ {
         self.running.iter().flatten().copied().flatten()
     }
 
-    /// The sync has ended; whom it was for. Give the list back with [`Group::recycle`].
+    /// Records that the sync has completed, and returns its members. Give the list back with [`Group::recycle`].
     pub(super) fn ends(&mut self) -> Vec<Member> {
         self.running.take().unwrap_or_default()
     }
 
-    /// Takes an emptied list back.
+    /// Takes a list back, to use it again.
     pub(super) fn recycle(&mut self, mut members: Vec<Member>) {
         members.clear();
         if self.spare.len() < 4 {
@@ -184,7 +186,7 @@ mod tests {
             group.joins(None, true);
             assert!(group.is_due(0), "round {round}");
             group.starts();
-            // While that one runs: it started before.
+            // The running sync started before this switch, so it does not count for it.
             group.joins(None, true);
             assert_eq!(group.ends(), [None], "round {round}");
             assert!(group.is_due(0), "round {round}: the running sync does not count for the second switch");

@@ -1,24 +1,27 @@
 //! Which syncs of a disk overlap, and when a success may be trusted (E7).
 //!
-//! Linux reports a writeback error to only one of several concurrent fsyncs, so a successful sync is trusted
-//! only after every sync that overlapped it has been judged: its result looked at, and its error, if it had
-//! one, acted on. This file owns that rule. The error latch ([`super::latch`]) and the write log
-//! ([`super::writelog`]) each keep a ledger of their own, because they look at results at different moments.
+//! Linux reports a writeback error to only one of several concurrent fsyncs. A successful sync is therefore
+//! trusted only after every sync that overlapped it has been judged. To judge a sync is to check its result
+//! and to act on its error, if it has one.
+//!
+//! This file owns that rule. The error latch ([`super::latch`]) and the write log ([`super::writelog`]) each keep
+//! a ledger of their own, because they judge results at different moments.
 
 /// The number of a sync in its ledger. Later syncs have larger numbers.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Clone, Copy)]
 pub struct SyncTicket(u64);
 
-/// The syncs that an engine has, or whose result nobody has judged yet.
+/// The open syncs: those that an engine has, and those whose result nobody has judged yet.
 #[derive(Debug, Default)]
 pub struct SyncLedger {
+    /// How many syncs were ever entered.
     opened: u64,
-    /// In the order of their numbers.
+    /// Sorted by number, oldest first.
     open: Vec<SyncTicket>,
 }
 
 impl SyncLedger {
-    /// Enters a sync. Call this before the engine may begin it, so that no overlap is missed.
+    /// Enters a sync and returns its number. Call this before the engine may begin it, so that no overlap is missed.
     pub fn open(&mut self) -> SyncTicket {
         self.opened += 1;
         let ticket = SyncTicket(self.opened);
@@ -26,18 +29,18 @@ impl SyncLedger {
         ticket
     }
 
-    /// Strikes a sync out. Call this after its error has been acted on.
+    /// Removes a sync from the open ones. Call this after its error has been acted on.
     pub fn judge(&mut self, ticket: SyncTicket) {
         self.open.retain(|&other| other != ticket);
     }
 
-    /// Returns the newest sync that is open now: a success that is reported now counts once that sync and all
-    /// before it are judged. `None` if there is nothing to wait for.
+    /// Returns the newest open sync, or `None` if there is nothing to wait for. A success that is reported now
+    /// counts once that sync and all before it are judged.
     pub fn horizon(&self) -> Option<SyncTicket> {
         self.open.last().copied()
     }
 
-    /// Returns `true` if the sync `horizon` and all that were opened before it are judged.
+    /// Returns `true` if the sync `horizon` and all syncs opened before it are judged.
     pub fn is_settled(&self, horizon: SyncTicket) -> bool {
         self.open.first().is_none_or(|&oldest| oldest > horizon)
     }
