@@ -14,13 +14,13 @@ use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
 /// Executes one operation at a time with system calls that block.
 pub struct BlockingEngine {
     file: Arc<File>,
-    /// The operation for the next wait. There is no room for more: what has not begun stays with
-    /// the state machine, so that one sync need not be judged with those that come after it.
+    /// The operation for the next wait. There is no room for more: later operations stay with the state machine,
+    /// so that the judgement of one sync need not wait for the syncs that come after it.
     next: Option<(OpToken, HostOp)>,
 }
 
 impl BlockingEngine {
-    /// An engine for `file`, which stays open as long as the engine lives.
+    /// Returns an engine for `file`, which stays open as long as the engine lives.
     pub fn new(file: Arc<File>) -> Self {
         Self { file, next: None }
     }
@@ -30,8 +30,8 @@ impl BlockingEngine {
         let result = match op {
             HostOp::Readv { iov, offset } => {
                 let iovecs = iov.as_iovecs();
-                // SAFETY: the iovecs point to memory that `iov` owns until after this call; the
-                // kernel writes to it, and nothing in Rust holds a reference to it.
+                // SAFETY: the iovecs point to memory that `iov` owns until after this call. The
+                // kernel writes to that memory, and nothing in Rust holds a reference to it.
                 unsafe { libc::preadv(fd, iovecs.as_ptr(), count(iovecs)?, file_offset(*offset)?) }
             }
             HostOp::Writev { iov, offset, dsync } => {
@@ -56,7 +56,7 @@ impl BlockingEngine {
     }
 }
 
-/// The one system call that an operation is, as strace writes it.
+/// Returns the one system call that executes `op`, as strace writes it.
 pub fn system_call(op: &HostOp) -> &'static str {
     match op {
         HostOp::Readv { .. } => "preadv",
@@ -95,7 +95,8 @@ impl Engine for BlockingEngine {
         self.next.is_some()
     }
 
-    /// Executes the operation. One a call, so that its completion does not wait for others'.
+    /// Executes the operation, or waits for the doorbell if there is none. Each call executes only one, so that
+    /// its completion does not wait for others.
     fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
         if let Some((token, op)) = self.next.take() {
             let result = self.execute(&op);

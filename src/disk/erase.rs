@@ -1,7 +1,7 @@
 //! A DISCARD or WRITE_ZEROES as a sequence of host operations.
 //!
 //! Owns the choice between punching a hole, ZERO_RANGE and overwriting with zeroes, range by range.
-//! What comes after the last range (a sync, the completion) is the business of [`super::disk_queue`].
+//! [`super::disk_queue`] decides what follows the last range: a sync or the completion.
 
 use std::collections::VecDeque;
 use std::io;
@@ -16,22 +16,24 @@ use crate::mem::{AlignedBuffer, Iov};
 /// One range of a WRITE_ZEROES.
 #[derive(Debug, Clone, Copy)]
 pub struct ZeroedRange {
-    /// Where.
+    /// The sectors.
     pub range: SectorRange,
-    /// The space may be given back to the host.
+    /// `true` if the space may be given back to the host.
     pub unmap: bool,
 }
 
-/// The ranges that are still to be erased, and how far the first of them is.
+/// The ranges that are still to be erased, and the progress of the first of them.
 pub(super) struct Erase {
-    /// Without the empty ones; the first is in progress.
+    /// The ranges that are not empty. The first is in progress.
     ranges: VecDeque<ZeroedRange>,
-    /// For WRITE_ZEROES the content matters; a DISCARD that the host cannot do is not an error.
+    /// `true` for WRITE_ZEROES, where the content matters. `false` for DISCARD: it succeeds even if the host
+    /// cannot do it.
     must_zero: bool,
+    /// How the first range is being erased.
     method: EraseBy,
     /// Bytes of the first range already overwritten with zeroes.
     filled: u64,
-    /// Bytes that the operation in flight overwrites.
+    /// Bytes that the operation in flight was asked to overwrite.
     asked: u64,
     alignment: Alignment,
 }
@@ -49,7 +51,7 @@ impl Erase {
         Self { ranges, must_zero, method: EraseBy::Punch, filled: 0, asked: 0, alignment }
     }
 
-    /// The first operation for the range that is next; `None` when all are done.
+    /// Returns the first operation for the next range, or `None` when no range is left.
     pub(super) fn begin_range(&mut self) -> Option<HostOp> {
         let &ZeroedRange { range, unmap } = self.ranges.front()?;
         let (offset, len) = (range.offset(), range.bytes());
@@ -67,7 +69,7 @@ impl Erase {
         self.begin_range()
     }
 
-    /// What follows from the end of an operation: the next one, or `None` when all is erased.
+    /// Judges the result of an operation. Returns the next operation, or `None` when everything is erased.
     pub(super) fn judge(&mut self, result: io::Result<usize>) -> Result<Option<HostOp>, DiskError> {
         let Some(&ZeroedRange { range, .. }) = self.ranges.front() else { return Ok(None) };
         match (result, self.method) {
@@ -83,7 +85,7 @@ impl Erase {
 
     fn fall_back(&mut self, range: SectorRange, from: EraseBy) -> Result<Option<HostOp>, DiskError> {
         if !self.must_zero {
-            // DISCARD is advice (virtio 5.2.6.2): the host cannot follow it here.
+            // DISCARD is advice (virtio 5.2.6.2), which the host cannot follow here.
             return Ok(self.next_range());
         }
         if from == EraseBy::Punch {
@@ -95,7 +97,7 @@ impl Erase {
     }
 
     fn judge_overwrite(&mut self, range: SectorRange, count: u64) -> Result<Option<HostOp>, DiskError> {
-        // What O_DIRECT cannot continue in the middle of a block is written again, whole.
+        // O_DIRECT cannot continue in the middle of a block, so a partly written block is written again.
         let moved = count - count % u64::from(self.alignment.offset);
         if moved == 0 || count > self.asked {
             let (done, bytes) = (self.filled, range.bytes());
@@ -119,7 +121,7 @@ impl Erase {
     }
 }
 
-/// Answers of fallocate that say "not on this file", rather than "the disk has failed".
+/// Returns `true` if this error of fallocate means "not on this file" rather than "the disk has failed".
 fn may_fall_back(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENODEV))
 }

@@ -1,7 +1,7 @@
 //! A read or write as a sequence of host operations.
 //!
-//! Owns continuation of short transfers and bounce buffers. What an error means, and what comes
-//! after the last byte, is the business of [`super::disk_queue`].
+//! Owns continuation of short transfers and bounce buffers. [`super::disk_queue`] decides what an error means,
+//! and what follows the last byte.
 
 use std::io;
 
@@ -12,23 +12,26 @@ use super::queue_stats::QueueStats;
 use crate::mem::{BufferPool, Iov};
 use crate::mutants::{Mutant, is_on};
 
-/// Most bytes that one transfer moves through a private buffer; longer requests take turns.
+/// Largest host transfer through a bounce buffer, in bytes. Longer requests need several.
 pub const BOUNCE_MAX: u64 = 256 << 10;
-/// Most bytes of one host transfer: what Linux moves at once (MAX_RW_COUNT), on whole blocks.
+/// Largest host transfer, in bytes: Linux moves no more at once (MAX_RW_COUNT). It is a whole number of blocks.
 const TRANSFER_MAX: u64 = 0x7fff_f000;
-/// Most pieces of one host transfer (IOV_MAX).
+/// Largest number of pieces in one host transfer (IOV_MAX).
 const PIECES_MAX: usize = 1024;
 
-/// A read or write, and how far it is.
+/// A read or write, and its progress.
 pub(super) struct Transfer {
     pub(super) write: bool,
-    /// Each part is stable when it ends.
+    /// `true` if each part is written with RWF_DSYNC and so is stable when it completes.
     pub(super) dsync: bool,
     iov: Iov,
+    /// Offset of the first byte in the image, in bytes.
     offset: u64,
+    /// Bytes moved so far.
     done: u64,
+    /// The bounce buffer of the operation in flight; `None` if that operation uses guest memory.
     bounce: Option<Iov>,
-    /// Bytes that the operation in flight moves.
+    /// Bytes that the operation in flight was asked to move.
     asked: u64,
 }
 
@@ -49,8 +52,8 @@ impl Transfer {
         }
     }
 
-    /// `count` bytes of what was asked have been moved: the next operation, or `None` after the
-    /// last byte.
+    /// Records that the operation in flight has moved `count` bytes. Returns the next operation, or `None` after
+    /// the last byte.
     pub(super) fn advance(
         &mut self,
         count: u64,
@@ -63,7 +66,7 @@ impl Transfer {
         if count == 0 || count > self.asked {
             return Err(short);
         }
-        // What O_DIRECT cannot continue in the middle of a block is moved again, whole.
+        // O_DIRECT cannot continue in the middle of a block, so a partly moved block is moved again.
         let step = u64::from(image.geometry().alignment.offset);
         let moved = if count == self.asked { count } else { count - count % step };
         if moved == 0 {
@@ -85,7 +88,7 @@ impl Transfer {
         self.next_window(image, stats, pool).map(Some)
     }
 
-    /// The host operation for the next part, through a bounce buffer if it must be.
+    /// Returns the host operation for the next part. It uses a bounce buffer only if it must.
     pub(super) fn next_window(
         &mut self,
         image: &Image,
@@ -96,7 +99,7 @@ impl Transfer {
         let mut window = self.iov.part(self.done, TRANSFER_MAX, PIECES_MAX);
         self.bounce = None;
         let fits = window.is_aligned(alignment.memory, alignment.offset);
-        // What a log records must be what was written, whatever the guest does to its memory meanwhile.
+        // The write log must record exactly what is written, even if the guest changes its memory meanwhile.
         let recorded = self.write && image.write_log().is_some();
         if recorded || image.policy().direct && (image.bounce_always() || !fits) {
             window = self.bounce(stats, pool)?;
@@ -124,10 +127,10 @@ impl Transfer {
     }
 }
 
-/// The bounce buffers of one queue: few are kept, more are had while they are needed.
+/// Returns the bounce buffers of one queue. The pool keeps a few; more are allocated while they are needed.
 pub(super) fn bounce_buffers(image: &Image) -> BufferPool {
     const KEPT: usize = 8;
-    // 256 KiB fit everywhere.
+    // 256 KiB fits in every usize.
     #[allow(clippy::cast_possible_truncation)]
     let bytes = BOUNCE_MAX as usize;
     BufferPool::new(bytes, image.geometry().alignment.memory.max(512) as usize, KEPT)

@@ -1,12 +1,12 @@
 //! The io_uring engine: operations are queued, and one system call hands a whole batch to the kernel
-//! and waits for the first end or the doorbell.
+//! and waits for the first completion or the doorbell.
 //!
 //! Owns the ring, the memory of every operation that the kernel has, and the read of the doorbell
-//! that waits in the same ring. The ring may only do what this file queues (the kernel refuses all
-//! else), on one registered file and on the doorbell.
+//! that waits in the same ring. The ring is restricted to the operations that this file queues, on one
+//! registered file and on the doorbell. The kernel refuses everything else.
 //!
-//! Data that the host's page cache holds is copied at once, without the ring: for a copy of a few
-//! KiB even the way through a ring is long (`docs/performance.md`).
+//! Data that the host's page cache holds is copied at once, without the ring: compared with a copy of a few
+//! KiB, the way through a ring is long (`docs/performance.md`).
 
 use std::fs::File;
 use std::io;
@@ -24,32 +24,32 @@ use super::image::Image;
 use crate::mem::{self, Iov, Ram};
 use crate::slab::Slab;
 
-/// Largest buffer that the kernel registers as one, in bytes.
+/// Largest buffer that the kernel registers in one piece, in bytes.
 const FIXED_MAX: u64 = 1 << 30;
-/// A kernel that has so many batches already gets the next with the rest of what is queued.
+/// With this many batches in flight, do not enter the kernel early: submit the rest of the batch together.
 const BUSY_BATCHES: usize = 4;
-/// The image, in the ring's table of files.
+/// The image's index in the ring's table of files.
 const IMAGE: Fixed = Fixed(0);
-/// Numbers that the slab never gives out.
+/// The doorbell's read, and its cancellation below. The slab never gives out these two numbers.
 const BELL: u64 = u64::MAX;
 const CANCEL: u64 = u64::MAX - 1;
 /// IORING_UNREGISTER_FILES.
 const UNREGISTER_FILES: u8 = 3;
-/// IOSQE_FIXED_FILE: the one flag that an entry of ours may have.
+/// IOSQE_FIXED_FILE, the only flag that an entry of this ring may have.
 const FIXED_FILE: u8 = 1;
 
-/// Why there is no ring.
+/// Why the ring could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum UringError {
-    /// The host's kernel refuses.
+    /// The host's kernel refused a call.
     #[error("{what}")]
     Refused {
         /// What was tried.
         what: &'static str,
-        /// The host's answer.
+        /// The error that the host reported.
         source: io::Error,
     },
-    /// The host's kernel is too old.
+    /// The host's kernel is too old: it lacks the named feature.
     #[error("this kernel's io_uring lacks {0} (Linux 5.10 has it)")]
     Lacks(&'static str),
     /// Guest memory cannot be pinned.
@@ -58,9 +58,9 @@ pub enum UringError {
          (ulimit -l, in KiB), or use buffers=plain"
     )]
     Memory {
-        /// All of guest memory.
+        /// The size of guest memory.
         bytes: u64,
-        /// The host's answer.
+        /// The error that the host reported.
         source: io::Error,
     },
 }
@@ -68,45 +68,48 @@ pub enum UringError {
 /// Executes operations through io_uring.
 pub struct UringEngine {
     ring: IoUring,
-    /// Keeps the registered file, and counts the system calls.
+    /// Keeps the registered file open and counts the system calls.
     image: Arc<Image>,
-    /// What the kernel has: the memory of an operation lives until its end is seen.
+    /// The operations that the kernel has. Their memory is kept until their completion is seen.
     ops: Slab<u64, (OpToken, HostOp)>,
-    /// Most operations that the kernel has at once: as many as its completions have room for.
+    /// Largest number of operations in the kernel at once, so that their completions have room in the ring.
     room: usize,
     bell: Bell,
     inline: Inline,
-    /// Ended without the ring.
+    /// Operations that completed without the ring.
     at_once: Vec<Ended>,
-    /// Registered guest memory: (first byte, bytes), by index.
+    /// Registered guest memory by buffer index: address of the first byte, and length in bytes.
     fixed: Vec<(u64, u64)>,
-    /// Operations that are queued before the kernel gets them in the midst of a batch.
+    /// With this many operations queued, enter the kernel before the rest of the batch is queued.
     batch: usize,
+    /// `true` once the ring is enabled.
     enabled: bool,
-    /// The kernel says that it has ends to fetch, and when asked had none. It sets its flag after it
-    /// has queued the end; if that is fetched in between, the flag stays until the next.
+    /// `true` if IORING_SQ_TASKRUN is set although the last io_uring_enter produced no completion; ignore the flag
+    /// then. The kernel sets it after it has queued a completion. If that one is fetched in between, the flag stays
+    /// set until the next completion.
     cries_wolf: bool,
 }
 
 /// The doorbell's read, which waits in the ring.
 struct Bell {
-    /// Where the kernel puts the counter. Its own allocation, so that it stays where it is.
+    /// Where the kernel writes the eventfd's counter. Boxed, so that its address stays the same.
     counter: Box<u64>,
+    /// The doorbell that a read in the ring waits for; `None` if there is no such read.
     waits_on: Option<RawFd>,
-    /// The doorbell whose reads wait, because O_NONBLOCK was taken away.
+    /// The doorbell whose O_NONBLOCK was cleared, so that its reads wait.
     blocking: Option<RawFd>,
-    /// Rung since it was last asked.
+    /// `true` if the doorbell was rung since the last wait for it checked.
     rung: bool,
 }
 
-/// Whether page cache hits are tried without the ring; off when the file system says it cannot.
+/// Whether page cache hits are tried without the ring: until the file system answers EOPNOTSUPP to RWF_NOWAIT.
 struct Inline {
     read: bool,
     write: bool,
 }
 
 impl UringEngine {
-    /// An engine for the image's descriptor, of `entries` operations at once. With `ram`, guest
+    /// Returns an engine for the image's descriptor, with room for `entries` operations at once. With `ram`, guest
     /// memory is registered, which pins all of it.
     pub fn new(image: Arc<Image>, entries: u16, ram: Option<&Ram>) -> Result<Self, UringError> {
         let ring = build(u32::from(entries).next_power_of_two())?;
@@ -129,7 +132,7 @@ impl UringEngine {
         })
     }
 
-    /// A ring begins to work in the thread that will use it, which becomes the only one that may.
+    /// Enables the ring on first use. The calling thread becomes the only one that may use the ring.
     fn enable(&mut self) -> io::Result<()> {
         if !self.enabled {
             self.ring.submitter().register_enable_rings()?;
@@ -139,15 +142,15 @@ impl UringEngine {
     }
 
     fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
-        // SAFETY: what the entry points to is owned by `self.ops` or `self.bell` until the kernel
-        // has ended it, or by the registered memory of guest RAM, which `HostOp` keeps as well.
+        // SAFETY: `self.ops` or `self.bell` owns what the entry points to until the kernel has completed
+        // the entry. Registered guest RAM is kept by its `HostOp` as well.
         while unsafe { self.ring.submission().push(entry) }.is_err() {
             self.enter(0)?;
         }
         Ok(())
     }
 
-    /// The one system call: submits what is queued, waits for at least `want` ends.
+    /// Submits what is queued and waits for at least `want` completions, in one system call.
     fn enter(&mut self, want: usize) -> io::Result<()> {
         self.enable()?;
         Counters::count(&self.image.beside_queues.io_uring_enters);
@@ -156,7 +159,7 @@ impl UringEngine {
                 self.cries_wolf = self.ring.completion().is_empty() && self.ring.submission().taskrun();
                 Ok(())
             }
-            // A signal, or ends that must be taken first: both are seen to by trying again.
+            // A signal came, or completions must be taken first. The caller tries again in both cases.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {
                 Ok(())
             }
@@ -164,13 +167,13 @@ impl UringEngine {
         }
     }
 
-    /// The kernel has ends that it puts into the ring only when it is entered.
+    /// Returns `true` if the kernel has completions that it puts into the ring only when it is entered.
     fn has_ends_to_fetch(&mut self) -> bool {
         let queue = self.ring.submission();
         queue.taskrun() || queue.cq_overflow()
     }
 
-    /// Takes the ends that are there.
+    /// Takes the completions that are in the ring, and appends those of operations to `ended`.
     fn reap(&mut self, ended: &mut Vec<Ended>) -> io::Result<()> {
         for end in self.ring.completion() {
             let result = end.result();
@@ -198,7 +201,7 @@ impl UringEngine {
         Ok(())
     }
 
-    /// Has the doorbell's read wait in the ring.
+    /// Makes sure that a read of the doorbell waits in the ring, unless the doorbell is rung already.
     fn listen(&mut self, doorbell: &EventFd) -> io::Result<()> {
         let fd = doorbell.as_raw_fd();
         if self.bell.waits_on == Some(fd) || self.bell.rung {
@@ -218,13 +221,14 @@ impl UringEngine {
         Ok(())
     }
 
-    /// Tries to do it without waiting; `None` when only the ring can.
+    /// Tries to execute `op` from the page cache without waiting. Returns the bytes moved, or `None` if `op` must go
+    /// through the ring.
     fn try_inline(&mut self, op: &HostOp) -> Option<usize> {
         let fd = self.image.file().as_raw_fd();
         let (result, may) = match op {
             HostOp::Readv { iov, offset } if self.inline.read => {
                 let (iovecs, count, offset) = vectors(iov, *offset)?;
-                // SAFETY: the iovecs lead to memory that `iov` owns until after this call.
+                // SAFETY: the iovecs point to memory that `iov` owns until after this call.
                 let result = unsafe { libc::preadv2(fd, iovecs, count, offset, libc::RWF_NOWAIT) };
                 (result, &mut self.inline.read)
             }
@@ -239,7 +243,7 @@ impl UringEngine {
         if let Ok(moved) = usize::try_from(result) {
             return Some(moved);
         }
-        // EAGAIN: not in the cache. What else there is, the ring finds as well and tells.
+        // EAGAIN: the data is not in the page cache. Any other error recurs in the ring and is reported there.
         if io::Error::last_os_error().raw_os_error() == Some(libc::EOPNOTSUPP) {
             *may = false;
         }
@@ -289,7 +293,8 @@ impl UringEngine {
         Ok(entry)
     }
 
-    /// The registered buffer that a piece of memory is wholly in.
+    /// Returns the index of the registered buffer that contains all of `iov`. `None` if there is none, or if `iov`
+    /// has more than one piece.
     fn fixed_buffer(&self, iov: &Iov) -> Option<u16> {
         let &[piece] = iov.as_iovecs() else { return None };
         let (at, len) = (piece.iov_base as u64, piece.iov_len as u64);
@@ -315,16 +320,16 @@ impl Engine for UringEngine {
                 return Ok(());
             }
         };
-        // Kept before the kernel hears of it.
+        // The operation, and so its memory, is kept before the kernel sees it.
         let number = self.ops.insert((token, op));
         if let Err(error) = self.push(&entry.user_data(number)) {
             // The kernel has not seen it.
             self.ops.remove(number);
             self.at_once.push(Ended { token, result: Err(error) });
         }
-        // The disk begins with the first of a long batch while the last are still being taken apart,
-        // unless it has enough to do. What fails here fails again in the wait that follows, and is
-        // told there.
+        // The disk begins with the first operations of a long batch while the worker still parses the
+        // last ones, unless the disk has enough to do. An error here recurs in the wait that follows, and
+        // is reported there.
         let queued = self.ring.submission().len();
         if queued >= self.batch && self.ops.len().saturating_sub(queued) < BUSY_BATCHES * self.batch {
             let _ = self.enter(0);
@@ -346,7 +351,7 @@ impl Engine for UringEngine {
                 Wake::Doorbell(_) => !std::mem::take(&mut self.bell.rung),
             };
             let must_wait = may_wait && ended.len() == before;
-            // Nothing to hand over, and nothing that would come of it.
+            // There is nothing to submit and nothing to fetch: no system call is needed.
             if !must_wait && self.ring.submission().is_empty() && !self.has_ends_to_fetch() {
                 return Ok(());
             }
@@ -360,11 +365,11 @@ impl Engine for UringEngine {
 
     fn is_ready(&mut self) -> bool {
         let has_ends = !self.at_once.is_empty() || !self.ring.completion().is_empty();
-        // An end that comes while the flag is not believed is fetched when the worker goes to sleep.
+        // A completion that arrives while the flag is ignored is fetched when the worker blocks.
         has_ends || !self.ring.submission().is_empty() || (self.has_ends_to_fetch() && !self.cries_wolf)
     }
 
-    /// Takes the doorbell's read out of the ring.
+    /// Cancels the doorbell's read in the ring, and waits until it is gone.
     fn rest(&mut self) -> io::Result<()> {
         let mut ended = Vec::new();
         if self.bell.waits_on.is_some() {
@@ -381,8 +386,8 @@ impl Engine for UringEngine {
 }
 
 impl Drop for UringEngine {
-    /// The kernel may still write into memory that is about to be freed: waits for all of it, and
-    /// where it cannot be waited for, the memory is never freed.
+    /// Waits for all operations, because the kernel may still write into memory that is about to be freed. If the
+    /// wait fails, the memory is never freed.
     fn drop(&mut self) {
         let mut ended = Vec::new();
         let mut outcome = self.rest();
@@ -394,8 +399,8 @@ impl Drop for UringEngine {
             std::mem::forget(std::mem::take(&mut self.ops));
             std::mem::forget(std::mem::take(&mut self.bell.counter));
         }
-        // The kernel takes a ring apart later, in its own time; the image, and the lock on it, are
-        // let go of now.
+        // The kernel destroys a ring some time after it is closed. This releases the image, and the lock
+        // on it, at once.
         if let Err(error) = self.ring.submitter().unregister_files() {
             log::debug!("disk: io_uring keeps the image for a while: {error}");
         }
@@ -404,7 +409,7 @@ impl Drop for UringEngine {
 
 fn build(entries: u32) -> Result<IoUring, UringError> {
     let refused = |source| UringError::Refused { what: "io_uring_setup", source };
-    // The best first: ends are taken in our own thread when it asks for them, not in between.
+    // Try the best setup first: this thread takes completions when it asks for them, and is not interrupted.
     let mut best = IoUring::builder();
     best.setup_r_disabled().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
     let mut plain = IoUring::builder();
@@ -433,7 +438,7 @@ fn register_file(ring: &IoUring, file: &File) -> Result<(), UringError> {
         .map_err(|source| UringError::Refused { what: "registering the image with io_uring", source })
 }
 
-/// Registers all of guest memory; the buffers, by index.
+/// Registers all of guest memory. Returns the address and length of each buffer, by index.
 fn register_memory(ring: &IoUring, ram: &Ram) -> Result<Vec<(u64, u64)>, UringError> {
     let mut buffers = Vec::new();
     for (_, host, bytes) in mem::regions(ram) {
@@ -449,13 +454,13 @@ fn register_memory(ring: &IoUring, ram: &Ram) -> Result<Vec<(u64, u64)>, UringEr
         iov_len: usize::try_from(len).unwrap_or(usize::MAX),
     };
     let iovecs: Vec<_> = buffers.iter().map(iovec).collect();
-    // SAFETY: the ranges are guest RAM; the kernel pins the pages, so that they outlive even the mapping.
+    // SAFETY: the ranges are guest RAM. The kernel pins the pages, so they outlive even the mapping.
     unsafe { ring.submitter().register_buffers(&iovecs) }
         .map_err(|source| UringError::Memory { bytes: buffers.iter().map(|&(_, len)| len).sum(), source })?;
     Ok(buffers)
 }
 
-/// From now on the ring does only this.
+/// Restricts the ring to the operations, flags and registrations listed here.
 fn restrict(ring: &IoUring) -> Result<(), UringError> {
     let codes = [
         opcode::Read::CODE,
@@ -484,25 +489,25 @@ fn length(len: usize) -> io::Result<u32> {
     u32::try_from(len).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
-/// A read of it in the ring then waits, instead of ending with EAGAIN.
+/// Clears O_NONBLOCK, so that a read of `fd` in the ring waits instead of failing with EAGAIN.
 fn make_blocking(fd: RawFd) -> io::Result<()> {
     // SAFETY: F_GETFL touches no memory.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
-    // SAFETY: nor does F_SETFL.
+    // SAFETY: F_SETFL touches no memory.
     if flags < 0 || unsafe { libc::fcntl(fd, libc::F_SETFL, flags & !libc::O_NONBLOCK) } < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())
 }
 
-/// What preadv2 and pwritev2 take.
+/// Returns the arguments for preadv2 and pwritev2, or `None` if one is out of range.
 fn vectors(iov: &Iov, offset: u64) -> Option<(*const libc::iovec, libc::c_int, i64)> {
     let pieces = iov.as_iovecs();
     Some((pieces.as_ptr(), libc::c_int::try_from(pieces.len()).ok()?, i64::try_from(offset).ok()?))
 }
 
-/// What an operation is in the ring, with the flags that matter, and what is tried before
-/// ([`UringEngine::try_inline`]) in the modes that use the page cache.
+/// Returns the name of the ring entry for `op`, with the flags that matter. With `buffered`, for the modes that use
+/// the page cache, the name includes the call that [`UringEngine::try_inline`] tries first.
 pub fn ring_entry(op: &HostOp, buffered: bool) -> &'static str {
     match op {
         HostOp::Readv { .. } if buffered => "preadv2(RWF_NOWAIT), else IORING_OP_READ",
@@ -535,7 +540,7 @@ mod tests {
             opcode::Fsync::new(IMAGE).build().flags(squeue::Flags::IO_DRAIN),
         ];
         for (entry, expected) in entries.into_iter().zip([0, -libc::EACCES, -libc::EACCES, -libc::EACCES]) {
-            // SAFETY: the entries point to nothing but `path`, which lives on.
+            // SAFETY: the entries point to nothing but `path`, which is a static string.
             unsafe { ring.submission().push(&entry) }.unwrap();
             ring.submit_and_wait(1).unwrap();
             assert_eq!(ring.completion().map(|end| end.result()).collect::<Vec<_>>(), [expected]);
