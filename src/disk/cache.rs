@@ -1,5 +1,4 @@
-//! The five cache modes: what each means is its row in [`POLICIES`], and nothing else asks for a
-//! mode's name.
+//! The five cache modes. A mode's row in [`POLICIES`] says all that it means; nothing else asks for its name.
 //!
 //! Owns the mapping from a mode to host behaviour and the stability rule (virtio 5.2.6.2): must this
 //! write be stable before it is reported complete? Knows nothing of files or queues.
@@ -9,22 +8,22 @@ use crate::sync::{AtomicBool, AtomicU8, Ordering};
 
 /// A cache mode, as a row of independent decisions.
 ///
-/// O_DIRECT, O_SYNC and fsync are not the same mechanism: `direct` decides whether the host's page
-/// cache holds the data, `write_cache` whether a completed write may still be volatile,
-/// `honour_flush` whether FLUSH reaches the host's disk.
+/// O_DIRECT, O_SYNC and fsync are different mechanisms. `direct` decides whether the host's page cache holds
+/// the data. `write_cache` decides whether a completed write may still be volatile. `honour_flush` decides
+/// whether FLUSH reaches the host's disk.
 #[derive(Debug, PartialEq, Eq)]
 pub struct CachePolicy {
     /// The name on the command line.
     pub name: &'static str,
-    /// The image is opened with O_DIRECT: nothing of it stays in the host's page cache.
+    /// `true` if the image is opened with O_DIRECT: nothing of it stays in the host's page cache.
     pub direct: bool,
-    /// The device has a volatile write cache: config.writeback is 1 after each reset.
+    /// `true` if the device has a volatile write cache: config.writeback is 1 after each reset.
     pub write_cache: bool,
-    /// FLUSH is fdatasync. `false` breaks the promise of FLUSH on purpose (unsafe).
+    /// `true` if FLUSH is an fdatasync. `false` breaks the promise of FLUSH on purpose (unsafe).
     pub honour_flush: bool,
 }
 
-/// All modes, in the order of the 2008 discussion: the default first.
+/// All modes, in the order of the 2008 discussion. The first is the default.
 pub static POLICIES: [CachePolicy; 5] = [
     CachePolicy { name: "none", direct: true, write_cache: true, honour_flush: true },
     CachePolicy { name: "writeback", direct: false, write_cache: true, honour_flush: true },
@@ -33,28 +32,30 @@ pub static POLICIES: [CachePolicy; 5] = [
     CachePolicy { name: "unsafe", direct: false, write_cache: true, honour_flush: false },
 ];
 
-/// What the driver has negotiated of the features that decide stability.
+/// Which of the features that decide stability the driver has negotiated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Negotiated {
-    /// VIRTIO_BLK_F_FLUSH.
+    /// `true` if VIRTIO_BLK_F_FLUSH was negotiated.
     pub flush: bool,
-    /// VIRTIO_BLK_F_CONFIG_WCE.
+    /// `true` if VIRTIO_BLK_F_CONFIG_WCE was negotiated.
     pub config_wce: bool,
 }
 
 impl CachePolicy {
-    /// The row of that name.
+    /// Returns the mode with that name, or `None` if there is none.
     pub fn by_name(name: &str) -> Option<&'static CachePolicy> {
         POLICIES.iter().find(|policy| policy.name == name)
     }
 
-    /// Must this write (or discard, or write-zeroes) be stable before it is reported complete?
+    /// Returns `true` if this write (or discard, or write-zeroes) must be stable before it is reported complete.
     ///
-    /// The stability rule of virtio 5.2.6.2 and our decisions where it leaves a choice:
-    /// - a driver that cannot flush gets stable writes, whatever the mode's default;
-    /// - with CONFIG_WCE the guest's `writeback` byte rules, and a write across a change of it gets
-    ///   the stricter side (the specification leaves that undefined);
-    /// - with FLUSH alone the mode's own write cache rules.
+    /// This is the stability rule of virtio 5.2.6.2, with our decisions where it leaves a choice:
+    /// - A driver that cannot flush gets stable writes, whatever the mode's default.
+    /// - With CONFIG_WCE the guest's `writeback` byte decides. If the byte changes while a write is in flight,
+    ///   the stricter value applies (the specification leaves that undefined).
+    /// - With FLUSH alone the mode's own write cache decides.
+    ///
+    /// A mode without `honour_flush` makes no write stable.
     pub fn write_must_be_stable(
         &self,
         acked: Negotiated,
@@ -73,8 +74,9 @@ impl CachePolicy {
     }
 }
 
-/// The write cache of one device as the guest sees it: the `writeback` byte and what was
-/// negotiated. Written by the vCPU that touches configuration space, read by the workers.
+/// The write cache of one device as the guest sees it: the `writeback` byte and the negotiated features.
+///
+/// The vCPU that accesses configuration space writes it; the workers read it.
 #[derive(Debug)]
 pub struct WriteCache {
     policy: &'static CachePolicy,
@@ -87,7 +89,7 @@ const NEGOTIATED_FLUSH: u8 = 1;
 const NEGOTIATED_CONFIG_WCE: u8 = 2;
 
 impl WriteCache {
-    /// The write cache as it is after reset.
+    /// Returns the write cache in its state after a reset.
     pub fn new(policy: &'static CachePolicy) -> Self {
         Self {
             policy,
@@ -97,12 +99,12 @@ impl WriteCache {
         }
     }
 
-    /// The mode.
+    /// Returns the mode.
     pub fn policy(&self) -> &'static CachePolicy {
         self.policy
     }
 
-    /// Reset: the configured value is back, whatever the last driver did (B4).
+    /// Resets the write cache: restores the configured `writeback` byte, whatever the last driver did (B4).
     pub fn reset(&self) {
         self.negotiated.store(0, Ordering::SeqCst);
         self.switched_off.store(false, Ordering::SeqCst);
@@ -111,8 +113,8 @@ impl WriteCache {
         }
     }
 
-    /// FEATURES_OK. CONFIG_WCE without FLUSH starts as writethrough (virtio 5.2.5.2), and so it
-    /// stays.
+    /// Stores the features that the driver has confirmed with FEATURES_OK. CONFIG_WCE without FLUSH starts as
+    /// writethrough (virtio 5.2.5.2) and stays so.
     pub fn negotiate(&self, acked: Negotiated) {
         let bits =
             u8::from(acked.flush) * NEGOTIATED_FLUSH + u8::from(acked.config_wce) * NEGOTIATED_CONFIG_WCE;
@@ -122,19 +124,19 @@ impl WriteCache {
         }
     }
 
-    /// What was negotiated.
+    /// Returns the negotiated features.
     pub fn negotiated(&self) -> Negotiated {
         let bits = self.negotiated.load(Ordering::SeqCst);
         Negotiated { flush: bits & NEGOTIATED_FLUSH != 0, config_wce: bits & NEGOTIATED_CONFIG_WCE != 0 }
     }
 
-    /// config.writeback, now.
+    /// Returns the current value of config.writeback.
     pub fn writeback(&self) -> bool {
         self.writeback.load(Ordering::SeqCst)
     }
 
-    /// The guest writes config.writeback. Ignored unless CONFIG_WCE was negotiated, and a 1 without
-    /// FLUSH. Whether this turned the write cache off, so that a worker should be woken.
+    /// Handles the guest's write to config.writeback. Returns `true` if it turned the write cache off, so that a
+    /// worker should be woken. The write is ignored without CONFIG_WCE; a 1 is also ignored without FLUSH.
     pub fn guest_sets_writeback(&self, on: bool) -> bool {
         let acked = self.negotiated();
         if !acked.config_wce || (on && !acked.flush) {
@@ -148,18 +150,18 @@ impl WriteCache {
         turned_off
     }
 
-    /// Whether the guest has turned the write cache off since this was last asked. The
-    /// specification wants nothing then (5.2.6.1); we sync what is volatile all the same.
+    /// Returns `true` if the guest has turned the write cache off since the last call. The specification requires
+    /// nothing then (5.2.6.1); we sync what is volatile all the same.
     pub fn take_switched_off(&self) -> bool {
         self.switched_off.swap(false, Ordering::SeqCst)
     }
 
-    /// Whether nobody has yet seen to that.
+    /// Returns `true` if the guest has turned the write cache off and no worker has taken that up yet.
     pub fn is_switch_pending(&self) -> bool {
         self.switched_off.load(Ordering::SeqCst)
     }
 
-    /// [`CachePolicy::write_must_be_stable`] for a write that completes now.
+    /// Returns [`CachePolicy::write_must_be_stable`] for a write that completes now.
     pub fn write_must_be_stable(&self, wb_at_submit: bool) -> bool {
         self.policy.write_must_be_stable(self.negotiated(), wb_at_submit, self.writeback())
     }
@@ -169,7 +171,7 @@ impl WriteCache {
 mod tests {
     use super::*;
 
-    /// B5 to B8, written out: (flush, config_wce, wb at submit, at completion)
+    /// The requirements B5 to B8 as a table. Maps (flush, config_wce, wb at submit, wb at completion)
     /// to must-be-stable for {none, writeback}, {writethrough, directsync}, {unsafe}.
     #[rustfmt::skip]
     const TABLE: [(bool, bool, bool, bool, bool, bool, bool); 16] = [

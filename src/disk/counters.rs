@@ -1,5 +1,5 @@
-//! What one disk has done, counted: requests as the guest made them, operations as the host got
-//! them. No decision ever depends on a counter; above all, none skips a sync.
+//! Counters of what one disk has done: requests as the guest made them, operations as the host got
+//! them. No decision depends on a counter. In particular, no sync is skipped because of one.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -14,12 +14,12 @@ macro_rules! counters {
         }
 
         impl Counters {
-            /// Adds those of `other`, as they are now.
+            /// Adds the current values of `other`.
             pub(super) fn add(&self, other: &Self) {
                 $(self.$name.fetch_add(other.$name.load(Ordering::Relaxed), Ordering::Relaxed);)+
             }
 
-            /// Every counter's name and value, in the order of their definition.
+            /// Returns every counter's name and value, in the order of their definition.
             pub fn snapshot(&self) -> Vec<(&'static str, u64)> {
                 vec![$((stringify!($name), self.$name.load(Ordering::Relaxed)),)+]
             }
@@ -27,7 +27,7 @@ macro_rules! counters {
     };
 }
 
-/// Operations that the host's kernel is asked for by the same call.
+/// The system call that a host operation is counted under.
 #[derive(Debug, Clone, Copy)]
 pub enum HostKind {
     /// preadv.
@@ -43,7 +43,7 @@ pub enum HostKind {
 }
 
 impl HostKind {
-    /// That of an operation.
+    /// Returns the kind of `op`.
     pub fn of(op: &HostOp) -> Self {
         match op {
             HostOp::Readv { .. } => HostKind::Read,
@@ -56,65 +56,65 @@ impl HostKind {
 }
 
 counters! {
-    /// Reads that the guest asked for.
+    /// Reads that the guest requested.
     reads,
-    /// Bytes of them.
+    /// Bytes that these reads asked for.
     read_bytes,
-    /// Writes that the guest asked for.
+    /// Writes that the guest requested.
     writes,
-    /// Bytes of them.
+    /// Bytes that these writes asked for.
     write_bytes,
-    /// FLUSHes that the guest asked for.
+    /// FLUSHes that the guest requested.
     flushes,
-    /// DISCARDs that the guest asked for.
+    /// DISCARDs that the guest requested.
     discards,
-    /// Bytes of all their ranges.
+    /// Bytes in all ranges of these DISCARDs.
     discard_bytes,
-    /// WRITE_ZEROES that the guest asked for.
+    /// WRITE_ZEROES that the guest requested.
     write_zeroes,
-    /// Bytes of all their ranges.
+    /// Bytes in all ranges of these WRITE_ZEROES.
     write_zeroes_bytes,
-    /// Requests that were answered with an error.
+    /// Requests that completed with an error, and failed syncs that followed a switch to writethrough.
     errors,
-    /// FLUSHes that were answered without a sync (unsafe).
+    /// FLUSHes that completed without a sync (cache=unsafe).
     flushes_ignored,
-    /// Fdatasyncs that a queue's FLUSHes and stable writes share.
+    /// Shared fdatasyncs: each may serve several FLUSHes and stable writes of a queue.
     shared_syncs,
-    /// Reads: calls of preadv, or entries of the ring.
+    /// Reads by the host: calls of preadv, or entries of the ring.
     preadvs,
     /// Writes without RWF_DSYNC: calls of pwritev, or entries of the ring.
     pwritevs,
     /// Writes with RWF_DSYNC: calls of pwritev2, or entries of the ring.
     pwritevs_dsync,
-    /// fdatasyncs, without those of the start: calls, or entries of the ring.
+    /// fdatasyncs, except those at the start: calls, or entries of the ring.
     fdatasyncs,
-    /// Calls of fallocate, or entries of the ring.
+    /// fallocates: calls, or entries of the ring.
     fallocates,
-    /// Calls of io_uring_enter: each hands a batch of operations to the kernel and waits.
+    /// Calls of io_uring_enter. Each hands a batch of operations to the kernel and may wait.
     io_uring_enters,
-    /// Transfers through a private buffer.
+    /// Transfers through a bounce buffer.
     bounces,
     /// Transfers that were continued after a short count.
     continued,
-    /// Operations failed on purpose.
+    /// Operations that `fault=` made fail.
     faults_failed,
-    /// Operations held on purpose.
+    /// Operations that `fault=` delayed.
     faults_delayed,
-    /// Transfers cut short on purpose.
+    /// Transfers that `fault=` cut short.
     faults_shortened,
-    /// Writes torn on purpose.
+    /// Writes that `fault=` tore.
     faults_torn,
-    /// Operations answered without being done, on purpose.
+    /// Operations that `fault=` reported as done without doing them.
     faults_lost,
 }
 
 impl Counters {
-    /// One more.
+    /// Adds one to `counter`.
     pub fn count(counter: &AtomicU64) {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The counter of such operations.
+    /// Returns the counter of operations of this kind.
     pub fn of(&self, kind: HostKind) -> &AtomicU64 {
         match kind {
             HostKind::Read => &self.preadvs,
@@ -125,7 +125,7 @@ impl Counters {
         }
     }
 
-    /// All that is not 0, in one line.
+    /// Returns all counters that are not 0, in one line.
     pub fn summary(&self) -> String {
         let parts: Vec<_> = self
             .snapshot()

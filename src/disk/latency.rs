@@ -1,15 +1,15 @@
 //! Where the time of a request goes: latencies by kind of request and phase.
 //!
-//! Owns the phases and the sums over queues. The moments are found by the state machine
-//! ([`super::disk_queue::DiskQueue`]: handed to the host, host done) and by the queue's worker (all others).
-//! A queue's latencies are recorded by its worker alone; whoever reports copies them.
+//! Owns the phases and the sums over queues. The state machine ([`super::disk_queue::DiskQueue`]) takes two of
+//! the moments: handed to the host, and host done. The queue's worker takes the others. Only the worker
+//! records a queue's latencies; a report copies them.
 
 use std::time::{Duration, Instant};
 
 use super::op::Op;
 use super::times::{Summary, Times};
 
-/// What a request asks for.
+/// The kind of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A read.
@@ -25,10 +25,10 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All, in the order of the reports.
+    /// All kinds, in the order of the reports.
     pub const ALL: [Kind; 5] = [Kind::Read, Kind::Write, Kind::Flush, Kind::Discard, Kind::WriteZeroes];
 
-    /// That of an operation.
+    /// Returns the kind of `op`.
     pub fn of(op: &Op) -> Self {
         match op {
             Op::Read(..) => Kind::Read,
@@ -40,31 +40,31 @@ impl Kind {
     }
 }
 
-/// The moments of a request that has been answered.
+/// The moments of a request that has completed.
 #[derive(Debug, Clone, Copy)]
 pub struct Moments {
-    /// What it asked for.
+    /// The kind of the request.
     pub kind: Kind,
-    /// The worker woke, or looked, and found something in the queue.
+    /// When the worker woke, or polling found something in the queue.
     pub doorbell: Instant,
-    /// It was taken from the queue.
+    /// When the request was taken from the queue.
     pub popped: Instant,
-    /// Its first operation was handed to the engine; `None` if it needed none.
+    /// When its first operation was handed to the engine; `None` if it needed none.
     pub submitted: Option<Instant>,
-    /// The end of its last operation was heard of.
+    /// When the engine reported that the last operation had completed.
     pub host_done: Instant,
-    /// The driver can see the answer, and has been told if it wanted to be.
+    /// When the driver could see the completion, and had been interrupted if it wanted to be.
     pub interrupt: Instant,
 }
 
-/// The parts of a request's time.
+/// The number of phases, the whole included.
 const PHASES: usize = 5;
 
 impl Moments {
-    /// From moment to moment, and the whole: the phases add up to it.
+    /// Returns the times between successive moments, and last the whole. The phases add up to the whole.
     fn phases(&self) -> [Option<Duration>; PHASES] {
         let between = |from: Instant, to: Instant| to.saturating_duration_since(from);
-        // Without the host all but the first and the last is the preparation.
+        // If the request did not need the host, the time up to `host_done` is all preparation.
         let prepared = self.submitted.unwrap_or(self.host_done);
         [
             Some(between(self.doorbell, self.popped)),
@@ -76,31 +76,31 @@ impl Moments {
     }
 }
 
-/// Latencies of one queue, or of several.
+/// The latencies of one queue, or of several.
 #[derive(Debug, Clone, Default)]
 pub struct Latencies([Phases; Kind::ALL.len()]);
 
-/// Those of one kind; a phase is there from its first request on.
+/// The latencies of one kind of request, by phase. A phase is `None` until the first request that has it.
 #[derive(Debug, Clone, Default)]
 struct Phases([Option<Box<Times>>; PHASES]);
 
-/// What is told of one kind of request.
+/// The figures that are reported of one kind of request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KindSummary {
-    /// Until the worker came to it.
+    /// From the doorbell until the worker took the request from the queue.
     pub doorbell_to_popped: Summary,
-    /// Until it was handed to the engine; until it was done, where it needed no host.
+    /// Until the request was handed to the engine, or was done if it did not need the host.
     pub popped_to_submitted: Summary,
-    /// The host's time; `None` if no request needed it.
+    /// The host's time; `None` if no request needed the host.
     pub submitted_to_host_done: Option<Summary>,
-    /// Until the driver could see the answer.
+    /// Until the driver could see the completion.
     pub host_done_to_interrupt: Summary,
-    /// The whole.
+    /// From the doorbell until the driver could see the completion.
     pub total: Summary,
 }
 
 impl Latencies {
-    /// A request has been answered.
+    /// Adds a completed request.
     pub fn record(&mut self, moments: &Moments) {
         let Phases(times) = &mut self.0[moments.kind as usize];
         for (times, took) in times.iter_mut().zip(moments.phases()) {
@@ -110,7 +110,7 @@ impl Latencies {
         }
     }
 
-    /// Those of `other` too.
+    /// Adds all latencies of `other`.
     pub fn add(&mut self, other: &Self) {
         for (Phases(mine), Phases(theirs)) in self.0.iter_mut().zip(&other.0) {
             for (mine, theirs) in mine.iter_mut().zip(theirs) {
@@ -121,7 +121,7 @@ impl Latencies {
         }
     }
 
-    /// What is told of requests of this kind; `None` if there was none.
+    /// Returns the figures to report for requests of this kind, or `None` if there was none.
     pub fn summary(&self, kind: Kind) -> Option<KindSummary> {
         let Phases(times) = &self.0[kind as usize];
         let [first, prepared, host, last, total] = times.each_ref().map(|found| found.as_deref());

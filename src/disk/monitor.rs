@@ -3,11 +3,13 @@
 //! Owns that count for one image, all its queues together, and the times of its fdatasyncs. Decides
 //! nothing: no request ever waits for, or depends on, what is counted here.
 //!
-//! Acknowledged writes stand in one line, in the order of their acknowledgement. An fdatasync makes
-//! stable what had ended before it was handed to the engine, which is always a beginning of that
-//! line. So the whole truth is one number, how far the line is stable, whatever order syncs end in,
-//! and neither requests nor memory are searched. The price: a byte written twice counts twice until
-//! a sync, so the count may be too high, and is never too low (`docs/statistics.md`).
+//! Acknowledged bytes form one line, in the order of their acknowledgement. An fdatasync makes stable what
+//! completed before it was handed to the engine, which is always a prefix of that line. One number is
+//! therefore enough: how far the line is stable. It is right in whatever order the syncs complete, and needs no
+//! search through requests or memory.
+//!
+//! The price is that a byte written twice counts twice until the next sync. The count may be too high, and is
+//! never too low (`docs/statistics.md`).
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
@@ -17,83 +19,87 @@ use super::times::{Summary, Times};
 
 use crate::sync::unpoisoned;
 
-/// Most spans whose age is told apart; with more syncs in flight an age may come out too high.
+/// Largest number of spans whose ages are kept apart. With more syncs in flight an age may be reported too high.
 const SPANS_MAX: usize = 64;
 
-/// The monitor of one image; all its queues report to it.
+/// The monitor of one image. All queues of the image report to it.
 #[derive(Debug, Default)]
 pub struct Monitor(Mutex<Line>);
 
-/// An fdatasync that was handed to the engine, and what it will have made stable.
+/// The start of an fdatasync, and what the sync will have made stable.
+///
+/// Dropping a `SyncStart` without calling [`Monitor::sync_ends`] is allowed; its writes then stay at risk.
 #[derive(Debug, Clone, Copy)]
 pub struct SyncStart {
     at: Instant,
-    /// It covers the line up to here.
+    /// The sync covers the line up to this position.
     position: u128,
-    /// How far the line was stable then, and since when the rest had waited.
+    /// How far the line was stable when the sync started.
     stable: u128,
+    /// When the oldest byte that was not stable then had been acknowledged; `None` if there was none.
     oldest: Option<Instant>,
 }
 
-/// How an fdatasync ended.
+/// The outcome of an fdatasync.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SyncEnd {
-    /// What it covers is stable.
+    /// What the sync covers is stable.
     Stable,
     /// The host could not make it stable.
     Failed,
-    /// It says nothing: interrupted, or an earlier error was kept that makes it worthless.
+    /// The result means nothing: the sync was interrupted, or a latched error makes its success worthless.
     Void,
 }
 
-/// What the monitor knows at one moment.
+/// The monitor's figures at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
-    /// Bytes ever acknowledged without being stable then.
+    /// Bytes that were acknowledged before they were stable, since the start.
     pub acknowledged_bytes: u64,
-    /// Those that are not stable yet.
+    /// Those of the acknowledged bytes that are not stable yet.
     pub at_risk_bytes: u64,
-    /// The most that there ever were.
+    /// The largest value that `at_risk_bytes` ever had.
     pub at_risk_bytes_max: u64,
-    /// Since when the oldest of them waits.
+    /// Age of the oldest byte at risk; `None` if there is none.
     pub oldest: Option<Duration>,
-    /// The longest that any has ever waited.
+    /// The largest value that `oldest` ever had.
     pub oldest_max: Duration,
-    /// Bytes at risk when the last sync of the run was about to begin.
+    /// Bytes at risk when the last sync of the run was about to begin; `None` before that.
     pub at_risk_bytes_at_end: Option<u64>,
-    /// Whether a sync has failed: what is at risk stays at risk, and may be lost already.
+    /// `true` if a sync has failed. What is at risk then stays at risk, and may be lost already.
     pub sync_failed: bool,
-    /// Times of the fdatasyncs that ended, well or not, if there was any: each from being handed to the
-    /// engine to its end.
+    /// Times of the fdatasyncs that succeeded or failed, each from being handed to the engine to its completion.
+    /// `None` if there was none.
     pub syncs: Option<Summary>,
 }
 
 impl Monitor {
-    /// The host has ended a write of so many bytes that is not stable, and the guest is about to be
-    /// told. Never late: whoever starts a sync after this covers it.
+    /// Counts a completed write of `bytes` bytes that is not stable. Call this before the guest is told: a sync that
+    /// starts after the acknowledgement then always covers the write.
     pub fn acknowledges(&self, bytes: u64) {
         if bytes > 0 {
             self.lock().acknowledges(bytes, Instant::now);
         }
     }
 
-    /// An fdatasync is about to be handed to the engine.
+    /// Records that an fdatasync is about to be handed to the engine.
     pub fn sync_starts(&self) -> SyncStart {
         self.lock().sync_starts(Instant::now())
     }
 
-    /// That fdatasync has ended. A start that never gets here does no harm.
+    /// Records the outcome of the fdatasync that `start` stands for.
     pub fn sync_ends(&self, start: SyncStart, end: SyncEnd) {
         self.lock().sync_ends(start, end, Instant::now());
     }
 
-    /// Nothing is in flight any more, and the last sync of the run comes next, if the mode has one.
+    /// Stores the bytes at risk at the end of the run. Call this when nothing is in flight any more, before the last
+    /// sync of the run, if the mode has one.
     pub fn guest_has_ended(&self) {
         let mut line = self.lock();
         line.at_risk_at_end = Some(line.at_risk());
     }
 
-    /// What is known now.
+    /// Returns the current figures.
     pub fn snapshot(&self) -> Snapshot {
         self.lock().snapshot(Instant::now())
     }
@@ -103,17 +109,19 @@ impl Monitor {
     }
 }
 
-/// The line of acknowledged bytes. 128 bits, because a guest that discards a huge disk again and
-/// again gets beyond 64.
+/// The line of acknowledged bytes. Positions have 128 bits, because a guest that discards a huge disk again and
+/// again exceeds 64.
 #[derive(Debug)]
 struct Line {
+    /// The line's length.
     acknowledged: u128,
+    /// The line is stable up to this position.
     stable: u128,
     at_risk_max: u128,
     at_risk_at_end: Option<u128>,
-    /// What is not stable, cut where syncs started: as many pieces as syncs may still cover.
+    /// The part that is not stable, cut where syncs started, because each sync may make one more piece stable.
     spans: VecDeque<Span>,
-    /// No sync has started since the last span began.
+    /// `true` if no sync has started since the last span began.
     last_is_open: bool,
     oldest_max: Duration,
     sync_failed: bool,
@@ -123,6 +131,7 @@ struct Line {
 /// A piece of the line.
 #[derive(Debug, Clone, Copy)]
 struct Span {
+    /// The position where the piece ends.
     end: u128,
     /// When its first byte was acknowledged.
     first: Instant,
@@ -153,13 +162,13 @@ impl Line {
         self.spans.front().map(|span| span.first)
     }
 
-    /// The clock is read for the first write after a sync only.
+    /// Adds `bytes` to the line. Reads the clock only for the first write after a sync has started.
     fn acknowledges(&mut self, bytes: u64, now: impl FnOnce() -> Instant) {
         self.acknowledged = self.acknowledged.saturating_add(u128::from(bytes));
         let end = self.acknowledged;
         let is_full = self.spans.len() == SPANS_MAX;
         match self.spans.back_mut() {
-            // Bytes that join an older span than their own look older than they are.
+            // If the spans are full, the bytes join an older span and look older than they are.
             Some(last) if self.last_is_open || is_full => last.end = end,
             _ => {
                 self.spans.push_back(Span { end, first: now() });
@@ -197,9 +206,10 @@ impl Line {
         }
     }
 
-    /// After a failed sync nothing becomes stable any more. A sync that ended well while this one
-    /// was in flight may have done so only because this one had taken the error that was meant for
-    /// both (the host's kernel reports it once), so what it covered is at risk again.
+    /// Handles a failed sync. Nothing becomes stable any more after it.
+    ///
+    /// The host's kernel reports an error only once. A sync that succeeded while this one was in flight may have
+    /// succeeded only because this one took the error of both. What that sync covered is therefore at risk again.
     fn distrusts(&mut self, failed: SyncStart) {
         self.sync_failed = true;
         if failed.stable < self.stable {
@@ -241,20 +251,20 @@ mod tests {
 
     /// What happens to a line, in order.
     enum Event {
-        /// So many bytes.
+        /// This many bytes are acknowledged.
         Ack(u64),
         /// The sync of this number starts.
         Start(usize),
-        /// It ends.
+        /// The sync of this number completes.
         End(usize, SyncEnd),
-        /// Bytes at risk, and the age of the oldest in events.
+        /// Checks the bytes at risk, and the age of the oldest in events.
         Is(u64, Option<u64>),
     }
 
     use Event::{Ack, End, Is, Start};
     use SyncEnd::{Failed, Stable, Void};
 
-    /// Plays events, one a second.
+    /// Plays the events, one per second, and returns the figures at the end.
     fn play(what: &str, events: &[Event]) -> Snapshot {
         let begin = Instant::now();
         let (mut line, mut starts, mut at) = (Line::default(), Vec::new(), begin);

@@ -1,7 +1,7 @@
 //! What one queue of a disk has done: its counters, its requests in flight and their latencies.
 //!
-//! Owns the counting; the disk's figures are sums, made when somebody asks. The worker of the queue is the only one that counts here, so that
-//! no two CPUs contend for it; whoever reports looks at it from outside.
+//! Owns the counting. The disk's figures are sums, made when they are asked for. Only the queue's worker
+//! counts here, so that no two CPUs contend for a counter. A report only reads.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
@@ -11,18 +11,19 @@ use super::latency::{Latencies, Moments};
 
 use crate::sync::unpoisoned;
 
-/// The figures of one queue.
+/// The statistics of one queue.
 #[derive(Debug)]
 pub struct QueueStats {
-    /// Its own counters. Those of what is not a queue's business (io_uring_enter, faults) stay 0 here.
+    /// The queue's counters. Those that are counted for the whole disk (io_uring_enter, faults) stay 0 here.
     pub counters: Counters,
     in_flight: AtomicU64,
     in_flight_max: AtomicU64,
+    /// `None` unless latencies are recorded.
     latencies: Option<Mutex<Latencies>>,
 }
 
 impl QueueStats {
-    /// Nothing yet; `timed` if latencies are wanted.
+    /// Returns empty statistics. Latencies are recorded only if `timed` is `true`.
     pub fn new(timed: bool) -> Self {
         Self {
             counters: Counters::default(),
@@ -32,19 +33,19 @@ impl QueueStats {
         }
     }
 
-    /// One more.
+    /// Adds one to a counter.
     pub(super) fn count(&self, counter: impl Fn(&Counters) -> &AtomicU64) {
         self.count_many(1, counter);
     }
 
-    /// So many more.
+    /// Adds `more` to a counter.
     pub(super) fn count_many(&self, more: u64, counter: impl Fn(&Counters) -> &AtomicU64) {
         let own = counter(&self.counters);
-        // One writer: no need for the processor's lock.
+        // Only the worker writes, so this needs no locked instruction.
         own.store(own.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
     }
 
-    /// A request has come.
+    /// Counts a request as in flight.
     pub(super) fn begins(&self) {
         let now = self.in_flight() + 1;
         self.in_flight.store(now, Ordering::Relaxed);
@@ -53,35 +54,35 @@ impl QueueStats {
         }
     }
 
-    /// One is done.
+    /// Counts a request as completed.
     pub(super) fn ends(&self) {
         self.in_flight.store(self.in_flight().saturating_sub(1), Ordering::Relaxed);
     }
 
-    /// Requests that the disk has, and has not answered.
+    /// Returns the number of requests that were submitted and have not completed.
     pub fn in_flight(&self) -> u64 {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// The most that there ever were.
+    /// Returns the largest number of requests that were ever in flight at once.
     pub fn in_flight_max(&self) -> u64 {
         self.in_flight_max.load(Ordering::Relaxed)
     }
 
-    /// Whether latencies are wanted.
+    /// Returns `true` if latencies are recorded.
     pub fn is_timed(&self) -> bool {
         self.latencies.is_some()
     }
 
-    /// Requests have been answered. Once for a whole batch; nobody else takes this lock but a report,
-    /// for the time of a copy.
+    /// Records the latencies of completed requests. Call this once per batch: it takes a lock. Only a report takes
+    /// that lock as well, for the time of a copy.
     pub fn record(&self, answered: impl IntoIterator<Item = Moments>) {
         if let Some(mut latencies) = self.lock() {
             answered.into_iter().for_each(|moments| latencies.record(&moments));
         }
     }
 
-    /// The latencies so far, if they are wanted.
+    /// Returns a copy of the latencies so far, or `None` if they are not recorded.
     pub fn latencies(&self) -> Option<Latencies> {
         self.lock().map(|latencies| latencies.clone())
     }

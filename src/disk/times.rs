@@ -1,20 +1,20 @@
 //! Times of one kind of event, kept as a histogram.
 //!
-//! Owns what is kept of them: number, sum, shortest and longest exactly, all others to two digits. A
-//! set costs some 18 KiB from its first event on, and never more.
+//! Owns what is kept of the times. Number, sum, shortest and longest are exact; all others are kept to two digits.
+//! A [`Times`] takes about 18 KiB from the start, and never more.
 
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
 
-/// The longest time that the histogram tells apart.
+/// The longest time that the histogram distinguishes. Longer ones count as this long there.
 const LONGEST: Duration = Duration::from_secs(3600);
-/// The shortest.
+/// The shortest time that the histogram distinguishes.
 const SHORTEST: Duration = Duration::from_nanos(1);
-/// Significant decimal digits of its figures.
+/// Significant decimal digits in the histogram.
 const DIGITS: u8 = 2;
 
-/// Times of events.
+/// The times of a set of events.
 #[derive(Debug, Clone)]
 pub struct Times {
     count: u64,
@@ -25,30 +25,30 @@ pub struct Times {
     histogram: Option<Histogram<u32>>,
 }
 
-/// What is told of them.
+/// The figures that are reported of a set of times.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Summary {
-    /// How many.
+    /// The number of events.
     pub count: u64,
-    /// The shortest.
+    /// The shortest time.
     pub min: Duration,
-    /// Their sum by their number.
+    /// The arithmetic mean.
     pub mean: Duration,
-    /// A tenth took no longer.
+    /// The 10th percentile: a tenth of the events took no longer.
     pub p10: Duration,
-    /// A quarter took no longer.
+    /// The 25th percentile.
     pub p25: Duration,
-    /// Half took no longer.
+    /// The median.
     pub p50: Duration,
-    /// Three quarters took no longer.
+    /// The 75th percentile.
     pub p75: Duration,
-    /// Nine tenths took no longer.
+    /// The 90th percentile.
     pub p90: Duration,
-    /// 99 of 100 took no longer.
+    /// The 99th percentile.
     pub p99: Duration,
-    /// 999 of 1000 took no longer.
+    /// The 99.9th percentile.
     pub p99_9: Duration,
-    /// The longest.
+    /// The longest time.
     pub max: Duration,
 }
 
@@ -60,7 +60,7 @@ impl Default for Times {
 }
 
 impl Times {
-    /// One more.
+    /// Adds one event that took `took`.
     pub fn record(&mut self, took: Duration) {
         let took_ns = nanos(took);
         self.count += 1;
@@ -72,7 +72,7 @@ impl Times {
         }
     }
 
-    /// Those of `other` too.
+    /// Adds all events of `other`.
     pub fn add(&mut self, other: &Self) {
         self.count += other.count;
         self.sum_ns = self.sum_ns.saturating_add(other.sum_ns);
@@ -84,10 +84,10 @@ impl Times {
         }
     }
 
-    /// What is told of them.
+    /// Returns the figures to report. They mean something only if there was an event.
     pub fn summary(&self) -> Summary {
         let of = Duration::from_nanos;
-        // The histogram rounds up; nothing took longer than the longest.
+        // The histogram rounds up, so a quantile is limited to the longest time.
         let quantile = |part| {
             let found = self.histogram.as_ref().map(|found| found.value_at_quantile(part));
             of(found.map_or(self.max_ns, |found| found.max(self.min_ns).min(self.max_ns)))
