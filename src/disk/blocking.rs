@@ -14,8 +14,8 @@ use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
 /// Executes one operation at a time with system calls that block.
 pub struct BlockingEngine {
     file: Arc<File>,
-    /// The operation for the next wait. There is no room for more: later operations stay with the state machine,
-    /// so that the judgement of one sync need not wait for the syncs that come after it.
+    /// The operation for the next wait. There is no room for more: later operations stay with the state machine.
+    /// The judgement of one sync therefore need not wait for the syncs that come after it.
     next: Option<(OpToken, HostOp)>,
 }
 

@@ -51,8 +51,9 @@ impl CachePolicy {
     ///
     /// This is the stability rule of virtio 5.2.6.2, with our decisions where it leaves a choice:
     /// - A driver that cannot flush gets stable writes, whatever the mode's default.
-    /// - With CONFIG_WCE the guest's `writeback` byte decides. If the byte changes while a write is in flight,
-    ///   the stricter value applies (the specification leaves that undefined).
+    /// - With CONFIG_WCE the guest's `writeback` byte decides.
+    /// - If the byte changes while a write is in flight, the stricter value applies (the specification leaves
+    ///   that undefined).
     /// - With FLUSH alone the mode's own write cache decides.
     ///
     /// A mode without `honour_flush` makes no write stable.

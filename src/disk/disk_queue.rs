@@ -5,8 +5,8 @@
 //! [`super::stable`] decides which requests share an fdatasync. A request completes with `Ok` only when every
 //! byte has been moved and, for a stable write or a FLUSH, is stable.
 //!
-//! This layer sits above the engines. It judges everything that the kernel answers and that an engine does
-//! wrong, so a test with a simulated engine can try all of it.
+//! This layer sits above the engines. Whatever the kernel answers or an engine does wrong is judged here, so
+//! a test with a simulated engine can try all of it.
 //!
 //! A request has at most one host operation in flight at any time:
 //!

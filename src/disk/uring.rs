@@ -1,11 +1,11 @@
-//! The io_uring engine: operations are queued, and one system call hands a whole batch to the kernel
+//! The io_uring engine: operations are queued. One system call hands a whole batch to the kernel
 //! and waits for the first completion or the doorbell.
 //!
 //! Owns the ring, the memory of every operation that the kernel has, and the read of the doorbell
 //! that waits in the same ring. The ring is restricted to the operations that this file queues, on one
 //! registered file and on the doorbell. The kernel refuses everything else.
 //!
-//! Data that the host's page cache holds is copied at once, without the ring: compared with a copy of a few
+//! Data that the host's page cache holds is copied at once, without the ring. Compared with a copy of a few
 //! KiB, the way through a ring is long (`docs/performance.md`).
 
 use std::fs::File;
@@ -327,9 +327,9 @@ impl Engine for UringEngine {
             self.ops.remove(number);
             self.at_once.push(Ended { token, result: Err(error) });
         }
-        // The disk begins with the first operations of a long batch while the worker still parses the
-        // last ones, unless the disk has enough to do. An error here recurs in the wait that follows, and
-        // is reported there.
+        // Unless the disk has enough to do, it begins with the first operations of a long batch while
+        // the worker still parses the last ones. An error here recurs in the wait that follows, and is
+        // reported there.
         let queued = self.ring.submission().len();
         if queued >= self.batch && self.ops.len().saturating_sub(queued) < BUSY_BATCHES * self.batch {
             let _ = self.enter(0);
@@ -409,7 +409,7 @@ impl Drop for UringEngine {
 
 fn build(entries: u32) -> Result<IoUring, UringError> {
     let refused = |source| UringError::Refused { what: "io_uring_setup", source };
-    // Try the best setup first: this thread takes completions when it asks for them, and is not interrupted.
+    // Try the best setup first: this thread takes completions when it asks for them, not in between.
     let mut best = IoUring::builder();
     best.setup_r_disabled().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
     let mut plain = IoUring::builder();
