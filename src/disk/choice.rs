@@ -1,7 +1,7 @@
 //! Which engine a disk gets.
 //!
-//! Owns the meaning of `engine=auto`: io_uring where the host has it and lets us; the blocking
-//! engine elsewhere, and on tmpfs, where data is in memory already and every ring is a detour
+//! Owns the meaning of `engine=auto`: io_uring if the host has it and permits it, otherwise the blocking
+//! engine. On tmpfs it is always the blocking engine: the data is in memory already, and every ring is a detour
 //! (`docs/performance.md`).
 
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use super::uring::{self, UringEngine, UringError};
 use super::writelog::engine::LoggingEngine;
 use crate::mem::Ram;
 
-/// An engine by its kind.
+/// The kinds of engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EngineKind {
     /// [`UringEngine`].
@@ -25,7 +25,7 @@ pub enum EngineKind {
 }
 
 impl EngineKind {
-    /// The name on the command line.
+    /// Returns the name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             EngineKind::Uring => "io_uring",
@@ -33,8 +33,8 @@ impl EngineKind {
         }
     }
 
-    /// What an operation is for the host's kernel: a system call, or an entry of the ring; `buffered`
-    /// where the image is not opened with O_DIRECT.
+    /// Returns what the host's kernel sees of an operation: a system call, or an entry of the ring. `buffered`
+    /// is `true` if the image is open without O_DIRECT.
     pub fn call(self, op: &HostOp, buffered: bool) -> &'static str {
         match self {
             EngineKind::Uring => uring::ring_entry(op, buffered),
@@ -43,28 +43,28 @@ impl EngineKind {
     }
 }
 
-/// A disk's engines, and why they are these where that was not asked for.
+/// A disk's engines, and the reason if `auto` fell back.
 pub struct Chosen {
-    /// One a queue, all of a kind.
+    /// One engine per queue, all of the same kind.
     pub engines: Vec<Box<dyn Engine>>,
-    /// Their kind.
+    /// The kind of the engines.
     pub kind: EngineKind,
-    /// Why `auto` did not take io_uring.
+    /// Why `auto` did not take io_uring; `None` if it did, or was not asked to choose.
     pub why: Option<String>,
 }
 
-/// A disk has no engine.
+/// The error that a disk has no engine.
 #[derive(Debug, thiserror::Error)]
 #[error("disk {path}: there is no io_uring for it: use engine=auto or engine=sync")]
 pub struct EngineError {
-    /// The image.
+    /// The path of the image.
     pub path: String,
-    /// What io_uring says.
+    /// The error of io_uring.
     pub source: UringError,
 }
 
-/// The engines for so many queues of `image`; `ram` is guest memory, for buffers=fixed. The image's
-/// write log and faults are around each.
+/// Returns one engine for each of `queues` queues of `image`. `ram` is guest memory, for buffers=fixed. Each
+/// engine is wrapped in the image's write log and faults.
 pub fn choose(image: &Arc<Image>, ram: Option<&Ram>, queues: u16) -> Result<Chosen, EngineError> {
     let chosen = find(image, ram, queues)?;
     image.engine_is(chosen.kind.name());
@@ -72,8 +72,8 @@ pub fn choose(image: &Arc<Image>, ram: Option<&Ram>, queues: u16) -> Result<Chos
     Ok(Chosen { engines, ..chosen })
 }
 
-/// `engine` with what the image wants around it: its write log, and around that its faults, so that the
-/// log tells what was really done.
+/// Wraps `engine` in the image's write log, and that in its faults. In this order the log records what was
+/// really done.
 pub fn equip(engine: Box<dyn Engine>, image: &Arc<Image>) -> Box<dyn Engine> {
     FaultEngine::wrap(LoggingEngine::wrap(engine, image), image)
 }
@@ -97,7 +97,8 @@ fn find(image: &Arc<Image>, ram: Option<&Ram>, queues: u16) -> Result<Chosen, En
     }
     match (0..queues).map(ring).collect::<Result<Vec<_>, UringError>>() {
         Ok(engines) => Ok(Chosen { engines, kind: EngineKind::Uring, why: None }),
-        // Pinned memory was asked for in so many words.
+        // `auto` does not fall back if memory could not be pinned, because buffers=fixed asks for that
+        // explicitly.
         Err(error) if image.engine() == EngineChoice::Auto && !matches!(error, UringError::Memory { .. }) => {
             Ok(blocking(Some(in_words(&error))))
         }

@@ -1,7 +1,7 @@
-//! The block size that an image's content was made for: its partition table, or its file system.
+//! The block size that an image's content was made for, found in its partition table or its file system.
 //!
-//! Owns the warning where the guest's disk will have another one. Nothing but that warning depends on what a
-//! guest could have written (R21).
+//! Owns the warning that the guest's disk will have another block size. Only that warning depends on bytes that
+//! a guest could have written (R21).
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -9,21 +9,21 @@ use std::path::Path;
 
 use super::geometry::Geometry;
 
-/// Block sizes of disks that there are.
+/// Block sizes that real disks have.
 const SIZES: [u32; 2] = [512, 4096];
 
-/// What is found at the beginning of an image.
+/// What is at the beginning of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Content {
-    /// In words.
+    /// The content, in words.
     what: &'static str,
-    /// The block size that it was made for, in bytes.
+    /// The block size in bytes that it was made for.
     block: u32,
-    /// Whether it is found only on a disk with that block size. Else smaller blocks do too.
+    /// `true` if it is found only on a disk with exactly that block size. `false` if smaller blocks do too.
     is_exact: bool,
 }
 
-/// What to tell the user, if the guest's disk does not have the blocks that its content needs.
+/// Returns a warning for the user if the content does not fit the block size of the guest's disk.
 pub fn warning(plain: &File, path: &Path, geometry: &Geometry) -> Option<String> {
     let content = find(&|offset, len| read(plain, offset, len))?;
     let logical = geometry.logical_block;
@@ -54,12 +54,12 @@ pub fn warning(plain: &File, path: &Path, geometry: &Geometry) -> Option<String>
     ))
 }
 
-/// Reads so many bytes at an offset; `None` beyond the end.
+/// Reads that many bytes at an offset; returns `None` beyond the end.
 type ReadAt<'a> = &'a dyn Fn(u64, usize) -> Option<Vec<u8>>;
 
 fn read(mut file: &File, offset: u64, len: usize) -> Option<Vec<u8>> {
     let mut bytes = vec![0; len];
-    // By seeking: pread is what strace sees of the guest's own requests.
+    // Seek and read, not pread, so that strace shows pread only for the guest's own requests.
     file.seek(SeekFrom::Start(offset)).ok()?;
     file.read_exact(&mut bytes).ok()?;
     Some(bytes)
@@ -67,7 +67,7 @@ fn read(mut file: &File, offset: u64, len: usize) -> Option<Vec<u8>> {
 
 fn find(read: ReadAt<'_>) -> Option<Content> {
     let exact = |what, block| Some(Content { what, block, is_exact: true });
-    // UEFI 2.10, 5.3.2: the header is the second block, and names its own place.
+    // UEFI 2.10, 5.3.2: the header is in the second block and holds its own block number.
     let has_gpt = |block: &u32| {
         read(u64::from(*block), 32)
             .is_some_and(|head| head.starts_with(b"EFI PART") && number(&head, 24, 8) == 1)
@@ -82,7 +82,7 @@ fn find(read: ReadAt<'_>) -> Option<Content> {
         return Some(Content { what, block, is_exact: false });
     }
     let table = read(446, 66).filter(|table| table.ends_with(&[0x55, 0xaa]))?;
-    // An MBR counts in blocks and does not say of what size: one that leads to a file system is the one.
+    // An MBR counts in blocks but does not name their size. The size is right if it leads to a file system.
     let starts = table.chunks_exact(16).filter(|entry| entry[4] != 0).map(|entry| number(entry, 8, 4));
     let leads = |block: &u32| {
         starts.clone().any(|start| start > 0 && file_system(read, start * u64::from(*block)).is_some())
@@ -94,7 +94,7 @@ fn find(read: ReadAt<'_>) -> Option<Content> {
     }
 }
 
-/// The file system that begins at `start`, and the smallest unit in which it reads its disk.
+/// Returns the file system that begins at `start`, and the smallest unit in bytes in which it reads its disk.
 fn file_system(read: ReadAt<'_>, start: u64) -> Option<(&'static str, u32)> {
     let size = |bytes: u64| {
         u32::try_from(bytes).ok().filter(|it| it.is_power_of_two() && (512..=65536).contains(it))
@@ -127,7 +127,7 @@ fn file_system(read: ReadAt<'_>, start: u64) -> Option<(&'static str, u32)> {
     read(start + 32769, 5).filter(|name| name == b"CD001").map(|_| ("ISO 9660", 2048))
 }
 
-/// A number of `len` bytes, the least first.
+/// Returns the little-endian number of `len` bytes.
 fn number(bytes: &[u8], at: usize, len: usize) -> u64 {
     let digits = bytes.get(at..at + len).unwrap_or_default();
     digits.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
@@ -138,7 +138,7 @@ mod tests {
     use super::*;
     use crate::disk::geometry::Alignment;
 
-    /// An image with these bytes at these places.
+    /// Returns an image with these bytes at these offsets.
     fn image(pieces: &[(usize, &[u8])]) -> Vec<u8> {
         let mut image = vec![0; 1 << 20];
         for (at, piece) in pieces {
@@ -219,7 +219,7 @@ mod tests {
         assert_eq!(told(&[(512, GPT)], 512, 512), None);
         assert_eq!(told(&[(4096, GPT)], 4096, 4096), None);
         has(told(&[(4096, GPT)], 512, 512), &["a.img", "4096", "no partitions", "Say block-size=4096"]);
-        // On a 4Kn host, in mode none.
+        // A 4Kn host, in mode none.
         has(told(&[(512, GPT)], 4096, 4096), &["no partitions", "cache=writeback,block-size=512"]);
         has(told(&[(512, GPT)], 4096, 512), &["Say block-size=512"]);
         has(told(&[(0, b"XFSB"), (102, &[2, 0])], 4096, 4096), &["its xfs", "cannot mount"]);

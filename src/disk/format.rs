@@ -1,6 +1,6 @@
-//! Images that are not raw, known by their first bytes.
+//! Images in other formats than raw, recognised by their first bytes.
 //!
-//! Owns the refusal; nothing but it ever depends on what a guest could have written (R21).
+//! Owns their refusal. Only this refusal ever depends on bytes that a guest could have written (R21).
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -11,8 +11,8 @@ use std::path::Path;
 use super::image::{ImageProblem, host};
 use crate::text::shell_word;
 
-/// First bytes of other formats. A guest could write them to a raw disk of its own, so nothing
-/// but this refusal ever depends on them (R21).
+/// First bytes of other formats. A guest could write them to its own raw disk, so only this refusal ever
+/// depends on them (R21).
 static FORMATS: [(&[u8], &str); 6] = [
     (b"QFI\xfb", "qcow2"),
     (b"KDMV", "vmdk"),
@@ -22,8 +22,8 @@ static FORMATS: [(&[u8], &str); 6] = [
     (b"<<< ", "vdi"),
 ];
 
-/// First bytes of what a program has compressed, and what unpacks it. A guest that only reads may be given it, as
-/// an archive that it unpacks itself.
+/// First bytes of compressed files, and the command that unpacks them. A read-only guest may have such a file:
+/// it may be an archive that the guest unpacks itself.
 static COMPRESSED: [(&[u8], &str, &str); 4] = [
     (b"\x1f\x8b\x08", "gzip", "gzip -dc"),
     (b"\xfd7zXZ\0", "xz", "xz -dc"),
@@ -31,13 +31,13 @@ static COMPRESSED: [(&[u8], &str, &str); 4] = [
     (b"BZh", "bzip2", "bzip2 -dc"),
 ];
 
-/// The same file through a descriptor without O_DIRECT's alignment.
+/// Opens the same file again, without O_DIRECT and its alignment.
 pub(super) fn read_anew(file: &File) -> io::Result<File> {
-    // Through the open descriptor, so that it is the same file.
+    // Via /proc/self/fd, so that it is the same file even if the path now names another.
     File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
-/// Refuses what looks like another format than raw.
+/// Refuses what looks like another format than raw, and compressed files that the guest could write to.
 pub(super) fn refuse(file: &File, path: &Path, is_readonly: bool) -> Result<(), ImageProblem> {
     let mut plain = read_anew(file)
         .map_err(host("it cannot be opened anew through /proc/self/fd (is /proc mounted?)"))?;
@@ -66,7 +66,7 @@ fn with_suffix(path: &Path, suffix: &str) -> OsString {
     name
 }
 
-/// A fixed-size vhd is raw but for its last sector.
+/// Returns `true` if the last sector is a vhd footer. A fixed-size vhd is raw but for that sector.
 fn has_vhd_footer(file: &mut File) -> bool {
     let mut footer = [0; 8];
     file.seek(SeekFrom::End(-512)).is_ok()
@@ -74,7 +74,7 @@ fn has_vhd_footer(file: &mut File) -> bool {
         && footer == *b"conectix"
 }
 
-/// Fills `buffer` as far as the file reaches.
+/// Fills `buffer` as far as the file reaches, and returns the number of bytes read.
 fn read_some(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {

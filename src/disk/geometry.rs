@@ -1,8 +1,7 @@
-//! How big the image is, and how transfers must be aligned for it.
+//! The image's size, and how transfers to it must be aligned.
 //!
-//! Owns capacity checks (R11) and the probing of O_DIRECT's alignment, in this order:
-//! STATX_DIOALIGN, the block device's logical block, reads that try, 4096 (D1). Knows nothing of
-//! modes.
+//! Owns capacity checks (R11) and the probing of O_DIRECT's alignment, in this order: STATX_DIOALIGN, the block
+//! device's logical block, trial reads, 4096 (D1). Knows nothing of cache modes.
 
 use std::fs::File;
 use std::io;
@@ -15,11 +14,10 @@ use super::engine::{Engine, HostOp, OpToken, Wake};
 use crate::mem::{AlignedBuffer, Iov};
 use crate::mutants::{Mutant, is_on};
 
-/// Bytes of a sector, whatever the block size (virtio 5.2.6).
+/// Bytes in a sector, whatever the block size (virtio 5.2.6).
 pub const SECTOR: u64 = 512;
 
-/// A range that [`Geometry::check`] has found to be inside the image. There is no other way to
-/// make one.
+/// A range that [`Geometry::check`] has found to be inside the image. No other code can construct one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SectorRange {
     offset: u64,
@@ -27,43 +25,43 @@ pub struct SectorRange {
 }
 
 impl SectorRange {
-    /// Offset in the image, in bytes.
+    /// Returns the offset in the image, in bytes.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Length in bytes, a multiple of 512.
+    /// Returns the length in bytes, a multiple of 512.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 }
 
-/// Alignment that the host wants of direct transfers, in bytes, powers of two.
+/// The alignment that the host requires of direct transfers, in bytes. Both numbers are powers of two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Alignment {
-    /// Of each piece of memory.
+    /// Alignment of the address and length of each piece of memory.
     pub memory: u32,
-    /// Of offsets and lengths.
+    /// Alignment of offsets and lengths in the image.
     pub offset: u32,
-    /// How it was found.
+    /// How the alignment was found.
     pub found_by: &'static str,
 }
 
-/// Size and block sizes of a disk.
+/// The size and block sizes of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
     /// Size in sectors of 512 bytes.
     pub capacity_sectors: u64,
-    /// Logical block in bytes, which the guest sees as blk_size.
+    /// Logical block in bytes; the guest sees it as blk_size.
     pub logical_block: u32,
-    /// Physical block in bytes: what the host below rewrites as one.
+    /// Physical block in bytes: the unit that the host below rewrites as a whole.
     pub physical_block: u32,
-    /// What transfers must be aligned to.
+    /// The alignment that transfers need.
     pub alignment: Alignment,
 }
 
 impl Geometry {
-    /// The range of `bytes` from `sector`, if it is whole sectors inside the capacity.
+    /// Returns the range of `bytes` from `sector`, if it consists of whole sectors inside the capacity.
     pub fn check(&self, sector: u64, bytes: u64) -> Option<SectorRange> {
         let offset = match sector.checked_mul(SECTOR) {
             None if is_on(Mutant::SectorWraps) => sector.wrapping_mul(SECTOR),
@@ -74,17 +72,17 @@ impl Geometry {
         (bytes.is_multiple_of(SECTOR) && end <= capacity).then_some(SectorRange { offset, bytes })
     }
 
-    /// Whether a range begins and ends where transfers may.
+    /// Returns `true` if the range begins and ends at multiples of the required alignment.
     pub fn is_aligned(&self, range: SectorRange) -> bool {
         (range.offset | range.bytes).is_multiple_of(u64::from(self.alignment.offset))
     }
 }
 
-/// Alignment of buffered transfers: none beyond the sector.
+/// The alignment of buffered transfers: nothing beyond the sector.
 pub const BUFFERED: Alignment = Alignment { memory: 1, offset: 512, found_by: "page cache" };
 
-/// Finds the alignment of direct transfers on `file`, which is open with O_DIRECT. `None` where the
-/// host says that the file cannot do them.
+/// Finds the alignment of direct transfers on `file`, which is open with O_DIRECT. Returns `None` if the host
+/// says that the file does not support them.
 pub fn probe_direct_alignment(file: &Arc<File>) -> io::Result<Option<Alignment>> {
     match statx_dio_alignment(file)? {
         StatxDio::Alignment(found) => return Ok(Some(found)),
@@ -98,8 +96,8 @@ pub fn probe_direct_alignment(file: &Arc<File>) -> io::Result<Option<Alignment>>
     Ok(Some(probe_by_reading(file)))
 }
 
-/// The block in bytes that direct transfers would need on `file`, however it is open; `None` where only trying
-/// would tell.
+/// Returns the block in bytes that direct transfers on `file` would need, whatever flags it is open with.
+/// Returns `None` if only a trial would tell.
 pub fn direct_block(file: &File) -> Option<u32> {
     match statx_dio_alignment(file) {
         Ok(StatxDio::Alignment(found)) => Some(found.offset),
@@ -133,27 +131,28 @@ fn statx_dio_alignment(file: &File) -> io::Result<StatxDio> {
     if !memory.is_power_of_two() || !offset.is_power_of_two() {
         return Ok(StatxDio::NotReported);
     }
-    // XFS and DMA engines accept memory on 4 bytes, but a piece of memory must not be shorter than
-    // a block either way, and 512 costs nothing: every Linux guest's buffers are on 512.
+    // XFS and DMA engines accept memory aligned to 4 bytes. But no piece of memory may be shorter than a block
+    // either way, and 512 costs nothing: every Linux guest aligns its buffers to 512.
     let found_by = "STATX_DIOALIGN";
     Ok(StatxDio::Alignment(Alignment { memory: memory.max(512), offset: offset.max(512), found_by }))
 }
 
-/// The logical block of a block device, in bytes; `None` for other files.
+/// Returns the logical block of a block device in bytes; `None` for other files.
 pub fn logical_block_of_device(file: &File) -> Option<u32> {
     device_number(file, libc::BLKSSZGET)
 }
 
-/// The physical block of a block device, in bytes; `None` for other files.
+/// Returns the physical block of a block device in bytes; `None` for other files.
 pub fn physical_block_of_device(file: &File) -> Option<u32> {
     device_number(file, libc::BLKPBSZGET)
 }
 
-/// Whether a block device makes a single write stable by itself (FUA); `None` where nothing tells.
+/// Returns `true` if a block device can make a single write stable by itself (FUA); `None` if sysfs does not
+/// say.
 pub fn has_fua(file: &File) -> Option<bool> {
     let rdev = file.metadata().ok()?.rdev();
     let device = format!("/sys/dev/block/{}:{}", libc::major(rdev), libc::minor(rdev));
-    // A partition's queue is its disk's.
+    // A partition shares its disk's queue.
     let read = |path| std::fs::read_to_string(format!("{device}/{path}")).ok();
     let text = read("queue/fua").or_else(|| read("../queue/fua"))?;
     Some(text.trim() == "1")
@@ -167,7 +166,7 @@ fn device_number(file: &File, request: libc::Ioctl) -> Option<u32> {
     (result == 0 && number.is_power_of_two()).then_some(number)
 }
 
-/// Tries reads at ever coarser alignments; what nothing answers is 4096, which suits every disk.
+/// Tries reads at ever coarser alignments. If none succeeds, assumes 4096, which suits every disk.
 fn probe_by_reading(file: &Arc<File>) -> Alignment {
     let coarsest = Alignment { memory: 4096, offset: 4096, found_by: "assumed" };
     let Ok(buffer) = AlignedBuffer::new(8192, 4096) else { return coarsest };
@@ -210,7 +209,7 @@ mod tests {
             (u64::MAX / 512, 512, false),
             (1 << 55, 512, false),
             (0, u64::MAX - 511, false),
-            // A shift would wrap these round to sector 0.
+            // A shift would wrap these to sector 0.
             (1 << 55, 0, false),
             ((1 << 55) + 1, 512, false),
         ] {
@@ -218,7 +217,7 @@ mod tests {
         }
     }
 
-    /// Shows D1, where neither statx nor the device tells.
+    /// Shows D1, where neither statx nor the device reports an alignment.
     #[test]
     fn the_finest_reads_that_succeed_are_the_alignment_and_without_any_it_is_4096() {
         let file = tempfile::NamedTempFile::new().unwrap();

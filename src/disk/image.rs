@@ -1,7 +1,7 @@
-//! One open image: flags, lock, size, geometry, and the end.
+//! One open image: flags, lock, size, geometry and shutdown.
 //!
-//! Owns the descriptor, which stays open for the life of the process (E3), the checks before the
-//! first byte is touched, and the final fdatasync (E4).
+//! Owns the descriptor, which stays open for the life of the process (E3). Owns also the checks that run before
+//! the first byte is touched, and the final fdatasync (E4).
 
 mod fate;
 mod opening;
@@ -59,9 +59,9 @@ pub struct Image {
     poll: Duration,
     batch: u16,
     dsync_is_one_flush: bool,
-    /// The engine that does the I/O, once it is chosen.
+    /// The engine that does the I/O; unset until it is chosen.
     engine_in_use: OnceLock<&'static str>,
-    /// What is no queue's business: the ring's calls, faults, the last sync.
+    /// Counters that belong to no queue: the ring's calls, faults, the final sync.
     pub(super) beside_queues: Counters,
     /// What each queue has done.
     queue_stats: Mutex<Vec<Arc<QueueStats>>>,
@@ -77,13 +77,14 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens, checks, locks and probes. Nothing is written; a writable image is synced once (E3).
+    /// Opens, checks, locks and probes the image. Writes nothing to it; a writable image is synced once (E3).
     pub fn open(options: &DiskOptions) -> Result<Self, ImageError> {
         Self::try_open(options).map_err(|reason| ImageError { path: options.path.clone(), reason })
     }
 
-    /// Looks at what [`Image::open`] would open: for reading only, without lock or sync, so that
-    /// nothing changes and nobody is kept out. It serves to explain, not to run.
+    /// Inspects the image that [`Image::open`] would open. It only opens it for reading, without a lock or a
+    /// sync, so that nothing changes and nobody is locked out. The result is for explaining, not for running a
+    /// guest.
     pub fn look(options: &DiskOptions) -> Result<Self, ImageError> {
         let looked = || {
             let kind = check_kind(&options.path)?;
@@ -93,14 +94,14 @@ impl Image {
                 OpenOptions::new().read(true).custom_flags(direct | libc::O_NOCTTY).open(&options.path);
             let file = Arc::new(opened.map_err(|source| open_problem(options, kind, source))?);
             let mut image = Self::describe(options, kind, file)?;
-            // What is refused is among the refusals.
+            // A use that makes `open` fail is no warning; `refusals` reports it.
             image.warnings.extend(check_host_use(options, &host_metadata(&options.path)?).ok().flatten());
             Ok(image)
         };
         looked().map_err(|reason| ImageError { path: options.path.clone(), reason })
     }
 
-    /// Everything that would keep [`Image::open`] from opening what [`Image::look`] has looked at.
+    /// Returns every reason for which [`Image::open`] would refuse the image that [`Image::look`] inspected.
     pub fn refusals(&self, options: &DiskOptions) -> Vec<ImageProblem> {
         let in_use = host_metadata(&options.path).and_then(|found| check_host_use(options, &found));
         let flocked = check_flock(options, &self.file);
@@ -125,17 +126,17 @@ impl Image {
         Ok(image)
     }
 
-    /// Everything that is found without changing anything.
+    /// Collects everything that can be found without changing anything.
     fn describe(options: &DiskOptions, kind: Kind, file: Arc<File>) -> Result<Self, ImageProblem> {
         if !options.force_raw {
             format::refuse(&file, &options.path, options.readonly)?;
         }
         let mut warnings = Vec::new();
         let geometry = find_geometry(&file, options, kind)?;
-        // Not known is not worth failing: the image is read anew, without O_DIRECT's alignment.
+        // A failure here costs only the warning. The file is reopened to read it without O_DIRECT's alignment.
         let plain = format::read_anew(&file).ok();
         warnings.extend(plain.and_then(|plain| contents::warning(&plain, &options.path, &geometry)));
-        // A device's node lies in a tmpfs too.
+        // Only for files: a device's node usually lies in a tmpfs too.
         if options.cache.direct && kind == Kind::File && is_tmpfs(&file) {
             warnings.push(format!(
                 "{}: tmpfs takes O_DIRECT but keeps everything in memory, so cache={} means nothing here",
@@ -162,7 +163,7 @@ impl Image {
         Ok(Self::assemble(options, kind, file, geometry, warnings))
     }
 
-    /// An image without storage of its own, for engines that do not use the descriptor.
+    /// Returns an image without storage of its own, for engines that do not use the descriptor.
     pub fn simulated(options: &DiskOptions, geometry: Geometry) -> io::Result<Self> {
         let file = Arc::new(File::open("/dev/null")?);
         Ok(Self::assemble(options, Kind::File, file, geometry, Vec::new()))
@@ -176,7 +177,7 @@ impl Image {
         warnings: Vec<String>,
     ) -> Self {
         let fate = Fate::of(&file, kind);
-        // A pwritev2 with RWF_DSYNC flushes the disk of a raw device without FUA twice (H3).
+        // On a raw device without FUA, pwritev2 with RWF_DSYNC flushes the disk twice (H3).
         let dsync_is_one_flush = kind == Kind::File || geometry::has_fua(&file).unwrap_or(true);
         Self {
             file,
@@ -210,62 +211,63 @@ impl Image {
         }
     }
 
-    /// The descriptor, for engines.
+    /// Returns the descriptor, for engines.
     pub fn file(&self) -> &Arc<File> {
         &self.file
     }
 
-    /// As named on the command line.
+    /// Returns the path as named on the command line.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The row of the cache mode.
+    /// Returns the row of the cache mode.
     pub fn policy(&self) -> &'static CachePolicy {
         self.policy
     }
 
-    /// Size and block sizes.
+    /// Returns the size and the block sizes.
     pub fn geometry(&self) -> &Geometry {
         &self.geometry
     }
 
-    /// Whether nothing is ever written.
+    /// Returns `true` if nothing is ever written to the image.
     pub fn readonly(&self) -> bool {
         self.readonly
     }
 
-    /// What GET_ID answers: NUL padded, without a terminator when full.
+    /// Returns the answer to GET_ID: padded with NULs, without a terminator if all bytes are used.
     pub fn serial(&self) -> &[u8; SERIAL_MAX] {
         &self.serial
     }
 
-    /// Descriptors a virtqueue.
+    /// Returns the number of descriptors in each virtqueue.
     pub fn queue_size(&self) -> u16 {
         self.queue_size
     }
 
-    /// How many virtqueues its device is to have.
+    /// Returns how many virtqueues the device is to have.
     pub fn queues(&self) -> u16 {
         self.queues
     }
 
-    /// Whether DISCARD is offered.
+    /// Returns `true` if the device offers DISCARD.
     pub fn discard(&self) -> bool {
         self.discard
     }
 
-    /// Whether every direct transfer is bounced.
+    /// Returns `true` if every direct transfer is bounced.
     pub fn bounce_always(&self) -> bool {
         self.bounce_always
     }
 
-    /// Which engine was asked for.
+    /// Returns the engine that was asked for.
     pub fn engine(&self) -> EngineChoice {
         self.engine
     }
 
-    /// The name of the engine that does the I/O; what was asked for, before it is chosen.
+    /// Returns the name of the engine that does the I/O. Until it is chosen, this is the name of what was asked
+    /// for.
     pub fn engine_in_use(&self) -> &'static str {
         self.engine_in_use.get().copied().unwrap_or(match self.engine {
             EngineChoice::Auto => "auto",
@@ -274,19 +276,19 @@ impl Image {
         })
     }
 
-    /// It is chosen, for all queues.
+    /// Records the engine that was chosen for all queues.
     pub(super) fn engine_is(&self, name: &'static str) {
         let _ = self.engine_in_use.set(name);
     }
 
-    /// The figures of one more queue, which come after those of the others.
+    /// Adds a queue and returns its statistics. Queues are numbered in the order of these calls.
     pub(super) fn add_queue(&self) -> Arc<QueueStats> {
         let stats = Arc::new(QueueStats::new(self.timed));
         unpoisoned(self.queue_stats.lock()).push(Arc::clone(&stats));
         stats
     }
 
-    /// What has been done so far, by all queues.
+    /// Returns the sum of what all queues and the image itself have done so far.
     pub fn counters(&self) -> Counters {
         let sum = Counters::default();
         sum.add(&self.beside_queues);
@@ -294,98 +296,98 @@ impl Image {
         sum
     }
 
-    /// The figures of each queue, in their order.
+    /// Returns the statistics of each queue, in queue order.
     pub fn queue_stats(&self) -> Vec<Arc<QueueStats>> {
         unpoisoned(self.queue_stats.lock()).clone()
     }
 
-    /// How writes are made stable.
+    /// Returns how writes are made stable.
     pub fn stable(&self) -> StableBy {
         self.stable
     }
 
-    /// Operations that io_uring is handed at once.
+    /// Returns how many operations are queued before io_uring is entered in the middle of a batch.
     pub fn batch(&self) -> u16 {
         self.batch
     }
 
-    /// The faults that are made on purpose.
+    /// Returns the faults that are made on purpose; `None` if there are none.
     pub fn faults(&self) -> Option<&Arc<Faults>> {
         self.faults.as_ref()
     }
 
-    /// The log of its writes.
+    /// Returns the log of the image's writes; `None` if none is kept.
     pub fn write_log(&self) -> Option<&WriteLog> {
         self.write_log.as_ref()
     }
 
-    /// How long a worker looks for more before it sleeps.
+    /// Returns how long a worker spins before it blocks.
     pub fn poll(&self) -> Duration {
         self.poll
     }
 
-    /// Whether guest RAM is to be registered with io_uring.
+    /// Returns `true` if guest RAM is to be registered with io_uring.
     pub fn fixed_buffers(&self) -> bool {
         self.fixed_buffers
     }
 
-    /// Whether a write with RWF_DSYNC costs the host's disk no more flushes than an fdatasync.
+    /// Returns `true` if a write with RWF_DSYNC costs the host's disk no more flushes than an fdatasync.
     pub fn dsync_is_one_flush(&self) -> bool {
         self.dsync_is_one_flush
     }
 
-    /// Whether it is a file on tmpfs: memory, which nothing makes stable. (A device's node is on a
-    /// tmpfs too, which says nothing of the device.)
+    /// Returns `true` if the image is a file on tmpfs, which is memory that nothing makes stable. A device is
+    /// excluded: its node lies on a tmpfs too, which says nothing about the device.
     pub fn is_on_tmpfs(&self) -> bool {
         self.kind == Kind::File && is_tmpfs(&self.file)
     }
 
-    /// What the user should know before the guest runs.
+    /// Returns what the user should know before the guest runs.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
-    /// The flags that the image is open with, in words, from the kernel's own answer.
+    /// Returns, in words, the flags that the image is open with, as the kernel reports them.
     pub fn open_flags(&self) -> String {
         // SAFETY: F_GETFL takes no argument and touches no memory.
         let flags = unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_GETFL) };
         flags_in_words(flags)
     }
 
-    /// The flags that [`Image::open`] asks for, in words.
+    /// Returns, in words, the flags that [`Image::open`] asks for.
     pub fn wanted_flags(&self) -> String {
         flags_in_words(self.wanted_flags)
     }
 
-    /// Whether it is a block device, not a regular file.
+    /// Returns `true` for a block device, `false` for a regular file.
     pub fn is_device(&self) -> bool {
         self.kind == Kind::Device
     }
 
-    /// Whether its last name has gone since it was opened: it was deleted, or another file has taken its name. What
-    /// is written to it then goes with the last descriptor.
+    /// Returns `true` if the file has lost its last name since it was opened: it was deleted, or another file
+    /// took its name. What is written to it is then lost when the last descriptor is closed.
     pub fn is_deleted(&self) -> bool {
         self.fate.is_deleted(&self.file)
     }
 
-    /// The size in bytes that the image's file had when it was opened, and the least that it was found to have since,
-    /// where that is less: somebody has cut it, and what lay beyond is lost.
+    /// Returns (size in bytes when the file was opened, smallest size seen since) if the second is less.
+    /// Somebody has then truncated the file, and the data beyond is lost.
     pub fn cut(&self) -> Option<(u64, u64)> {
         self.fate.cut(&self.file)
     }
 
-    /// Whether somebody else has locked the image so that [`Image::open`] would be refused.
+    /// Returns `true` if somebody else holds a lock that would make [`Image::open`] fail.
     pub fn is_locked_by_another(&self) -> bool {
         locks::is_locked(&self.file, self.readonly)
     }
 
-    /// Whether the image is synced at the start and at the end: where it may be written, and the mode
-    /// honours flushes.
+    /// Returns `true` if the image is synced at the start and at the end: it is writable, and the mode honours
+    /// flushes.
     pub fn is_synced_at_both_ends(&self) -> bool {
         !self.readonly && self.policy.honour_flush
     }
 
-    /// One line about the disk, for the start.
+    /// Returns one line about the disk, for the start of the run.
     pub fn banner(&self) -> String {
         let geometry = &self.geometry;
         format!(
@@ -404,8 +406,8 @@ impl Image {
         )
     }
 
-    /// The end: a last fdatasync where the mode honours flushes, and the first sync error of the
-    /// run, if there was one (E4). Call it when no I/O is in flight any more.
+    /// Does a final fdatasync if the mode honours flushes. Returns the first sync error of the run, if there
+    /// was one (E4). Call it only when no I/O is in flight any more.
     pub fn close(&self) -> io::Result<()> {
         self.monitor.guest_has_ended();
         self.latch.check()?;
@@ -423,8 +425,8 @@ impl Image {
         result
     }
 
-    /// The end of the write log, if there is one, after [`Image::close`]: its last mark, and the error
-    /// that has ended it before, if one has.
+    /// Writes the last mark of the write log, if there is one. Returns the error that ended the log, now or
+    /// earlier. Call it after [`Image::close`].
     pub fn close_log(&self) -> io::Result<()> {
         self.write_log.as_ref().map_or(Ok(()), WriteLog::end)
     }
@@ -467,7 +469,8 @@ fn find_geometry(file: &Arc<File>, options: &DiskOptions, kind: Kind) -> Result<
     Ok(Geometry { capacity_sectors: bytes / SECTOR, logical_block, physical_block, alignment })
 }
 
-/// What the host rewrites as one: the device's physical block, or the file system's block.
+/// Returns the unit in bytes that the host rewrites as a whole: the device's physical block, or the file
+/// system's block.
 fn physical_block(file: &File, kind: Kind) -> u32 {
     let found = match kind {
         Kind::Device => geometry::physical_block_of_device(file),
@@ -484,15 +487,15 @@ fn is_tmpfs(file: &File) -> bool {
     result == 0 && found.f_type == libc::TMPFS_MAGIC
 }
 
-/// Syncs once before the guest runs, so that an error of the past is not mistaken for one of ours,
-/// and the directory, so that a new image's name is as stable as its content.
+/// Syncs the image once before the guest runs, so that an earlier writeback error is not mistaken for one of
+/// this run. Also syncs the directory, so that a new image's name is as stable as its content.
 fn first_sync(file: &File, options: &DiskOptions, kind: Kind) -> Result<(), ImageProblem> {
     file.sync_data().map_err(ImageProblem::FirstSync)?;
-    // What was deleted before it was opened (by a descriptor's name) has no place to be found again.
+    // A file deleted before it was opened (through a descriptor's name) has no directory entry to make stable.
     if kind == Kind::File && file.metadata().is_ok_and(|found| found.nlink() > 0) {
         let real = options.path.canonicalize().map_err(host("its real path cannot be found"))?;
         let directory = real.parent().unwrap_or(Path::new("/"));
-        // A directory that we may not open was synced by whoever made the image, or not at all.
+        // If we may not open the directory, whoever made the image has synced it, or nobody has.
         if let Ok(directory) = File::open(directory)
             && let Err(error) = directory.sync_all()
             && error.raw_os_error() != Some(libc::EINVAL)

@@ -1,6 +1,6 @@
-//! The lock on an image: one writer, or readers.
+//! The lock on an image: one writer, or any number of readers.
 //!
-//! Owns OFD locks on the whole file, which go with the descriptor.
+//! Owns OFD locks on the whole file, which end when the descriptor is closed.
 
 use std::fs::File;
 use std::io;
@@ -12,7 +12,8 @@ use crate::files::locks::{LOCK_WAIT, whole_file};
 
 const LOCK_STEP: Duration = Duration::from_millis(10);
 
-/// An OFD lock on the whole image: exclusive for a writer, shared for readers.
+/// Takes an OFD lock on the whole image: exclusive for a writer, shared for readers. Retries for [`LOCK_WAIT`]
+/// while somebody else holds a lock.
 pub(super) fn take(file: &File, readonly: bool) -> Result<(), ImageProblem> {
     let since = Instant::now();
     loop {

@@ -1,8 +1,8 @@
 //! One host image: open flags, locking, geometry, alignment, cache policy, engines, the first sync
 //! error, counters, latencies, bytes at risk.
 //!
-//! Knows nothing of virtio or KVM. [`disk_queue::DiskQueue`] is the one state machine between requests and
-//! host operations, the same above every [`engine::Engine`]; [`cache`] says what a mode means;
+//! Knows nothing of virtio or KVM. [`disk_queue::DiskQueue`] is the only state machine between requests and
+//! host operations, and it is the same above every [`engine::Engine`]. [`cache`] says what a cache mode means.
 //! [`image`] is the open file that the queues of a disk share.
 
 pub mod blocking;

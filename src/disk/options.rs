@@ -1,6 +1,6 @@
-//! What `--disk PATH[,KEY=VALUE]...` says.
+//! The syntax of `--disk PATH[,KEY=VALUE]...`.
 //!
-//! Owns the table of keys, from which parsing, errors and `--help` are made: a new key is a row.
+//! Owns the table of keys. Parsing, errors and `--help` are all made from it: a new key is a new row.
 
 mod spellings;
 
@@ -13,88 +13,88 @@ use super::cache::{CachePolicy, POLICIES};
 use super::fault::spec::{FaultError, FaultSpec};
 use super::stable::StableBy;
 
-/// Largest virtqueue: as many pieces as one preadv takes (IOV_MAX).
+/// The largest virtqueue: one preadv takes this many pieces (IOV_MAX).
 pub const QUEUE_SIZE_MAX: u16 = 1024;
-/// Smallest: a header, one piece of data, a status, and what makes a power of two of them.
+/// The smallest virtqueue: a header, one piece of data and a status, rounded up to a power of two.
 pub const QUEUE_SIZE_MIN: u16 = 4;
-/// Most queues a disk.
+/// The most queues of a disk.
 const QUEUES_MAX: u16 = 16;
-/// Most queues where nobody says otherwise.
+/// The most queues that a disk gets by default.
 const QUEUES_DEFAULT_MAX: u16 = 4;
-/// Longest that a worker looks for more before it sleeps, in microseconds.
+/// The longest time in microseconds that a worker may spin before it blocks.
 const POLL_US_MAX: u32 = 1000;
-/// Operations that io_uring is handed at once where nobody says otherwise.
+/// Default of `batch`, in operations.
 const BATCH: u16 = 4;
-/// What it is where nobody says otherwise.
+/// Default of `poll-us`, in microseconds.
 pub const POLL_US: u32 = 100;
-/// What a key takes whose value is a path, which may be any bytes.
+/// `Key::takes` of a key whose value is a path, which may be any bytes.
 const FILE: &str = "FILE";
-/// Longest serial in bytes (virtio 5.2.6: GET_ID).
+/// The longest serial in bytes (virtio 5.2.6: GET_ID).
 pub const SERIAL_MAX: usize = 20;
 
-/// One disk, as asked for.
+/// The options of one disk, as asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskOptions {
     /// The image: a file or a block device.
     pub path: PathBuf,
     /// The row of the cache mode.
     pub cache: &'static CachePolicy,
-    /// Nothing is ever written.
+    /// `true` if nothing is ever written to the image.
     pub readonly: bool,
-    /// What GET_ID answers; the image's file name where not given.
+    /// The answer to GET_ID; `None` means the image's file name.
     pub serial: Option<String>,
-    /// Descriptors a virtqueue, a power of two.
+    /// Descriptors in each virtqueue, a power of two.
     pub queue_size: u16,
-    /// Virtqueues; one a CPU of the guest, at most four, where not given ([`DiskOptions::for_cpus`]).
+    /// Virtqueues; `None` means one per guest CPU, at most four ([`DiskOptions::for_cpus`]).
     pub queues: Option<u16>,
-    /// Logical block size in bytes; probed where not given.
+    /// Logical block size in bytes; `None` means that it is probed.
     pub block_size: Option<u32>,
-    /// DISCARD is offered and frees space in the image.
+    /// `true` if DISCARD is offered, which frees space in the image.
     pub discard: bool,
-    /// `format=raw` was said: no look at the image's first bytes.
+    /// `true` if `format=raw` was given: the image's first bytes are not checked.
     pub force_raw: bool,
-    /// What executes host operations.
+    /// The engine that executes host operations.
     pub engine: EngineChoice,
     /// How a write is made stable where it must be.
     pub stable: StableBy,
-    /// Operations that io_uring is handed at once, in the midst of a batch.
+    /// Operations queued in the middle of a batch before io_uring is entered.
     pub batch: u16,
-    /// Microseconds that a worker looks for more before it sleeps; what suits the host where not given.
+    /// Microseconds that a worker spins before it blocks; `None` means whatever suits the host.
     pub poll_us: Option<u32>,
-    /// How the guest reaches the device; as the machine's other devices where not given.
+    /// How the guest reaches the device; `None` means as it reaches the machine's other devices.
     pub transport: Option<TransportChoice>,
-    /// Guest RAM is registered with io_uring, which pins all of it.
+    /// `true` if guest RAM is registered with io_uring, which pins all of it.
     pub fixed_buffers: bool,
-    /// Every transfer of a direct mode goes through a private buffer, so that a guest that changes
-    /// memory in flight cannot upset checksums or mirrors below.
+    /// `true` if every transfer of a direct mode goes through a private buffer. A guest that changes memory in
+    /// flight then cannot upset checksums or mirrors below.
     pub bounce_always: bool,
-    /// What the host is made to do wrong.
+    /// The faults that are made on purpose; `None` for none.
     pub fault: Option<FaultSpec>,
-    /// Where every write, discard and flush of the host's is recorded.
+    /// Where every write, discard and flush of the host is recorded; `None` for nowhere.
     pub log_writes: Option<PathBuf>,
-    /// What the host's cache has of the image when the guest starts.
+    /// What the host's page cache holds of the image when the guest starts.
     pub host_cache: HostCache,
-    /// The image may be used by this host at the same time: mounted, behind a loop device, as swap.
+    /// `true` if this host may use the image at the same time: mounted, behind a loop device, as swap.
     pub shared_with_host: bool,
-    /// Latencies are measured. No key: `--stats` turns it on.
+    /// `true` if latencies are measured. There is no key for this: `--stats` turns it on.
     pub timed: bool,
 }
 
-/// What becomes of the host's cache of an image before the guest starts.
+/// What happens to the host's page cache of an image before the guest starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HostCache {
-    /// Nothing.
+    /// Nothing happens to it.
     Keep,
-    /// It is written and emptied.
+    /// It is written back and dropped.
     Drop,
-    /// It is filled.
+    /// It is filled with the whole image.
     Warm,
 }
 
 impl HostCache {
     const ALL: [Self; 3] = [Self::Keep, Self::Drop, Self::Warm];
 
-    /// The name on the command line.
+    /// Returns the name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Keep => "keep",
@@ -107,7 +107,7 @@ impl HostCache {
 /// Which engine executes a disk's host operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EngineChoice {
-    /// io_uring, or the blocking engine where there is no io_uring or it measures better.
+    /// io_uring. The blocking engine if there is no io_uring, or where it measures better.
     Auto,
     /// io_uring, or an error.
     Uring,
@@ -125,7 +125,7 @@ pub enum TransportChoice {
 }
 
 impl TransportChoice {
-    /// By the name on the command line.
+    /// Returns the transport of this name on the command line, or `None` if the name is unknown.
     pub fn by_name(name: &str) -> Option<Self> {
         match name {
             "pci" => Some(Self::Pci),
@@ -134,7 +134,7 @@ impl TransportChoice {
         }
     }
 
-    /// The name on the command line.
+    /// Returns the name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Pci => "pci",
@@ -143,49 +143,50 @@ impl TransportChoice {
     }
 }
 
-/// Why `--disk` cannot be understood.
+/// Why the value of `--disk` cannot be understood.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OptionsError {
-    /// There is no path.
+    /// The path is missing.
     #[error("--disk needs the path of an image: --disk PATH[,KEY=VALUE]...")]
     NoPath,
-    /// No such key.
+    /// The key is unknown.
     #[error("unknown key '{key}'{hint} (the keys are {known}; a comma in the path is written twice)")]
     UnknownKey {
-        /// As given.
+        /// The key as given.
         key: String,
-        /// What may have been meant, behind a semicolon.
+        /// A suggestion of what may have been meant, after a semicolon; else empty.
         hint: String,
-        /// All keys.
+        /// All known keys.
         known: String,
     },
-    /// A key is there twice.
+    /// A key is given twice.
     #[error("the key '{0}' is given twice")]
     Twice(&'static str),
-    /// The value does not fit the key.
+    /// The key does not take this value.
     #[error("invalid {key}={value}: expected {}{}", expected(takes), spellings::of_value(key, value, &words(takes)))]
     Value {
         /// The key.
         key: &'static str,
         /// The value as given.
         value: String,
-        /// What it could have been.
+        /// What the key takes.
         takes: &'static str,
     },
-    /// The image's name has a comma, most likely.
+    /// The image's name most likely contains a comma.
     #[error(
         "the path '{path}' does not exist, but there is a file '{whole}': a comma in a path is written twice, --disk \
          '{doubled}'"
     )]
     Comma {
-        /// What stands before the first comma.
+        /// The part before the first comma.
         path: String,
-        /// All that was given.
+        /// The whole argument.
         whole: String,
-        /// How it has to be written.
+        /// How the argument has to be written.
         doubled: String,
     },
-    /// The rules of `fault` make no sense. Whoever reads an argument's error sees no source of it.
+    /// The rules of `fault` make no sense. The error is transparent because the source of an argument's error
+    /// is not shown.
     #[error(transparent)]
     Fault(#[from] FaultError),
 }
@@ -194,7 +195,7 @@ struct Key {
     name: &'static str,
     takes: &'static str,
     help: &'static str,
-    /// The value of the key alone, without `=`.
+    /// The value that the key has without `=`; `None` if it needs one.
     alone: Option<&'static str>,
     set: fn(&mut DiskOptions, &str) -> Option<()>,
 }
@@ -408,7 +409,7 @@ fn on_off(value: &str) -> Option<bool> {
 }
 
 impl DiskOptions {
-    /// The disk at `path` with every key at its default.
+    /// Returns the disk at `path` with every key at its default.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
@@ -435,25 +436,25 @@ impl DiskOptions {
         }
     }
 
-    /// The same for a guest with so many CPUs, which decides what was not given.
+    /// Sets what was not given and depends on the number of guest CPUs.
     pub fn for_cpus(mut self, cpus: u8) -> Self {
         self.queues.get_or_insert(u16::from(cpus).clamp(1, QUEUES_DEFAULT_MAX));
         self
     }
 
-    /// Every key with its values, where these are words: for completions.
+    /// Returns every key with the words that it takes, if it takes words. For shell completions.
     pub fn keys() -> impl Iterator<Item = (&'static str, Vec<&'static str>)> {
         KEYS.iter().map(|key| (key.name, words(key.takes)))
     }
 
-    /// The text of `--help` about the keys, a line each.
+    /// Returns the `--help` text about the keys, one entry per key.
     pub fn keys_help() -> String {
         KEYS.iter().map(|key| format!("  {}={}\n      {}\n", key.name, key.takes, key.help)).collect()
     }
 }
 
 impl DiskOptions {
-    /// Reads PATH[,KEY=VALUE]...; paths may be any bytes.
+    /// Parses PATH[,KEY=VALUE]...; paths may be any bytes.
     pub fn parse(text: &OsStr) -> Result<Self, OptionsError> {
         check_commas(text)?;
         let mut parts = split_at_commas(text).into_iter();
@@ -510,7 +511,7 @@ impl FromStr for DiskOptions {
     }
 }
 
-/// Refuses `disk,readonly` where there is a file of that name and none named `disk`.
+/// Refuses e.g. `disk,readonly` if a file of exactly that name exists and none named `disk` does.
 fn check_commas(text: &OsStr) -> Result<(), OptionsError> {
     let parts = split_at_commas(text);
     let Some(path) = parts.first().filter(|_| parts.len() > 1) else { return Ok(()) };
@@ -522,13 +523,13 @@ fn check_commas(text: &OsStr) -> Result<(), OptionsError> {
     Err(OptionsError::Comma { path: path.to_string_lossy().into_owned(), whole, doubled })
 }
 
-/// The words that a key takes; none where it takes something else.
+/// Returns the words that a key takes; empty if it takes something else.
 fn words(takes: &'static str) -> Vec<&'static str> {
     let words: Vec<_> = takes.split('|').collect();
     if words.len() > 1 || takes == "raw" { words } else { Vec::new() }
 }
 
-/// What a key takes, in a sentence.
+/// Describes in words what a key takes.
 fn expected(takes: &'static str) -> String {
     match words(takes)[..] {
         [] | [_] => takes.to_owned(),
@@ -537,7 +538,7 @@ fn expected(takes: &'static str) -> String {
     }
 }
 
-/// Splits at single commas; two in a row are one comma of the text.
+/// Splits at single commas. Two commas in a row are one literal comma.
 pub fn split_at_commas(text: &OsStr) -> Vec<OsString> {
     let mut parts = vec![Vec::new()];
     let mut bytes = text.as_bytes().iter().copied().peekable();

@@ -1,7 +1,7 @@
-//! A thread that rings a doorbell at a time: an engine that waits for its doorbell wakes up for what it
-//! holds, whatever the engine below waits with.
+//! A thread that rings a doorbell at a set time. It wakes an engine that waits for its doorbell when one of its
+//! held operations is due, however the engine below waits.
 //!
-//! Owns the thread. A ring too many is a doorbell without a request, which every worker must bear.
+//! Owns the thread. It may ring once too often; every worker must bear a doorbell without a request.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::sandbox::{Role, Ticket};
 use crate::sync::unpoisoned;
 
-/// One thread's clock.
+/// The handle of the alarm's thread.
 pub(super) struct Alarm {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -36,7 +36,7 @@ impl Shared {
         unpoisoned(self.state.lock())
     }
 
-    /// Sleeps, rings, sleeps.
+    /// Sleeps until the set time, rings, and repeats until dropped.
     fn run(&self) {
         let mut state = self.lock();
         while !state.ends {
@@ -48,7 +48,7 @@ impl Shared {
                     unpoisoned(self.changed.wait_timeout(state, left)).0
                 }
                 Some((_, bell)) => {
-                    // A counter that is full has been rung.
+                    // If the counter is full, the doorbell has been rung already.
                     let _ = bell.write(1);
                     state.next = None;
                     state
@@ -70,13 +70,13 @@ impl Alarm {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Rings this doorbell then, and at no other time.
+    /// Rings this doorbell at `at`. Replaces the time that was set before.
     pub(super) fn set(&self, at: Instant, doorbell: &Arc<EventFd>) {
         self.shared.lock().next = Some((at, Arc::clone(doorbell)));
         self.shared.changed.notify_one();
     }
 
-    /// The doorbell goes away.
+    /// Cancels the alarm, because the doorbell goes away.
     pub(super) fn forget(&self) {
         self.shared.lock().next = None;
     }
@@ -87,7 +87,7 @@ impl Drop for Alarm {
         self.shared.lock().ends = true;
         self.shared.changed.notify_one();
         if let Some(thread) = self.thread.take() {
-            // It has nothing to tell.
+            // The thread returns nothing.
             let _ = thread.join();
         }
     }

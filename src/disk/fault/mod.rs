@@ -1,9 +1,9 @@
-//! Faults on purpose: an engine around another one that fails, delays, shortens, tears or loses what
+//! Injected faults: an engine around another engine. It fails, delays, shortens, tears or loses operations as
 //! the rules of `fault=` say (`docs/crash-testing.md`).
 //!
-//! Owns the carrying out. The state machine above cannot tell it from a host that does these things,
-//! and the write log below ([`super::writelog`]) sees what was really done. Which operation is meant is
-//! [`plan`]'s business, what can be said [`spec`]'s, the keeping of time [`alarm`]'s.
+//! Owns the injection. The state machine above cannot tell it from a host that behaves so, and the write log
+//! below ([`super::writelog`]) sees what was really done. [`plan`] decides which operation is hit, [`spec`]
+//! owns the grammar, [`alarm`] keeps the time.
 
 mod alarm;
 pub mod plan;
@@ -22,45 +22,45 @@ use super::image::Image;
 use alarm::Alarm;
 use plan::{Fate, Faults, Plan};
 
-/// What an operation looks like to the engine below.
+/// What to do with an operation.
 enum Act {
-    /// It is handed on, as this.
+    /// Submit this to the engine below.
     Run(HostOp),
-    /// It is handed on, and whatever comes of it, it fails so if it succeeds.
+    /// Submit this to the engine below, and report this errno if it succeeds.
     RunAndFail(HostOp, i32),
-    /// It has ended already.
+    /// Submit nothing: the operation has this result already.
     Ended(io::Result<usize>),
 }
 
-/// An engine that does what the rules say to the operations of one queue.
+/// An engine that applies the rules to the operations of one queue.
 pub struct FaultEngine {
     inner: Box<dyn Engine>,
     image: Arc<Image>,
     faults: Arc<Faults>,
     alarm: Option<Alarm>,
-    /// What was decided of an operation that the engine below had no room for.
+    /// The plan of an operation that the engine below had no room for.
     refused: Option<(OpToken, Plan)>,
     held: BinaryHeap<Reverse<(Instant, OpToken)>>,
-    /// The operations of those that are held.
+    /// What to do with each held operation.
     ops: HashMap<OpToken, Act>,
-    /// Their time has come.
+    /// Operations whose delay is over, not yet submitted.
     due: VecDeque<OpToken>,
-    /// Those that fail when the engine below ends them.
+    /// Operations that fail with this errno if the engine below completes them successfully.
     to_fail: HashMap<OpToken, i32>,
-    /// Operations that the engine below has.
+    /// How many operations the engine below has.
     below: usize,
     at_once: Vec<Ended>,
 }
 
 impl FaultEngine {
-    /// The rules of `image`, if it has any, around `inner`.
+    /// Wraps `inner` in the rules of `image`, if it has any.
     pub fn wrap(inner: Box<dyn Engine>, image: &Arc<Image>) -> Box<dyn Engine> {
         let Some(faults) = image.faults() else { return inner };
         Box::new(Self {
             inner,
             image: Arc::clone(image),
             faults: Arc::clone(faults),
-            // Before the guest runs: afterwards no thread can be started.
+            // Started before the guest runs: afterwards no thread can be started.
             alarm: faults.may_delay().then(Alarm::start).and_then(Result::ok),
             refused: None,
             held: BinaryHeap::new(),
@@ -72,7 +72,7 @@ impl FaultEngine {
         })
     }
 
-    /// What becomes of an operation.
+    /// Turns an operation and its fate into what to do.
     fn act(&self, op: HostOp, fate: Option<Fate>) -> Act {
         match (fate, op) {
             (None, op) => Act::Run(op),
@@ -88,7 +88,7 @@ impl FaultEngine {
         }
     }
 
-    /// A beginning of a transfer, of whole blocks; all of it if it is one block.
+    /// Returns the beginning of a transfer in whole blocks. A transfer of one block is returned whole.
     fn shortened(&self, op: HostOp, dice: u64) -> HostOp {
         let unit = self.unit();
         match op {
@@ -104,7 +104,7 @@ impl FaultEngine {
         }
     }
 
-    /// The first or the last blocks of a write; `None` if it is one block.
+    /// Returns the first or the last blocks of a write; `None` if it is a single block.
     fn torn(&self, op: HostOp, dice: u64) -> Option<HostOp> {
         let HostOp::Writev { iov, offset, dsync } = op else { return None };
         let cut = some_of(iov.bytes(), self.unit(), dice >> 1)?;
@@ -112,13 +112,13 @@ impl FaultEngine {
         Some(HostOp::Writev { iov: iov.part(skip, bytes, usize::MAX), offset: offset + skip, dsync })
     }
 
-    /// What the host takes as one, in memory and on the disk.
+    /// Returns the unit in bytes that the host transfers as a whole, in memory and on the disk.
     fn unit(&self) -> u64 {
         let alignment = self.image.geometry().alignment;
         u64::from(alignment.memory.max(alignment.offset).max(512))
     }
 
-    /// Hands an operation on; gives it back where there is no room.
+    /// Submits an operation to the engine below. Returns it as an error if that engine has no room.
     fn carry_out(&mut self, token: OpToken, act: Act) -> Result<(), Act> {
         let (op, errno) = match act {
             Act::Ended(result) => {
@@ -148,7 +148,7 @@ impl FaultEngine {
         self.ops.insert(token, act);
     }
 
-    /// Hands on what was held long enough, as far as there is room.
+    /// Submits the operations whose delay is over, as far as the engine below has room.
     fn release(&mut self) {
         let now = Instant::now();
         while let Some(&Reverse((until, token))) = self.held.peek()
@@ -167,7 +167,7 @@ impl FaultEngine {
         }
     }
 
-    /// Waits below; what has ended is what the rules make of it.
+    /// Waits in the engine below, then turns results into errors where the rules say so.
     fn wait_below(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
         let before = ended.len();
         let waited = self.inner.wait(wake, ended);
@@ -182,7 +182,7 @@ impl FaultEngine {
         waited
     }
 
-    /// Has the doorbell rung when the first of what is held may begin.
+    /// Sets the alarm to ring the doorbell when the first held operation may begin.
     fn set_alarm(&mut self, doorbell: &Arc<EventFd>) -> io::Result<()> {
         let Some(&Reverse((until, _))) = self.held.peek() else { return Ok(()) };
         let alarm = match self.alarm.take() {
@@ -193,7 +193,7 @@ impl FaultEngine {
         Ok(())
     }
 
-    /// Nothing but what is held can end: sleeps until the first of it may begin.
+    /// Sleeps until the first held operation may begin. Call it only if nothing else can complete.
     fn sleep(&self) {
         if let Some(Reverse((until, _))) = self.held.peek() {
             std::thread::sleep(until.saturating_duration_since(Instant::now()));
@@ -201,7 +201,7 @@ impl FaultEngine {
     }
 }
 
-/// The same without RWF_DSYNC.
+/// Returns the operation without RWF_DSYNC.
 fn without_sync(op: HostOp) -> HostOp {
     match op {
         HostOp::Writev { iov, offset, .. } => HostOp::Writev { iov, offset, dsync: false },
@@ -209,7 +209,7 @@ fn without_sync(op: HostOp) -> HostOp {
     }
 }
 
-/// What the kernel would answer.
+/// Returns the result that the kernel would give on success.
 fn bytes_of(op: &HostOp) -> usize {
     match op {
         HostOp::Readv { iov, .. } | HostOp::Writev { iov, .. } => {
@@ -219,7 +219,7 @@ fn bytes_of(op: &HostOp) -> usize {
     }
 }
 
-/// At least one unit, and not all; `None` where there are no two.
+/// Returns the bytes of at least one unit but not all; `None` if there are fewer than two units.
 fn some_of(bytes: u64, unit: u64, dice: u64) -> Option<u64> {
     let units = bytes.div_ceil(unit);
     (units > 1).then(|| (1 + dice % (units - 1)) * unit)
@@ -227,7 +227,7 @@ fn some_of(bytes: u64, unit: u64, dice: u64) -> Option<u64> {
 
 impl Engine for FaultEngine {
     fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
-        // An operation is counted once, however often it is handed over.
+        // An operation is counted once, however often it is submitted.
         let plan = match self.refused.take() {
             Some((refused, plan)) if refused == token => plan,
             _ => self.faults.plan(&op, &self.image.beside_queues),
@@ -262,7 +262,7 @@ impl Engine for FaultEngine {
                 Wake::Doorbell(doorbell) => {
                     self.set_alarm(doorbell)?;
                     self.wait_below(wake, ended)?;
-                    // Woken for what is held, perhaps: it begins now.
+                    // The alarm may have rung for a held operation, so submit it now.
                     self.release();
                     ended.append(&mut self.at_once);
                     return Ok(());

@@ -1,7 +1,7 @@
-//! What happens to each operation: the rules of a disk, and what they have counted.
+//! The decision of what happens to each operation, from a disk's rules and their counts.
 //!
-//! Owns the counting, which all queues of a disk share, and chance. The same rules, seed and order of
-//! operations give the same plans. Carrying one out is the business of [`super`].
+//! Owns the counts, which all queues of a disk share, and the random choices. The same rules, seed and order of
+//! operations give the same plans. [`super`] carries the plans out.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -11,58 +11,58 @@ use crate::disk::counters::Counters;
 use crate::disk::engine::HostOp;
 use crate::disk::geometry::SECTOR;
 
-/// The rules of one disk at work; one for all its queues.
+/// The rules of one disk and their counts. All its queues share one.
 #[derive(Debug)]
 pub struct Faults {
     spec: FaultSpec,
-    /// How many operations each rule has been asked about.
+    /// How many operations each rule has matched so far.
     seen: Vec<AtomicU64>,
 }
 
 /// What is to be done with one operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Plan {
-    /// Held for so long.
+    /// How long it is held before it begins.
     pub(super) delay: Duration,
-    /// And then this, if it is anything.
+    /// What happens to it then; `None` for nothing.
     pub(super) fate: Option<Fate>,
 }
 
-/// What an operation suffers.
+/// The fault that an operation suffers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fate {
-    /// Nothing is done, and it fails.
+    /// It is not done, and fails with this errno.
     Fail(i32),
-    /// A write with RWF_DSYNC is written without it, and fails.
+    /// A write with RWF_DSYNC is written without it, and fails with this errno.
     FailSync(i32),
-    /// A beginning is moved; the number makes its length.
+    /// Only the beginning is transferred; the number decides its length.
     Short(u64),
-    /// The first or last blocks are written, and it fails; the number makes which.
+    /// Only the first or last blocks are written, and it fails; the number decides which blocks.
     Tear(u64),
-    /// Nothing is done, and it succeeds.
+    /// It is not done, and succeeds.
     Lose,
     /// A write with RWF_DSYNC is written without it, and succeeds.
     LoseSync,
 }
 
 impl Faults {
-    /// The rules, with nothing counted.
+    /// Returns the rules with all counts at 0.
     pub fn new(spec: FaultSpec) -> Self {
         let seen = spec.rules.iter().map(|_| AtomicU64::new(0)).collect();
         Self { spec, seen }
     }
 
-    /// The rules.
+    /// Returns the rules.
     pub fn spec(&self) -> &FaultSpec {
         &self.spec
     }
 
-    /// Whether any operation can be held.
+    /// Returns `true` if any rule can delay an operation.
     pub(super) fn may_delay(&self) -> bool {
         self.spec.rules.iter().any(|rule| matches!(rule.action, Action::Delay(_)))
     }
 
-    /// What the rules say of the next operation: all delays together, and the first of the rest.
+    /// Applies the rules to the next operation. All delays add up; of the other actions only the first counts.
     pub(super) fn plan(&self, op: &HostOp, counters: &Counters) -> Plan {
         let mut plan = Plan { delay: Duration::ZERO, fate: None };
         for (number, (rule, seen)) in (0u64..).zip(self.spec.rules.iter().zip(&self.seen)) {
@@ -102,7 +102,7 @@ impl Plan {
 }
 
 fn fate(action: Action, kind: Kind, op: &HostOp, dice: u64) -> Fate {
-    // The sync in a stable write is a flush; the write itself is none.
+    // For a rule about flushes, a stable write is only its sync, not the write itself.
     let sync_of_write = kind == Kind::Flush && matches!(op, HostOp::Writev { .. });
     match action {
         Action::Fail(errno) if sync_of_write => Fate::FailSync(errno),
@@ -137,7 +137,7 @@ impl When {
     }
 }
 
-/// Whether the operation has to do with one of these sectors.
+/// Returns `true` if the operation touches one of these sectors.
 fn touches(op: &HostOp, first: u64, last: u64) -> bool {
     let (offset, bytes) = match op {
         HostOp::Readv { iov, offset } | HostOp::Writev { iov, offset, .. } => (*offset, iov.bytes()),
@@ -147,7 +147,7 @@ fn touches(op: &HostOp, first: u64, last: u64) -> bool {
     bytes > 0 && offset / SECTOR <= last && offset.saturating_add(bytes - 1) / SECTOR >= first
 }
 
-/// Two numbers make a third that looks like chance (splitmix64).
+/// Mixes two numbers into a third that looks random (splitmix64).
 pub fn mix(a: u64, b: u64) -> u64 {
     let mut z = a.wrapping_add(b.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -163,7 +163,7 @@ mod tests {
         HostOp::PunchHole { offset: sector * SECTOR, len: SECTOR, must_zero: false }
     }
 
-    /// Which of the first `count` operations are hit.
+    /// Returns which of the first `count` operations suffer a fault.
     fn hits(spec: &str, count: u64, op: impl Fn(u64) -> HostOp) -> Vec<u64> {
         let faults = Faults::new(spec.parse().unwrap());
         let counters = Counters::default();
@@ -178,7 +178,7 @@ mod tests {
         assert_eq!(hits("flush-fail=once", 5, flush), [1]);
         assert_eq!(hits("fail:flush", 3, flush), [1, 2, 3]);
         assert_eq!(hits("fail:read", 3, flush), [0; 0]);
-        // The second of those in the range.
+        // The second of the operations in the range.
         assert_eq!(hits("fail:discard:sectors=4-6:nth=2", 9, hole), [5]);
         assert_eq!(hits("fail:discard:sectors=4-4", 9, hole), [4]);
     }

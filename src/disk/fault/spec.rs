@@ -1,7 +1,7 @@
-//! The grammar of `fault=`: which operations are hurt, and how (`docs/crash-testing.md`).
+//! The grammar of `fault=`: which operations are hit, and how (`docs/crash-testing.md`).
 //!
-//! Owns the parsing of rules and the errors that say what a rule could have been. What happens to an
-//! operation is the business of [`super::plan`].
+//! Owns the parsing of rules, and the errors that say what would be valid. [`super::plan`] decides what happens
+//! to an operation.
 //!
 //! ```text
 //! SPEC   = ITEM ["+" ITEM]...
@@ -16,77 +16,77 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// The longest delay: more than any driver waits.
+/// The longest delay: longer than any driver waits.
 const DELAY_MAX: Duration = Duration::from_secs(600);
 
 /// All rules of one disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FaultSpec {
-    /// In the order given.
+    /// The rules, in the order given.
     pub rules: Vec<Rule>,
-    /// What chance and the shapes of torn and short transfers are made of.
+    /// The seed for chance and for the shapes of torn and short transfers.
     pub seed: u64,
-    /// As given, to be told again.
+    /// The text as given, for messages.
     pub text: String,
 }
 
-/// One rule: to which operations it happens, and what.
+/// One rule: what happens to which operations.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
     /// What happens.
     pub action: Action,
-    /// To operations of this kind.
+    /// The kind of operation it happens to.
     pub kind: Kind,
-    /// Only where one of these sectors of 512 bytes is touched.
+    /// Sectors of 512 bytes, of which the operation must touch one; `None` for anywhere.
     pub sectors: Option<RangeInclusive<u64>>,
-    /// To which of those.
+    /// Which of the matching operations it happens to.
     pub when: When,
 }
 
 /// What is done to an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// Nothing is done, and it fails with this errno. A write with RWF_DSYNC that fails as a flush is
-    /// written all the same.
+    /// It is not done, and fails with this errno. A write with RWF_DSYNC that fails as a flush is still
+    /// written.
     Fail(i32),
-    /// It is held for so long before it is begun.
+    /// It is held this long before it begins.
     Delay(Duration),
-    /// It moves only a beginning, of whole blocks, and says so.
+    /// It transfers only a beginning, of whole blocks, and reports the short count.
     Short,
     /// It writes only some blocks, the first or the last, and fails with EIO.
     Tear,
-    /// Nothing is done, and it succeeds: a lie. A write with RWF_DSYNC that is lost as a flush is
-    /// written without it.
+    /// It is not done, and succeeds: a lie. A write with RWF_DSYNC that is lost as a flush is written without
+    /// RWF_DSYNC.
     Lose,
 }
 
-/// Which operations of the host's.
+/// Which of the host's operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// Reads.
     Read,
     /// Writes, with RWF_DSYNC or without.
     Write,
-    /// fdatasync, and the sync in a write with RWF_DSYNC.
+    /// fdatasync, and the sync of a write with RWF_DSYNC.
     Flush,
-    /// What punches holes or zeroes a range: DISCARD and WRITE_ZEROES.
+    /// Operations that punch holes or zero a range: DISCARD and WRITE_ZEROES.
     Discard,
 }
 
-/// Which of the operations that a rule is about.
+/// Which of the operations that match a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum When {
     /// All of them.
     Always,
-    /// This one alone, counted from 1.
+    /// Only this one, counted from 1.
     Nth(u64),
-    /// One in so many: with 3 the third, the sixth, ...
+    /// Every nth: with 3 the third, the sixth, ...
     Every(u64),
-    /// With so many chances in a hundred.
+    /// With this chance in percent.
     Chance(u8),
 }
 
-/// Why `fault=` cannot be understood.
+/// Why the value of `fault=` cannot be understood.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("invalid fault '{item}': {why}")]
 pub struct FaultError {
@@ -120,7 +120,7 @@ impl FromStr for FaultSpec {
 }
 
 impl FaultSpec {
-    /// Whether it may report what was not done.
+    /// Returns `true` if a rule may report success for what was not done.
     pub fn lies(&self) -> bool {
         self.rules.iter().any(|rule| rule.action == Action::Lose)
     }
@@ -191,7 +191,7 @@ impl Rule {
         Ok(())
     }
 
-    /// What makes no sense together.
+    /// Refuses combinations that make no sense.
     fn check(&self) -> Result<(), String> {
         let why = match (self.action, self.kind) {
             (Action::Short, Kind::Flush | Kind::Discard) => "only reads and writes can be short",

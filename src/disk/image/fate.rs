@@ -1,7 +1,7 @@
-//! What becomes of an image's file while it is open: its last name goes, or somebody cuts it.
+//! What happens to an image's file while it is open: it loses its last name, or somebody truncates it.
 //!
-//! Owns what the file was at the start, and the least size that was seen since: a guest's write makes a file that was
-//! cut longer again, with zeroes where data was.
+//! Owns the state of the file at the start, and the smallest size seen since. The current size is not enough: a
+//! guest's write makes a truncated file long again, with zeroes where data was.
 
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,31 +10,31 @@ use rustix::fs::{AtFlags, Statx, StatxFlags, statx};
 
 use super::Kind;
 
-/// The file as it was, and what has become of it.
+/// The file's state at the start, and what has happened to it since.
 #[derive(Debug)]
 pub(super) struct Fate {
-    /// Whether it had a name. What was deleted before it was opened is meant to be.
+    /// `true` if it had a name. A file that was deleted before it was opened is meant to have none.
     had_name: bool,
-    /// Its size; 0 for what is no regular file, which nobody cuts.
+    /// Its size in bytes; 0 for anything but a regular file, which nobody can truncate.
     bytes: u64,
-    /// The least size since then.
+    /// The smallest size in bytes seen since the start.
     least: AtomicU64,
 }
 
 impl Fate {
-    /// As the file is now.
+    /// Records the file's present state.
     pub fn of(file: &File, kind: Kind) -> Self {
         let found = look(file).filter(|_| kind == Kind::File);
         let (links, bytes) = found.map_or((0, 0), |found| (found.stx_nlink, found.stx_size));
         Self { had_name: links > 0, bytes, least: AtomicU64::new(bytes) }
     }
 
-    /// Whether the last name has gone.
+    /// Returns `true` if the file has lost its last name.
     pub fn is_deleted(&self, file: &File) -> bool {
         self.had_name && look(file).is_some_and(|found| found.stx_nlink == 0)
     }
 
-    /// (Size at the start, least size since), where that is less.
+    /// Returns (size at the start, smallest size since) if the second is less.
     pub fn cut(&self, file: &File) -> Option<(u64, u64)> {
         let now = look(file).map_or(self.bytes, |found| found.stx_size);
         let least = self.least.fetch_min(now, Ordering::SeqCst).min(now);
@@ -42,7 +42,8 @@ impl Fate {
     }
 }
 
-/// What this kernel knows of the file, without asking a server, which may not answer: the main thread looks, too.
+/// Returns what this kernel knows of the file. It does not ask a file server, which may not answer, because the
+/// main thread calls this too.
 fn look(file: &File) -> Option<Statx> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     statx(file, c"", flags, StatxFlags::SIZE | StatxFlags::NLINK).ok()

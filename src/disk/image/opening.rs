@@ -1,7 +1,8 @@
-//! How an image is opened, and who else must not have it.
+//! How an image is opened, and who must not be using it meanwhile.
 //!
-//! Owns the open flags, and the refusal of what this host uses itself ([`crate::files::host_use`]) or what a
-//! program has by flock(2). The lock that keeps other VMs out is [`crate::disk::lock`]'s.
+//! Owns the open flags. Owns also the refusal of an image that this host itself uses
+//! ([`crate::files::host_use`]) or that a program has locked by flock(2). The lock that keeps other VMs out
+//! belongs to [`crate::disk::lock`].
 
 use std::ffi::CString;
 use std::fs::{File, Metadata, OpenOptions};
@@ -22,7 +23,7 @@ pub(super) enum Kind {
     Device,
 }
 
-/// Looks before opening: opening a FIFO or a tape has effects.
+/// Checks the file's type before it is opened, because opening a FIFO or a tape has side effects.
 pub(super) fn check_kind(path: &Path) -> Result<Kind, ImageProblem> {
     let found = std::fs::metadata(path).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => missing(path),
@@ -42,13 +43,13 @@ pub(super) fn check_kind(path: &Path) -> Result<Kind, ImageProblem> {
     }
 }
 
-/// With what was meant, where that is there.
+/// Explains a missing file, with the path that was probably meant if that one exists.
 fn missing(path: &Path) -> ImageProblem {
     if let Ok(target) = std::fs::read_link(path) {
         return ImageProblem::Dangling(target.display().to_string());
     }
     let text = path.to_string_lossy();
-    // As cloud-hypervisor and QEMU have it.
+    // Spellings of cloud-hypervisor and QEMU.
     let meant = ["path=", "file="].iter().find_map(|key| text.strip_prefix(key));
     match meant.filter(|meant| Path::new(meant).exists()) {
         Some(meant) => ImageProblem::KeyBeforePath(shell_word(meant)),
@@ -56,17 +57,18 @@ fn missing(path: &Path) -> ImageProblem {
     }
 }
 
-/// What the image is opened with.
+/// Returns the flags to open the image with.
 pub(super) fn wanted_flags(options: &DiskOptions, kind: Kind) -> libc::c_int {
     let access = if options.readonly { libc::O_RDONLY } else { libc::O_RDWR };
     let direct = if options.cache.direct { libc::O_DIRECT } else { 0 };
-    // For a block device O_EXCL fails while it is mounted or otherwise in use, also where nothing else tells.
+    // O_EXCL on a block device fails while it is mounted or otherwise in use, even where nothing else reports
+    // that.
     let exclusive = kind == Kind::Device && !options.readonly && !options.shared_with_host;
     let exclusive = if exclusive { libc::O_EXCL } else { 0 };
     access | direct | exclusive
 }
 
-/// The flags that matter here, as strace writes them.
+/// Writes the flags that matter here as strace does.
 pub(super) fn flags_in_words(flags: libc::c_int) -> String {
     let access = if flags & libc::O_ACCMODE == libc::O_RDONLY { "O_RDONLY" } else { "O_RDWR" };
     let others = [(libc::O_EXCL, "O_EXCL"), (libc::O_DSYNC, "O_DSYNC"), (libc::O_DIRECT, "O_DIRECT")];
@@ -78,7 +80,7 @@ pub(super) fn open_file(options: &DiskOptions, kind: Kind) -> Result<File, Image
     let opened = OpenOptions::new()
         .read(true)
         .write(!options.readonly)
-        // The access mode is what `write` says.
+        // `write` above sets the access mode.
         .custom_flags(wanted_flags(options, kind) & !libc::O_ACCMODE | libc::O_NOCTTY)
         .open(&options.path);
     opened.map_err(|source| open_problem(options, kind, source))
@@ -97,7 +99,7 @@ pub(super) fn open_problem(options: &DiskOptions, kind: Kind, source: io::Error)
     }
 }
 
-/// Whether the image may be opened as it would be, found without opening it for writing.
+/// Checks whether the image could be opened as asked, without opening it for writing.
 pub(super) fn check_access(options: &DiskOptions) -> Result<(), ImageProblem> {
     let flags = "for reading and writing (readonly would do with reading)";
     let failed = |source| ImageProblem::Open { flags, source };
@@ -112,14 +114,14 @@ pub(super) fn check_access(options: &DiskOptions) -> Result<(), ImageProblem> {
     if result == 0 { Ok(()) } else { Err(failed(io::Error::last_os_error())) }
 }
 
-/// What this host does with the image: an error where a guest that writes would destroy something, and else what
-/// the user should know, if anything.
+/// Checks what this host does with the image. Returns an error if a writing guest would destroy something.
+/// Otherwise returns what the user should know, or `None`.
 pub(super) fn check_host_use(
     options: &DiskOptions,
     found: &Metadata,
 ) -> Result<Option<String>, ImageProblem> {
     let uses = host_use::of(found);
-    // Two that only read do each other no harm.
+    // Two readers do each other no harm.
     let harmful: Vec<HostUse> = uses.into_iter().filter(|it| it.writes || !options.readonly).collect();
     if harmful.is_empty() {
         return Ok(None);
@@ -140,7 +142,8 @@ pub(super) fn check_host_use(
     }
 }
 
-/// Refuses what a program has by flock(2). Asked before our own lock is taken: on NFS both are one kind.
+/// Refuses an image that a program has locked by flock(2). Call it before our own lock is taken: on NFS both
+/// are one kind of lock.
 pub(super) fn check_flock(options: &DiskOptions, file: &File) -> Result<(), ImageProblem> {
     if options.shared_with_host || !locks::stays(|| locks::is_flocked(file, options.readonly)) {
         return Ok(());

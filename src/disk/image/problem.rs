@@ -1,6 +1,6 @@
 //! Why an image cannot be used.
 //!
-//! Owns the words; the checks are [`super`]'s.
+//! Owns the wording; the checks belong to [`super`].
 
 use std::io;
 use std::path::PathBuf;
@@ -24,24 +24,24 @@ pub enum ImageProblem {
     /// The host refuses to open it.
     #[error("it cannot be opened {flags}")]
     Open {
-        /// How we tried.
+        /// How we tried to open it.
         flags: &'static str,
-        /// The host's answer.
+        /// The host's error.
         source: io::Error,
     },
-    /// There is no such file.
+    /// No such file exists.
     #[error("it does not exist: check its name, or make it, as in `truncate -s 1G {0}`")]
     Missing(String),
-    /// A symbolic link to nowhere.
+    /// It is a symbolic link to nowhere.
     #[error("it is a symbolic link to {0}, which does not exist")]
     Dangling(String),
-    /// Another VMM's way to write it.
+    /// The path is written with a key, as other VMMs do.
     #[error("it does not exist: the path stands first and without a key: --disk {0}")]
     KeyBeforePath(String),
-    /// Neither a regular file nor a block device.
+    /// It is neither a regular file nor a block device.
     #[error("it is {0}; a disk is a regular file or a block device")]
     Kind(&'static str),
-    /// The file system has no O_DIRECT.
+    /// Its file system does not support O_DIRECT.
     #[error(
         "its file system has no O_DIRECT, which cache={mode} needs: use cache=writeback, writethrough or unsafe, \
          or a file on ext4 or xfs"
@@ -50,10 +50,10 @@ pub enum ImageProblem {
         /// The mode that was asked for.
         mode: &'static str,
     },
-    /// No byte in it.
+    /// It is empty.
     #[error("it is empty: give it a size first, as in `truncate -s 1G {0}`")]
     Empty(String),
-    /// Not a whole number of blocks.
+    /// Its size is not a whole number of blocks.
     #[error(
         "its {bytes} bytes are no multiple of the block size of {block}: extend it with `truncate -s %{block} {path}`"
     )]
@@ -62,52 +62,52 @@ pub enum ImageProblem {
         bytes: u64,
         /// The block size in bytes.
         block: u32,
-        /// The image.
+        /// The path of the image.
         path: String,
     },
-    /// A logical block below what the host can do.
+    /// The logical block asked for is smaller than the host can do.
     #[error(
         "block-size={asked} is below the {needed} bytes that O_DIRECT needs here: use block-size={needed}"
     )]
     BlockTooSmall {
-        /// As asked for, in bytes.
+        /// The block size asked for, in bytes.
         asked: u32,
-        /// As needed, in bytes.
+        /// The block size needed, in bytes.
         needed: u32,
     },
-    /// The host needs larger blocks than virtio guests know.
+    /// The host needs larger blocks than virtio guests understand.
     #[error(
         "O_DIRECT needs blocks of {0} bytes here, more than the 4096 that guests understand: use cache=writeback"
     )]
     BlockTooLarge(u32),
-    /// Another format.
+    /// It looks like another format.
     #[error(
         "it looks like a {format} image, and guests would see its metadata as data: convert it with \
          `{convert}` and use that, or say format=raw if it is raw all the same"
     )]
     NotRaw {
-        /// What it looks like.
+        /// The format that it looks like.
         format: &'static str,
-        /// How it is converted.
+        /// The command that converts it.
         convert: String,
     },
-    /// A compressed one, to be written to.
+    /// It is compressed, and the guest would write to it.
     #[error(
         "it is compressed ({format}), and what a guest writes would destroy it: unpack it with `{unpack}` and use \
          that, or say format=raw if it is raw all the same"
     )]
     Compressed {
-        /// By which program.
+        /// The format of the compression.
         format: &'static str,
-        /// How it is unpacked.
+        /// The command that unpacks it.
         unpack: String,
     },
-    /// Somebody else has it open.
+    /// Somebody else has locked it.
     #[error(
         "another VM, or another --disk of this one, has locked it; readers can share an image when all say readonly"
     )]
     Locked(#[source] io::Error),
-    /// An older writeback error, or a dying disk.
+    /// The first sync failed: an older writeback error, or a dying disk.
     #[error("what was written to it before cannot be made stable: check the host's disk and its kernel log")]
     FirstSync(#[source] io::Error),
     /// Its write log would destroy something, or cannot be made.
@@ -122,30 +122,30 @@ pub enum ImageProblem {
         /// What the host does with it.
         uses: String,
     },
-    /// A program has it.
+    /// A program has locked it by flock(2).
     #[error(
         "{holders} has locked it (flock): end that first, or start all the same with the key shared-with-host"
     )]
     Flocked {
-        /// Which processes, as far as that is known.
+        /// The processes that hold the lock, as far as they are known.
         holders: String,
     },
-    /// Its write log cannot be had.
+    /// Its write log cannot be created.
     #[error("its write log {path} cannot {what}")]
     WriteLog {
-        /// The log.
+        /// The path of the log.
         path: String,
         /// What we tried.
         what: &'static str,
-        /// Why not.
+        /// The host's error.
         source: io::Error,
     },
-    /// Something else that the host refused.
+    /// The host refused something else.
     #[error("{what}")]
     Host {
         /// What we tried.
         what: &'static str,
-        /// The host's answer.
+        /// The host's error.
         source: io::Error,
     },
 }

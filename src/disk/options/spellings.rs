@@ -1,23 +1,23 @@
-//! How QEMU, libvirt, cloud-hypervisor and crosvm spell what a disk's keys say here.
+//! How QEMU, libvirt, cloud-hypervisor and crosvm spell what the keys of a disk say here.
 //!
-//! Owns what is answered to a key or a value of theirs. Nothing here is accepted: two spellings of one wish would
-//! leave a reader of a command line to guess whether they mean the same.
+//! Owns the hints given for a foreign key or value. Nothing here is accepted: with two spellings of one wish,
+//! the reader of a command line would have to guess whether they mean the same.
 
 use std::ffi::OsStr;
 
 use super::DiskOptions;
 use crate::text;
 
-/// What is said of a spelling.
+/// The hint for a foreign spelling.
 enum Said {
-    /// This is meant.
+    /// This was meant.
     Meant(&'static str),
-    /// There is nothing to say instead, and why.
+    /// There is no equivalent, for this reason.
     Leave(&'static str),
 }
 use Said::{Leave, Meant};
 
-/// Keys, the values with which they are meant (none: any), and what is said.
+/// (Keys, values, hint). A row applies to these values only, or to any value if there are none.
 static KEYS: &[(&[&str], &[&str], Said)] = &[
     (&["ro", "read-only", "read_only"], &["off", "false", "no", "0"], Meant("readonly=off")),
     (&["ro", "read-only", "read_only"], &[], Meant("readonly")),
@@ -69,7 +69,7 @@ static KEYS: &[(&[&str], &[&str], Said)] = &[
     ),
 ];
 
-/// Keys (none: all that are on or off), values, and what is said.
+/// (Keys, values, hint). A row without keys applies to all keys that take on or off.
 static VALUES: &[(&[&str], &[&str], Said)] = &[
     (&[], &["yes", "true", "1", "enable", "enabled", "y"], Meant("on")),
     (&[], &["no", "false", "0", "disable", "disabled", "n"], Meant("off")),
@@ -89,7 +89,7 @@ static VALUES: &[(&[&str], &[&str], Said)] = &[
     ),
 ];
 
-/// What is said of a key that is none, behind a semicolon, if anything.
+/// Returns the hint for an unknown key, after a semicolon, or an empty string.
 pub(super) fn of_key(key: &str, value: &str, known: &[&'static str]) -> String {
     match said_of_key(key, value) {
         Some(Meant("cache=")) => meant(Some(&format!("cache={}", key.to_ascii_lowercase()))),
@@ -105,7 +105,7 @@ fn said_of_key(key: &str, value: &str) -> Option<&'static Said> {
     row.map(|(_, _, said)| said)
 }
 
-/// What is said of a value that the key does not take, behind a semicolon, if anything.
+/// Returns the hint for a value that the key does not take, after a semicolon, or an empty string.
 pub(super) fn of_value(key: &str, value: &str, words: &[&'static str]) -> String {
     match said_of_value(key, value, words) {
         Some(Meant(ours)) => meant(Some(ours)),
@@ -121,12 +121,12 @@ fn said_of_value(key: &str, value: &str, words: &[&'static str]) -> Option<&'sta
     row.map(|(_, _, said)| said)
 }
 
-/// Whether the word is among them, in any capitals.
+/// Returns `true` if `word` is one of `words`, ignoring case.
 fn has(words: &[&str], word: &str) -> bool {
     words.iter().any(|it| it.eq_ignore_ascii_case(word))
 }
 
-/// The word with other capitals, or with typing errors.
+/// Returns the known word that differs only in case or by a typing error.
 fn nearest(word: &str, words: &[&'static str]) -> Option<&'static str> {
     let lower = word.to_ascii_lowercase();
     words.iter().copied().find(|it| *it == lower).or_else(|| text::nearest(word, words.iter().copied()))
@@ -137,7 +137,7 @@ fn meant(ours: Option<&str>) -> String {
 }
 
 impl DiskOptions {
-    /// QEMU's `key=value` in our words; `None` where it is no disk's here.
+    /// Translates QEMU's `key=value` to our spelling; `None` if no key of a disk here matches.
     pub fn of_qemu(key: &str, value: &str) -> Option<String> {
         let ours = match (DiskOptions::keys().find(|(known, _)| *known == key), said_of_key(key, value)) {
             (Some((_, words)), _) => match said_of_value(key, value, &words) {

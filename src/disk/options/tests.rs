@@ -1,4 +1,4 @@
-//! What `--disk` says, key by key, and what is refused.
+//! What `--disk` means, key by key, and what is refused.
 
 use super::*;
 
@@ -112,7 +112,7 @@ fn how_others_spell_a_key_or_a_value_is_answered_in_our_words() {
     ] {
         let error = format!("a,{part}").parse::<DiskOptions>().unwrap_err().to_string();
         assert!(error.contains(answer), "{part}: {error}");
-        // What is to be typed instead is understood.
+        // The suggested spelling is itself understood.
         if let Some(ours) = error.split_once("did you mean '").and_then(|(_, rest)| rest.split_once('\'')) {
             let (key, value) = part.split_once('=').unwrap_or((part, ""));
             let is_value = KEYS.iter().any(|it| it.name == key);

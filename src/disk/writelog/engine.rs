@@ -1,10 +1,9 @@
-//! An engine around another one that tells the write log what was really done.
+//! An engine around another one that records in the write log what was really done.
 //!
-//! Owns the watching: what an operation became, when it was handed over and when its end was heard of.
-//! It stands directly around the engine that makes the host's calls, below faults on purpose, so that a
-//! lost write is not in the log and a torn one only as far as it was written. The bytes of a write are
-//! those that were written because the state machine copies every write of a disk that has a log
-//! ([`crate::disk::transfer`]).
+//! Owns the observation: which operation it was, when it was submitted and when its completion was seen. It
+//! stands directly around the engine that makes the host's calls, below injected faults. A lost write is
+//! therefore not in the log, and a torn one only as far as it was written. The logged bytes are the written
+//! bytes, because the state machine copies every write of a disk that has a log ([`crate::disk::transfer`]).
 
 use std::collections::HashMap;
 use std::io;
@@ -15,7 +14,7 @@ use crate::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use crate::disk::image::Image;
 use crate::disk::sync_ledger::SyncTicket;
 
-/// An engine whose ends are recorded.
+/// An engine whose completions are recorded.
 pub struct LoggingEngine {
     inner: Box<dyn Engine>,
     image: Arc<Image>,
@@ -29,7 +28,7 @@ struct Watched {
 }
 
 impl LoggingEngine {
-    /// The log of `image`, if it has one, around `inner`.
+    /// Wraps `inner` in the log of `image`, if it has one.
     pub fn wrap(inner: Box<dyn Engine>, image: &Arc<Image>) -> Box<dyn Engine> {
         if image.write_log().is_none() {
             return inner;
@@ -69,7 +68,8 @@ impl Watched {
     }
 }
 
-/// Whether the error of a sync is none of stability: it will be repeated, or there is no RWF_DSYNC.
+/// Returns `true` if a sync's error says nothing about stability. The sync will be repeated, or the host has no
+/// RWF_DSYNC.
 fn says_nothing(op: &HostOp, error: &io::Error) -> bool {
     let refused = matches!(op, HostOp::Writev { .. }) && error.raw_os_error() == Some(libc::EOPNOTSUPP);
     refused || error.kind() == io::ErrorKind::Interrupted
@@ -81,7 +81,7 @@ impl Engine for LoggingEngine {
         if matches!(op, HostOp::Readv { .. }) {
             return self.inner.submit(token, op);
         }
-        // In line before the engine may begin it.
+        // Entered in the log before the engine may begin the operation.
         let sync = match op {
             HostOp::Fdatasync => Some(log.sync_starts()),
             HostOp::Writev { dsync: true, .. } => Some(log.stable_write_starts()),
@@ -119,7 +119,7 @@ impl Engine for LoggingEngine {
 }
 
 impl Drop for LoggingEngine {
-    /// Usually nothing is in flight. Syncs that nobody will judge count as failed.
+    /// Counts syncs that nobody will judge as failed. Usually nothing is in flight.
     fn drop(&mut self) {
         let Some(log) = self.image.write_log() else { return };
         for sync in self.in_flight.drain().filter_map(|(_, watched)| watched.sync) {

@@ -1,8 +1,8 @@
-//! The log's file: made, locked, appended to.
+//! The log's file: created, locked, appended to.
 //!
 //! Owns where the next entry goes. Zeroes are left as holes, so that erasing a huge range costs the log
-//! nothing. After every entry the superblock counts it: a log whose writer was killed ends with the
-//! last whole entry.
+//! nothing. The superblock is updated after every entry, so a log whose writer was killed ends with the last
+//! whole entry.
 
 use std::fs::File;
 use std::io;
@@ -19,19 +19,19 @@ use crate::disk::lock;
 use crate::files::{Content, FileId, Output, output};
 use crate::mem::Iov;
 
-/// Bytes of a sector of our logs: the disk's own unit.
+/// Bytes in a sector of our logs: the disk's own unit.
 const SECTOR_BYTES: u32 = 512;
 
-/// What follows the head of an entry.
+/// What follows the header of an entry.
 #[derive(Debug)]
 pub(super) enum Data {
     /// Nothing.
     None,
     /// These bytes.
     Bytes(Iov),
-    /// So many zeroes.
+    /// This many zeroes.
     Zeroes(u64),
-    /// A mark's text, in the sector of the head.
+    /// A mark's text, in the same sector as the header.
     Text(&'static str),
 }
 
@@ -39,13 +39,13 @@ pub(super) enum Data {
 #[derive(Debug)]
 pub(super) struct LogFile {
     file: Arc<File>,
-    /// Where the next entry goes, in bytes.
+    /// The offset of the next entry, in bytes.
     at: u64,
     entries: u64,
 }
 
 impl LogFile {
-    /// An empty log at `path`, in the place of an older one; anything else that is there is refused.
+    /// Creates an empty log at `path`. It may replace an older log; anything else there is refused.
     pub(super) fn begin(path: &Path, image: &File) -> Result<Self, ImageProblem> {
         let failed = |what: &'static str| {
             let path = path.display().to_string();
@@ -61,12 +61,12 @@ impl LogFile {
         Ok(log)
     }
 
-    /// How many entries it has.
+    /// Returns how many entries the log has.
     pub(super) fn entries(&self) -> u64 {
         self.entries
     }
 
-    /// Adds an entry, wholly or not at all.
+    /// Appends an entry, wholly or not at all.
     pub(super) fn append(&mut self, header: Header, data: &Data) -> io::Result<()> {
         self.file.write_all_at(&header.encode(), self.at)?;
         let data_at = self.at + SECTOR;
@@ -83,14 +83,14 @@ impl LogFile {
             Data::Zeroes(bytes) => *bytes,
         };
         let end = data_at + bytes;
-        // Whatever of this was not written reads as zeroes.
+        // Parts of this range that were not written read as zeroes.
         self.file.set_len(end)?;
         self.at = end;
         self.entries += 1;
         self.write_superblock()
     }
 
-    /// Until the log itself is on the host's disk.
+    /// Makes the log itself stable on the host's disk.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
@@ -102,7 +102,7 @@ impl LogFile {
         self.file.write_all_at(&sector, 0)
     }
 
-    /// The way of all bytes of an [`Iov`] to a file.
+    /// Writes all bytes of an [`Iov`] to the file.
     fn write_pieces(&self, iov: &Iov, offset: u64) -> io::Result<()> {
         let mut engine = BlockingEngine::new(Arc::clone(&self.file));
         let mut done = 0;
@@ -123,13 +123,13 @@ impl LogFile {
     }
 }
 
-/// A log at `path` as an output of the command: an older log may be replaced, and nothing else.
+/// Describes a log at `path` as an output of the command: it may replace an older log and nothing else.
 pub fn as_output(path: &Path) -> Output {
     let content = Content { name: "an older write log", is_older: is_log };
     Output { option: "log-writes=", path: path.to_owned(), content }
 }
 
-/// Whether a file begins as a log does.
+/// Returns `true` if these are the first bytes of a log.
 fn is_log(first: &[u8]) -> bool {
     first.first_chunk::<SUPERBLOCK_BYTES>().is_some_and(|bytes| Superblock::decode(bytes).is_some())
 }

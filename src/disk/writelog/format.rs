@@ -1,55 +1,55 @@
 //! The format of dm-log-writes (the kernel's Documentation/admin-guide/device-mapper/log-writes.rst),
 //! which QEMU's blklogwrites writes too.
 //!
-//! Owns the bytes of the superblock and of an entry. The log is a row of sectors, of the size that the
-//! superblock names: the superblock, then for each entry one sector, which for a mark holds its text
-//! too, and behind it the entry's data, if it has any. All numbers are little-endian, and places and
-//! lengths count such sectors.
+//! Owns the bytes of the superblock and of an entry. The log is a sequence of sectors, of the size that the
+//! superblock names. The superblock comes first. Each entry is one sector, which also holds the text of a mark,
+//! followed by the entry's data, if it has any. All numbers are little-endian. Positions and lengths count such
+//! sectors.
 
-/// The format's own mark.
+/// The magic number of the format.
 const MAGIC: u64 = 0x006a_7366_7773_6872;
 /// The only version there is.
 const VERSION: u64 = 1;
-/// The header of an entry, in bytes.
+/// The size of an entry's header, in bytes.
 pub const HEADER_BYTES: usize = 32;
-/// The superblock, in bytes.
+/// The size of the superblock, in bytes.
 pub const SUPERBLOCK_BYTES: usize = 28;
 
-/// The entry speaks for all before it: they were stable when it ended.
+/// Flag: all entries before this one were stable when it completed.
 pub const FLUSH: u64 = 1 << 0;
-/// What this entry writes was stable when it ended.
+/// Flag: what this entry writes was stable when it completed.
 pub const FUA: u64 = 1 << 1;
-/// Without data: the content is not wanted any more.
+/// Flag: the entry has no data; the content is no longer wanted.
 pub const DISCARD: u64 = 1 << 2;
-/// A text that somebody has put here.
+/// Flag: a text that somebody has put here.
 pub const MARK: u64 = 1 << 3;
-/// The file system called it metadata (the kernel's logs only).
+/// Flag: the file system called it metadata (only in the kernel's logs).
 pub const METADATA: u64 = 1 << 4;
 
-/// What the log says of itself.
+/// The superblock of a log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Superblock {
-    /// Entries.
+    /// The number of entries.
     pub entries: u64,
     /// The log's sector in bytes.
     pub sector_bytes: u32,
 }
 
-/// The head of an entry.
+/// The header of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Header {
-    /// Where on the disk, in the log's sectors.
+    /// Position on the disk, in the log's sectors.
     pub sector: u64,
-    /// How much, in the log's sectors.
+    /// Length, in the log's sectors.
     pub sectors: u64,
-    /// [`FLUSH`] and the others.
+    /// [`FLUSH`] and the other flags.
     pub flags: u64,
-    /// Bytes of a mark's text.
+    /// Length of a mark's text, in bytes.
     pub text_bytes: u64,
 }
 
 impl Superblock {
-    /// The first bytes of a log.
+    /// Returns the first bytes of a log.
     pub fn encode(self) -> [u8; SUPERBLOCK_BYTES] {
         let mut bytes = [0; SUPERBLOCK_BYTES];
         for (to, from) in bytes.chunks_mut(8).zip([MAGIC, VERSION, self.entries]) {
@@ -59,7 +59,7 @@ impl Superblock {
         bytes
     }
 
-    /// `None` where they are not those of a log.
+    /// Decodes a superblock; `None` if the bytes are not those of a log.
     pub fn decode(bytes: &[u8; SUPERBLOCK_BYTES]) -> Option<Self> {
         let sector_bytes = u32::from_le_bytes([bytes[24], bytes[25], bytes[26], bytes[27]]);
         let is_log = number(bytes, 0) == MAGIC && number(bytes, 8) == VERSION;
@@ -68,7 +68,7 @@ impl Superblock {
 }
 
 impl Header {
-    /// The first bytes of an entry's sector.
+    /// Returns the first bytes of an entry's sector.
     pub fn encode(self) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         let fields = [self.sector, self.sectors, self.flags, self.text_bytes];
@@ -78,7 +78,7 @@ impl Header {
         bytes
     }
 
-    /// Whatever they say.
+    /// Decodes a header. Any bytes are valid.
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Self {
         Self {
             sector: number(bytes, 0),
@@ -88,7 +88,7 @@ impl Header {
         }
     }
 
-    /// Whether its data follows it.
+    /// Returns `true` if data follows the header.
     pub fn has_data(self) -> bool {
         self.sectors > 0 && self.flags & (DISCARD | MARK) == 0
     }

@@ -1,18 +1,18 @@
 //! The write log of one disk: what the host's storage was given, and what it has promised to keep.
 //!
-//! Owns the order of the entries, for all queues of the disk together. An entry that ended stands before
-//! a flush only if it had ended before that fdatasync was handed to an engine; a flush, or a write with
-//! RWF_DSYNC, counts only once every sync that overlapped it has been judged ([`super::sync_ledger`], E7).
-//! After a failed sync nothing in the log is called stable any more.
+//! Owns the order of the entries, for all queues of the disk together. A change stands before a flush only if
+//! it had completed before that fdatasync was submitted to an engine. A flush, or a write with RWF_DSYNC,
+//! counts only once every sync that overlapped it has been judged ([`super::sync_ledger`], E7). After a failed
+//! sync nothing in the log is marked stable any more.
 //!
 //! ```text
-//! write ends ───────────────────┐
-//! fdatasync is handed over: [S] ┴→ line ── front is settled ──→ file
-//! fdatasync has ended: S may become a FLUSH, all others judged
+//! change completes ─────────────┐
+//! fdatasync is submitted: [S] ──┴→ line ── front is settled ──→ file
+//! fdatasync completes: S may become a FLUSH, once every sync that overlapped it is judged
 //! ```
 //!
-//! So the line is short: it holds what ended while a sync was in flight. What sees operations begin and
-//! end is [`engine`]; the file is [`file`]'s, its format [`format`]'s.
+//! So the line stays short: it holds what completed while a sync was in flight. [`engine`] sees operations
+//! begin and complete; [`file`] owns the file and [`format`] its format.
 
 pub mod engine;
 mod file;
@@ -33,7 +33,7 @@ pub use file::as_output;
 use file::{Data, LogFile};
 use format::{DISCARD, FLUSH, FUA, Header, MARK};
 
-/// The mark at the end of a log whose VM was stopped in order.
+/// The last mark of a log whose VM was shut down in order.
 pub const END_MARK: &str = "minivmm-end";
 
 /// The log of one disk.
@@ -43,24 +43,24 @@ pub struct WriteLog {
     line: Mutex<Line>,
 }
 
-/// What has ended and changes the disk.
+/// A completed operation that changes the disk.
 #[derive(Debug)]
 pub enum Change {
     /// These bytes were written.
     Bytes(Iov),
-    /// So many bytes are zeroes now.
+    /// This many bytes are zeroes now.
     Zeroes(u64),
-    /// So many bytes were given back to the host.
+    /// This many bytes were given back to the host.
     Discarded(u64),
 }
 
 #[derive(Debug)]
 struct Line {
-    /// `None` once it cannot be written any more.
+    /// `None` once the file cannot be written any more.
     file: Option<LogFile>,
     waiting: VecDeque<Item>,
     syncs: SyncLedger,
-    /// A sync has failed.
+    /// `true` once a sync has failed.
     distrusted: bool,
     entries: u64,
     error: Option<(io::ErrorKind, String)>,
@@ -72,19 +72,19 @@ enum Item {
     Sync { number: SyncTicket, claim: Claim },
 }
 
-/// Whether an item may call something stable.
+/// Whether an item may be marked stable, or as making stable what precedes it.
 #[derive(Debug, Clone, Copy)]
 enum Claim {
-    /// It does not.
+    /// It may not.
     Nothing,
-    /// Not known yet: it has not ended.
+    /// Not known yet, because the sync has not completed.
     Open,
-    /// It does, once this sync and all before it are judged.
+    /// It may, once this sync and all before it are judged.
     After(Option<SyncTicket>),
 }
 
 impl WriteLog {
-    /// An empty log at `path` for the disk that `image` is. An older log there is replaced.
+    /// Creates an empty log at `path` for the disk that `image` is. Replaces an older log there.
     pub(super) fn create(path: &Path, image: &File) -> Result<Self, ImageProblem> {
         let line = Line {
             file: Some(LogFile::begin(path, image)?),
@@ -97,33 +97,33 @@ impl WriteLog {
         Ok(Self { path: path.to_owned(), line: Mutex::new(line) })
     }
 
-    /// Where it is.
+    /// Returns the path of the log.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Entries in the file by now.
+    /// Returns how many entries the file has so far.
     pub fn entries(&self) -> u64 {
         self.line().entries
     }
 
-    /// Why nothing is recorded any more, if that is so.
+    /// Returns why nothing is recorded any more; `None` while the log is being written.
     pub fn error(&self) -> Option<io::Error> {
         self.line().error.as_ref().map(|(kind, text)| io::Error::new(*kind, text.clone()))
     }
 
-    /// A sync is about to be handed to an engine.
+    /// Records that a sync is about to be submitted to an engine.
     pub fn sync_starts(&self) -> SyncTicket {
         self.line().sync_starts(true)
     }
 
-    /// A write that is its own sync is about to be handed to an engine.
+    /// Records that a write with its own sync is about to be submitted to an engine.
     pub fn stable_write_starts(&self) -> SyncTicket {
         self.line().sync_starts(false)
     }
 
-    /// That sync has ended, well or badly; `None` where it says nothing: it was never begun, or was
-    /// interrupted.
+    /// Records the result of a sync: `true` if it succeeded, `false` if it failed. `None` says nothing about
+    /// stability: the sync was never begun, or was interrupted.
     pub fn sync_ends(&self, number: SyncTicket, is_stable: Option<bool>) {
         let mut line = self.line();
         let claim = line.judge(number, is_stable);
@@ -135,7 +135,7 @@ impl WriteLog {
         line.drain(&self.path);
     }
 
-    /// A change has ended at this offset in bytes; with the number of its sync if it is its own.
+    /// Records that a change at this offset in bytes has completed. `sync` is its ticket if it is its own sync.
     pub fn change_ends(&self, offset: u64, change: Change, sync: Option<SyncTicket>) {
         let mut line = self.line();
         let claim = sync.map_or(Claim::Nothing, |number| line.judge(number, Some(true)));
@@ -145,8 +145,8 @@ impl WriteLog {
         line.drain(&self.path);
     }
 
-    /// The end of the run, when nothing is in flight: the last entry is a mark. The error is that which
-    /// ended the recording, then or earlier.
+    /// Ends the log with a mark and syncs it. Call it when nothing is in flight. Returns the error that ended
+    /// the recording, now or earlier.
     pub(super) fn end(&self) -> io::Result<()> {
         let mut line = self.line();
         line.drain(&self.path);
@@ -176,7 +176,7 @@ impl Line {
         number
     }
 
-    /// What may be claimed of a sync that has ended so.
+    /// Judges a sync, and returns what it may claim.
     fn judge(&mut self, number: SyncTicket, is_stable: Option<bool>) -> Claim {
         self.syncs.judge(number);
         match is_stable {
@@ -189,7 +189,7 @@ impl Line {
         }
     }
 
-    /// Whether it is decided what may be claimed.
+    /// Returns `true` if it is decided whether the claim holds.
     fn is_settled(&self, claim: Claim) -> bool {
         match claim {
             Claim::Nothing | Claim::After(None) => true,
@@ -198,7 +198,7 @@ impl Line {
         }
     }
 
-    /// Writes what is decided, in order.
+    /// Writes the items that are decided, in order.
     fn drain(&mut self, path: &Path) {
         while let Some(Item::Change { claim, .. } | Item::Sync { claim, .. }) = self.waiting.front()
             && self.is_settled(*claim)
@@ -218,7 +218,8 @@ impl Line {
             }
             Item::Change { offset, change, claim } => {
                 let fua = if claims(claim) { FUA } else { 0 };
-                // A part of a sector, which no host has ever left, would be written again, whole.
+                // No host has ever stopped a write inside a sector. If one does, the partial sector is not
+                // logged: the continued write would write that sector again, as a whole.
                 let whole = |bytes: u64| bytes - bytes % SECTOR;
                 let (bytes, flags, data) = match change {
                     Change::Bytes(iov) => {
@@ -244,7 +245,7 @@ impl Line {
         self.note(path, appended);
     }
 
-    /// After an error nothing more is written: the log stays a beginning of the truth.
+    /// Keeps the first error. Nothing is written after an error, so that the log remains a true prefix.
     fn note(&mut self, path: &Path, result: io::Result<()>) {
         let Err(error) = result else { return };
         log::error!(
