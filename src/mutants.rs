@@ -1,12 +1,12 @@
 //! Deliberate mistakes, one at a time, for the tests that must find them.
 //!
-//! Owns their list. Without the feature `mutants`, which only tests turn on, none of them is ever
-//! on and the compiler removes every place that asks.
+//! Owns their list. Only tests enable the feature `mutants`. Without it, no mistake is ever on, and the
+//! compiler removes every place that asks.
 
-/// A mistake in the write path. Most of them are real defects of other VMMs.
+/// A mistake in the write path. Most are real defects of other VMMs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mutant {
-    /// FLUSH is acknowledged and nothing is done.
+    /// FLUSH is acknowledged but not carried out.
     FlushDoesNothing,
     /// A stable write is synced before its data is written.
     SyncBeforeWrite,
@@ -27,15 +27,15 @@ pub enum Mutant {
     ZeroesUnsynced,
     /// A direct mode without a write cache syncs nothing.
     DirectsyncWithoutSync,
-    /// A short write is complete.
+    /// A short write counts as complete.
     ShortWriteOk,
     /// A FLUSH is satisfied by a sync that was already running.
     FlushSharesEarlierSync,
-    /// The sector's number is shifted without looking at what falls off.
+    /// The sector number is shifted without checking for overflow.
     SectorWraps,
-    /// A request is reported complete when its operation is submitted.
+    /// A request completes when its operation is submitted.
     StatusBeforeData,
-    /// Requests inside a block are not refused but read, changed and written, without a lock.
+    /// Requests smaller than a block are not refused, but done by read-modify-write without a lock.
     UnlockedRmw,
     /// FLUSH is `File::flush`, which does nothing in Rust.
     FileFlush,
@@ -45,12 +45,12 @@ pub enum Mutant {
     BlkFlsBuf,
     /// FLUSH syncs another file.
     WrongDescriptor,
-    /// A sync's success counts at once, though another one that was in flight with it, and to which
-    /// the kernel told the error, has not been looked at yet.
+    /// A sync's success counts at once. But the kernel may have reported the error to an overlapping sync,
+    /// whose result has not been checked yet.
     SuccessCountsAtOnce,
     /// A request joins a shared fdatasync that is running already.
     GroupTakesLatecomers,
-    /// Those who share an fdatasync are completed when it starts.
+    /// Requests that share an fdatasync complete when it starts.
     GroupDoneAtStart,
 }
 
@@ -92,32 +92,32 @@ mod switch {
         static ON: Cell<Option<Mutant>> = const { Cell::new(None) };
     }
 
-    /// Turns one mistake on in this thread, or all off.
+    /// Turns on one mistake in this thread, or turns all off.
     pub fn turn_on(mutant: Option<Mutant>) {
         ON.with(|on| on.set(mutant));
     }
 
-    /// Whether this mistake is to be made.
+    /// Returns `true` if this mistake is to be made.
     pub fn is_on(mutant: Mutant) -> bool {
         ON.with(|on| on.get() == Some(mutant))
     }
 
     thread_local! {
-        /// Writes counted, and the count at the last sync: what [`Mutant::GenerationSkip`] needs.
+        /// (Writes counted, count at the last sync), as [`Mutant::GenerationSkip`] needs them.
         static GENERATIONS: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
     }
 
-    /// A write is complete.
+    /// Counts a completed write.
     pub fn count_write() {
         GENERATIONS.with(|at| at.set((at.get().0 + 1, at.get().1)));
     }
 
-    /// A sync has succeeded.
+    /// Records that a sync has succeeded.
     pub fn count_sync() {
         GENERATIONS.with(|at| at.set((at.get().0, at.get().0)));
     }
 
-    /// Whether that mutant would skip a sync now.
+    /// Returns `true` if [`Mutant::GenerationSkip`] would skip a sync now.
     pub fn skips_sync() -> bool {
         is_on(Mutant::GenerationSkip) && GENERATIONS.with(|at| at.get().0 == at.get().1)
     }
@@ -125,21 +125,21 @@ mod switch {
 
 #[cfg(not(feature = "mutants"))]
 mod switch {
-    /// Never.
+    /// Returns `false`: no mistake is ever on without the feature.
     #[inline]
     pub fn is_on(_: super::Mutant) -> bool {
         false
     }
 
-    /// Nothing to count.
+    /// Does nothing: there is nothing to count.
     #[inline]
     pub fn count_write() {}
 
-    /// Nothing to count.
+    /// Does nothing: there is nothing to count.
     #[inline]
     pub fn count_sync() {}
 
-    /// Never.
+    /// Returns `false`: no sync is ever skipped.
     #[inline]
     pub fn skips_sync() -> bool {
         false
