@@ -1,8 +1,8 @@
 //! Statistics of a run: the same figures as JSON for programs and as text for people.
 //!
-//! Owns the schema and its version (`docs/reference/statistics-json.md`); [`print`] has the words. The figures are counted
-//! in [`crate::disk`]. Fields may be added under the same version; whoever removes one or changes what
-//! it means raises it.
+//! Owns the schema and its version (`docs/reference/statistics-json.md`); [`print`] owns the words. The figures
+//! are counted in [`crate::disk`]. Fields may be added under the same version. Removing a field, or changing
+//! its meaning, requires a higher version.
 
 mod print;
 
@@ -32,18 +32,18 @@ pub struct Stats {
     disks: Vec<DiskStats>,
 }
 
-/// How often the guest's CPUs came out of KVM to us.
+/// How often the guest's vCPUs exited from KVM to this process.
 #[derive(Debug, Default, Serialize)]
 pub struct ExitStats {
-    /// For a read of a memory-mapped register.
+    /// Reads of memory-mapped registers.
     pub mmio_read: u64,
-    /// For a write of one.
+    /// Writes of memory-mapped registers.
     pub mmio_write: u64,
-    /// For a read of a port.
+    /// Reads of ports.
     pub port_read: u64,
-    /// For a write of one.
+    /// Writes of ports.
     pub port_write: u64,
-    /// For anything else.
+    /// All other exits.
     pub other: u64,
 }
 
@@ -54,9 +54,10 @@ struct DiskStats {
     path: String,
     cache: &'static str,
     readonly: bool,
-    /// The image's last name has gone since it was opened.
+    /// `true` if the image's file has lost its last name since it was opened.
     deleted: bool,
-    /// The least size that its file was found to have, where that is less than at the start.
+    /// The smallest size in bytes that the file has had since the start; `None` if it was never smaller than
+    /// then.
     cut_to_bytes: Option<u64>,
     engine: &'static str,
     stable: &'static str,
@@ -70,7 +71,7 @@ struct DiskStats {
     durability: Durability,
     faults: Faults,
     write_log: Option<Log>,
-    /// `None` where they were not wanted.
+    /// `None` if latencies were not measured.
     latency_ns: Option<LatencyFigures>,
     per_queue: Vec<QueueFigures>,
 }
@@ -88,7 +89,7 @@ struct QueueFigures {
     latency_ns: Option<LatencyFigures>,
 }
 
-/// As the guest asked.
+/// Requests by kind, as the guest sent them.
 #[derive(Debug, Serialize)]
 struct Requests {
     read: u64,
@@ -99,7 +100,7 @@ struct Requests {
     errors: u64,
 }
 
-/// Bytes of the requests, as the guest asked.
+/// Bytes of the requests, as the guest asked for them.
 #[derive(Debug, Serialize)]
 struct AskedBytes {
     read: u64,
@@ -108,14 +109,14 @@ struct AskedBytes {
     write_zeroes: u64,
 }
 
-/// Requests that the disk has and has not answered.
+/// Requests that the disk has received and not yet completed.
 #[derive(Debug, Serialize)]
 struct InFlight {
     now: u64,
     max: u64,
 }
 
-/// As the host was asked for a queue's requests.
+/// Host operations done for a queue's requests.
 #[derive(Debug, Serialize)]
 struct HostOperations {
     preadv: u64,
@@ -125,7 +126,7 @@ struct HostOperations {
     fallocate: u64,
 }
 
-/// As the host was asked, the syncs of start and end included.
+/// Host calls for the disk, including the syncs at the start and the end.
 #[derive(Debug, Serialize)]
 struct HostCalls {
     preadv: u64,
@@ -142,7 +143,7 @@ struct Transfers {
     continued: u64,
 }
 
-/// Operations that were made to go wrong, by what was done to them.
+/// Operations that suffered an injected fault, by what was done to them.
 #[derive(Debug, Serialize)]
 struct Faults {
     failed: u64,
@@ -152,16 +153,16 @@ struct Faults {
     lost: u64,
 }
 
-/// The log of a disk that has one.
+/// The write log of a disk that has one.
 #[derive(Debug, Serialize)]
 struct Log {
     path: String,
     entries: u64,
-    /// Why it ends too early.
+    /// Why recording stopped too early; `None` if it did not.
     error: Option<String>,
 }
 
-/// What the guest believes written, and what a crash of the host may cost.
+/// What the guest believes is written, and what a host crash may cost.
 #[derive(Debug, Serialize)]
 struct Durability {
     honours_flush: bool,
@@ -173,12 +174,12 @@ struct Durability {
     bytes_at_risk_at_guest_end: Option<u64>,
     oldest_at_risk_ns: Option<u64>,
     oldest_at_risk_ns_max: u64,
-    /// The first failed sync, after which nothing becomes stable any more.
+    /// The first failed sync; nothing becomes stable after it. `None` if no sync failed.
     sync_error: Option<String>,
     fdatasync_ns: Option<Times>,
 }
 
-/// In nanoseconds.
+/// A distribution of times in nanoseconds; `count` is how many there were.
 #[derive(Debug, Serialize)]
 struct Times {
     count: u64,
@@ -204,7 +205,7 @@ struct LatencyFigures {
     write_zeroes: Option<PhaseFigures>,
 }
 
-/// From moment to moment, and the whole.
+/// Latencies of one kind of request: each phase, and the total.
 #[derive(Debug, Serialize)]
 struct PhaseFigures {
     doorbell_to_popped: Times,
@@ -238,7 +239,7 @@ impl LatencyFigures {
 }
 
 impl Stats {
-    /// The figures of these disks, now. They are vda, vdb, ... in this order.
+    /// Returns the present figures of these disks, which are named vda, vdb, ... in this order.
     pub fn of<'a>(images: impl Iterator<Item = &'a Image>, exits: ExitStats) -> Self {
         let disks = images.zip('a'..='z').map(|(image, letter)| disk(format!("vd{letter}"), image)).collect();
         Self {
@@ -250,7 +251,7 @@ impl Stats {
         }
     }
 
-    /// Writes them as JSON, and a newline.
+    /// Writes the figures as JSON, followed by a newline.
     pub fn write_json(&self, mut to: impl io::Write) -> io::Result<()> {
         serde_json::to_writer_pretty(&mut to, self)?;
         to.write_all(b"\n")?;
@@ -285,7 +286,7 @@ fn disk(name: String, image: &Image) -> DiskStats {
             preadv: at(&counters.preadvs),
             pwritev: at(&counters.pwritevs),
             pwritev_dsync: at(&counters.pwritevs_dsync),
-            // The one at the start came before there was anything to count with.
+            // The sync at the start happens before the counters exist.
             fdatasync: at(&counters.fdatasyncs) + u64::from(image.is_synced_at_both_ends()),
             fallocate: at(&counters.fallocates),
             io_uring_enter: at(&counters.io_uring_enters),

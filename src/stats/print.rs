@@ -1,6 +1,6 @@
 //! The statistics as text for people.
 //!
-//! Owns the words, and how bytes and times are rounded. The figures are [`super`]'s.
+//! Owns the words, and the rounding of bytes and times. The figures belong to [`super`].
 
 use std::fmt::{self, Write};
 
@@ -81,7 +81,7 @@ impl fmt::Display for DiskStats {
     }
 }
 
-/// What the queues were asked, in their order.
+/// Returns how many requests each queue got, in queue order.
 fn by_queue(queues: &[QueueFigures]) -> String {
     let one = |queue: &QueueFigures| {
         let asked = &queue.requests;
@@ -91,7 +91,7 @@ fn by_queue(queues: &[QueueFigures]) -> String {
     queues.iter().map(one).collect::<Vec<_>>().join("; ")
 }
 
-/// Latencies by kind, the whole and then its phases.
+/// Prints latencies by kind of request: the total first, then its phases.
 fn latency_table(f: &mut fmt::Formatter<'_>, found: &LatencyFigures) -> fmt::Result {
     if found.kinds().iter().any(|(_, found)| found.is_some()) {
         writeln!(
@@ -119,7 +119,7 @@ fn row(f: &mut fmt::Formatter<'_>, name: &str, found: &Times) -> fmt::Result {
     writeln!(f, "{name:<20}{:>9} {p50:>9} {p99:>9} {p99_9:>9} {max:>9}", found.count)
 }
 
-/// What is at risk, and whether it ever ceases to be.
+/// Returns what is at risk, and whether that can ever shrink.
 fn at_risk(found: &Durability, cache: &str) -> Result<String, fmt::Error> {
     let mut text = format!("{} now, {} at most", Bytes(found.bytes_at_risk), Bytes(found.bytes_at_risk_max));
     if let Some(bytes) = found.bytes_at_risk_at_guest_end {
@@ -153,7 +153,7 @@ impl fmt::Display for Times {
     }
 }
 
-/// Bytes, as people read them.
+/// A number of bytes, for people.
 struct Bytes(u64);
 
 impl fmt::Display for Bytes {
@@ -165,7 +165,7 @@ impl fmt::Display for Bytes {
                 write!(f, "{} {unit}", self.0 >> shift)
             }
             Some((unit, shift)) => {
-                // Rounded up: what is at risk is never made to look less.
+                // Rounded up, so that what is at risk never looks smaller than it is.
                 let tenths = (u128::from(self.0) * 10).div_ceil(1 << shift);
                 write!(f, "{}.{} {unit}", tenths / 10, tenths % 10)
             }
@@ -173,7 +173,7 @@ impl fmt::Display for Bytes {
     }
 }
 
-/// Nanoseconds, to three digits or so.
+/// Nanoseconds, with about three digits.
 struct Time(u64);
 
 impl fmt::Display for Time {
