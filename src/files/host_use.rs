@@ -1,9 +1,11 @@
-//! What the host itself does with the bytes of a file or block device: mounts, loop devices, swap, RAID and
-//! device-mapper above it, partitions.
+//! What the host itself does with the bytes of a file or block device: mounts, loop devices, swap, partitions,
+//! and RAID and device-mapper above it.
 //!
 //! Owns the search and its words. A guest that writes to such an image destroys the host's file system, or the
-//! host the guest's. What is not found: mounts in another mount namespace of a device that is only read, and,
-//! for a user who may not open /dev/loopN, a loop device whose file was renamed or is in another namespace.
+//! host destroys the guest's.
+//!
+//! Two uses are not found. One is a mount in another mount namespace of a device that is only read. The other
+//! is a loop device whose file was renamed or is in another namespace, if the user may not open /dev/loopN.
 
 use std::fs::{self, File, Metadata};
 use std::io;
@@ -16,34 +18,34 @@ use super::identity::{Device, FileId};
 use super::locks;
 use crate::text::shell_word;
 
-/// Devices above and below each other deeper than this are taken for a loop.
+/// Stacks of devices deeper than this are taken for a cycle.
 const DEPTH_MAX: usize = 8;
-/// `linux/loop.h`.
+/// The request's number in `linux/loop.h`.
 const LOOP_GET_STATUS64: libc::Ioctl = 0x4c05;
 
 /// One use that the host makes of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostUse {
-    /// What it is: "/dev/loop0 is attached to it and mounted on /mnt".
+    /// The use, in words: "it is mounted on /mnt".
     pub what: String,
-    /// The command that ends it, if one does.
+    /// The command that ends the use; `None` if there is none.
     pub remedy: Option<String>,
-    /// Whether the host may write by it.
+    /// `true` if the host may write to the image through this use.
     pub writes: bool,
 }
 
-/// All uses that the host makes of the file or block device that `found` describes.
+/// Returns all uses that the host makes of the file or block device that `found` describes.
 pub fn of(found: &Metadata) -> Vec<HostUse> {
     Host::default().uses_of(found)
 }
 
-/// Whether a write to one is a write to the other: one file or device, a disk and its partition, a loop device
-/// and its file, two loop devices over one file.
+/// Returns `true` if a write to one is a write to the other: the same file or device, a disk and its partition,
+/// a loop device and its file, or two loop devices over one file.
 pub fn share_bytes(a: &Metadata, b: &Metadata) -> bool {
     Host::default().share_bytes(Node::of(a), Node::of(b))
 }
 
-/// In words, with the remedies: "it is mounted on /mnt, ... (end that first: umount /mnt)".
+/// Describes uses in words, with their remedies: "it is mounted on /mnt (to end that: umount /mnt)".
 pub fn in_words(uses: &[HostUse]) -> String {
     let what: Vec<_> = uses.iter().map(|it| it.what.as_str()).collect();
     let mut remedies: Vec<_> = uses.iter().filter_map(|it| it.remedy.as_deref()).collect();
@@ -54,14 +56,14 @@ pub fn in_words(uses: &[HostUse]) -> String {
     }
 }
 
-/// Blanks and backslashes are written in octal in /proc/self/mountinfo and /proc/swaps.
+/// Decodes the octal codes that /proc/self/mountinfo and /proc/swaps use for blanks and backslashes.
 pub fn unescape(text: &str) -> String {
     [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
         .iter()
         .fold(text.to_owned(), |text, (code, real)| text.replace(code, real))
 }
 
-/// What is asked about.
+/// The file or device that is asked about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Node {
     File(FileId),
@@ -81,19 +83,19 @@ impl Node {
     }
 }
 
-/// A loop device that is attached.
+/// An attached loop device.
 struct Loop {
-    /// As in /sys/block.
+    /// The name in /sys/block.
     name: String,
     device: Device,
-    /// As the kernel tells it.
+    /// The path of its file, as the kernel reports it.
     path: PathBuf,
-    /// What it stands on; `None` where that cannot be found out.
+    /// The file or device below it; `None` if that cannot be found out.
     below: Option<Node>,
     readonly: bool,
 }
 
-/// A line of mountinfo.
+/// One line of mountinfo.
 struct Mount {
     device: Option<Device>,
     point: String,
@@ -101,7 +103,7 @@ struct Mount {
     readonly: bool,
 }
 
-/// The host's own account of itself; another in tests.
+/// Where the host describes itself; tests use other directories.
 struct Host {
     sys: PathBuf,
     proc: PathBuf,
@@ -133,7 +135,8 @@ impl Host {
         if below_a.contains(&b) || below_b.contains(&a) {
             return true;
         }
-        // Partitions of one loop device are apart; what two loop devices show of a file is not known.
+        // Partitions of one loop device do not overlap. Two loop devices may show the same part of a file; that is
+        // not known, so they count as sharing it.
         let top = |node| match node {
             Node::Block(device) => Some(self.disk_of(device).unwrap_or(device)),
             Node::File(_) => None,
@@ -142,7 +145,7 @@ impl Host {
         file(&below_a).is_some() && file(&below_a) == file(&below_b) && top(a) != top(b)
     }
 
-    /// `node`, and what it is a part of or stands on.
+    /// Returns `node`, followed by what it is a part of or stands on, level by level.
     fn chain(&self, node: Node, loops: &[Loop]) -> Vec<Node> {
         let mut chain = vec![node];
         while let Some(&Node::Block(device)) = chain.last()
@@ -158,7 +161,7 @@ impl Host {
         chain
     }
 
-    /// What is done with `node` itself, which messages call `name`.
+    /// Adds the uses of `node` itself, which messages call `name`.
     fn add_uses(&self, node: Node, name: &str, loops: &[Loop], uses: &mut Vec<HostUse>, depth: usize) {
         if depth > DEPTH_MAX {
             return;
@@ -185,7 +188,7 @@ impl Host {
         }
     }
 
-    /// A loop device that stands on `name`, and what is done with it.
+    /// Adds a loop device that stands on `name`, and that device's own uses.
     fn add_loop(&self, it: &Loop, name: &str, loops: &[Loop], uses: &mut Vec<HostUse>, depth: usize) {
         let path = self.dev.join(&it.name).display().to_string();
         let mut further = Vec::new();
@@ -194,7 +197,7 @@ impl Host {
             let name = self.name_of(partition);
             self.add_uses(Node::Block(partition), &name, loops, &mut further, depth + 1);
         }
-        // Attached and not used by anybody yet, it may be written to at any time.
+        // Once attached, it may be written to at any time, even if nobody uses it yet.
         let writes = !it.readonly && (further.is_empty() || further.iter().any(|it| it.writes));
         uses.extend(further);
         uses.push(HostUse {
@@ -204,7 +207,7 @@ impl Host {
         });
     }
 
-    /// Devices that are made of this one: RAID, LVM, dm-crypt, bcache, btrfs of several.
+    /// Adds devices that are made of this one: RAID, LVM, dm-crypt, bcache, and btrfs over several devices.
     fn add_holders(&self, device: Device, name: &str, uses: &mut Vec<HostUse>) {
         let place = self.sys_place(device);
         for holder in names_in(&place.join("holders")) {
@@ -221,7 +224,7 @@ impl Host {
         };
         for file_system in names_in(&self.sys.join("fs/btrfs")) {
             let devices = self.sys.join("fs/btrfs").join(&file_system).join("devices");
-            // A btrfs of one device is among the mounts.
+            // A btrfs on one device is found among the mounts.
             if names_in(&devices).len() > 1 && devices.join(&own).exists() {
                 uses.push(HostUse {
                     what: format!("{name} is a part of the mounted btrfs {file_system}"),
@@ -232,7 +235,7 @@ impl Host {
         }
     }
 
-    /// What is done with the partitions of a disk, or with the disk of a partition.
+    /// Adds the uses of a disk's partitions, or of a partition's disk.
     fn add_family(&self, device: Device, loops: &[Loop], uses: &mut Vec<HostUse>) {
         let relatives = self.partitions(device).into_iter().chain(self.disk_of(device));
         for relative in relatives {
@@ -241,7 +244,7 @@ impl Host {
         }
     }
 
-    /// What else is done with the file, or device, below a loop device.
+    /// Adds the other uses of the file or device below a loop device.
     fn add_below(&self, device: Device, loops: &[Loop], uses: &mut Vec<HostUse>) {
         let disk = self.disk_of(device).unwrap_or(device);
         let Some(it) = loops.iter().find(|it| it.device == disk) else { return };
@@ -249,7 +252,7 @@ impl Host {
         let others: Vec<Loop> = self.loops().into_iter().filter(|other| other.device != disk).collect();
         let name = it.path.display().to_string();
         self.add_uses(below, &name, &others, uses, 1);
-        // The path may mean another file by now.
+        // The path may lead to another file by now.
         let is_locked = Node::at(&it.path) == Some(below)
             && File::open(&it.path).is_ok_and(|file| locks::is_locked(&file, it.readonly));
         if is_locked {
@@ -268,7 +271,7 @@ impl Host {
             let path = PathBuf::from(read(&place.join("loop/backing_file"))?);
             let device = Device::parse(&read(&place.join("dev"))?)?;
             let readonly = read(&place.join("ro")).as_deref() == Some("1");
-            // The device knows its file by number; the path may be another namespace's, or deleted.
+            // The device knows its file by number. The path may be that of another namespace, or be deleted.
             let below = status(&self.dev.join(&name)).ok().or_else(|| Node::at(&path));
             Some(Loop { name, device, path, below, readonly })
         };
@@ -300,7 +303,7 @@ impl Host {
         numbers.filter_map(|text| Device::parse(&text)).collect()
     }
 
-    /// The disk that this partition is of.
+    /// Returns the disk of this partition; `None` if `device` is no partition.
     fn disk_of(&self, device: Device) -> Option<Device> {
         let place = fs::canonicalize(self.sys_place(device)).ok()?;
         place.join("partition").exists().then_some(())?;
@@ -314,8 +317,8 @@ impl Host {
 }
 
 impl Mount {
-    /// A line of mountinfo (proc(5)): id, parent, device, root, mount point, options, optional fields, a hyphen,
-    /// type, source, the file system's own options.
+    /// Parses a line of mountinfo (proc(5)). Its fields: id, parent, device, root, mount point, options,
+    /// optional fields, a hyphen, type, source, the file system's own options.
     fn parse(line: &str) -> Option<Self> {
         let (mount, file_system) = line.split_once(" - ")?;
         let mount: Vec<&str> = mount.split(' ').collect();
@@ -325,24 +328,25 @@ impl Mount {
             device: Device::parse(mount.get(2)?),
             point: unescape(mount.get(4)?),
             source: unescape(file_system.get(1)?),
-            // That of the file system: a mount may be read-only by itself, while another writes.
+            // The option of the file system. A mount may itself be read-only while another one writes.
             readonly: is_readonly(file_system.get(2)?),
         })
     }
 
-    /// Whether this is a file system on `node`. Some (erofs, FUSE) name a regular file as their source.
+    /// Returns `true` if this is a file system on `node`. Some (erofs, FUSE) name a regular file as their
+    /// source.
     fn is_of(&self, node: Node) -> bool {
         let is_source = || self.source.starts_with('/') && Node::at(Path::new(&self.source)) == Some(node);
         match node {
             Node::Block(device) if self.device == Some(device) => true,
-            // Of several devices, or with numbers of its own (btrfs).
+            // File systems on several devices, or with device numbers of their own (btrfs).
             Node::Block(_) => is_source(),
             Node::File(_) => !self.source.starts_with("/dev/") && is_source(),
         }
     }
 }
 
-/// What a loop device stands on, by its own answer.
+/// Asks a loop device what it stands on.
 fn status(path: &Path) -> io::Result<Node> {
     /// `struct loop_info64` of `linux/loop.h`.
     #[repr(C)]

@@ -1,7 +1,7 @@
 //! Whether two paths lead to one file.
 //!
-//! Owns the answer for files that are there (device and inode, whatever links lead to them) and for files that
-//! would be made: by the directory they would be made in and their name there.
+//! Owns the answer. For existing files it is device and inode, whatever links lead to them. For files that
+//! would be created it is the directory and the name in it.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -11,10 +11,10 @@ use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// The kernel follows at most so many symbolic links in one path.
+/// How many symbolic links the kernel follows in one path.
 const LINKS_MAX: usize = 40;
 
-/// A file, whatever its names.
+/// The identity of a file, whatever its names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct FileId {
     /// `st_dev`.
@@ -24,28 +24,28 @@ pub struct FileId {
 }
 
 impl FileId {
-    /// The file that `found` describes.
+    /// Returns the identity of the file that `found` describes.
     pub fn of(found: &Metadata) -> Self {
         Self { device: found.dev(), inode: found.ino() }
     }
 }
 
-/// A device's number.
+/// The number of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Device {
-    /// Major.
+    /// The major number.
     pub major: u32,
-    /// Minor.
+    /// The minor number.
     pub minor: u32,
 }
 
 impl Device {
-    /// From `st_dev` or `st_rdev`.
+    /// Converts `st_dev` or `st_rdev`.
     pub fn from_number(number: u64) -> Self {
         Self { major: libc::major(number), minor: libc::minor(number) }
     }
 
-    /// From MAJOR:MINOR.
+    /// Parses MAJOR:MINOR; `None` if `text` is anything else.
     pub fn parse(text: &str) -> Option<Self> {
         let (major, minor) = text.split_once(':')?;
         Some(Self { major: major.parse().ok()?, minor: minor.parse().ok()? })
@@ -61,21 +61,21 @@ impl fmt::Display for Device {
 /// Where a path leads.
 #[derive(Debug)]
 pub(super) enum Spot {
-    /// To a file that exists.
+    /// To an existing file.
     Exists(Metadata),
-    /// To no file yet: opening the path would make `name` in `directory`.
+    /// To no file yet: opening the path would create `name` in `directory`.
     New {
         /// The directory, for messages.
         directory: PathBuf,
-        /// The same, whatever its names.
+        /// The identity of `directory`.
         id: FileId,
-        /// The name in it.
+        /// The name in `directory`.
         name: OsString,
     },
 }
 
 impl Spot {
-    /// Finds out where `path` leads. A dangling symbolic link leads to the file that opening it would make.
+    /// Finds out where `path` leads. A dangling symbolic link leads to the file that opening it would create.
     pub(super) fn of(path: &Path) -> io::Result<Self> {
         match fs::metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -94,7 +94,7 @@ impl Spot {
         Err(io::Error::from_raw_os_error(libc::ELOOP))
     }
 
-    /// Whether both lead to one file.
+    /// Returns `true` if both lead to the same file.
     pub(super) fn is_same(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Exists(a), Self::Exists(b)) => FileId::of(a) == FileId::of(b),
@@ -104,7 +104,7 @@ impl Spot {
     }
 }
 
-/// The directory of a file, also where its path has no slash.
+/// Returns the directory of a file, even if its path has no slash.
 fn directory_of(path: &Path) -> PathBuf {
     match path.parent() {
         Some(parent) if parent != Path::new("") => parent.to_owned(),
@@ -112,7 +112,8 @@ fn directory_of(path: &Path) -> PathBuf {
     }
 }
 
-/// The descriptor of this process that `path` names: /dev/stdout, /dev/fd/N, /proc/self/fd/N, or a link to one.
+/// Returns the descriptor of this process that `path` names; `None` if it names none. Such paths are
+/// /dev/stdout, /dev/fd/N, /proc/self/fd/N and links to one of them.
 pub(super) fn own_descriptor(path: &Path) -> Option<RawFd> {
     let ours = fs::canonicalize("/proc/self/fd").ok()?;
     let mut path = path.to_owned();

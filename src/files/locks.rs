@@ -1,7 +1,7 @@
 //! Locks that somebody else has on a file.
 //!
-//! Owns the probes, which take nothing for longer than a call. Record locks (POSIX and OFD) are those of
-//! minivmm, QEMU, cloud-hypervisor and libvirt on images; flock(2) is that of crosvm, and of `flock` in scripts.
+//! Owns the probes, which hold no lock for longer than a call. On images, minivmm, QEMU, cloud-hypervisor and
+//! libvirt use record locks (POSIX and OFD). crosvm, and `flock` in scripts, use flock(2).
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -11,13 +11,13 @@ use rustix::fs::FlockOperation;
 
 use super::identity::FileId;
 
-/// How long a foreign lock is waited for: a VMM that was killed a moment ago still has its io_uring taken apart
-/// by the kernel, and a reader of a report has its lock for a moment.
+/// How long to wait for a foreign lock. After a VMM is killed, the kernel takes a moment to dismantle its
+/// io_uring. A reader of a report holds its lock for a moment.
 pub const LOCK_WAIT: Duration = Duration::from_millis(500);
 const LOCK_STEP: Duration = Duration::from_millis(10);
 
-/// Whether somebody else has a record lock on any byte of `file`: one that keeps a writer out, or, for
-/// `readonly`, one that keeps a reader out.
+/// Returns `true` if somebody else has a record lock on any byte of `file` that keeps a writer out. With
+/// `readonly`, only a lock that keeps a reader out counts.
 pub fn is_locked(file: &File, readonly: bool) -> bool {
     let mut wanted = whole_file(readonly);
     // SAFETY: `wanted` is a valid flock, which the kernel may write to, for the length of the call.
@@ -25,12 +25,12 @@ pub fn is_locked(file: &File, readonly: bool) -> bool {
     result == 0 && libc::c_int::from(wanted.l_type) != libc::F_UNLCK
 }
 
-/// The description of a lock on all bytes of a file.
+/// Returns the description of a lock on all bytes of a file.
 pub fn whole_file(readonly: bool) -> libc::flock {
     // SAFETY: flock is plain numbers, for which all zeroes are valid.
     let mut wanted: libc::flock = unsafe { std::mem::zeroed() };
     let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
-    // Both constants and SEEK_SET are 0, 1 or 2.
+    // The constants, like SEEK_SET, are all 0, 1 or 2.
     #[allow(clippy::cast_possible_truncation)]
     {
         wanted.l_type = kind as libc::c_short;
@@ -39,8 +39,8 @@ pub fn whole_file(readonly: bool) -> libc::flock {
     wanted
 }
 
-/// Whether somebody else has the file by flock(2) so that a writer, or a reader, would have to wait. A file
-/// system without flock has no such locks.
+/// Returns `true` if somebody else's flock(2) on the file would make a writer wait, or a reader if `readonly`.
+/// A file system without flock has no such locks.
 pub fn is_flocked(file: &File, readonly: bool) -> bool {
     let how = match readonly {
         true => FlockOperation::NonBlockingLockShared,
@@ -48,7 +48,7 @@ pub fn is_flocked(file: &File, readonly: bool) -> bool {
     };
     match rustix::fs::flock(file, how) {
         Ok(()) => {
-            // Ours for the length of the question.
+            // Held only to ask the question.
             let _ = rustix::fs::flock(file, FlockOperation::Unlock);
             false
         }
@@ -56,7 +56,7 @@ pub fn is_flocked(file: &File, readonly: bool) -> bool {
     }
 }
 
-/// Waits a moment for the end of what `is_held` finds; says whether it is still there.
+/// Waits up to [`LOCK_WAIT`] until `is_held` returns `false`. Returns `true` if it never did.
 pub fn stays(is_held: impl Fn() -> bool) -> bool {
     let since = Instant::now();
     while is_held() {
@@ -68,8 +68,8 @@ pub fn stays(is_held: impl Fn() -> bool) -> bool {
     false
 }
 
-/// The processes that have `file` by flock(2), as far as this user may see: "process 17 (sleep)". Whoever took the
-/// lock may be gone, with a child that has inherited it, so /proc/locks does not tell.
+/// Returns the processes that hold a flock(2) on `file`, as far as this user may see: "process 17 (sleep)".
+/// /proc/locks is no help: the process that took the lock may be gone, and a child may have inherited it.
 pub fn flock_holders(file: &File) -> Option<String> {
     let wanted = FileId::of(&file.metadata().ok()?);
     let is_number = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());

@@ -1,9 +1,9 @@
-//! The host's files as a command names them: which are the same file, who uses one, and the one place that
-//! opens a file for output.
+//! The host's files as a command names them: which names lead to the same file, who uses a file, and how a file
+//! is opened for output.
 //!
-//! Owns identity (device and inode), foreign locks, and every creating, emptying and replacing of a file in
-//! both binaries ([`output`]). `tests/tidy.rs` refuses `File::create` and its like anywhere else. Knows nothing
-//! of guests: what a disk needs of its image is `disk`'s.
+//! Owns identity (device and inode) and the search for foreign locks. Owns every creating, emptying and
+//! replacing of a file in both binaries ([`output`]); `tests/tidy.rs` refuses `File::create` and its like
+//! anywhere else. Knows nothing of guests: what a disk needs of its image belongs to `disk`.
 
 pub mod host_use;
 mod identity;

@@ -1,10 +1,15 @@
-//! The one place that opens a file to write something of ours into it.
+//! The only place that opens a file for output.
 //!
-//! Owns the rule that nothing which was given is destroyed. A path is refused, before anything is emptied,
-//! where it leads to the same file as an input or as another output of the command, to an image that a VM has
-//! locked or that this host uses, to a block device, a directory, or to a regular file that holds something
-//! else than an older output of the same kind. Pipes, terminals and other character devices are taken as they
-//! are, and a path that names a descriptor of ours (/dev/stdout) is that descriptor.
+//! Owns the rule that nothing which a command was given is destroyed. Some paths are refused before anything is
+//! emptied:
+//!
+//! - the same file as an input, or as another output of the command
+//! - an image that a VM has locked or that this host uses
+//! - a block device, or a directory
+//! - a regular file that holds anything but an older output of the same kind
+//!
+//! Pipes, terminals and other character devices are accepted. A path that names a descriptor of ours
+//! (/dev/stdout) means that descriptor.
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read, Write};
@@ -17,27 +22,28 @@ use super::host_use;
 use super::identity::{FileId, Spot, own_descriptor};
 use super::locks;
 
-/// So many bytes of an older output are looked at.
+/// How many bytes of an older output are checked.
 const FIRST_BYTES: u64 = 4096;
 
-/// The option of what a guest writes to.
+/// The option that names a guest's disk.
 pub const DISK: &str = "--disk";
-/// What we print to.
+/// The descriptors that we print to.
 const STREAMS: [(RawFd, &str); 2] = [(1, "standard output"), (2, "standard error")];
 
-/// What kind of content an output has, for which an older one may be replaced.
+/// The kind of content that an output has. An older output of the same kind may be replaced.
 #[derive(Debug, Clone, Copy)]
 pub struct Content {
-    /// What an older one is called: "an older write log".
+    /// The name of an older output: "an older write log".
     pub name: &'static str,
-    /// Whether a file that begins so can be an older one. It is asked of files that are not empty.
+    /// Returns `true` if these are the first bytes of a possible older output. Not called for empty files.
     pub is_older: fn(first: &[u8]) -> bool,
 }
 
-/// JSON, HTML, whatever a guest or a program says. Disk images, kernels and archives have a NUL byte near their beginning.
+/// JSON, HTML, or whatever a guest or a program prints. Disk images, kernels and archives are no text: they
+/// have a NUL byte near their beginning.
 pub const TEXT: Content = Content { name: "text", is_older: is_text };
 
-/// What becomes an image again. Its size is checked by whoever makes it.
+/// An output that becomes an image again. Whoever makes the image checks the size.
 pub const IMAGE: Content = Content { name: "an image", is_older: |_| true };
 
 fn is_text(first: &[u8]) -> bool {
@@ -47,39 +53,39 @@ fn is_text(first: &[u8]) -> bool {
 /// A file that a command writes to.
 #[derive(Debug, Clone)]
 pub struct Output {
-    /// What names it: "--status-file".
+    /// The option that names it: "--status-file".
     pub option: &'static str,
-    /// As given.
+    /// The path as given.
     pub path: PathBuf,
-    /// What is written there.
+    /// The kind of content that is written to it.
     pub content: Content,
 }
 
-/// A file that a command is given.
+/// A file that a command reads, or uses as a disk.
 #[derive(Debug, Clone)]
 pub struct Input {
-    /// What names it: "--disk".
+    /// The option that names it: "--disk".
     pub option: &'static str,
-    /// As given.
+    /// The path as given.
     pub path: PathBuf,
 }
 
 /// All files that one command names.
 #[derive(Debug, Clone, Default)]
 pub struct Inventory {
-    /// Those that it only reads, and its disks.
+    /// The files that it only reads, and its disks.
     pub inputs: Vec<Input>,
-    /// Those that it writes anew.
+    /// The files that it writes anew.
     pub outputs: Vec<Output>,
 }
 
-/// Why a file is not written to. Nothing has been changed.
+/// Why a file is not written to. Nothing has been changed then.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write {option} to {path}: {problem}")]
 pub struct OutputRefused {
-    /// What names the output.
+    /// The option that names the output.
     pub option: &'static str,
-    /// As given.
+    /// The path as given.
     pub path: String,
     /// What is wrong with it.
     pub problem: Box<Problem>,
@@ -111,17 +117,17 @@ pub enum Problem {
     Host(io::Error),
 }
 
-/// An output, open.
+/// An opened output.
 #[derive(Debug)]
 pub struct Opened {
-    /// To be written to.
+    /// The file to write to.
     pub file: File,
-    /// Whether it is a regular file that is all ours, so that it can be rewritten from its beginning. A pipe,
-    /// a device and a descriptor that we were started with are written on and on.
+    /// `true` if it is a regular file that belongs to us, so that it can be rewritten from its beginning.
+    /// `false` for a pipe, a device, or a descriptor that we were started with: those can only be written on.
     pub is_ours: bool,
 }
 
-/// What becomes of the content of an older output at the opening.
+/// What happens to the content of an older output when it is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Older {
     Empty,
@@ -129,7 +135,7 @@ enum Older {
 }
 
 impl Output {
-    /// With text in it.
+    /// Returns an output that holds text.
     pub fn text(option: &'static str, path: impl Into<PathBuf>) -> Self {
         Self { option, path: path.into(), content: TEXT }
     }
@@ -148,7 +154,7 @@ impl Output {
 }
 
 impl Inventory {
-    /// Every output that would be refused, found without changing anything.
+    /// Returns the refusal of every output that would be refused. Changes nothing.
     pub fn check(&self) -> Vec<OutputRefused> {
         let check = |(at, output): (usize, &Output)| {
             let earlier = self.outputs.get(..at).unwrap_or_default();
@@ -158,7 +164,7 @@ impl Inventory {
         stdout.into_iter().chain(self.outputs.iter().enumerate().filter_map(check)).collect()
     }
 
-    /// Whether standard output is a disk (`>> disk.img`), which must not be printed to.
+    /// Refuses if standard output is a disk (`>> disk.img`), which must not be printed to.
     pub fn check_stdout(&self) -> Result<(), OutputRefused> {
         let disks = self.inputs.iter().filter(|input| input.option == DISK).cloned().collect();
         let disks = Inventory { inputs: disks, outputs: Vec::new() };
@@ -171,12 +177,12 @@ impl Inventory {
         }
     }
 
-    /// Opens `output`, which is empty then.
+    /// Opens `output` and empties it.
     pub fn open(&self, output: &Output) -> Result<Opened, OutputRefused> {
         self.opened(output, Older::Empty).map_err(|problem| output.refused(problem))
     }
 
-    /// Opens `output`; an older one keeps its content until it is replaced.
+    /// Opens `output`. An older one keeps its content until it is replaced.
     pub fn open_unchanged(&self, output: &Output) -> Result<Opened, OutputRefused> {
         self.opened(output, Older::Keep).map_err(|problem| output.refused(problem))
     }
@@ -190,7 +196,7 @@ impl Inventory {
         let file = File::options().write(true).create(true).truncate(false).open(&output.path);
         let file = file.map_err(Problem::Host)?;
         let found = file.metadata().map_err(Problem::Host)?;
-        // Again, through the descriptor: the path may have led elsewhere a moment ago.
+        // Checked again through the descriptor, because the path may have changed in between.
         self.compare(&Spot::Exists(found.clone()), output, &others)?;
         if !found.is_file() {
             return Ok(Opened { file, is_ours: false });
@@ -204,12 +210,12 @@ impl Inventory {
         Ok(Opened { file, is_ours: true })
     }
 
-    /// Everything that can be found out without opening for writing.
+    /// Checks everything that can be checked without opening the file for writing.
     fn look(&self, output: &Output, others: &[Output]) -> Result<(), Problem> {
         if let Some(descriptor) = own_descriptor(&output.path)
             && is_writable(descriptor)
         {
-            // Its owner has opened it for output; but it may be a disk (`>> disk.img`).
+            // Whoever started us opened it for output. But it may be a disk (`>> disk.img`).
             let Ok(found) = fs::metadata(&output.path) else { return Ok(()) };
             return self.compare_inputs(&Spot::Exists(found));
         }
@@ -236,7 +242,7 @@ impl Inventory {
 
     fn compare(&self, spot: &Spot, output: &Output, others: &[Output]) -> Result<(), Problem> {
         self.compare_inputs(spot)?;
-        // A pipe or a device takes what several write.
+        // Several outputs may share a pipe or a device.
         if matches!(spot, Spot::Exists(found) if !found.is_file() && !found.file_type().is_block_device()) {
             return Ok(());
         }
@@ -268,7 +274,7 @@ impl Inventory {
     }
 }
 
-/// A regular file that is there already: whether nobody uses it and nothing is lost with it.
+/// Checks that nobody uses an existing regular file, and that replacing it loses nothing.
 fn look_at_older(output: &Output, found: &Metadata) -> Result<(), Problem> {
     let uses = host_use::of(found);
     if !uses.is_empty() {
@@ -300,7 +306,7 @@ fn place_problem(path: &Path, why: io::Error) -> Problem {
     }
 }
 
-/// Asks the host whether this user may write there, without trying.
+/// Asks the host whether this user may write to `path`, without trying.
 fn may_write(path: &Path, how: libc::c_int) -> io::Result<()> {
     let path = std::ffi::CString::new(path.as_os_str().as_bytes())
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
@@ -317,7 +323,7 @@ fn is_writable(descriptor: RawFd) -> bool {
     flags >= 0 && flags & libc::O_ACCMODE != libc::O_RDONLY
 }
 
-/// One more descriptor of the same open file, with its place in it.
+/// Returns a second descriptor of the same open file, which shares its position.
 fn writable_descriptor(descriptor: RawFd) -> Option<File> {
     if !is_writable(descriptor) {
         return None;
@@ -329,7 +335,7 @@ fn writable_descriptor(descriptor: RawFd) -> Option<File> {
     }
 }
 
-/// Empties what [`Inventory::open_unchanged`] has opened, if it is ours.
+/// Empties the output that [`Inventory::open_unchanged`] has opened, if it belongs to us.
 pub fn emptied(opened: Opened) -> io::Result<File> {
     if opened.is_ours {
         opened.file.set_len(0)?;
@@ -337,13 +343,13 @@ pub fn emptied(opened: Opened) -> io::Result<File> {
     Ok(opened.file)
 }
 
-/// Makes a file where none is; for what lies in a directory of our own.
+/// Creates a file where none exists. Only for directories of our own.
 pub fn make_new(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create_new(true).open(path)
 }
 
-/// Makes a file in the place of an older one, whose content stays for whoever has it open; for what lies in a
-/// directory of our own.
+/// Creates a file in place of an older one, whose content remains for whoever has it open. Only for directories
+/// of our own.
 pub fn make_anew(path: &Path) -> io::Result<File> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -351,12 +357,12 @@ pub fn make_anew(path: &Path) -> io::Result<File> {
     }
 }
 
-/// The same, with this content.
+/// Does the same as [`make_anew`], and writes `content`.
 pub fn write_anew(path: &Path, content: impl AsRef<[u8]>) -> io::Result<()> {
     make_anew(path)?.write_all(content.as_ref())
 }
 
-/// Puts `text` at the output's path, whole or not at all, in the place of an older output only.
+/// Puts `text` at the output's path, as a whole or not at all. Replaces nothing but an older output.
 pub fn replace(output: &Output, text: &str) -> Result<(), OutputRefused> {
     let replaced = || {
         Inventory::default().look(output, &[])?;
@@ -370,8 +376,8 @@ pub fn replace(output: &Output, text: &str) -> Result<(), OutputRefused> {
     replaced().map_err(|problem| output.refused(problem))
 }
 
-/// Whether a regular file that is there may be replaced by an image of `bytes` bytes: only an older image of
-/// that size, which nobody uses.
+/// Checks whether an image of `bytes` bytes may be made at the output's path. A regular file there must be an
+/// older image of that size that nobody uses, or be empty.
 pub fn may_become_image(output: &Output, inputs: Vec<Input>, bytes: u64) -> Result<(), OutputRefused> {
     let looked = || {
         Inventory { inputs, outputs: Vec::new() }.look(output, &[])?;
@@ -386,7 +392,7 @@ pub fn may_become_image(output: &Output, inputs: Vec<Input>, bytes: u64) -> Resu
     looked().map_err(|problem| output.refused(problem))
 }
 
-/// A log in FILE, opened for reading and writing, or made; whoever asks locks it and looks at its content.
+/// Opens a log for reading and writing, or creates it. The caller locks it and checks its content.
 pub fn open_log(output: &Output, image: FileId) -> Result<File, OutputRefused> {
     let opened = || {
         Inventory::default().look(output, &[])?;
@@ -404,7 +410,7 @@ pub fn open_log(output: &Output, image: FileId) -> Result<File, OutputRefused> {
     opened().map_err(|problem| output.refused(problem))
 }
 
-/// Opens, or makes, a record that grows from run to run; whoever asks checks what it holds.
+/// Opens, or creates, a record that grows from run to run. The caller checks what it holds.
 pub fn open_record(path: &Path) -> io::Result<File> {
     File::options().create(true).read(true).append(true).open(path)
 }

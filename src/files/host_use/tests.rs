@@ -1,4 +1,4 @@
-//! The search over a host that is made of files: /sys, /proc and /dev in a directory.
+//! Tests of the search on a fake host: /sys, /proc and /dev in a directory.
 
 use std::os::unix::fs::symlink;
 
@@ -33,7 +33,7 @@ impl FakeHost {
         symlink(self.root.path().join(to), from).unwrap();
     }
 
-    /// A disk of the host, 7:0 and so on, with its partitions.
+    /// Makes a disk of the host with this number, such as 7:0, and its partitions.
     fn disk(&self, name: &str, number: &str, partitions: &[(&str, &str)]) {
         self.put(&format!("sys/devices/{name}/dev"), &format!("{number}\n"));
         self.link(&format!("sys/block/{name}"), &format!("sys/devices/{name}"));
@@ -62,7 +62,7 @@ impl FakeHost {
         self.host.uses_of(&fs::metadata(path).unwrap())
     }
 
-    /// A block device cannot be made by everybody, so its number is enough.
+    /// Searches by number, because not every user can make a block device.
     fn uses_of_device(&self, number: &str) -> Vec<HostUse> {
         let (device, loops, mut uses) = (Device::parse(number).unwrap(), self.host.loops(), Vec::new());
         self.host.add_uses(Node::Block(device), "it", &loops, &mut uses, 0);
@@ -125,7 +125,7 @@ fn swap_and_mounts_without_a_loop_device_are_found() {
     let name = swap.display().to_string().replace(' ', "\\040");
     fake.put("proc/swaps", &format!("Filename Type Size Used Priority\n{name} file 1 0 -2\n"));
     assert_eq!(words(&fake.uses_of_file(&swap)), [("it is swap space", true)]);
-    // As fuse2fs and erofs are.
+    // As fuse2fs and erofs mount it.
     fake.mount("0:55", &image.display().to_string(), "/mnt", "ro");
     assert_eq!(words(&fake.uses_of_file(&image)), [("it is mounted on /mnt", false)]);
 }

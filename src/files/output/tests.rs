@@ -1,4 +1,4 @@
-//! Every way to name a file that is not to be lost, and every way to name one that may be written to.
+//! All ways to name a file that must not be lost, and all ways to name one that may be written to.
 
 use std::io::Seek;
 use std::os::unix::fs::symlink;
@@ -29,7 +29,7 @@ fn with(inputs: &[&Path], outputs: Vec<Output>) -> Inventory {
     Inventory { inputs: inputs.iter().map(input).collect(), outputs }
 }
 
-/// Refused by the check and by the opening alike, with the path named and nothing changed.
+/// Asserts that the check and the opening both refuse the output, name the path and change nothing.
 fn must_be_refused(inventory: &Inventory, output: &Output, word: &str) {
     let before = fs::read(&output.path).ok();
     let mut all = inventory.clone();
@@ -75,7 +75,7 @@ fn two_outputs_do_not_share_a_file_that_is_there_or_will_be() {
         must_be_refused(&others, &Output::text("--stats", place.at(second)), "--status-file");
         assert!(!place.at("dir/new").exists());
     }
-    // The same option twice is no different.
+    // The same option given twice is treated alike.
     let log = |name: &str| Output::text("log-writes=", place.at(name));
     assert_eq!(with(&[], vec![log("l"), log("l")]).check().len(), 1);
     assert_eq!(with(&[], vec![log("l"), log("m")]).check().len(), 0);
@@ -87,7 +87,7 @@ fn what_somebody_has_locked_as_an_image_is_refused() {
     let image = place.put("a.img", b"text");
     let theirs = File::options().read(true).write(true).open(&image).unwrap();
     let mut lock = locks::whole_file(true);
-    // As QEMU does: one byte, shared.
+    // A shared lock on one byte, as QEMU takes.
     (lock.l_start, lock.l_len) = (100, 1);
     // SAFETY: `lock` is a valid flock for the length of the call.
     let taken =
@@ -177,7 +177,7 @@ fn a_descriptor_of_ours_is_written_on_where_it_stands() {
     (&opened.file).write_all(b"{}").unwrap();
     file.write_all(b" after").unwrap();
     assert_eq!(fs::read(place.at("out")).unwrap(), b"before {} after");
-    // Unless it is a disk.
+    // A disk is still refused.
     let inventory = with(&[&place.at("out")], vec![]);
     must_be_refused(&inventory, &output, "same file as --disk");
     assert_eq!(file.stream_position().unwrap(), 15);
