@@ -1,15 +1,16 @@
-//! Text for a terminal of 80 columns: rows of a mark, a label and wrapped words; and words that a shell reads back.
+//! Text for a terminal of 80 columns: wrapped rows with a head, and words quoted for a shell.
 //!
-//! Owns how words are wrapped, compared and quoted, and paths as text; what is said is the caller's.
+//! Owns how words are wrapped, compared and quoted, and how paths become text. What is said belongs to the
+//! caller.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
-/// What a terminal has at least.
+/// The least width of a terminal, in columns.
 const COLUMNS: usize = 80;
 
-/// `words` behind `head`; what does not fit goes on below, indented as wide as `head` is.
+/// Puts `words` after `head` and wraps them. Further lines are indented by the width of `head`.
 pub fn hang(head: &str, words: &str) -> String {
     let indent = head.chars().count();
     let mut lines = String::from(head);
@@ -32,7 +33,7 @@ pub fn hang(head: &str, words: &str) -> String {
     lines
 }
 
-/// The word as a shell reads it back: commands in messages are there to be pasted.
+/// Quotes the word for a shell, because commands in messages are meant to be pasted.
 pub fn shell_word(word: impl AsRef<OsStr>) -> String {
     let word = word.as_ref();
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_./=,:+@%".contains(byte);
@@ -45,12 +46,13 @@ pub fn shell_word(word: impl AsRef<OsStr>) -> String {
     format!("'{}'", OsString::from_vec(escaped).to_string_lossy())
 }
 
-/// A path in JSON, which is text, whatever bytes the path has.
+/// Serialises a path as text, which JSON requires. Bytes that are not UTF-8 are replaced.
 pub fn path_as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }
 
-/// The candidate that `word` was most likely meant to be: one of at most two typing errors (one in a short word).
+/// Returns the candidate that `word` was most likely meant to be. It may differ by at most two typing errors,
+/// or one in a word of fewer than four letters.
 pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let limit = if word.chars().count() < 4 { 1 } else { 2 };
     let near = candidates.into_iter().map(|candidate| (distance(word, candidate), candidate));
@@ -59,7 +61,7 @@ pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
         .map(|it| it.1)
 }
 
-/// How many letters have to be inserted, removed, replaced or swapped with their neighbour.
+/// Returns how many letters must be inserted, removed, replaced or swapped with their neighbour.
 fn distance(one: &str, other: &str) -> usize {
     let (one, other): (Vec<char>, Vec<char>) = (one.chars().collect(), other.chars().collect());
     let mut rows: Vec<Vec<usize>> = vec![(0..=other.len()).collect()];
