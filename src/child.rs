@@ -1,7 +1,7 @@
-//! A child process in a group of its own, watched, and ended with its whole group whatever happens.
+//! A child process in its own process group, watched, and killed with its whole group whatever happens.
 //!
-//! Owns the group's life: however the wait for it ends (by an error, a panic, a stop), nothing of the group is left
-//! when its [`Group`] is dropped; [`kill_all`] is for a process that exits without dropping.
+//! Owns the group's life. However the wait for the group ends (by an error, a panic, a stop), no process of it
+//! survives the drop of its [`Group`]. [`kill_all`] is for a process that exits without dropping.
 
 use std::io;
 use std::os::unix::process::CommandExt;
@@ -18,23 +18,24 @@ use rustix::process::{
 
 use crate::sync::unpoisoned;
 
-/// How often a stop of all is looked for.
+/// How often the stop flags are checked.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// What is killed is gone after this; a process that the kernel holds is not waited for.
+/// How long to wait for a killed process to disappear. A process that the kernel holds longer is not waited
+/// for.
 const REAP_MAX: Duration = Duration::from_secs(1);
 
-/// The groups of this process that run, for [`kill_all`].
+/// The running groups of this process, for [`kill_all`].
 static RUNNING: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 
-/// What has ended a child, or the wait for it.
+/// What ended the wait for a child.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
-    /// Itself.
+    /// The child ended by itself.
     ByItself,
-    /// All was to stop.
+    /// A stop flag was set.
     Interrupted,
-    /// Its time was over.
+    /// The deadline passed.
     Late,
 }
 
@@ -46,9 +47,9 @@ pub struct Group {
 }
 
 impl Group {
-    /// Starts `command` in a group of its own: a Ctrl-C on our terminal is ours to pass on.
+    /// Starts `command` in its own group, so that a Ctrl-C on our terminal reaches it only if we pass it on.
     pub fn start(command: &mut Command) -> io::Result<Self> {
-        // Held over the start, so that no group is missed by `kill_all`.
+        // Held across the start, so that `kill_all` misses no group.
         let mut running = running();
         let child = command.process_group(0).spawn()?;
         let group = Pid::from_child(&child);
@@ -56,17 +57,17 @@ impl Group {
         Ok(Self { child, group })
     }
 
-    /// The child, whose streams may be taken.
+    /// Returns the child, so that the caller can take its streams.
     pub fn child(&mut self) -> &mut Child {
         &mut self.child
     }
 
-    /// The child's number, which is its own until [`Self::end`].
+    /// Returns the child's process number, which the kernel does not reuse before [`Self::end`].
     pub fn pid(&self) -> Pid {
         self.group
     }
 
-    /// Waits until the child has ended by itself, or must not go on: one of `stops` is set, or it is too late.
+    /// Waits until the child ends by itself, one of `stops` is set, or the deadline passes.
     pub fn watch(&self, deadline: Instant, stops: &[&AtomicBool]) -> io::Result<How> {
         let pidfd = pidfd_open(self.group, PidfdFlags::empty())?;
         loop {
@@ -86,26 +87,27 @@ impl Group {
         }
     }
 
-    /// Asks the group to end (SIGTERM).
+    /// Asks the group to end, by SIGTERM.
     pub fn terminate(&self) {
         let _ = kill_process_group(self.group, Signal::TERM);
     }
 
-    /// Kills what is left of the group, and tells how the child itself has ended.
+    /// Kills what is left of the group, and returns how the child itself ended.
     pub fn end(mut self) -> io::Result<ExitStatus> {
         self.kill()
     }
 
     fn kill(&mut self) -> io::Result<ExitStatus> {
         let mut running = running();
-        // The group's number is its own until the child is waited for, and not used twice.
+        // The group's number is ours only until the child is waited for, so it is never signalled after that.
         if running.contains(&self.group) {
             let _ = kill_process_group(self.group, Signal::KILL);
             running.retain(|group| *group != self.group);
         }
         drop(running);
         let status = self.child.wait()?;
-        // Its children are ours now (`adopt_orphans`), and killed; whoever removes their files waits for their end.
+        // The group's orphans are our children now (`adopt_orphans`), and killed. Wait for them, because the
+        // caller may remove their files.
         let until = Instant::now() + REAP_MAX;
         while let Ok(ended) = waitpgid(self.group, WaitOptions::NOHANG) {
             match ended {
@@ -133,14 +135,14 @@ pub fn adopt_orphans() -> io::Result<()> {
     Ok(set_child_subreaper(Some(getpid()))?)
 }
 
-/// Kills every group of this process, and what has left its group (setsid(1)): this process is about to exit. No
-/// further group is started.
+/// Kills every group of this process, and processes that have left their group (setsid(1)). Call it only when
+/// this process is about to exit: no further group can be started.
 pub fn kill_all() {
     let running = running();
     for group in running.iter() {
         let _ = kill_process_group(*group, Signal::KILL);
     }
-    // What is killed hands its own children over to us; a process that the kernel holds is not waited for.
+    // A killed process's children become ours. A process that the kernel holds is not waited for.
     let until = Instant::now() + REAP_MAX;
     loop {
         let children = children();
@@ -153,11 +155,11 @@ pub fn kill_all() {
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    // Whoever is about to start one waits for us, and we exit.
+    // Keeps the lock for ever: whoever is about to start a group waits for it until we exit.
     std::mem::forget(running);
 }
 
-/// Our children, those that we have adopted too. A kernel without this list (CONFIG_PROC_CHILDREN) has none to tell.
+/// Returns our children, including adopted ones. Empty on a kernel without this list (CONFIG_PROC_CHILDREN).
 fn children() -> Vec<Pid> {
     let Ok(threads) = std::fs::read_dir("/proc/self/task") else { return Vec::new() };
     let lists =
@@ -187,7 +189,7 @@ mod tests {
         assert!(panicked.join().is_err());
         let (leader, inner) = receiver.recv().unwrap();
         for pid in [leader.as_raw_nonzero().get(), inner] {
-            // Killed, and not yet reaped by whoever has inherited it: a zombie counts as gone.
+            // A zombie counts as gone: it is killed, and not yet reaped by the process that inherited it.
             let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
             let is_gone = || state.is_empty() || state.rsplit(')').next().unwrap().trim().starts_with('Z');
             let until = Instant::now() + Duration::from_secs(60);
