@@ -1,9 +1,11 @@
-//! Directories for a run's temporary files, which nobody has to remove by hand: not after an error, a panic or a
-//! signal, and not after a SIGKILL either, because the next run removes what nobody uses any more.
+//! Directories for a run's temporary files, which nobody has to remove by hand. That holds after an error, a
+//! panic or a signal. It also holds after a SIGKILL, because the next run removes directories that nobody uses
+//! any more.
 //!
-//! Owns their names, their locks and their removal. A directory is in use while a process holds its lock (flock(2) on
-//! the directory itself), which the kernel releases with the process. Only directories of this user with our prefix are
-//! ever removed, and no symbolic link is followed, neither to one nor inside of one.
+//! Owns their names, their locks and their removal. A directory is in use while a process holds its lock
+//! (flock(2) on the directory itself), which the kernel releases with the process. Only directories of this
+//! user with our prefix are ever removed. No symbolic link is followed, neither to such a directory nor inside
+//! one.
 
 use std::ffi::{CStr, OsStr};
 use std::fs::File;
@@ -18,31 +20,31 @@ use rustix::io::Errno;
 
 use crate::sync::unpoisoned;
 
-/// What the name of every such directory begins with.
+/// The prefix of the name of every such directory.
 pub const PREFIX: &str = "minivmm-scratch-";
-/// A directory whose lock another run's clean-up has just then is given up, and another one is made, this often.
+/// How many directories are tried. One is given up if another run's clean-up holds its lock at that moment.
 const TRIES: usize = 16;
-/// Directories inside of directories are removed to this depth: no tool makes more.
+/// The depth to which nested directories are removed; no tool makes deeper ones.
 const DEPTH_MAX: usize = 64;
 
-/// Those of this process, for [`remove_all`].
+/// The directories of this process, for [`remove_all`].
 static IN_USE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// A directory, removed with all that is in it when dropped.
+/// A directory that is removed with all its content when dropped.
 #[derive(Debug)]
 pub struct ScratchDir {
     path: PathBuf,
-    /// Holds the lock; nothing where the file system has none.
+    /// Holds the lock; `None` if the file system has no locks.
     _locked: Option<File>,
 }
 
 impl ScratchDir {
-    /// Makes one where temporary files are ($TMPDIR, else /tmp).
+    /// Makes a directory where temporary files are kept ($TMPDIR, else /tmp).
     pub fn new(purpose: &str) -> io::Result<Self> {
         Self::new_in(&std::env::temp_dir(), purpose)
     }
 
-    /// Makes one in `place`, after removing from there what earlier runs have left behind.
+    /// Makes a directory in `place`, after removing what earlier runs have left there.
     pub fn new_in(place: &Path, purpose: &str) -> io::Result<Self> {
         remove_abandoned(place);
         let prefix = format!("{PREFIX}{purpose}-");
@@ -51,7 +53,7 @@ impl ScratchDir {
             match lock(made.path()) {
                 Lock::Held(file) => return Ok(Self::kept(made, Some(file))),
                 Lock::Impossible => return Ok(Self::kept(made, None)),
-                // A clean-up was faster than the lock; it removes the directory.
+                // A clean-up took the lock first, and removes the directory.
                 Lock::Busy => {}
             }
         }
@@ -64,7 +66,7 @@ impl ScratchDir {
         Self { path, _locked: locked }
     }
 
-    /// Where it is.
+    /// Returns the path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -81,7 +83,7 @@ fn in_use() -> MutexGuard<'static, Vec<PathBuf>> {
     unpoisoned(IN_USE.lock())
 }
 
-/// Removes all of this process's: it is about to exit without dropping them.
+/// Removes all directories of this process. For a process that is about to exit without dropping them.
 pub fn remove_all() {
     for path in in_use().drain(..) {
         remove(&path);
@@ -94,7 +96,7 @@ pub fn remove_abandoned(place: &Path) {
     let ours =
         entries.flatten().filter(|entry| entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes()));
     for entry in ours {
-        // The lock is held until all is removed.
+        // Holds the lock until everything is removed.
         if let Lock::Held(_file) = lock(&entry.path()) {
             log::info!("removing {}, which an earlier run has left behind", entry.path().display());
             remove(&entry.path());
@@ -104,9 +106,9 @@ pub fn remove_abandoned(place: &Path) {
 
 enum Lock {
     Held(File),
-    /// Somebody else's, or no directory of ours.
+    /// Somebody else holds the lock, or it is no directory of ours.
     Busy,
-    /// There are no locks on this file system.
+    /// This file system has no locks.
     Impossible,
 }
 
@@ -120,18 +122,18 @@ fn lock(path: &Path) -> Lock {
         Err(Errno::WOULDBLOCK) => return Lock::Busy,
         Err(_) => return Lock::Impossible,
     }
-    // Whoever had the lock before may have removed the directory.
+    // Whoever held the lock before may have removed the directory.
     let is_same = std::fs::symlink_metadata(path)
         .is_ok_and(|now| (now.dev(), now.ino()) == (status.dev(), status.ino()));
     if is_same { Lock::Held(file) } else { Lock::Busy }
 }
 
-/// A directory, not through a symbolic link.
+/// Opens a directory, but not through a symbolic link.
 fn open(at: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
     openat(at, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Removes a directory with all that is in it, as far as it can be; the next run tries again.
+/// Removes a directory with all its content, as far as possible. The next run tries again.
 fn remove(path: &Path) {
     if let Ok(directory) = open(CWD, path.as_os_str()) {
         empty(&directory, 0);
@@ -195,7 +197,7 @@ mod tests {
         let left = place.path().join(format!("{PREFIX}crash-dead"));
         std::fs::create_dir_all(left.join("0/sub")).unwrap();
         std::fs::write(left.join("0/disk.img"), "x").unwrap();
-        // Links to what is not ours to remove: as the directory itself, and inside of one.
+        // Links to directories that are not ours to remove: one in place of the directory, one inside it.
         std::os::unix::fs::symlink(elsewhere.path(), left.join("0/link")).unwrap();
         std::os::unix::fs::symlink(elsewhere.path(), place.path().join(format!("{PREFIX}link"))).unwrap();
         std::fs::write(place.path().join(format!("{PREFIX}file")), "x").unwrap();
