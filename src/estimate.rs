@@ -1,7 +1,7 @@
-//! How much longer something takes: estimates that go on being true while a step takes longer than expected.
+//! How much longer something takes: estimates that stay true while a step takes longer than expected.
 //!
-//! Owns the arithmetic and the words. An estimate is made anew each time it is shown: one that was made when a
-//! step began would stand still while the step runs. Whoever shows it owns the bar.
+//! Owns the arithmetic and the words. An estimate is computed anew each time it is shown: an estimate made at
+//! the beginning of a step would not change while the step runs. The caller owns the progress bar.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -9,22 +9,22 @@ use std::time::{Duration, Instant};
 
 use crate::sync::unpoisoned;
 
-/// Steps that are done one after the other. The same name stands for the same work.
+/// Steps that run one after the other. Equal names mean equal work.
 #[derive(Debug, Default)]
 pub struct Steps {
-    /// The steps that have not begun, in their order.
+    /// The steps that have not begun, in order.
     rest: VecDeque<String>,
-    /// The one that runs.
+    /// The step that runs; `None` between steps.
     current: Option<String>,
-    /// What each took when it was done last, in seconds.
+    /// The last duration of each step, in seconds.
     took: HashMap<String, f64>,
-    /// What all that were measured took together, and how many they are.
+    /// The sum of all measured durations in seconds, and how many there are.
     total_seconds: f64,
     measured: u32,
 }
 
 impl Steps {
-    /// These are to be done, in this order.
+    /// Returns steps that will run in this order.
     pub fn new(names: impl IntoIterator<Item = String>) -> Self {
         Self { rest: names.into_iter().collect(), ..Self::default() }
     }
@@ -34,12 +34,12 @@ impl Steps {
         self.current = self.rest.pop_front();
     }
 
-    /// Passes over the next step, which was done before.
+    /// Skips the next step, which was done before.
     pub fn skip(&mut self) {
         self.rest.pop_front();
     }
 
-    /// Ends the step that runs.
+    /// Ends the running step, which took `took`.
     pub fn end(&mut self, took: Duration) {
         let Some(name) = self.current.take() else { return };
         let seconds = took.as_secs_f64();
@@ -48,7 +48,7 @@ impl Steps {
         self.measured += 1;
     }
 
-    /// The time that is left, in words, where the current step has run for `running`.
+    /// Returns the time left in words, if the current step has run for `running`.
     pub fn left(&self, running: Duration) -> String {
         if self.measured == 0 {
             return "time left not known yet".into();
@@ -59,26 +59,26 @@ impl Steps {
         if running <= current {
             return about(current - running + rest);
         }
-        // Longer than expected: what is known is how long the others will take.
+        // Longer than expected: only the time of the remaining steps is known.
         match self.rest.is_empty() {
             true => format!("the last step, for {}", words(running)),
             false => format!("more than {} left", words(rest)),
         }
     }
 
-    /// What a step will take: what it took before, or else what steps take.
+    /// Returns how many seconds a step will take: its last duration, or else the mean of all durations.
     fn expected(&self, name: &str) -> f64 {
         let mean = self.total_seconds / f64::from(self.measured.max(1));
         self.took.get(name).copied().unwrap_or(mean)
     }
 }
 
-/// Steps and the moment at which the current one began, shared with a bar that is drawn again and again.
+/// Steps and the start of the current one, shared with a bar that is redrawn repeatedly.
 #[derive(Debug, Clone)]
 pub struct Clock(Arc<Mutex<(Steps, Instant)>>);
 
 impl Clock {
-    /// These steps are to be done.
+    /// Returns steps that will run in this order, with none begun.
     pub fn new(names: impl IntoIterator<Item = String>) -> Self {
         Self(Arc::new(Mutex::new((Steps::new(names), Instant::now()))))
     }
@@ -87,14 +87,14 @@ impl Clock {
         unpoisoned(self.0.lock())
     }
 
-    /// The next step begins now.
+    /// Begins the next step now.
     pub fn begin(&self) {
         let mut inside = self.inside();
         inside.0.begin();
         inside.1 = Instant::now();
     }
 
-    /// The current step ends now.
+    /// Ends the current step now.
     pub fn end(&self) {
         let mut inside = self.inside();
         let took = inside.1.elapsed();
@@ -102,34 +102,34 @@ impl Clock {
         inside.1 = Instant::now();
     }
 
-    /// The next step was done before.
+    /// Skips the next step, which was done before.
     pub fn skip(&self) {
         self.inside().0.skip();
     }
 
-    /// The time that is left now, in words.
+    /// Returns the time left now, in words.
     pub fn left(&self) -> String {
         let inside = self.inside();
         inside.0.left(inside.1.elapsed())
     }
 }
 
-/// Many pieces of like work, shared with a bar that is drawn again and again.
+/// Many pieces of similar work, shared with a bar that is redrawn repeatedly.
 #[derive(Debug, Clone)]
 pub struct Rate {
     begun: Instant,
-    /// How many were done when it was last asked, and since when it is so many.
+    /// The number done at the last call, and the time since which it has been that number.
     last: Arc<Mutex<(u64, Instant)>>,
 }
 
 impl Rate {
-    /// Begins now.
+    /// Begins the work now.
     pub fn begin() -> Self {
         let begun = Instant::now();
         Self { begun, last: Arc::new(Mutex::new((0, begun))) }
     }
 
-    /// The time that is left now, in words, where `done` of `total` are done.
+    /// Returns the time left now, in words, if `done` of `total` are done.
     pub fn left(&self, done: u64, total: u64) -> String {
         let mut last = unpoisoned(self.last.lock());
         if last.0 != done {
@@ -139,8 +139,8 @@ impl Rate {
     }
 }
 
-/// The time that is left of many pieces of like work, in words: `done` of `total` took `elapsed`, and the last
-/// of them ended `idle` ago.
+/// Returns the time left for many pieces of similar work, in words. `done` of `total` took `elapsed`, and the
+/// last of them ended `idle` ago.
 pub fn by_rate(done: u64, total: u64, elapsed: Duration, idle: Duration) -> String {
     let rest = total.saturating_sub(done);
     if done == 0 && rest > 0 {
@@ -180,7 +180,7 @@ mod tests {
         assert_eq!(steps.left(seconds(1)), "time left not known yet");
         steps.end(seconds(10));
         steps.begin();
-        // b is expected to take what a took, and so is each that is left.
+        // b is expected to take what a took, and so is each remaining step.
         assert_eq!(steps.left(seconds(0)), "about 30 s left");
         assert_eq!(steps.left(seconds(4)), "about 26 s left");
         assert_eq!(steps.left(seconds(500)), "more than 20 s left", "10 s of a, 10 s of b");
