@@ -1,7 +1,7 @@
-//! The signals that ask this process to end: blocked from its first instruction to its last, and read.
+//! The signals that ask this process to end. They are blocked from its first instruction to its last, and read.
 //!
-//! Owns which signals those are, and that none of them is lost or kills: not while a VM is being built, not while
-//! it is being stopped, not between its end and the exit. What ends because of a signal is decided elsewhere.
+//! Owns the list of these signals. Owns the rule that none of them is lost or kills the process: not while a VM
+//! is being built or stopped, and not between its end and the exit. What a signal ends is decided elsewhere.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -15,8 +15,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::sync::unpoisoned;
 
-/// Signals whose default is to kill, and which somebody may send: all but SIGKILL, those that report an error of the
-/// program's own (SIGSEGV and its like, SIGABRT, SIGTRAP, SIGSYS), SIGPIPE, which Rust ignores, and SIGUSR1.
+/// Signals that anybody may send and that kill by default. Not among them: SIGKILL; signals that report an
+/// error of the program itself (SIGSEGV and the like, SIGABRT, SIGTRAP, SIGSYS); SIGPIPE, which Rust ignores;
+/// SIGUSR1.
 const ENDING: [libc::c_int; 12] = [
     libc::SIGTERM,
     libc::SIGINT,
@@ -32,35 +33,37 @@ const ENDING: [libc::c_int; 12] = [
     libc::SIGXCPU,
 ];
 
-/// Signals that are read as well and end nothing.
+/// Signals that are also read, but end nothing.
 const HARMLESS: [libc::c_int; 3] = [libc::SIGCONT, libc::SIGUSR1, libc::SIGWINCH];
 
-/// A process that is starting gets this long to reach the point where it reads its signals itself.
+/// How long a starting process has to reach the point where it reads its signals itself.
 const START_GRACE: Duration = Duration::from_secs(2);
 
 /// A signal that has arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Arrived {
-    /// Its number.
+    /// The number of the signal.
     pub number: libc::c_int,
-    /// Whether the kernel sent it because of a key that was pressed on our terminal.
+    /// `true` if the kernel sent it because a key was pressed on our terminal.
     pub typed: bool,
 }
 
 impl Arrived {
-    /// Whether it asks the process to end.
+    /// Returns `true` if the signal asks the process to end.
     pub fn is_ending(self) -> bool {
         ENDING.contains(&self.number) || real_time().contains(&self.number)
     }
 }
 
-/// Real-time signals kill by default, too. The first one interrupts vCPUs (`vmm`), and is not ours.
+/// Returns the real-time signals that end the process; they kill by default, too. The first one is left out,
+/// because it interrupts vCPUs (`vmm`).
 fn real_time() -> std::ops::RangeInclusive<libc::c_int> {
     libc::SIGRTMIN() + 1..=libc::SIGRTMAX()
 }
 
-/// The signals as something to read. Threads that are started later inherit that they are blocked, and so does a
-/// program that takes this one's place (`program::replace`): a signal that arrives meanwhile waits for it.
+/// The blocked signals, as a descriptor to read. Threads that are started later inherit the blocked signals. So
+/// does a program that replaces this one (`program::replace`): a signal that arrives meanwhile stays pending
+/// for it.
 #[derive(Debug)]
 pub struct Signals {
     fd: OwnedFd,
@@ -68,7 +71,7 @@ pub struct Signals {
     starting: Mutex<Option<Starting>>,
 }
 
-/// The thread that waits for a signal while the main thread is busy.
+/// The thread that waits for a signal while the main thread is busy starting.
 #[derive(Debug)]
 struct Starting {
     thread: JoinHandle<()>,
@@ -76,14 +79,14 @@ struct Starting {
 }
 
 impl Signals {
-    /// Blocks them, and ignores SIGXFSZ and SIGPIPE. Called before any other thread is started. A signal other than
-    /// SIGTERM and SIGINT that whoever started us has ignored (nohup ignores SIGHUP) stays ignored.
+    /// Blocks the signals, and ignores SIGXFSZ and SIGPIPE. Call it before any other thread is started. If
+    /// whoever started us ignored a signal (nohup ignores SIGHUP), it stays ignored, except SIGTERM and SIGINT.
     pub fn block() -> io::Result<Self> {
         let set = set_of(ENDING.into_iter().chain(HARMLESS).chain(real_time()));
         // SAFETY: the calls take numbers, and a set that is initialised.
         unsafe {
-            // A file that may not grow any more (RLIMIT_FSIZE) answers a write with EFBIG, a pipe without a reader
-            // with EPIPE.
+            // With these ignored, writing to a file that may not grow (RLIMIT_FSIZE) fails with EFBIG. Writing to a
+            // pipe without a reader fails with EPIPE.
             libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
             libc::signal(libc::SIGPIPE, libc::SIG_IGN);
             let error = libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
@@ -94,28 +97,28 @@ impl Signals {
         Ok(Self { fd: signalfd(&set)?, set, starting: Mutex::new(None) })
     }
 
-    /// Gives the signals their default effects again, also those that have arrived meanwhile. For what has nothing to
-    /// put in order: a signal then kills it, as it kills `cat`.
+    /// Restores the default effect of the signals, including those that have arrived meanwhile. For a command
+    /// that has nothing to clean up: a signal then kills it, as it kills `cat`.
     pub fn release(self) {
         // SAFETY: the set is initialised, and only read.
         unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const self.set, std::ptr::null_mut()) };
     }
 
-    /// The next signal, if one has arrived. Of several that have arrived since the last call the lowest number comes
-    /// first: the kernel keeps no order of them.
+    /// Returns the next signal that has arrived; `None` if there is none. If several are pending, the lowest
+    /// number comes first, because the kernel does not keep their order.
     pub fn take(&self) -> Option<Arrived> {
         take(self.fd.as_fd())
     }
 
-    /// Waits for a signal in a thread of its own until [`Self::started`]: building a VM may take long
-    /// (`host-cache=warm`), or for ever (a FIFO that nobody opens). An ending signal leaves the start two seconds to
-    /// come to its end, where the signal is found by [`Self::take`]; past them, `end` is called with the signal's
-    /// number, and must end the process.
+    /// Waits for a signal in a separate thread until [`Self::started`]. Building a VM may take long
+    /// (`host-cache=warm`), or for ever (a FIFO that nobody opens). After an ending signal the start has two
+    /// seconds to finish; [`Self::take`] then returns the signal. After that, `end` is called with the signal's
+    /// number and must end the process.
     pub fn while_starting(&self, end: impl FnOnce(libc::c_int) + Send + 'static) -> io::Result<()> {
         let ending = signalfd(&set_of(ENDING.into_iter().chain(real_time())))?;
         let over = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let end_of_start = over.try_clone()?;
-        // The thread has its memory from the first arena, as all do that the sandbox holds (`sandbox::arm`).
+        // This thread allocates from the first arena, like all threads in the sandbox (`sandbox::arm`).
         // SAFETY: sets a number of the allocator's; no other thread is there yet.
         unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
         let thread = thread::Builder::new().name("start".into()).spawn(move || {
@@ -131,19 +134,19 @@ impl Signals {
         Ok(())
     }
 
-    /// Ends the thread of [`Self::while_starting`], if there is one. From here on whoever calls [`Self::take`] has to
-    /// do so soon.
+    /// Ends the thread of [`Self::while_starting`], if there is one. From now on, the caller of [`Self::take`]
+    /// must call it soon.
     pub fn started(&self) {
         if let Some(starting) = unpoisoned(self.starting.lock()).take() {
-            // It fails only if the counter would overflow.
+            // The write fails only if the counter would overflow.
             let _ = starting.over.write(1);
             let _ = starting.thread.join();
         }
     }
 
-    /// Reads the signals in a thread from now on, and tells what has arrived by the [`Stop`] that it returns. The
-    /// first ending signal stops; if the process is still there after `limit`, `end` is called with its number, and
-    /// must end the process. Later signals do nothing.
+    /// Reads the signals in a separate thread from now on. The first ending signal sets the [`Stop`] that is
+    /// returned. If the process still exists after `limit`, `end` is called with the signal's number and must
+    /// end the process. Later signals have no effect.
     pub fn into_stop(
         self,
         limit: Duration,
@@ -173,7 +176,7 @@ impl AsRawFd for Signals {
     }
 }
 
-/// Whether all is to stop, and because of which signal.
+/// Whether everything is to stop, and because of which signal.
 #[derive(Debug, Clone, Default)]
 pub struct Stop {
     flag: Arc<AtomicBool>,
@@ -181,20 +184,20 @@ pub struct Stop {
 }
 
 impl Stop {
-    /// True from the first ending signal on.
+    /// Returns the flag, which is `true` from the first ending signal on.
     pub fn flag(&self) -> &AtomicBool {
         &self.flag
     }
 
-    /// The first signal, if one has arrived.
+    /// Returns the first ending signal; `None` if none has arrived.
     pub fn signal(&self) -> Option<libc::c_int> {
-        // Written before the flag is.
+        // `first` is stored before the flag.
         self.flag.load(Ordering::SeqCst).then(|| self.first.load(Ordering::SeqCst))
     }
 }
 
-/// Of these signals, those that are not ignored. Nobody ignores SIGTERM and SIGINT: a shell without job control does
-/// so for what it starts in the background, and its user wants to end that all the same.
+/// Returns the given signals without those that are ignored, but always with SIGTERM and SIGINT. A shell
+/// without job control makes its background processes ignore those two, and its user still wants to end them.
 fn set_of(signals: impl Iterator<Item = libc::c_int>) -> libc::sigset_t {
     let mut set = MaybeUninit::uninit();
     // SAFETY: sigemptyset initialises the set; the other calls take numbers.
@@ -237,13 +240,14 @@ fn take(fd: BorrowedFd<'_>) -> Option<Arrived> {
     Some(Arrived { number: info.ssi_signo.cast_signed(), typed: info.ssi_code == libc::SI_KERNEL })
 }
 
-/// Waits until the start is over, a signal is there, or the time has passed; whether the start is over.
+/// Waits until the start is over, a signal has arrived, or the time has passed. Returns `true` if the start is
+/// over.
 fn is_over(over: &EventFd, ending: Option<&OwnedFd>, timeout: Option<Duration>) -> bool {
     let [over, _] = wait([Some(over.as_raw_fd()), ending.map(AsRawFd::as_raw_fd)], timeout);
     over
 }
 
-/// Which of these can be read.
+/// Waits until one of the descriptors can be read or the time has passed. Returns which can be read.
 fn wait<const N: usize>(fds: [Option<RawFd>; N], timeout: Option<Duration>) -> [bool; N] {
     let mut polled = fds.map(|fd| libc::pollfd { fd: fd.unwrap_or(-1), events: libc::POLLIN, revents: 0 });
     let timeout_ms = timeout.map_or(-1, |it| i32::try_from(it.as_millis()).unwrap_or(i32::MAX));
@@ -269,7 +273,7 @@ mod tests {
             libc::SIGTRAP,
             libc::SIGSYS,
         ];
-        // signal(7): what does not end the process by default, or cannot be blocked.
+        // signal(7): signals that do not end the process by default, or cannot be blocked.
         let harmless = [
             libc::SIGCHLD,
             libc::SIGCONT,
