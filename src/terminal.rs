@@ -1,7 +1,7 @@
-//! The user's terminal: raw mode while a guest has it, and back whatever happens.
+//! The user's terminal: in raw mode while a guest uses it, and restored whatever happens.
 //!
-//! Owns the terminal's modes and their restoration: at the end, when a thread panics, when a fatal signal kills us,
-//! and while a signal stops us. What is typed is read elsewhere.
+//! Owns the terminal's modes and their restoration: at the end, when a thread panics, when a fatal signal kills
+//! this process, and while a signal stops it. Typed input is read elsewhere.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -10,41 +10,41 @@ use std::sync::{Once, OnceLock};
 
 const STDIN: libc::c_int = libc::STDIN_FILENO;
 
-/// The modes to go back to. A signal handler reads it, so it is written once and never freed.
+/// The modes to restore. A signal handler reads this, so it is written once and never freed.
 static SAVED: OnceLock<libc::termios> = OnceLock::new();
-/// Whether the terminal is in raw mode now.
+/// `true` while the terminal is in raw mode.
 static RAW: AtomicBool = AtomicBool::new(false);
 
-/// Signals that report an error of the program's own and kill it. The others are `signals`'.
+/// Signals that report an error of the program itself, and kill it. All others belong to `signals`.
 const FATAL: [libc::c_int; 7] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT, libc::SIGTRAP, libc::SIGSYS];
 
-/// What handled each of them before us (Rust's own says of a stack that it has overflowed).
+/// The earlier action of each fatal signal. Rust's own handler reports an overflowed stack.
 static BEFORE: [OnceLock<libc::sigaction>; FATAL.len()] = [const { OnceLock::new() }; FATAL.len()];
 
-/// Signals that stop a process and can be handled; SIGSTOP cannot.
+/// Signals that stop a process and can be handled. SIGSTOP cannot.
 const STOPPING: [libc::c_int; 3] = [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
-/// Whether a stopping signal is left to [`take_stop`], because more than the modes has to be put back first.
+/// `true` if a stopping signal is left to [`take_stop`], because more than the modes must be restored first.
 static DEFERRED: AtomicBool = AtomicBool::new(false);
-/// A stopping signal waits for [`take_stop`].
+/// `true` while a stopping signal waits for [`take_stop`].
 static STOP_ASKED: AtomicBool = AtomicBool::new(false);
 
-/// Raw mode, for as long as this lives.
+/// Raw mode, which lasts until this value is dropped.
 #[derive(Debug)]
 pub struct RawMode(());
 
-/// What standard input is.
+/// The kind of standard input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Input {
-    /// A terminal that is ours: Ctrl-A is our key.
+    /// A terminal in whose foreground we run: Ctrl-A is our key.
     Terminal,
-    /// A terminal that another job has: reading it, or changing its modes, would stop us.
+    /// A terminal that another job has. Reading it, or changing its modes, would stop us.
     Background,
-    /// A file, a pipe, /dev/null: bytes pass as they are.
+    /// A file, a pipe or /dev/null. All bytes pass unchanged.
     Stream,
 }
 
-/// Returns the terminal's columns and rows; none where no standard stream is a terminal that knows them.
+/// Returns the terminal's columns and rows. `None` if no standard stream is a terminal that knows them.
 pub fn size() -> Option<(u16, u16)> {
     let mut window = MaybeUninit::<libc::winsize>::zeroed();
     [STDIN, libc::STDOUT_FILENO].into_iter().find_map(|fd| {
@@ -56,28 +56,28 @@ pub fn size() -> Option<(u16, u16)> {
     })
 }
 
-/// Looks what standard input is.
+/// Finds out what standard input is.
 pub fn input() -> Input {
     // SAFETY: three questions about a descriptor and about this process, without memory.
     let (is_terminal, foreground, own) =
         unsafe { (libc::isatty(STDIN) == 1, libc::tcgetpgrp(STDIN), libc::getpgrp()) };
     match is_terminal {
         false => Input::Stream,
-        // -1: it is a terminal, but not the one that controls us, so nobody's job rules apply.
+        // -1 means a terminal that is not our controlling terminal, so job control does not apply.
         true if foreground == own || foreground == -1 => Input::Terminal,
         true => Input::Background,
     }
 }
 
 impl RawMode {
-    /// Puts the terminal on standard input into raw mode. Output processing stays, so that our own
-    /// messages look as they should.
+    /// Puts the terminal on standard input into raw mode. Output processing stays on, so that our own messages
+    /// look right.
     pub fn enter() -> io::Result<Self> {
         let saved = match SAVED.get() {
             Some(saved) => *saved,
             None => *SAVED.get_or_init(|| current().unwrap_or_else(|_| zeroed())),
         };
-        // An error of the first question would have put zeroes there: ask again for its reason.
+        // If the first query failed, SAVED holds zeroes. Query again to report the error.
         current()?;
         install_restorers();
         RAW.store(true, Ordering::SeqCst);
@@ -85,8 +85,8 @@ impl RawMode {
         Ok(Self(()))
     }
 
-    /// Enters raw mode again, after the process was stopped and continued. In the background this stops the process
-    /// (SIGTTOU) until its job has the terminal again.
+    /// Enters raw mode again after the process was stopped and continued. In the background this stops the
+    /// process (SIGTTOU) until its job has the terminal again.
     pub fn renew(&self) {
         let Some(saved) = SAVED.get() else { return };
         RAW.store(true, Ordering::SeqCst);
@@ -103,7 +103,7 @@ impl Drop for RawMode {
     }
 }
 
-/// Puts the modes back, if they are raw. Safe to call at any time, even in a signal handler.
+/// Restores the modes, if they are raw. Safe to call at any time, even in a signal handler.
 pub fn restore() {
     if RAW.swap(false, Ordering::SeqCst)
         && let Some(saved) = SAVED.get()
@@ -119,13 +119,13 @@ pub fn defer_stops() {
     handle_stops();
 }
 
-/// Whether a signal has asked the process to stop, once a signal. Whoever asks puts the terminal back, then calls
-/// [`stop`].
+/// Returns `true` once for each pending request to stop the process. The caller then restores the terminal and
+/// calls [`stop`].
 pub fn take_stop() -> bool {
     STOP_ASKED.swap(false, Ordering::SeqCst)
 }
 
-/// Stops the process; returns when it is continued. Safe to call in a signal handler.
+/// Stops the process, and returns when it is continued. Safe to call in a signal handler.
 pub fn stop() {
     // SAFETY: raise(3) is async-signal-safe, and takes a number.
     unsafe { libc::raise(libc::SIGSTOP) };
@@ -150,7 +150,7 @@ fn current() -> io::Result<libc::termios> {
     }
 }
 
-/// Of the C structures of this file only.
+/// Returns a C structure of zeroes. Only for the structures of this file.
 fn zeroed<T: Copy>() -> T {
     // SAFETY: termios and sigaction are plain data, for which zero is a value (no handler, no flags).
     unsafe { std::mem::zeroed() }
@@ -180,7 +180,7 @@ fn install_restorers() {
             }
             let mut action: libc::sigaction = zeroed();
             action.sa_sigaction = on_fatal as *const () as libc::sighandler_t;
-            // On the alternative stack, because a stack may have overflowed.
+            // On the alternative stack, because the stack may have overflowed.
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
             let mut old = zeroed();
             // SAFETY: both are whole structures; the handler calls async-signal-safe functions only.
@@ -191,7 +191,7 @@ fn install_restorers() {
     });
 }
 
-/// Handles the signals that stop the process. One that whoever started us has ignored stays ignored.
+/// Handles the signals that stop the process. A signal that whoever started us ignored stays ignored.
 fn handle_stops() {
     for signal in STOPPING.into_iter().filter(|signal| !is_handled(*signal)) {
         let mut action: libc::sigaction = zeroed();
@@ -202,7 +202,7 @@ fn handle_stops() {
     }
 }
 
-/// Whether it has another action than the default one.
+/// Returns `true` if the signal's action is not the default.
 fn is_handled(signal: libc::c_int) -> bool {
     let mut action: libc::sigaction = zeroed();
     // SAFETY: only asks; the structure is whole.
@@ -212,13 +212,14 @@ fn is_handled(signal: libc::c_int) -> bool {
     }
 }
 
-/// Puts the terminal back and stops the process. SIGCONT is read elsewhere, and makes the terminal raw again.
+/// Restores the terminal and stops the process. SIGCONT is read elsewhere, and makes the terminal raw again.
 extern "C" fn on_stop(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: errno is this thread's own.
     let errno = unsafe { *libc::__errno_location() };
     // SAFETY: with SA_SIGINFO the kernel hands a siginfo_t.
     let is_of_kernel = unsafe { (*info).si_code } > 0;
-    // The kernel sends SIGTTIN and SIGTTOU to a background job: the terminal and its modes are another's.
+    // The kernel sends SIGTTIN and SIGTTOU to a background job. The terminal and its modes then belong to
+    // another job.
     let is_ours = signal == libc::SIGTSTP || !is_of_kernel;
     if is_ours && DEFERRED.load(Ordering::SeqCst) {
         STOP_ASKED.store(true, Ordering::SeqCst);
@@ -232,8 +233,8 @@ extern "C" fn on_stop(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut l
     unsafe { *libc::__errno_location() = errno };
 }
 
-/// Restores the terminal. A fault then comes again, for whoever handled it before us, because its
-/// instruction is tried again; a signal that was sent does not, and kills here.
+/// Restores the terminal. A fault then recurs, because its instruction is retried, and reaches the earlier
+/// handler. A signal that was sent does not recur, so it kills here.
 extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     restore();
     let before = FATAL.iter().zip(&BEFORE).find(|(number, _)| **number == signal);
