@@ -1,6 +1,6 @@
-//! Where minivmm's own two binaries lie: beside each other.
+//! The paths of minivmm's two binaries, which lie beside each other, and how one replaces itself by the other.
 //!
-//! Owns their names, and the way of one into the other's place. Each starts the other by its path, never by a search.
+//! Owns their names, and the exec of one by the other. Each starts the other by its path, never by a search.
 
 use std::ffi::{CString, OsString};
 use std::io;
@@ -9,16 +9,16 @@ use std::path::{Path, PathBuf};
 
 /// The hypervisor.
 pub const VMM: &str = "minivmm";
-/// What runs no guest of its own, or runs guests as child processes.
+/// The binary for commands that run no guest, or run guests as child processes.
 pub const TOOLS: &str = "minivmm-tools";
 
-/// The path of the binary of this name beside the one that runs.
+/// Returns the path of the binary with this name beside the running one.
 pub fn beside(name: &str) -> io::Result<PathBuf> {
     Ok(std::env::current_exe()?.with_file_name(name))
 }
 
-/// Puts `program` into the place of this process, with these arguments after its name; returns only what kept it from
-/// that. Signals that are blocked stay blocked and wait (`std`'s exec lets them kill first).
+/// Replaces this process by `program`, with these arguments after its name. Returns only if that failed, with
+/// the error. Blocked signals stay blocked and pending; `std`'s exec would let them kill first.
 pub fn replace(program: &Path, arguments: impl Iterator<Item = OsString>) -> io::Error {
     let all: Result<Vec<CString>, _> = std::iter::once(program.as_os_str().to_owned())
         .chain(arguments)
