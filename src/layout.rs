@@ -1,7 +1,7 @@
 //! The address map of the machine, in address order, checked by the compiler.
 //!
 //! Owns every guest physical address, port and interrupt line that we chose. `docs/reference/address-map.md`
-//! shows it as a table.
+//! shows them as a table.
 
 /// One kibibyte.
 pub const KIB: u64 = 1 << 10;
@@ -10,7 +10,7 @@ pub const MIB: u64 = 1 << 20;
 /// One gibibyte.
 pub const GIB: u64 = 1 << 30;
 
-// Guest physical addresses below 1 MiB: what a loader leaves for the kernel.
+// Guest physical addresses below 1 MiB: what a loader prepares for the kernel.
 
 /// The boot GDT and IDT.
 pub const GDT: u64 = 0x500;
@@ -22,53 +22,53 @@ pub const ZERO_PAGE: u64 = 0x7000;
 pub const BOOT_STACK: u64 = 0x8ff0;
 /// Page tables for the 64-bit entry: one PML4, one PDPT, four page directories (4 GiB).
 pub const PAGE_TABLES: u64 = 0x9000;
-/// End of the page tables.
+/// The end of the page tables.
 pub const PAGE_TABLES_END: u64 = PAGE_TABLES + 6 * 0x1000;
 /// The kernel's command line.
 pub const CMDLINE: u64 = 0x20000;
-/// Longest command line in bytes, its terminating NUL included (COMMAND_LINE_SIZE of x86).
+/// The longest command line in bytes, including its terminating NUL (COMMAND_LINE_SIZE of x86).
 pub const CMDLINE_MAX: u64 = 2048;
-/// End of the memory that the kernel may use below the BIOS area.
+/// The end of the memory that the kernel may use below the BIOS area.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
-/// ACPI tables, in the BIOS area where a kernel scans for the RSDP.
+/// ACPI tables, in the part of the BIOS area where a kernel scans for the RSDP.
 pub const ACPI: u64 = 0xe_0000;
-/// End of the ACPI tables.
+/// The end of the ACPI tables.
 pub const ACPI_END: u64 = 0xf_0000;
 /// The MP table, in the part of the BIOS area where a kernel scans for it.
 pub const MP_TABLE: u64 = 0xf_0000;
-/// Where a processor starts in the BIOS after a reset (F000:FFF0), and where a kernel jumps to that
-/// resets the machine through the BIOS.
+/// Where a processor starts in the BIOS after a reset (F000:FFF0). A kernel that resets the machine through the
+/// BIOS jumps here.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
-/// Where the kernel is loaded, and RAM goes on.
+/// Where the kernel is loaded, and where RAM continues.
 pub const HIGH_RAM: u64 = MIB;
 
 // The hole below 4 GiB.
 
-/// RAM below 4 GiB ends here at the latest; the rest continues at 4 GiB.
+/// The highest end of RAM below 4 GiB. Any further RAM continues at 4 GiB.
 pub const RAM_HOLE: u64 = 3 * GIB;
 /// virtio-mmio devices, one page each.
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;
-/// Distance of two virtio-mmio devices, in bytes.
+/// The distance between two virtio-mmio devices, in bytes.
 pub const VIRTIO_MMIO_STRIDE: u64 = 0x1000;
-/// Most virtio-mmio devices: as many as interrupt lines are left for them.
+/// The most virtio-mmio devices: one for each interrupt line that is left for them.
 pub const VIRTIO_MMIO_COUNT: u64 = VIRTIO_IRQS.len() as u64;
-/// Registers of PCI functions, one place a device number.
+/// Registers of PCI functions, one area per device number.
 pub const PCI_MEMORY: u64 = 0xd100_0000;
-/// What one of them has, in bytes.
+/// The size of each area, in bytes.
 pub const PCI_MEMORY_STRIDE: u64 = 0x8000;
-/// End of what the host bridge passes on.
+/// The end of the memory that the host bridge forwards.
 pub const PCI_MEMORY_END: u64 = PCI_MEMORY + PCI_DEVICES * PCI_MEMORY_STRIDE;
-/// Device numbers of the one bus.
+/// The number of devices on the only bus.
 pub const PCI_DEVICES: u64 = 32;
-/// Configuration space of the PCI bus, as memory.
+/// The configuration space of the PCI bus, mapped as memory.
 pub const PCI_ECAM: u64 = 0xe000_0000;
-/// Its end: 4 KiB for each of eight functions of each device.
+/// The end of the configuration space: 4 KiB for each of eight functions of each device.
 pub const PCI_ECAM_END: u64 = PCI_ECAM + PCI_DEVICES * 8 * 0x1000;
 /// The IOAPIC, inside KVM.
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// The local APIC, inside KVM.
 pub const LAPIC: u64 = 0xfee0_0000;
-/// Three pages that KVM wants for itself on Intel (KVM_SET_TSS_ADDR).
+/// Three pages that KVM needs for itself on Intel (KVM_SET_TSS_ADDR).
 pub const KVM_TSS: u64 = 0xfffb_d000;
 /// RAM above 4 GiB.
 pub const RAM_ABOVE_HOLE: u64 = 4 * GIB;
@@ -110,11 +110,11 @@ const _: () = {
 
 // Ports.
 
-/// i8042 data port and, at +4, its command port (0xfe there resets).
+/// The i8042 data port; at +4 its command port (0xfe there resets).
 pub const PORT_I8042: u64 = 0x60;
 /// CMOS RTC: index, data.
 pub const PORT_RTC: u64 = 0x70;
-/// Exit port of bare-metal guests, as QEMU's isa-debug-exit.
+/// The exit port of bare guests, like QEMU's isa-debug-exit.
 pub const PORT_EXIT: u64 = 0xf4;
 /// COM1.
 pub const PORT_SERIAL: u64 = 0x3f8;
@@ -126,7 +126,7 @@ pub const PORT_ACPI_SLEEP_CONTROL: u64 = 0x600;
 pub const PORT_ACPI_SLEEP_STATUS: u64 = 0x601;
 /// ACPI's reset register.
 pub const PORT_ACPI_RESET: u64 = 0x602;
-/// PCI configuration: an address (32 bits at once) and, at +4, data; at +1 the reset control register.
+/// PCI configuration: the address (32 bits at once), and at +4 the data. At +1 is the reset control register.
 pub const PORT_PCI: u64 = 0xcf8;
 
 const _: () = assert!(
@@ -138,9 +138,9 @@ const _: () = assert!(
         && PORT_ACPI_RESET < PORT_PCI
 );
 
-// What the ACPI tables promise of devices' registers.
+// Values that the ACPI tables promise for devices' registers.
 
-/// What is to be written to the reset register.
+/// The value to write to the reset register.
 pub const ACPI_RESET_VALUE: u8 = 0x01;
 /// `_S5`: the sleep type that powers off.
 pub const ACPI_S5_SLEEP_TYPE: u8 = 5;
@@ -153,7 +153,7 @@ pub const CMOS_CENTURY: u8 = 0x32;
 pub const IRQ_SERIAL: u32 = 4;
 /// ACPI's SCI, unused by hardware-reduced ACPI but reserved.
 pub const IRQ_SCI: u32 = 9;
-/// Lines of the virtio-mmio devices, in order.
+/// The interrupt lines of the virtio-mmio devices, in order.
 pub const VIRTIO_IRQS: [u32; 16] = [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
 
 const _: () = {
@@ -165,7 +165,7 @@ const _: () = {
     }
 };
 
-/// RAM of `bytes` as regions of (guest address, bytes), split round the hole below 4 GiB.
+/// Returns RAM of `bytes` as regions of (guest address, bytes), split around the hole below 4 GiB.
 pub fn ram_regions(bytes: u64) -> Vec<(u64, u64)> {
     let low = bytes.min(RAM_HOLE);
     let mut regions = vec![(0, low)];
