@@ -17,7 +17,7 @@ use crate::sync::unpoisoned;
 
 /// Signals that anybody may send and that kill by default. Not among them: SIGKILL; signals that report an
 /// error of the program itself (SIGSEGV and the like, SIGABRT, SIGTRAP, SIGSYS); SIGPIPE, which Rust ignores;
-/// SIGUSR1.
+/// SIGXFSZ, which [`Signals::block`] ignores; SIGUSR1.
 const ENDING: [libc::c_int; 12] = [
     libc::SIGTERM,
     libc::SIGINT,

@@ -101,7 +101,8 @@ impl Image {
         looked().map_err(|reason| ImageError { path: options.path.clone(), reason })
     }
 
-    /// Returns every reason for which [`Image::open`] would refuse the image that [`Image::look`] inspected.
+    /// Returns the reasons for which [`Image::open`] would refuse the image that [`Image::look`] accepted: this
+    /// host uses it, or somebody else has locked it.
     pub fn refusals(&self, options: &DiskOptions) -> Vec<ImageProblem> {
         let in_use = host_metadata(&options.path).and_then(|found| check_host_use(options, &found));
         let flocked = check_flock(options, &self.file);

@@ -107,7 +107,7 @@ impl HostCache {
 /// Which engine executes a disk's host operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EngineChoice {
-    /// io_uring. The blocking engine if there is no io_uring, or where it measures better.
+    /// io_uring. The blocking engine if there is no io_uring, and on tmpfs, where it measures better.
     Auto,
     /// io_uring, or an error.
     Uring,

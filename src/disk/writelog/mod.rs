@@ -123,7 +123,7 @@ impl WriteLog {
     }
 
     /// Records the result of a sync: `true` if it succeeded, `false` if it failed. `None` says nothing about
-    /// stability: the sync was never begun, or was interrupted.
+    /// stability: the sync was never begun, was interrupted, or the host has no RWF_DSYNC.
     pub fn sync_ends(&self, number: SyncTicket, is_stable: Option<bool>) {
         let mut line = self.line();
         let claim = line.judge(number, is_stable);
