@@ -73,12 +73,8 @@ impl RawMode {
     /// Puts the terminal on standard input into raw mode. Output processing stays on, so that our own messages
     /// look right.
     pub fn enter() -> io::Result<Self> {
-        let saved = match SAVED.get() {
-            Some(saved) => *saved,
-            None => *SAVED.get_or_init(|| current().unwrap_or_else(|_| zeroed())),
-        };
-        // If the first query failed, SAVED holds zeroes. Query again to report the error.
-        current()?;
+        let now = current()?;
+        let saved = *SAVED.get_or_init(|| now);
         install_restorers();
         RAW.store(true, Ordering::SeqCst);
         set(&raw(saved))?;

@@ -64,7 +64,7 @@ pub struct Activation {
 #[derive(Debug, thiserror::Error)]
 pub enum ActivateError {
     /// The device has no worker for a queue that the driver has enabled.
-    #[error("queue {0} was not enabled")]
+    #[error("the driver has enabled queue {0}, which has no worker")]
     MissingQueue(u16),
     /// A worker's thread has exited.
     #[error("the worker of queue {0} has ended")]
