@@ -11,28 +11,28 @@
 //! | [`vmm`] | builds the machine in order, runs it, stops it in order | |
 //! | [`job`] | a command for the guest: its archive, libraries, messages, status file | KVM, devices |
 //! | [`terminal`] | the terminal's raw mode, its restoration, signals that stop the process | |
-//! | [`study`] | claims of 2008 as experiments, judged, as a page and JSON | KVM |
-//! | [`stats`] | figures of a run as JSON and text | how they are counted |
+//! | [`study`] | claims of 2008 as experiments, with verdicts, as a page and JSON | KVM |
+//! | [`stats`] | statistics of a run as JSON and text | how they are counted |
 //! | [`vcpu`], [`kvm`] | the KVM_RUN loop, irqfd, ioeventfd, CPUID, MSRs | virtio, disks |
 //! | [`boot`] | kernel, initrd, command line, zero page, CPU state, ACPI | devices' insides |
 //! | [`bus`], [`devices`] | port and MMIO dispatch; serial, power, RTC | KVM |
 //! | [`virtio`] | device trait, register core, mmio and pci transports, virtqueues | blocks, files |
-//! | [`lab`] | a boot of a real guest as an experiment, images, the machine told, fio, rounds | KVM, devices |
-//! | [`bench`] | fio in a guest beside its host, and which figures are no disk's | KVM, devices |
-//! | [`crash`] | write logs, and the disks that a loss of power could have left | guests, KVM |
-//! | [`observe`] | what the caches hold, what the host's disk does; both before a run and during it | guests' insides, KVM |
-//! | [`explain`] | what a disk will do, told without doing it | KVM |
+//! | [`lab`] | a boot of a real guest as an experiment: images, host description, fio, rounds | KVM, devices |
+//! | [`bench`] | fio in a guest beside its host, and which results do not measure a disk | KVM, devices |
+//! | [`crash`] | write logs, and the disk states that a power loss could have left | guests, KVM |
+//! | [`observe`] | what caches hold and the host's disk does, before and during a run | guests' internals, KVM |
+//! | [`explain`] | describes what a disk will do, without doing it | KVM |
 //! | [`blk`] | virtio-blk: features, config space, requests, the worker | KVM, transports |
 //! | [`console`] | virtio-console: ports, their control messages, the host's streams | KVM, transports |
 //! | [`pci`] | configuration space, host bridge, MSI-X | virtio, KVM |
 //! | [`disk`] | one host image: flags, locking, policy, engines, sticky error | virtio, KVM |
 //! | [`sandbox`] | what every thread gives up before the guest runs | everything |
-//! | [`files`] | which files are the same, who uses one, and every opening for output | guests, disks |
+//! | [`files`] | which files are the same, who uses one, and every open for output | guests, disks |
 //! | [`layout`], [`mem`] | the address map; guest memory and pieces of it | everything |
-//! | [`ratelimit`], [`slab`], [`text`], [`program`], [`child`], [`mutants`], [`sync`], [`doorbell`] | quiet logs; private numbers; wrapped lines; where the binaries lie; processes watched; deliberate mistakes; std's atomics and mutex, which tests may watch; how an eventfd is rung | everything |
-//! | [`signals`], [`scratch_dir`] | the signals that ask us to end; directories for a run's temporary files | everything |
+//! | [`ratelimit`], [`slab`], [`text`], [`program`], [`child`], [`mutants`], [`sync`], [`doorbell`] | rate-limited logs; private numbers; wrapped lines; where the binaries are; child processes under watch; deliberate mistakes; std's atomics and mutex, which tests may watch; how an eventfd is rung | everything |
+//! | [`signals`], [`scratch_dir`] | signals that ask the process to end; directories for temporary files | everything |
 //!
-//! One write, there and back, is told in `docs/architecture.md`.
+//! `docs/architecture.md` follows one write through these modules and back.
 
 pub mod bench;
 pub mod blk;

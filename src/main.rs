@@ -1,8 +1,8 @@
-//! minivmm's binary: arguments in, a machine run, its exit status out.
+//! minivmm's binary: parses arguments, runs a machine and returns its exit status.
 //!
-//! Owns the order: what went wrong is told in one place, once, with its chain of causes
-//! (`cli::command`). What runs no guest of its own is minivmm-tools' (`tools.rs`), to which it is handed
-//! over: a VMM that has none of it in its memory is smaller by a fifth.
+//! Owns the order of these steps. An error is reported in one place, once, with its chain of causes
+//! (`cli::command`). Subcommands that run no guest of their own live in minivmm-tools (`tools.rs`), and this
+//! binary execs it. Without their code, a VMM uses a fifth less memory.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -20,7 +20,7 @@ use minivmm::vmm::{self, Plan};
 use minivmm::{explain, program};
 
 fn main() {
-    // Before any thread: one watches the start.
+    // Must come before the first thread, which watches the start.
     minivmm::sandbox::one_arena();
     process::begin(run, || ());
 }
@@ -28,7 +28,7 @@ fn main() {
 fn run(args: Args, signals: Signals) -> ExitStatus {
     match args.task() {
         Task::Run => {
-            // What is wrong with the files is told first, by `run_vm`.
+            // `run_vm` reports errors of the named files, and reports them before any error of the host.
             let host = if args.files().check().is_empty() { hosts::decide(&args.asked()) } else { Ok(None) };
             if let Ok(Some(mut command)) = host {
                 signals.release();
@@ -39,7 +39,7 @@ fn run(args: Args, signals: Signals) -> ExitStatus {
         Task::Log { .. } | Task::Top { .. } | Task::Crash(_) | Task::Bench(_) | Task::Study(_) => {
             return told(hand_over());
         }
-        // These leave nothing behind.
+        // These commands leave nothing to clean up, so a signal may end them at once.
         Task::Check { .. } | Task::Explain { .. } => signals.release(),
     }
     match args.task() {
@@ -49,12 +49,13 @@ fn run(args: Args, signals: Signals) -> ExitStatus {
     }
 }
 
-/// Runs the guest on this machine; tells why not, if its `host` cannot be had.
+/// Runs the guest on this machine, or reports the error in `host` if the host for it could not be provided.
 fn run_guest(args: Args, signals: &Signals, host: Option<HostError>) -> ExitStatus {
     let (command, quiet) = args.command_args();
     let telling = Arc::new(command::Run::begin(command.name(), quiet));
     let told_early = Arc::clone(&telling);
-    // The start hangs: there is no machine yet that would have to be stopped in order.
+    // A signal during a start that hangs ends the process at once: no machine exists yet that needs an
+    // orderly stop.
     let watched = signals.while_starting(move |signal| ended(told_early.tell(&End::signal(signal))));
     if let Err(error) = watched {
         return telling.tell(&End::failed(format!("cannot start a thread: {error}")));
@@ -80,7 +81,7 @@ fn open_status_file(path: &Path, files: &Inventory) -> Result<StatusFile> {
 }
 
 fn run_vm(args: Args, files: &Inventory, signals: &Signals) -> End {
-    // Before a file is packed.
+    // Must come before any file is packed into an archive.
     if let Some(refused) = files.check().into_iter().next() {
         return End::failed(format!("{:#}", anyhow::Error::from(refused)));
     }
@@ -106,7 +107,8 @@ fn run_check(json: bool, quiet: bool) -> Result<ExitStatus> {
     Ok(if report.linux_runs { ExitStatus::Success } else { ExitStatus::NoLinux })
 }
 
-/// What each disk will do, and all for which a run would be refused, which is the status too.
+/// Prints what each disk will do and reports everything that would make a run be refused, which also sets the
+/// exit status.
 fn explain_disks(plan: &Plan, json: bool) -> Result<ExitStatus> {
     plan.files.check_stdout()?;
     let mut refused: Vec<anyhow::Error> = plan.refusals().into_iter().map(Into::into).collect();
@@ -125,7 +127,7 @@ fn explain_disks(plan: &Plan, json: bool) -> Result<ExitStatus> {
     Ok(tell_all(refused.into_iter().chain(disks)))
 }
 
-/// The other binary, in the place of this one, with the same arguments.
+/// Replaces this process with the other binary, which gets the same arguments.
 fn hand_over() -> Result<ExitStatus> {
     let tools = program::beside(program::TOOLS).context("this program's own file is not known")?;
     let error = program::replace(&tools, std::env::args_os().skip(1));
