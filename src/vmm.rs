@@ -1,7 +1,7 @@
-//! The machine as a whole: built in order, run, stopped in order.
+//! The machine as a whole: it is built in order, run, and stopped in order.
 //!
-//! Owns what a machine is asked for, the order of its life, and how it can end. The parts know nothing of each
-//! other: here eventfds are bound to lines and addresses, and devices to buses.
+//! Owns the machine's configuration, the order of its life, and the ways in which it can end. The parts know
+//! nothing of each other: this module binds eventfds to interrupt lines and addresses, and devices to buses.
 
 mod build;
 mod events;
@@ -47,116 +47,118 @@ use running::Run;
 use stop::StopError;
 use vanished::ImageFiles;
 
-/// What machine, with what guest.
+/// Describes a machine and its guest.
 #[derive(Debug)]
 pub struct Config {
     /// The kernel image.
     pub kernel: PathBuf,
-    /// The initial RAM disk.
+    /// The initial RAM disk; `None` boots without one.
     pub initrd: Option<PathBuf>,
-    /// The archive with the kernel's other modules, put behind the initial RAM disk.
+    /// The archive with the kernel's other modules, appended to the initial RAM disk. `None`: there is none.
     pub modules: Option<PathBuf>,
-    /// The kernel's parameters.
+    /// The kernel command line.
     pub cmdline: String,
-    /// RAM in bytes.
+    /// The size of RAM in bytes.
     pub memory_bytes: u64,
-    /// How many CPUs.
+    /// The number of CPUs.
     pub cpus: u8,
-    /// The disks, in order.
+    /// The disks, in the order in which the guest sees them.
     pub disks: Vec<DiskOptions>,
-    /// How the guest reaches its virtio devices, where a disk does not say otherwise.
+    /// The transport of the virtio devices, unless a disk names its own.
     pub transport: TransportChoice,
-    /// All files that the command names, among them its outputs.
+    /// All files that the command line names, outputs included.
     pub files: Inventory,
-    /// Where the serial port leads.
+    /// Where the serial port is connected.
     pub console: ConsoleTarget,
-    /// A terminal on standard input is the guest's hvc0 too, for an init that opens it.
+    /// `true` if a terminal on standard input also becomes the guest's hvc0, for an init that opens it.
     pub hvc: bool,
-    /// How long the guest may run.
+    /// How long the guest may run; `None` sets no limit.
     pub timeout: Option<Duration>,
-    /// How long the guest's init may take to report, where there is a command.
+    /// How long the guest's init may take to report, if there is a command.
     pub boot_timeout: BootTimeout,
-    /// How long the end may take where the host's disk hangs; see `--stop-timeout`.
+    /// How long the stop may take if the host's disk hangs; see `--stop-timeout`. `None`: 60 s for CPUs and
+    /// I/O in flight, no limit for the last fdatasync.
     pub stop_timeout: Option<Duration>,
-    /// Where the statistics go.
+    /// Where the statistics are written; `None` writes none at the end.
     pub stats: Option<StatsTarget>,
-    /// Where the observation of the caches goes.
+    /// Where the observation of the caches is written; `None` observes nothing.
     pub observe: Option<ObserveTarget>,
-    /// Bytes of the host's memory that this process may use.
+    /// Limit on the host memory of this process, in bytes; `None` sets no limit.
     pub host_memory_limit: Option<u64>,
-    /// The archive of a command that is the guest's only job.
+    /// The archive of the command that is the guest's only job; `None` if there is no command.
     pub job: Option<Archive>,
-    /// What the threads give up before the guest runs.
+    /// How much each thread gives up before the guest runs.
     pub sandbox: sandbox::Mode,
 }
 
-/// Where the statistics go at the end.
+/// Where the statistics are written at the end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StatsTarget {
     /// To standard error, as text.
     Stderr,
-    /// To a file, which begins empty, as JSON.
+    /// To a file as JSON; the file is emptied first.
     Json(PathBuf),
 }
 
-/// Where an observation goes, and how often is looked.
+/// Where an observation is written, and how often it samples.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ObserveTarget {
-    /// The CSV file, which begins empty.
+    /// The CSV file, which is emptied first.
     pub path: PathBuf,
     /// The time between two samples.
     pub interval: Duration,
 }
 
-/// Where the serial port leads.
+/// Where the serial port is connected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ConsoleTarget {
-    /// To standard output, and standard input to it.
+    /// Its output goes to standard output, and its input comes from standard input.
     Stdio,
-    /// To standard error, without input.
+    /// Its output goes to standard error; it gets no input.
     Stderr,
-    /// Nowhere.
+    /// Its output is discarded.
     Off,
-    /// To a file, which begins empty.
+    /// Its output goes to a file, which is emptied first.
     File(PathBuf),
 }
 
-/// How a VM ended that neither we nor the host have failed.
+/// How a VM ended, if neither minivmm nor the host failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
-    /// The guest has powered off.
+    /// The guest powered off.
     PowerOff,
-    /// The guest has reset.
+    /// The guest reset.
     Reset,
-    /// The guest has panicked.
+    /// The guest panicked.
     GuestPanic,
-    /// The guest has written to the exit port.
+    /// The guest wrote this value to the exit port.
     ExitPort(u8),
-    /// The user has typed Ctrl-A x.
+    /// The user typed Ctrl-A x.
     Quit,
-    /// A signal.
+    /// This signal arrived.
     Signal(i32),
-    /// The time is over.
+    /// The time of `--timeout` elapsed.
     Timeout,
-    /// The guest has powered off or reset after its command has ended.
+    /// The guest powered off or reset after its command ended.
     Command(CommandEnd, Times),
-    /// The guest has powered off or reset, and never told how its command ended.
+    /// The guest powered off or reset without reporting how its command ended.
     NoReport,
-    /// The guest has not started its command: not all of its files have come.
+    /// The guest did not start its command, because some of the command's files did not arrive.
     Incomplete(Incomplete),
-    /// The guest's init has not reported in this time.
+    /// The guest's init did not report within this time.
     BootTimeout(Duration),
 }
 
-/// A run that is over.
+/// The result of a finished run.
 #[derive(Debug)]
 pub struct Ended {
-    /// How.
+    /// How the VM ended, or why it failed.
     pub outcome: Result<Ending, VmmError>,
-    /// What the guest's kernel has printed last, where the guest has not ended in order: from the line on that says
-    /// what went wrong, or the last 40. None elsewhere.
+    /// The last lines that the guest's kernel printed, from the line that says what went wrong; without such
+    /// a line, the last 40. `Some` after a panic, a failure of a CPU, an end without the command's report, or
+    /// a timeout of a run with a command. `None` after every other end.
     pub kernel_lines: Option<Vec<String>>,
-    /// These lines have been on this process's standard output or error.
+    /// `true` if these lines already appeared on this process's standard output or standard error.
     pub lines_were_shown: bool,
 }
 
@@ -213,13 +215,14 @@ pub enum VmmError {
     Panicked(u8),
 }
 
-/// To be used as `.map_err(host("..."))`.
+/// Returns a function that wraps an error as [`VmmError::Host`], for use as `.map_err(host("..."))`.
 fn host<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> VmmError {
     move |source| VmmError::Host { what, source: source.into() }
 }
 
-/// Builds the machine, runs its guest to the end, stops it. `signals` are blocked already, so that all threads inherit
-/// that, and stay blocked: whatever arrives after the first one does not keep us from the end.
+/// Builds the machine, runs its guest until it ends, and stops the machine. The caller has already blocked
+/// `signals`, so all threads inherit the mask. They stay blocked: a signal after the first one cannot
+/// interrupt the stop.
 pub fn run(config: &Config, signals: &Signals) -> Ended {
     let log = KernelLog::default();
     let outcome = run_logged(config, signals, &log);
@@ -260,7 +263,7 @@ fn run_logged(config: &Config, signals: &Signals, log: &KernelLog) -> Result<End
         .and_then(|()| run.supervise(&mut files, &machine, &mut || tell(report.as_mut(), &machine)));
     let stopped = run.stop(&machine);
     let observed = std::mem::replace(&mut run.observed, Ok(()));
-    // What the guest said last may have come to us only when its device was stopped.
+    // The guest's last message may have reached us only when its device was stopped.
     let ended = ended.and_then(|ending| run.with_command(ending));
     let reported = report.as_mut().map_or(Ok(()), |report| report.write(&machine.disks, &machine.exits));
     let reported = match (reported, observed) {
@@ -268,7 +271,7 @@ fn run_logged(config: &Config, signals: &Signals, log: &KernelLog) -> Result<End
         (Err(error), observed) => Err(moreover(error, observed.err())),
     };
     if let Err(StopError::Stuck { .. }) = stopped {
-        // Dropping devices waits for their I/O, which is what hangs.
+        // Dropping the devices would wait for their I/O, and that I/O is what hangs.
         std::mem::forget(machine);
     }
     match (ended, stopped) {
@@ -278,14 +281,15 @@ fn run_logged(config: &Config, signals: &Signals, log: &KernelLog) -> Result<End
     }
 }
 
-/// The statistics as they are now, wherever they go at the end; to standard error where nobody has said.
+/// Writes the current statistics to where they go at the end, or to standard error if no target is
+/// configured.
 fn tell(report: Option<&mut stop::StatsReport>, machine: &Machine) {
     let written = match report {
         Some(report) => report.write(&machine.disks, &machine.exits),
         None => stop::StatsReport::Stderr.write(&machine.disks, &machine.exits),
     };
     if let Err(error) = written {
-        // The VM goes on; what is written at its end may do better.
+        // The VM goes on; writing the statistics at the end may succeed.
         log::error!(
             "{error}: {}",
             std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default()
@@ -293,7 +297,7 @@ fn tell(report: Option<&mut stop::StatsReport>, machine: &Machine) {
     }
 }
 
-/// The first error is the one that counts; those that follow it are only told.
+/// Returns the first error, which is the one that counts; an error that follows it is only logged.
 fn moreover(error: VmmError, next: Option<impl std::fmt::Display>) -> VmmError {
     if let Some(next) = next {
         log::error!("moreover: {next}");
@@ -301,5 +305,5 @@ fn moreover(error: VmmError, next: Option<impl std::fmt::Display>) -> VmmError {
     error
 }
 
-/// Its arrival is all that matters: it interrupts KVM_RUN, or a write of the console.
+/// Does nothing: the signal's arrival alone interrupts KVM_RUN or a write of the console.
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}

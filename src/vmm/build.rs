@@ -1,6 +1,6 @@
-//! Building the machine: disks first, so that their errors come before anything else is done.
+//! Builds the machine: disks first, so that their errors are reported before anything else is done.
 //!
-//! Owns the order and the wiring. Whatever a later step needs of an earlier one is an argument.
+//! Owns the order and the wiring. Whatever a later step needs from an earlier one is passed as an argument.
 
 use std::fs::File;
 use std::io;
@@ -41,7 +41,7 @@ use crate::virtio::{Transport, VirtioDevice};
 
 /// Everything that lives as long as the VM.
 pub struct Machine {
-    /// The CPUs, until they run.
+    /// The CPUs, until they are started.
     pub vcpus: Vec<Vcpu>,
     /// The virtio devices.
     pub transports: Vec<Arc<Mutex<dyn Transport>>>,
@@ -49,35 +49,36 @@ pub struct Machine {
     pub disks: Vec<OpenDisk>,
     /// The serial port.
     pub serial: SerialEnd,
-    /// What is heard of the guest's command, until it runs.
+    /// What the command's launcher reports arrives here; taken when the machine runs.
     pub job: Option<JobEnd>,
-    /// The terminal as the guest's hvc0, until it runs.
+    /// Our end of hvc0, if the terminal is one; taken when the machine runs.
     pub hvc: Option<HvcEnd>,
-    /// Where the guest is asked for its view, until the observation begins.
+    /// Our end of the port that asks the guest for its view; taken when the observation begins.
     pub observed: Option<GuestEnd>,
-    /// What the CPUs have come out of KVM for.
+    /// Counts the reasons why the CPUs left KVM_RUN.
     pub exits: Arc<Exits>,
-    /// To be set when the end begins.
+    /// Set when the stop begins.
     pub stopping: Stopping,
-    /// Lives longer than the CPUs, and shorter than the memory that it uses.
+    /// Declared after the CPUs and before the memory, so that it is dropped after the CPUs and before the
+    /// memory it uses.
     _vm: Arc<VmFd>,
     _ram: Ram,
 }
 
-/// The serial port, as the main thread has it.
+/// The main thread's end of the serial port.
 #[derive(Clone)]
 pub struct SerialEnd {
     /// The port itself.
     pub port: Arc<Mutex<SerialPort>>,
     /// Written when the guest has room for input again.
     pub wants_input: Arc<EventFd>,
-    /// What its output says of a panic.
+    /// Set when the guest's output says that its kernel panicked.
     pub panicked: Panicked,
-    /// Written when it says so.
+    /// Written when `panicked` is set.
     pub alarm: Arc<EventFd>,
 }
 
-/// Builds the machine that `config` describes; what its kernel prints is kept in `log`.
+/// Builds the machine that `config` describes. `log` keeps what the guest's kernel prints.
 pub fn build(config: &Config, log: &KernelLog) -> Result<Machine, VmmError> {
     let mut laps = Laps::begin();
     let disks = open_disks(config)?;
@@ -121,9 +122,10 @@ pub fn build(config: &Config, log: &KernelLog) -> Result<Machine, VmmError> {
     Ok(Machine { vcpus, transports, disks, serial, job, hvc, observed, exits, stopping, _vm: vm, _ram: ram })
 }
 
-/// What is put behind the initrd: the command's archive, then that of the kernel's other modules.
+/// Returns what is appended to the initrd: the command's archive, then the archive of the kernel's other
+/// modules.
 fn tail_of(config: &Config) -> Result<Tail<'_>, VmmError> {
-    /// Between two archives, so that the second begins where the kernel looks for one.
+    /// Padding between two archives, so that the second begins where the kernel looks for one.
     static ZEROS: [u8; 512] = [0; 512];
     let mut tail = config.job.as_ref().map(job::tail).unwrap_or_default();
     let Some(path) = &config.modules else { return Ok(tail) };
@@ -144,7 +146,7 @@ struct ConsoleEnds {
     observed: Option<GuestEnd>,
 }
 
-/// The console device, if anything needs one: a command's streams, the port of an observation.
+/// Makes the console device if anything needs one: a command's streams or the port of an observation.
 fn console_device(config: &Config) -> Result<ConsoleEnds, VmmError> {
     let observed = config.observe.as_ref().map(|_| watch::port()).transpose();
     let (port, observed) = observed.map_err(host("make a pipe"))?.unzip();
@@ -157,7 +159,8 @@ fn console_device(config: &Config) -> Result<ConsoleEnds, VmmError> {
     Ok(ConsoleEnds { device, job: None, observed })
 }
 
-/// The device that makes the terminal the guest's hvc0, where that is wanted and there is a terminal.
+/// Makes the device that turns the terminal into the guest's hvc0. Returns `None` if that is not wanted or if
+/// standard input is no terminal in the foreground.
 fn terminal_device(config: &Config) -> Result<Option<(ConsoleDevice, HvcEnd)>, VmmError> {
     let wanted = config.hvc && config.console == ConsoleTarget::Stdio;
     if !wanted || terminal::input() != Input::Terminal {
@@ -166,7 +169,7 @@ fn terminal_device(config: &Config) -> Result<Option<(ConsoleDevice, HvcEnd)>, V
     hvc::console().map(Some).map_err(host("make the console device for the terminal"))
 }
 
-/// Where the time before the guest goes, for `-v`.
+/// Measures the steps before the guest starts, for `-v`.
 struct Laps {
     begun: Instant,
     last: Instant,
@@ -190,7 +193,7 @@ impl Laps {
     }
 }
 
-/// Milliseconds, as people read them.
+/// Formats `duration` in milliseconds.
 fn ms(duration: Duration) -> String {
     format!("{:.1}", duration.as_secs_f64() * 1000.0)
 }
@@ -215,8 +218,8 @@ fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
     config.disks.iter().map(open).collect()
 }
 
-/// Whether so many busy threads are more than the CPUs that we may use: a worker that looks for more
-/// instead of sleeping would then take the time of whoever has it.
+/// Returns `true` if there are more busy `threads` than CPUs that this process may use. A worker that spins
+/// instead of sleeping would then take CPU time from the others.
 fn is_crowded(threads: usize) -> bool {
     std::thread::available_parallelism().is_ok_and(|cpus| threads > cpus.get())
 }
@@ -263,7 +266,7 @@ fn ports(serial: &SerialEnd) -> Result<Bus, VmmError> {
     Ok(ports)
 }
 
-/// The reset control register, and the ports to PCI's configuration space around it.
+/// Places the reset control register and, around it, the ports of PCI's configuration space.
 fn place_reset_control(ports: &mut Bus, root: Option<&Arc<PciRoot>>) -> Result<(), VmmError> {
     let reset = Arc::new(Mutex::new(ResetControl::default()));
     let Some(root) = root else {
@@ -275,7 +278,7 @@ fn place_reset_control(ports: &mut Bus, root: Option<&Arc<PciRoot>>) -> Result<(
     Ok(ports.place("PCI configuration", layout::PORT_PCI, PORTS_LEN, configuration)?)
 }
 
-/// A virtio device, and how the guest is to reach it.
+/// A virtio device, and the transport that the guest uses for it.
 pub type Planned = (Box<dyn VirtioDevice>, TransportChoice);
 
 fn block_devices(config: &Config, disks: &[OpenDisk], ram: &Ram) -> Result<Vec<Planned>, VmmError> {
@@ -294,7 +297,7 @@ fn block_devices(config: &Config, disks: &[OpenDisk], ram: &Ram) -> Result<Vec<P
     disks.iter().zip(&config.disks).zip('a'..='z').map(device).collect()
 }
 
-/// What every CPU shares.
+/// What all CPUs share.
 struct Parts {
     ports: Arc<Bus>,
     mmio: Arc<Bus>,

@@ -1,6 +1,6 @@
-//! What the main thread waits for: threads' reports, signals, standard input, deadlines.
+//! The events that the main thread waits for: reports of threads, signals, standard input, deadlines.
 //!
-//! Owns the waiting. What an event means is `vmm`'s business.
+//! Owns the waiting. `vmm` decides what an event means.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -11,16 +11,16 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::vcpu::End;
 
-/// What a thread reports.
+/// A thread's report to the main thread.
 #[derive(Debug)]
 pub enum Report {
-    /// A vCPU has ended.
+    /// This vCPU ended.
     Vcpu(u8, End),
-    /// A vCPU's thread has panicked: an error of ours.
+    /// This vCPU's thread panicked, which is an error in minivmm.
     Panicked(u8),
 }
 
-/// A thread's way to the main thread. A report is never lost, even if the thread panics.
+/// A thread's channel to the main thread. A report is never lost, even if the thread panics.
 #[derive(Debug)]
 pub struct Reporter {
     reports: mpsc::Sender<Report>,
@@ -30,13 +30,14 @@ pub struct Reporter {
 impl Reporter {
     /// Sends `report` and wakes the main thread.
     pub fn send(&self, report: Report) {
-        // Neither can fail while the main thread waits; and when it does not, nobody wants to know.
+        // Neither call can fail while the main thread waits. Once it no longer waits, nobody needs the
+        // report.
         let _ = self.reports.send(report);
         let _ = self.wake.write(1);
     }
 }
 
-/// The main thread's end.
+/// The main thread's end of the channel.
 pub struct Reports {
     receiver: mpsc::Receiver<Report>,
     sender: mpsc::Sender<Report>,
@@ -44,19 +45,19 @@ pub struct Reports {
 }
 
 impl Reports {
-    /// No reports yet.
+    /// Creates the channel, without reports.
     pub fn new() -> io::Result<Self> {
         let (sender, receiver) = mpsc::channel();
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         Ok(Self { receiver, sender, wake })
     }
 
-    /// A way to here for one more thread.
+    /// Returns a sending end for one more thread.
     pub fn reporter(&self) -> io::Result<Reporter> {
         Ok(Reporter { reports: self.sender.clone(), wake: self.wake.try_clone()? })
     }
 
-    /// The next report, if there is one.
+    /// Returns the next report, or `None` if there is none.
     pub fn take(&self) -> Option<Report> {
         let _ = self.wake.read();
         self.receiver.try_recv().ok()
@@ -69,11 +70,12 @@ impl AsRawFd for Reports {
     }
 }
 
-/// Waits until one of `fds` can be read, or is at its end, or `timeout` has passed; says which can.
+/// Waits until one of `fds` is readable or at its end, or until `timeout` has passed. Returns which of `fds`
+/// are ready; a signal makes it return early, with none.
 pub fn wait<const N: usize>(fds: [Option<RawFd>; N], timeout: Option<Duration>) -> io::Result<[bool; N]> {
     let mut polled = fds.map(|fd| libc::pollfd { fd: fd.unwrap_or(-1), events: libc::POLLIN, revents: 0 });
     let timeout_ms = timeout.map_or(-1, |timeout| {
-        // Rounded up: a deadline has passed when we say so.
+        // Rounded up, so that a deadline has passed when this returns.
         i32::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
     });
     let count = libc::nfds_t::try_from(N).unwrap_or_default();

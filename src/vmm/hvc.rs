@@ -1,8 +1,8 @@
 //! The user's terminal as the guest's hvc0: a virtio console beside the serial port.
 //!
-//! Owns the way of what is typed, the terminal's size, and the choice between hvc0 and the serial port. The
-//! guest's first output on hvc0 decides: from then on a program reads there. Until then what is typed waits,
-//! but not for ever: a guest without a driver for hvc0 is served through its serial port.
+//! Owns the path of typed bytes, the terminal's size, and the choice between hvc0 and the serial port. The
+//! guest's first output on hvc0 decides: it shows that a program reads there. Until then typed bytes wait,
+//! but not for ever: a guest without a driver for hvc0 gets them through its serial port.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -16,7 +16,7 @@ use crate::console::stream::{Sink, Source};
 use crate::console::window::{Window, WindowSize};
 use crate::terminal;
 
-/// What is typed waits this long for a program on hvc0.
+/// How long typed bytes wait for a program on hvc0.
 const HOLD: Duration = Duration::from_secs(10);
 
 /// Our end of hvc0.
@@ -25,12 +25,12 @@ pub struct HvcEnd {
     window: Arc<Window>,
 }
 
-/// Where typed bytes go now.
+/// Where typed bytes go at present.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
     /// To hvc0.
     Hvc,
-    /// Nowhere yet.
+    /// Nowhere yet: they wait.
     Wait,
     /// To the serial port.
     Serial,
@@ -40,8 +40,8 @@ enum Way {
 pub fn console() -> io::Result<(ConsoleDevice, HvcEnd)> {
     let (from_us, input) = io::pipe()?;
     let input = OwnedFd::from(input);
-    // A guest that does not read must not stop the main thread.
-    // SAFETY: sets a flag of a descriptor that is ours alone.
+    // Non-blocking: a guest that does not read must not block the main thread.
+    // SAFETY: the call sets a flag of a descriptor that only this function owns.
     if unsafe { libc::fcntl(input.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -51,8 +51,8 @@ pub fn console() -> io::Result<(ConsoleDevice, HvcEnd)> {
     Ok((device, HvcEnd { input: input.into(), window }))
 }
 
-/// Hands over what was typed, where the guest has hvc0 and that is to have it: whether this has to be tried again
-/// soon. None: it is the serial port's.
+/// Hands typed bytes to hvc0 if they belong there. Returns `Some(true)` if the caller must try again soon,
+/// and `Some(false)` if nothing waits. Returns `None` if the bytes belong to the serial port.
 pub fn serve(end: Option<&HvcEnd>, console: &mut Console, guest_start: Instant) -> Option<bool> {
     if !console.has_waiting() {
         return Some(false);
@@ -73,14 +73,14 @@ fn size() -> Option<WindowSize> {
 }
 
 impl HvcEnd {
-    /// Shows the guest the size that the terminal has now.
+    /// Reports the terminal's current size to the guest.
     pub fn follow_terminal(&self) {
         if let Some(size) = size() {
             self.window.resize(size);
         }
     }
 
-    /// Where typed bytes go, so long after the guest's start.
+    /// Returns where typed bytes go when `since_start` has passed since the guest's start.
     fn way(&self, since_start: Duration) -> Way {
         match self.window.has_output() {
             true => Way::Hvc,
@@ -89,9 +89,9 @@ impl HvcEnd {
         }
     }
 
-    /// Hands bytes over; how many were taken.
+    /// Offers bytes to the device, and returns how many were taken.
     fn offer(&self, bytes: &[u8]) -> usize {
-        // A full pipe takes none, and they are offered again.
+        // A full pipe takes none; they are offered again later.
         (&self.input).write(bytes).unwrap_or(0)
     }
 }

@@ -1,7 +1,8 @@
-//! The guest's input: from standard input to the serial port, and the keys that are ours.
+//! The guest's input: from standard input to the serial port, and the keys that minivmm itself handles.
 //!
-//! Owns the flow: what the guest has no room for waits here, bounded; a stream is then not read on,
-//! a terminal is (Ctrl-A x must end even a guest that takes nothing) and loses what is too much.
+//! Owns the flow control. Bytes for which the guest has no room wait here, in a bounded buffer. While that
+//! buffer is full, a stream is not read. A terminal is read all the same, because Ctrl-A x must end even a
+//! guest that takes no input; its excess bytes are dropped.
 
 use std::collections::VecDeque;
 use std::io;
@@ -10,21 +11,21 @@ use crate::terminal::Input;
 
 /// Ctrl-A.
 const ESCAPE: u8 = 0x01;
-/// So much input waits for a guest.
+/// The maximum number of bytes that wait for a guest.
 const WAITING_BYTES_MAX: usize = 4096;
-/// What Ctrl-A h shows.
+/// The text that Ctrl-A h prints.
 const KEYS: &str = "\nCtrl-A x  end the VM\nCtrl-A h  show these keys\nCtrl-A Ctrl-A  send Ctrl-A\n";
 
-/// What the user wants of us.
+/// What the user asked minivmm to do.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Wish {
     /// Nothing.
     Nothing,
-    /// The VM's end.
+    /// End the VM.
     Quit,
 }
 
-/// The way of input.
+/// The path of input from standard input to the guest.
 #[derive(Debug)]
 pub struct Console {
     keys: bool,
@@ -34,25 +35,25 @@ pub struct Console {
 }
 
 impl Console {
-    /// Standard input is `kind`; `off` has none.
+    /// Creates the path for a standard input of this `kind`. `None`, and a terminal in the background, give
+    /// no input.
     pub fn new(kind: Option<Input>) -> Self {
         let at_end = !matches!(kind, Some(Input::Terminal | Input::Stream));
         let keys = kind == Some(Input::Terminal);
         Self { keys, escaped: false, at_end, waiting: VecDeque::new() }
     }
 
-    /// Whether standard input is to be read.
+    /// Returns `true` if standard input is to be read.
     pub fn wants_to_read(&self) -> bool {
         !self.at_end && (self.keys || self.waiting.len() < WAITING_BYTES_MAX)
     }
 
-    /// Whether something waits for the guest.
+    /// Returns `true` if bytes wait for the guest.
     pub fn has_waiting(&self) -> bool {
         !self.waiting.is_empty()
     }
 
-    /// Takes what a read of standard input has given. An end or an error ends the input, never
-    /// the guest.
+    /// Takes the result of a read of standard input. End of file or an error ends the input, never the guest.
     pub fn take_read(&mut self, result: io::Result<&[u8]>) -> Wish {
         match result {
             Ok([]) => self.at_end = true,
@@ -85,13 +86,13 @@ impl Console {
     }
 
     fn push(&mut self, byte: u8) {
-        // A stream is read only as far as there is room; a terminal may be too fast.
+        // A stream is read only while there is room; a terminal is always read, so its excess is dropped.
         if !self.keys || self.waiting.len() < WAITING_BYTES_MAX {
             self.waiting.push_back(byte);
         }
     }
 
-    /// Hands what waits to `offer`, which says how much it has taken.
+    /// Hands waiting bytes to `offer`, which returns how many it took.
     pub fn hand_over(&mut self, mut offer: impl FnMut(&[u8]) -> usize) {
         while self.has_waiting() {
             let bytes = self.waiting.make_contiguous();
@@ -104,7 +105,7 @@ impl Console {
     }
 }
 
-/// Reads at most this much at a time.
+/// The maximum size of one read, in bytes.
 pub const READ_BYTES_MAX: usize = 512;
 
 #[cfg(test)]
@@ -131,7 +132,7 @@ mod tests {
             assert_eq!(console.take_read(Ok(typed)), wish);
             assert_eq!(all(&mut console), passed);
         }
-        // The two bytes of a key may come in two reads.
+        // The two bytes of a key sequence may arrive in two reads.
         let mut console = Console::new(Some(Input::Terminal));
         assert_eq!(console.take_read(Ok(b"\x01")), Wish::Nothing);
         assert_eq!(console.take_read(Ok(b"x")), Wish::Quit);

@@ -1,8 +1,7 @@
-//! The command's side of the machine: the console device with its ports, and the launcher's
-//! messages.
+//! The command's side of the machine: the console device with its ports, and the launcher's messages.
 //!
-//! Owns which port leads where, and what has been heard of the command so far. The launcher's port
-//! leads to pipes whose other ends are here, so the device knows nothing of messages.
+//! Owns which port leads where, and what the launcher has reported so far. The launcher's port leads to pipes
+//! whose other ends are here, so the device knows nothing of messages.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -17,7 +16,7 @@ use crate::job::report::{CommandEnd, Incomplete, Message, Reader, TAKEN};
 use crate::job::{Archive, Part};
 use crate::terminal::{self, Input};
 
-/// What has been heard of a command.
+/// Our end of the launcher's port, and what it has reported of the command.
 pub struct JobEnd {
     messages: File,
     answers: File,
@@ -29,16 +28,17 @@ pub struct JobEnd {
     outputs: [(&'static str, SinkError); 2],
 }
 
-/// How long the parts of a run took.
+/// How long the phases of a run took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Times {
-    /// From the first CPU's start to the command's.
+    /// From the start of the first CPU to the start of the command.
     pub boot: Duration,
-    /// From the command's start to its end.
+    /// From the start of the command to its end.
     pub command: Duration,
 }
 
-/// The device for a command's streams and for `more`, and the end that hears of the command.
+/// Makes the device with the command's streams and with `more`, and the end that receives the launcher's
+/// messages.
 pub fn console(more: Option<PortConfig>) -> io::Result<(ConsoleDevice, JobEnd)> {
     let (messages, to_us) = io::pipe()?;
     let (from_us, answers) = io::pipe()?;
@@ -72,7 +72,7 @@ pub fn console(more: Option<PortConfig>) -> io::Result<(ConsoleDevice, JobEnd)> 
     Ok((device, end))
 }
 
-/// A command's archive, as it is put behind the initramfs.
+/// Returns the parts of a command's archive, to be appended to the initramfs.
 pub fn tail(archive: &Archive) -> Tail<'_> {
     let piece = |part| match part {
         &Part::File { ref path, len } => Piece::File(path, len),
@@ -85,7 +85,8 @@ fn dup(stream: &impl std::os::fd::AsFd) -> io::Result<OwnedFd> {
     stream.as_fd().try_clone_to_owned()
 }
 
-/// Standard input, unless it is a terminal that another job has: reading it would stop us.
+/// Returns standard input, or an empty input if the terminal is in the foreground of another job: a read
+/// would then stop this process.
 fn stdin() -> io::Result<Source> {
     if terminal::input() == Input::Background {
         log::warn!("minivmm is in the background of its terminal: the command's input is empty");
@@ -95,15 +96,15 @@ fn stdin() -> io::Result<Source> {
 }
 
 impl JobEnd {
-    /// Readable when the launcher has said something.
+    /// The descriptor that is readable when the launcher has sent something.
     pub fn as_raw_fd(&self) -> RawFd {
         self.messages.as_raw_fd()
     }
 
-    /// Hears what it has said, and answers. Called when there is something to read.
+    /// Reads the launcher's messages and answers them. Called when there is something to read.
     pub fn listen(&mut self) {
         let mut bytes = [0; 512];
-        // An end would mean that the device is gone; then the machine is going too.
+        // End of file would mean that the device is gone; then the machine is being stopped too.
         let count = self.messages.read(&mut bytes).unwrap_or(0);
         for message in self.reader.take(bytes.get(..count).unwrap_or_default()) {
             self.arrived = true;
@@ -118,20 +119,21 @@ impl JobEnd {
                     self.ended = Some((end, Instant::now()));
                     self.answer();
                 }
-                // The first word counts.
+                // Only the first such message counts.
                 Message::Incomplete(_) | Message::Ended(_) => {}
             }
         }
     }
 
-    /// Lets the launcher end, and so the guest. The pipe has room: this is written at most twice.
+    /// Tells the launcher that it may end, which ends the guest. This write does not block: the pipe has
+    /// room, because it is written at most twice.
     fn answer(&mut self) {
         if let Err(error) = self.answers.write_all(TAKEN) {
             log::error!("cannot answer the guest's launcher: {error}");
         }
     }
 
-    /// What the guest has told of its command.
+    /// Returns what the guest has reported of its command.
     pub fn heard(&self) -> Heard {
         match () {
             () if self.ended.is_some() || self.incomplete.is_some() => Heard::Ended,
@@ -140,12 +142,13 @@ impl JobEnd {
         }
     }
 
-    /// What of the command's files has not come to the guest, if that is why it was not started.
+    /// Returns which of the command's files did not arrive, if that is why the command was not started.
     pub fn incomplete(&self) -> Option<Incomplete> {
         self.incomplete
     }
 
-    /// How the command ended, if the guest has told; `begin` is when the CPUs were started.
+    /// Returns how the command ended, or `None` if the guest has not reported it. `begin` is when the CPUs
+    /// were started.
     pub fn ended(&self, begin: Instant) -> Option<(CommandEnd, Times)> {
         let (end, at) = self.ended?;
         let started = self.started.unwrap_or(at);
@@ -154,7 +157,7 @@ impl JobEnd {
         Some((end, times))
     }
 
-    /// What was lost on the way out: which stream, and why.
+    /// Returns the first output stream that lost data, and why; `None` if none did.
     pub fn lost_output(&self) -> Option<(&'static str, io::Error)> {
         self.outputs.iter().find_map(|(what, error)| {
             let error = error.get()?;

@@ -1,73 +1,74 @@
-//! The time limits of a run: `--timeout`, and what ends a guest that can no longer tell of its command.
+//! The time limits of a run: `--timeout`, and the limits for a guest that can no longer report on its
+//! command.
 //!
-//! Owns the clocks. A guest whose init has reported may run its command for ever: that is `--timeout`'s
-//! business. What the limits end the VM with is `vmm`'s.
+//! Owns the clocks. A guest whose init has reported may run its command for ever; only `--timeout` limits
+//! that. How the VM ends when a limit expires is `vmm`'s.
 
 use std::time::{Duration, Instant};
 
-/// How long a guest may take until its init reports, where `--boot-timeout` says nothing. Boots take less than a
+/// How long a guest may take until its init reports, if `--boot-timeout` is not given. Boots take less than a
 /// second on hardware.
 pub const BOOT_MAX: Duration = Duration::from_secs(60);
-/// A kernel that has panicked is given so long to reset, or to tell pvpanic.
+/// How long a kernel that panicked may take to reset, or to report to pvpanic.
 const PANIC_MAX: Duration = Duration::from_secs(10);
-/// A guest that has told how its command ended is given so long to switch itself off, without a request for a
-/// disk in between: unmounting may have much to write.
+/// How long a guest may take to power off once it has reported how its command ended. Each disk request in
+/// that time starts the limit anew, because unmounting may have much to write.
 const OFF_MAX: Duration = Duration::from_secs(60);
 
 /// How long the guest's init may take to report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BootTimeout {
-    /// [`BOOT_MAX`], and more where this machine is slow.
+    /// [`BOOT_MAX`], and longer on a slow machine.
     Default,
-    /// As the user says.
+    /// The time that the user gave.
     Given(Duration),
-    /// For ever.
+    /// No limit.
     Never,
 }
 
-/// What the guest has told of its command.
+/// What the guest has reported of its command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Heard {
     /// Nothing.
     Nothing,
     /// Its init has reported.
     Arrived,
-    /// All there is to tell.
+    /// There is no more to report: the command has ended, or could not be started.
     Ended,
 }
 
-/// How things stand.
+/// The state of the guest at one moment.
 #[derive(Debug, Clone, Copy)]
 pub struct Standing {
-    /// The time.
+    /// The moment.
     pub at: Instant,
-    /// What the guest has told; none where there is no command.
+    /// What the guest has reported; `None` if there is no command.
     pub heard: Option<Heard>,
-    /// The kernel has printed that it panics.
+    /// `true` if the kernel printed that it panics.
     pub panicked: bool,
-    /// Changes with each request for a disk.
+    /// A number that changes with each disk request.
     pub requests: u64,
 }
 
-/// Which limit is over.
+/// The limit that expired.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Over {
     /// `--timeout`.
     Timeout,
-    /// The init has not reported in this time.
+    /// The init did not report within this time.
     Boot(Duration),
-    /// The kernel has panicked, and has not reset.
+    /// The kernel panicked, and did not reset.
     Panic,
-    /// The command has ended, and the guest has not switched itself off in this time.
+    /// The command ended, and the guest did not power off within this time.
     Off(Duration),
 }
 
-/// A limit that grows where the machine turns out to be slow.
+/// A time limit, which may be extended once on a slow machine.
 #[derive(Debug, Clone, Copy)]
 struct Limit {
     from: Instant,
     length: Duration,
-    /// Its length is to be looked at again when it is over.
+    /// `true` if `length` is to be multiplied by the machine's slowness when it first expires.
     grows: bool,
 }
 
@@ -76,12 +77,12 @@ impl Limit {
         Self { from, length, grows }
     }
 
-    /// None: never, because it is farther away than the clock counts.
+    /// Returns when the limit expires, or `None` if that is farther away than the clock counts.
     fn end(&self) -> Option<Instant> {
         self.from.checked_add(self.length)
     }
 
-    /// Whether it is over, once it has its final length.
+    /// Returns `true` if the limit has expired at `at`, after extending it if it `grows`.
     fn is_over(&mut self, at: Instant, slowness: fn() -> u32) -> bool {
         let is_over = |limit: &Self| limit.end().is_some_and(|end| at >= end);
         if is_over(self) && std::mem::take(&mut self.grows) {
@@ -101,7 +102,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// From now on: the CPUs start.
+    /// Starts the limits at `at`, when the CPUs start.
     pub fn begin(at: Instant, timeout: Option<Duration>, boot: BootTimeout, slowness: fn() -> u32) -> Self {
         let boot = match boot {
             BootTimeout::Default => Some(Limit::new(at, BOOT_MAX, true)),
@@ -112,7 +113,8 @@ impl Limits {
         Self { timeout, boot, panic: None, off: None, slowness }
     }
 
-    /// Which limit is over, if one is; to be asked whenever something has happened, and when [`Self::wait`] says.
+    /// Returns the limit that has expired, or `None`. Call this after every event, and when the time that
+    /// [`Self::wait`] returns has passed.
     pub fn check(&mut self, now: Standing) -> Option<Over> {
         let slowness = self.slowness;
         let is_over = |limit: &mut Option<Limit>| limit.as_mut().is_some_and(|l| l.is_over(now.at, slowness));
@@ -148,7 +150,7 @@ impl Limits {
         None
     }
 
-    /// How long it is until one may be over.
+    /// Returns the time until a limit may expire, or `None` if no limit is set.
     pub fn wait(&self, at: Instant) -> Option<Duration> {
         let limits = [self.timeout, self.boot, self.panic, self.off.map(|(limit, _)| limit)];
         let ends = limits.iter().flatten().filter_map(Limit::end);
@@ -199,7 +201,7 @@ mod tests {
         assert_eq!(clock.at(59, Heard::Arrived), None);
         assert_eq!(clock.at(1_000_000, Heard::Arrived), None);
         assert_eq!(clock.limits.wait(clock.begin), None);
-        // Without a command nothing is expected.
+        // Without a command no report is expected.
         let mut clock = Clock::new(None, BootTimeout::Default, || 1);
         assert_eq!(clock.at(1_000_000, None), None);
     }

@@ -1,27 +1,28 @@
-//! How slow this machine is, for limits of time that were chosen for hardware.
+//! Measures how slow this machine is, for time limits that were chosen for hardware.
 //!
-//! Owns the measure: the instructions of a guest take longer where the host itself is emulated, as in the
+//! Owns the measurement. A guest's instructions take longer if the host itself is emulated, as in the
 //! emulated host of `guest-images/emuhost`.
 
 use std::arch::x86_64::__cpuid;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-/// Steps of the loop that is measured, each three shifts and three exclusive ors that wait for each other.
+/// Iterations of the measured loop. Each has three shifts and three exclusive ors that depend on each other.
 const STEPS: u32 = 1 << 16;
-/// What the loop takes on a slow processor: 3 ns a step.
+/// What the loop takes on a slow processor: 3 ns per iteration.
 const SLOW_PROCESSOR: Duration = Duration::from_nanos(3 * STEPS as u64);
-/// The shortest of so many runs counts: other load makes some longer.
+/// How often the loop runs. The shortest run counts, because other load makes some longer.
 const RUNS: u32 = 32;
-/// Where hypervisors say who they are (Documentation/virt/kvm/x86/cpuid.rst).
+/// The CPUID leaf in which hypervisors identify themselves (Documentation/virt/kvm/x86/cpuid.rst).
 const HYPERVISOR_LEAF: u32 = 0x4000_0000;
 const HYPERVISOR_PRESENT: u32 = 1 << 31;
-/// QEMU without KVM: each instruction is translated, and a guest's exit costs far more than on hardware.
+/// The signature of QEMU without KVM. It translates each instruction, and a guest's exit costs far more than
+/// on hardware.
 const EMULATOR: &[u8; 12] = b"TCGTCGTCGTCG";
 const EMULATED: u32 = 10;
 const MOST: u32 = 20;
 
-/// How many times as long as on hardware a boot may take here: 1 to 20.
+/// Returns how many times as long as on hardware a boot may take here, from 1 to 20.
 pub fn slowness() -> u32 {
     let shortest = (0..RUNS).map(|_| time_loop()).min().unwrap_or_default();
     let measured = shortest.as_nanos() / SLOW_PROCESSOR.as_nanos();
@@ -44,7 +45,7 @@ fn time_loop() -> Duration {
     begin.elapsed()
 }
 
-/// Whether the host's processor says that it is an emulator's.
+/// Returns `true` if the host's processor identifies itself as an emulator.
 fn is_emulated() -> bool {
     if __cpuid(1).ecx & HYPERVISOR_PRESENT == 0 {
         return false;

@@ -1,7 +1,7 @@
-//! What is found wrong with a machine before anything of it is opened, made or emptied.
+//! What is found wrong with a machine before any of its files is opened, created or emptied.
 //!
-//! Owns the rules for the machine's disks and files taken together. A run refuses the first, `--explain` tells all;
-//! what is wrong with one image by itself is found by `disk::Image`, for both.
+//! Owns the rules for the machine's disks and files taken together. A run reports the first violation,
+//! `--explain` reports all. Errors of a single image are found by `disk::Image`, for both.
 
 use std::path::PathBuf;
 
@@ -11,19 +11,19 @@ use crate::files::{Inventory, Output, host_use};
 use crate::layout;
 use crate::observe::csv;
 
-/// Most disks: they have letters.
+/// The maximum number of disks: each has a letter.
 const DISKS_MAX: usize = 26;
 
-/// What of a machine its disks and files decide.
+/// The part of a machine's configuration that the rules for disks and files need.
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// The disks, in order.
     pub disks: Vec<DiskOptions>,
-    /// How the guest reaches its virtio devices, where a disk does not say otherwise.
+    /// The transport of the virtio devices, unless a disk names its own.
     pub transport: TransportChoice,
-    /// Whether there is a virtio-console besides: for a command, or an observation.
+    /// `true` if there is also a virtio-console, for a command or for an observation.
     pub has_console: bool,
-    /// All files that the command names.
+    /// All files that the command line names.
     pub files: Inventory,
 }
 
@@ -37,7 +37,7 @@ impl Plan {
         }
     }
 
-    /// All that would be refused.
+    /// Returns every reason for which a run would be refused.
     pub fn refusals(&self) -> Vec<VmmError> {
         let mut refusals: Vec<VmmError> = self.files.check().into_iter().map(VmmError::from).collect();
         let asked = self.disks.len();
@@ -52,7 +52,7 @@ impl Plan {
         refusals
     }
 
-    /// Pairs of disks that are the same bytes. Readers may share.
+    /// Returns an error for each pair of disks that share bytes, unless both are read-only.
     fn shared_disks(&self) -> Vec<VmmError> {
         let found: Vec<_> = self.disks.iter().map(|disk| std::fs::metadata(&disk.path).ok()).collect();
         let mut pairs = Vec::new();
@@ -70,7 +70,7 @@ impl Plan {
 }
 
 impl StatsTarget {
-    /// The file, if it is one.
+    /// Returns the output file, or `None` for standard error.
     pub fn output(&self) -> Option<Output> {
         match self {
             Self::Stderr => None,
@@ -80,14 +80,14 @@ impl StatsTarget {
 }
 
 impl ObserveTarget {
-    /// The file.
+    /// Returns the output file.
     pub fn output(&self) -> Output {
         Output { option: "--observe", path: self.path.clone(), content: csv::CONTENT }
     }
 }
 
 impl ConsoleTarget {
-    /// The file, if it is one.
+    /// Returns the output file, or `None` if the target is no file.
     pub fn output(&self) -> Option<Output> {
         match self {
             Self::File(path) => Some(Output::text("--console", path)),
@@ -96,7 +96,7 @@ impl ConsoleTarget {
     }
 }
 
-/// Whether there is an interrupt line for each of so many virtio-mmio devices.
+/// Returns an error if there are fewer interrupt lines than virtio-mmio devices.
 pub(super) fn too_many_mmio(asked: usize) -> Result<(), VmmError> {
     let max = layout::VIRTIO_IRQS.len();
     if asked > max { Err(VmmError::TooManyMmio { asked, max }) } else { Ok(()) }

@@ -1,7 +1,7 @@
-//! A machine that runs: its CPUs are started, what ends it is waited for, and it is stopped.
+//! A running machine: starts its CPUs, waits for what ends it, and stops it.
 //!
-//! Owns the loop of the main thread, and which event ends the VM with what. What is built before and told
-//! after is `vmm`'s; the end in order is [`super::stop`]'s.
+//! Owns the main thread's loop, and how each event ends the VM. What is built before and reported after is
+//! `vmm`'s; the orderly stop is [`super::stop`]'s.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -27,10 +27,10 @@ use crate::signals::Signals;
 use crate::terminal::{self, Input, RawMode};
 use crate::vcpu::{End, Vcpu};
 
-/// How soon the serial port is tried again while its CPU is in it.
+/// How soon the serial port is tried again while a CPU holds its lock.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// A machine that runs.
+/// A running machine.
 pub(super) struct Run<'a> {
     signals: &'a Signals,
     reports: Reports,
@@ -48,7 +48,7 @@ pub(super) struct Run<'a> {
     patience: Patience,
     job: Option<JobEnd>,
     watch: Option<Watch>,
-    /// How its observation has ended.
+    /// How its observation ended.
     pub(super) observed: Result<(), VmmError>,
     begin: Instant,
 }
@@ -95,7 +95,8 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Starts the CPUs. None runs before every thread, this one by its `ticket`, is in the sandbox.
+    /// Starts the CPUs. None runs a guest before every thread is in the sandbox, including this one through
+    /// its `ticket`.
     pub(super) fn start(&mut self, machine: &mut Machine, ticket: Ticket) -> Result<(), VmmError> {
         for vcpu in machine.vcpus.drain(..) {
             let reporter = self.reports.reporter().map_err(host("make an eventfd"))?;
@@ -118,7 +119,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Waits for what ends the VM, and moves input meanwhile; `tell` tells the statistics.
+    /// Waits for what ends the VM, and moves input meanwhile; `tell` writes the statistics.
     pub(super) fn supervise(
         &mut self,
         files: &mut ImageFiles,
@@ -145,7 +146,7 @@ impl<'a> Run<'a> {
             if told && let Some(job) = &mut self.job {
                 job.listen();
             }
-            // Also with the statistics that a signal asks for.
+            // Also on a signal, so that the statistics which it may ask for are preceded by this check.
             if renamed || signal || files.wait() == Some(Duration::ZERO) {
                 files.look(&machine.disks);
             }
@@ -158,7 +159,7 @@ impl<'a> Run<'a> {
             if typed && self.read_input() == Wish::Quit {
                 return Ok(Ending::Quit);
             }
-            // An eventfd that was ready has something to read; nobody else reads it.
+            // An eventfd that is ready has a value to read; only this thread reads it.
             if asked {
                 let _ = self.serial.wants_input.read();
             }
@@ -192,17 +193,17 @@ impl<'a> Run<'a> {
             Report::Vcpu(_, End::Outcome(outcome)) => Ok(match outcome {
                 Outcome::Exit(value) => Ending::ExitPort(value),
                 Outcome::GuestPanic => Ending::GuestPanic,
-                // Before its pvpanic driver is loaded a guest can only print, and reset.
+                // Until its pvpanic driver is loaded, a guest can only print a panic and reset.
                 Outcome::Reset if self.serial.panicked.get() => Ending::GuestPanic,
                 Outcome::Reset => Ending::Reset,
                 Outcome::Shutdown | Outcome::Continue => Ending::PowerOff,
             }),
-            // Nobody stops a CPU before the machine is stopped.
+            // A CPU is told to stop only when the machine is stopped, which has not begun.
             Report::Vcpu(id, End::Stopped) => Err(VmmError::Panicked(id)),
         }
     }
 
-    /// What an ordinary end means where the guest had a command to run.
+    /// Returns what an ordinary end means if the guest had a command to run.
     pub(super) fn with_command(&mut self, ending: Ending) -> Result<Ending, VmmError> {
         let Some(job) = &mut self.job else { return Ok(ending) };
         if !matches!(ending, Ending::PowerOff | Ending::Reset) {
@@ -221,7 +222,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// What the VM ends with, if a limit of time is over.
+    /// Returns how the VM ends if a time limit has expired, or `None`.
     fn over_limit(&mut self) -> Option<Ending> {
         let counted =
             |image: &Arc<Image>| image.counters().snapshot().iter().map(|(_, count)| count).sum::<u64>();
@@ -241,7 +242,7 @@ impl<'a> Run<'a> {
                      itself off: it is ended, and what it has not written to its disks is lost",
                     limit.as_secs()
                 );
-                // As after an end in order: what it has told is what counts.
+                // As after an orderly end, what the guest has reported is what counts.
                 Some(Ending::PowerOff)
             }
         }
@@ -262,8 +263,8 @@ impl<'a> Run<'a> {
         self.console.take_read(result)
     }
 
-    /// Whether it has to be tried again soon. The port's lock is only tried: a CPU may hold it for
-    /// long, when whoever reads our output does not.
+    /// Hands waiting input to the guest, and returns `true` if it must be tried again soon. The port's lock
+    /// is only tried: a CPU may hold it for long if the reader of our output is slow.
     fn hand_input_over(&mut self) -> bool {
         if let Some(retry) = hvc::serve(self.hvc.as_ref(), &mut self.console, self.begin) {
             return retry;
@@ -281,20 +282,20 @@ impl<'a> Run<'a> {
         machine.stopping.set();
         stop::stop_vcpus(&self.threads, self.patience, self.signals)?;
         for vcpu in self.threads.drain(..) {
-            // A panic has been reported by the thread itself.
+            // The thread itself has reported its panic.
             let _ = vcpu.thread.join();
         }
         self.raw_mode = None;
         stop::drain(&self.ender, machine, self.patience, self.signals)?;
-        // As the guest has left it: what is dirty still is.
+        // Observes the state in which the guest left the caches, before the close: dirty data is still dirty.
         self.observed = self.watch.take().map_or(Ok(()), Watch::end);
         stop::close(&self.ender, &machine.disks, self.patience, self.signals)
     }
 }
 
-/// A vCPU's thread.
+/// Runs a vCPU on its own thread and reports how it ended.
 fn run_vcpu(mut vcpu: Vcpu, reporter: Reporter, stopping: &dyn Fn() -> bool) {
-    /// Reports the panic of a thread that does not get to its own report.
+    /// Reports the panic of a thread that does not reach its own report.
     struct Unreported<'a>(&'a Reporter, u8);
     impl Drop for Unreported<'_> {
         fn drop(&mut self) {

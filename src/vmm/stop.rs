@@ -1,7 +1,7 @@
-//! The end in order: vCPUs, then the devices' I/O, then the images; then the statistics.
+//! The orderly stop: vCPUs, then the devices' I/O, then the images; then the statistics.
 //!
-//! Owns the waiting for each, and its limits. A host whose disk hangs must not hang us without a
-//! word: past the limit we say who still holds the I/O, and fail.
+//! Owns the wait for each, and its limits. If the host's disk hangs, minivmm must not hang silently. Past the
+//! limit it reports who still holds the I/O, and fails.
 
 use std::fs::File;
 use std::io::{self, Seek, Write};
@@ -26,18 +26,18 @@ use crate::stats::{ExitStats, Stats};
 use crate::sync::unpoisoned;
 use crate::vcpu::Exits;
 
-/// Draining I/O, or a vCPU that waits for it, may take so long, where `--stop-timeout` says nothing.
+/// How long draining I/O, or a vCPU that waits for I/O, may take if `--stop-timeout` is not given.
 const DRAIN_MAX: Duration = Duration::from_secs(60);
-/// After so long we say what we wait for.
+/// After this time we print what we wait for.
 const SILENT_MAX: Duration = Duration::from_secs(3);
-/// A reader of the statistics is waited for so long.
+/// How long we wait for a reader of the statistics to release its lock.
 const LOCK_MAX: Duration = Duration::from_secs(1);
-/// How often we look.
+/// The maximum interval between two checks.
 const LOOK: Duration = Duration::from_millis(5);
-/// How often a vCPU's thread is kicked anew: the signal may come just before a system call.
+/// How often a vCPU's thread is kicked again: the signal may arrive just before a system call.
 const KICK_AGAIN: Duration = Duration::from_millis(20);
 
-/// What went wrong at the end.
+/// Why the stop failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StopError {
     /// Something hangs in the host.
@@ -54,80 +54,80 @@ pub enum StopError {
     Sync {
         /// The image.
         path: PathBuf,
-        /// The host's answer.
+        /// The host's error.
         source: io::Error,
     },
-    /// The image's last name has gone.
+    /// The image's last link is gone.
     #[error(
         "disk image {path} was deleted, or another file has taken its name, while the VM ran: what the guest wrote is lost"
     )]
     Deleted {
-        /// As named on the command line.
+        /// The path as named on the command line.
         path: PathBuf,
     },
-    /// The image's file was cut.
+    /// The image's file was truncated.
     #[error(
         "disk image {path} was cut by another program, from {before} to {now} bytes, while the VM ran: what lay beyond \
          is lost"
     )]
     Cut {
-        /// As named on the command line.
+        /// The path as named on the command line.
         path: PathBuf,
-        /// Its bytes at the start.
+        /// Its size in bytes at the start.
         before: u64,
-        /// The least that it had since.
+        /// Its smallest size in bytes since the start.
         now: u64,
     },
-    /// What was done is not wholly in the write log.
+    /// The write log is incomplete.
     #[error("the write log of disk image {path} could not be written: it ends too early")]
     Log {
         /// The image.
         path: PathBuf,
-        /// Why.
+        /// Why it could not be written.
         source: io::Error,
     },
-    /// No thread for it.
+    /// A thread could not be started.
     #[error("cannot start a thread")]
     Thread(#[from] io::Error),
 }
 
-/// How long the end may take.
+/// How long the stop may take.
 #[derive(Debug, Clone, Copy)]
 pub struct Patience {
-    /// For the CPUs to stop, and again for the devices' I/O in flight.
+    /// The limit for the CPUs to stop, and again for the devices' I/O in flight.
     drain: Duration,
-    /// For the last fdatasync of each image, which may have much to write; without a limit: for ever.
+    /// The limit for each image's last fdatasync, which may have much to write; `None` sets no limit.
     close: Option<Duration>,
 }
 
 impl Patience {
-    /// As `--stop-timeout` says, if it does.
+    /// Creates the limits from `--stop-timeout`; `None` if it is not given.
     pub fn new(limit: Option<Duration>) -> Self {
         Self { drain: limit.unwrap_or(DRAIN_MAX), close: limit }
     }
 }
 
-/// A vCPU's thread, and how to reach it.
+/// A vCPU's thread, and the means to stop it.
 pub struct VcpuThread {
-    /// Its thread.
+    /// The thread.
     pub thread: JoinHandle<()>,
-    /// Its shared page.
+    /// The page that the vCPU shares with KVM.
     pub page: Arc<RunPage>,
 }
 
-/// The thread that does at the end what may hang, so that the main thread can say so. It is there from the
-/// beginning: a guest that runs lets no thread be started any more.
+/// The thread that does whatever may hang during the stop, so that the main thread can report it. It is
+/// started at the beginning, because the sandbox allows no new thread once the guest runs.
 pub struct Ender(Sender<Box<dyn FnOnce() + Send>>);
 
-/// What it has been given to do.
+/// A piece of work that the [`Ender`] was given.
 struct Work<T> {
     answer: Receiver<T>,
-    /// Once there is one; `None` in it if the thread panicked.
+    /// `None` until the work has finished; `Some(None)` if the thread panicked.
     answered: Option<Option<T>>,
 }
 
 impl Ender {
-    /// Starts the thread. It goes with this, or with the process if it hangs.
+    /// Starts the thread. It ends when this value is dropped, or with the process if it hangs.
     pub fn start() -> io::Result<Self> {
         let (orders, received) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
         let ticket = Ticket::new(Role::End);
@@ -142,7 +142,7 @@ impl Ender {
 
     fn begin<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Work<T> {
         let (done, answer) = mpsc::channel();
-        // A thread that is gone drops the channel, which is an answer.
+        // A thread that is gone drops the channel, which counts as an answer.
         let _ = self.0.send(Box::new(move || _ = done.send(work())));
         Work { answer, answered: None }
     }
@@ -160,21 +160,21 @@ impl<T> Work<T> {
         self.answered.is_some()
     }
 
-    /// What came of it, when it is finished.
+    /// Returns the result of finished work, or `None` if the thread panicked.
     fn result(self) -> Option<T> {
         self.answered.flatten()
     }
 }
 
-/// A disk: where it is, and the image itself.
+/// An open disk: its path and its image.
 pub struct OpenDisk {
-    /// For messages.
+    /// The path, for messages.
     pub path: PathBuf,
     /// The image.
     pub image: Arc<Image>,
 }
 
-/// Stops the vCPUs. The flag that they look at is set already.
+/// Stops the vCPUs. The caller has already set the flag that they check.
 pub fn stop_vcpus(threads: &[VcpuThread], patience: Patience, signals: &Signals) -> Result<(), StopError> {
     let mut kicked: Option<Instant> = None;
     let done = || {
@@ -182,7 +182,7 @@ pub fn stop_vcpus(threads: &[VcpuThread], patience: Patience, signals: &Signals)
             kicked = Some(Instant::now());
             for vcpu in threads.iter().filter(|vcpu| !vcpu.thread.is_finished()) {
                 vcpu.page.set_immediate_exit();
-                // A thread that has ended meanwhile needs no signal.
+                // The signal is not needed if the thread has ended meanwhile.
                 let _ = vcpu.thread.kill(SIGRTMIN());
             }
         }
@@ -191,7 +191,7 @@ pub fn stop_vcpus(threads: &[VcpuThread], patience: Patience, signals: &Signals)
     wait_until(done, || "the guest's CPUs".into(), Some(patience.drain), signals)
 }
 
-/// Stops every device: when this returns without error no I/O is in flight.
+/// Stops every device. When this returns without an error, no I/O is in flight.
 pub fn drain(
     ender: &Ender,
     machine: &Machine,
@@ -207,7 +207,7 @@ pub fn drain(
     wait_until(|| work.is_finished(), || in_flight(&machine.disks), Some(patience.drain), signals)
 }
 
-/// What the host still has, and of which image.
+/// Describes how many requests the host still holds, and for which images.
 fn in_flight(disks: &[OpenDisk]) -> String {
     let words = disks.iter().filter_map(|disk| {
         let count: u64 = disk.image.queue_stats().iter().map(|queue| queue.in_flight()).sum();
@@ -219,8 +219,8 @@ fn in_flight(disks: &[OpenDisk]) -> String {
     }
 }
 
-/// Closes every image. The last fdatasync may have much to write: only `--stop-timeout` limits it, and a Ctrl-C that is
-/// typed when we have said that we wait.
+/// Closes every image. The last fdatasync may have much to write. Only `--stop-timeout` limits it, or a
+/// Ctrl-C typed after the message that says what we wait for.
 pub fn close(
     ender: &Ender,
     disks: &[OpenDisk],
@@ -237,7 +237,7 @@ pub fn close(
         log::info!("{}: {}", disk.path.display(), disk.image.counters().summary());
         if let Err(source) = result {
             let error = StopError::Sync { path: disk.path.clone(), source };
-            // One is returned; those of other disks are told here.
+            // Only the last error is returned; those of other disks are reported here.
             if let Err(earlier) = std::mem::replace(&mut failed, Err(error)) {
                 log::error!("{:#}", anyhow::Error::from(earlier));
             }
@@ -259,7 +259,7 @@ pub fn close(
     failed
 }
 
-/// Whether what the guest wrote is still there for whoever opens the image next.
+/// Returns an error if whoever opens the image next will not find what the guest wrote.
 fn is_whole(disk: &OpenDisk) -> Result<(), StopError> {
     let path = disk.path.clone();
     if disk.image.is_deleted() {
@@ -268,23 +268,23 @@ fn is_whole(disk: &OpenDisk) -> Result<(), StopError> {
     disk.image.cut().map_or(Ok(()), |(before, now)| Err(StopError::Cut { path, before, now }))
 }
 
-/// Where the statistics go, opened before the guest runs: a path that cannot be is no surprise at
-/// the end.
+/// Where the statistics are written. It is opened before the guest runs, so that a bad path is reported then
+/// and not at the end.
 pub enum StatsReport {
-    /// As text.
+    /// Standard error, as text.
     Stderr,
-    /// As JSON.
+    /// An open file, as JSON.
     Json(PathBuf, Opened),
 }
 
 impl StatsReport {
-    /// Empties the file, if it is one.
+    /// Opens the target; a file is emptied.
     pub fn open(target: &StatsTarget, files: &Inventory) -> Result<Self, VmmError> {
         let Some(output) = target.output() else { return Ok(Self::Stderr) };
         Ok(Self::Json(output.path.clone(), files.open(&output)?))
     }
 
-    /// Tells how it stands with the disks, and what the CPUs have come out of KVM for.
+    /// Writes the disks' statistics and the counts of the CPUs' exits from KVM.
     pub fn write(&mut self, disks: &[OpenDisk], exits: &Exits) -> Result<(), VmmError> {
         let at = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let exits = ExitStats {
@@ -297,7 +297,7 @@ impl StatsReport {
         let stats = Stats::of(disks.iter().map(|disk| &*disk.image), exits);
         match self {
             Self::Stderr => {
-                // Whoever reads it may be gone, which is no failure of the VM.
+                // The reader of standard error may be gone, which is no failure of the VM.
                 let _ = io::stderr().write_all(stats.to_string().as_bytes());
                 Ok(())
             }
@@ -308,8 +308,9 @@ impl StatsReport {
     }
 }
 
-/// Puts new statistics in the place of the old ones, in the file that is open: with the sandbox no other can
-/// be made. A lock (flock(2)) keeps readers that take one too from half of it.
+/// Replaces the old statistics in the open file with new ones. The sandbox allows no other file to be
+/// created, so the file is rewritten in place. A lock (flock(2)) protects readers that take it too from a
+/// partial file.
 fn replace(opened: &mut Opened, stats: &Stats) -> io::Result<()> {
     let Opened { file, is_ours } = opened;
     if !*is_ours {
@@ -327,8 +328,8 @@ fn replace(opened: &mut Opened, stats: &Stats) -> io::Result<()> {
     written
 }
 
-/// Whether there is a lock. A reader has it for a moment; one that keeps it, like a file system without locks,
-/// keeps nobody from the end.
+/// Tries to lock the file, and returns `true` on success. A reader holds its lock only for a moment. A reader
+/// that keeps it, or a file system without locks, does not keep the VM from ending.
 fn lock(file: &File) -> bool {
     let until = Instant::now() + LOCK_MAX;
     loop {
@@ -340,8 +341,9 @@ fn lock(file: &File) -> bool {
     }
 }
 
-/// Waits until `done`. Signals change nothing: whoever ends us may send several (GNU timeout sends two, a supervisor one
-/// every second). Only a key, typed after we have said what we wait for, means that the user does not want to wait.
+/// Waits until `done`. Signals change nothing: whoever ends minivmm may send several (GNU timeout sends two,
+/// a supervisor one every second). Only a key that is typed after the message which says what we wait for
+/// means that the user does not want to wait.
 fn wait_until(
     mut done: impl FnMut() -> bool,
     what: impl Fn() -> String,
@@ -368,7 +370,7 @@ fn wait_until(
     Ok(())
 }
 
-/// Whether it is Ctrl-C or Ctrl-\\, typed.
+/// Returns `true` if the signal is a typed Ctrl-C or Ctrl-\\.
 fn gives_up(signal: Arrived) -> bool {
     signal.typed && matches!(signal.number, libc::SIGINT | libc::SIGQUIT)
 }

@@ -1,8 +1,10 @@
-//! An image that goes while the VM runs: its file is deleted, replaced by a rename, or cut (`truncate -s`).
+//! Detects that an image vanishes while the VM runs: its file is deleted, replaced by a rename, or cut
+//! (`truncate -s`).
 //!
-//! Owns the notice. The kernel tells of a name at once (inotify), where the file system can. It tells of a size only
-//! among all writes of the guest's, so sizes are looked at every second, which also finds names that nobody told of.
-//! No thread waits for either: the main loop has one more descriptor, and wakes.
+//! Owns the detection. The kernel reports changes of a name at once (inotify), if the file system can. It
+//! reports changes of size only among all of the guest's writes. Sizes are therefore checked every second,
+//! which also finds changed names that were not reported. No thread waits for either: the main loop has one
+//! more descriptor and one more timeout.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -12,15 +14,15 @@ use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
 use super::stop::OpenDisk;
 
-/// Bytes of events that are read at once. What they say is looked up anyway.
+/// The number of bytes of events that one read takes. Their content is ignored: every file is checked anyway.
 const EVENTS_BYTES: usize = 4096;
-/// How often the files are looked at.
+/// How often the files are checked.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// The images' files.
+/// The files of the images, and what has been reported of them.
 pub struct ImageFiles {
     renamed: Option<OwnedFd>,
-    /// Of each disk, what is told.
+    /// What has been reported, per disk.
     told: Vec<Told>,
     looked: Instant,
 }
@@ -32,23 +34,23 @@ struct Told {
 }
 
 impl ImageFiles {
-    /// Watches the files of these images from here on.
+    /// Starts to watch the files of these images.
     pub fn watch(disks: &[OpenDisk]) -> Self {
         let renamed = watch(disks).inspect_err(|error| log::info!("cannot watch the images' names: {error}"));
         Self { renamed: renamed.ok(), told: vec![Told::default(); disks.len()], looked: Instant::now() }
     }
 
-    /// To be waited for; then [`ImageFiles::look`].
+    /// The descriptor to wait for before a call of [`ImageFiles::look`]; `None` if names cannot be watched.
     pub fn as_raw_fd(&self) -> Option<RawFd> {
         self.renamed.as_ref().map(AsRawFd::as_raw_fd)
     }
 
-    /// How long it is until the next look is due; `None` where there is no image to look at.
+    /// Returns the time until the next check is due, or `None` if there is no disk.
     pub fn wait(&self) -> Option<Duration> {
         (!self.told.is_empty()).then(|| LOOK.saturating_sub(self.looked.elapsed()))
     }
 
-    /// Tells of each image that has gone, once.
+    /// Reports each image that has vanished, once.
     pub fn look(&mut self, disks: &[OpenDisk]) {
         self.looked = Instant::now();
         if let Some(renamed) = &self.renamed {
@@ -73,7 +75,8 @@ impl ImageFiles {
 fn watch(disks: &[OpenDisk]) -> io::Result<OwnedFd> {
     let changes = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
     for disk in disks.iter().filter(|disk| !disk.image.is_device()) {
-        // By the descriptor, so that it is the file which is open. The count of links is an attribute.
+        // Watched through its descriptor, so that it is the file which is open. The link count is an
+        // attribute.
         let path = format!("/proc/self/fd/{}", disk.image.file().as_raw_fd());
         inotify::add_watch(&changes, path, WatchFlags::ATTRIB)?;
     }

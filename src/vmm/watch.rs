@@ -1,7 +1,7 @@
 //! `--observe` as a part of the machine: the port through which the guest is asked, and the observer.
 //!
-//! Owns the pipes behind that port and the moment at which the observation begins and ends. What is
-//! looked at, and how it is written, is [`crate::observe`]'s.
+//! Owns the pipes behind that port, and the moments at which the observation begins and ends. What is
+//! observed, and how it is written, is [`crate::observe`]'s.
 
 use std::fs::File;
 use std::io;
@@ -25,7 +25,7 @@ pub struct Watch {
     observer: Observer,
 }
 
-/// The port, and our end of it.
+/// Makes the port, and our end of it.
 pub fn port() -> io::Result<(PortConfig, GuestEnd)> {
     let (answers, to_us) = io::pipe()?;
     let (from_us, questions) = io::pipe()?;
@@ -40,7 +40,7 @@ pub fn port() -> io::Result<(PortConfig, GuestEnd)> {
 }
 
 impl Watch {
-    /// Begins, before the guest runs.
+    /// Begins the observation; called before the guest runs.
     pub fn begin(target: &ObserveTarget, files: &Inventory, machine: &mut Machine) -> Result<Self, VmmError> {
         let path = target.path.clone();
         let refused = |source| VmmError::Observe { path: path.clone(), source };
@@ -55,7 +55,7 @@ impl Watch {
         Ok(Self { path, observer })
     }
 
-    /// Ends with a last look.
+    /// Ends the observation after a last sample.
     pub fn end(self) -> Result<(), VmmError> {
         let Self { path, observer } = self;
         observer.finish().map_err(|source| VmmError::Observe { path, source })

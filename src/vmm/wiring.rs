@@ -1,7 +1,7 @@
-//! Virtio devices are put behind their transports: addresses, doorbells, lines and messages.
+//! Connects virtio devices to their transports: addresses, doorbells, interrupt lines and messages.
 //!
-//! Owns which place a device gets. PCI functions stand in the order of the devices, so that a guest
-//! finds vda first; so do virtio-mmio devices.
+//! Owns which place a device gets. PCI functions are in the order of the devices, so that a guest finds vda
+//! first; so are virtio-mmio devices.
 
 use std::sync::{Arc, Mutex};
 
@@ -25,16 +25,16 @@ use crate::virtio::{Transport, VirtioDevice};
 const _: () = assert!(BAR_BYTES == layout::PCI_MEMORY_STRIDE);
 const _: () = assert!(ECAM_BYTES == layout::PCI_ECAM_END - layout::PCI_ECAM);
 
-/// Everything that is reached by memory.
+/// Everything that the guest reaches through memory accesses.
 #[derive(Default)]
 pub struct Wired {
-    /// The bus with all of it.
+    /// The bus on which all of it is placed.
     pub mmio: Bus,
-    /// The devices, in order.
+    /// The transports of the devices, in order.
     pub transports: Vec<Arc<Mutex<dyn Transport>>>,
-    /// Those that have to be announced.
+    /// The virtio-mmio devices, which must be announced to the guest.
     pub announced: Vec<MmioDevice>,
-    /// The PCI bus, if any device is on it.
+    /// The PCI bus, or `None` if no device is on it.
     pub root: Option<Arc<PciRoot>>,
 }
 
@@ -89,7 +89,7 @@ fn connect_mmio(
     Ok(())
 }
 
-/// The function that is device `number` of the bus; its doorbells are bound when it is put there.
+/// Makes the PCI function for device `number` of the bus. Its doorbells are bound when its BAR is placed.
 fn connect_pci(
     vm: &Arc<VmFd>,
     routes: &Arc<Routes>,
