@@ -1,7 +1,7 @@
-//! A virtual CPU: its thread's loop round KVM_RUN, from exit to action.
+//! A virtual CPU: its thread's loop around KVM_RUN, from exit to action.
 //!
-//! Owns the decision what each exit means. Accesses go to the buses, whose devices answer with an
-//! outcome; what becomes of an outcome is `vmm`'s business. Knows nothing of any device.
+//! Owns the decision what each exit means. Accesses go to the buses, whose devices answer with an outcome;
+//! what follows from an outcome is `vmm`'s. Knows nothing of any device.
 
 mod patience;
 
@@ -22,26 +22,26 @@ use patience::{Patience, Verdict};
 
 /// What a vCPU needs to run.
 pub struct Vcpu {
-    /// Its number.
+    /// The number of the CPU.
     pub id: u8,
-    /// KVM's side of it.
+    /// KVM's handle for the CPU.
     pub fd: VcpuFd,
-    /// Its shared page; whoever wants the CPU to stop has it too.
+    /// The page shared with KVM; whoever stops the CPU holds it too.
     pub page: Arc<RunPage>,
-    /// The ports.
+    /// The bus of the ports.
     pub ports: Arc<Bus>,
-    /// Memory-mapped devices.
+    /// The bus of the memory-mapped devices.
     pub mmio: Arc<Bus>,
     /// Guest memory, for the report of a failure.
     pub ram: Ram,
-    /// A triple fault is how this guest resets.
+    /// `true` if this guest resets by a triple fault.
     pub triple_fault_resets: bool,
-    /// All CPUs' exits.
+    /// Exit counters, shared by all CPUs.
     pub exits: Arc<Exits>,
 }
 
-/// How often the guest's CPUs came out of KVM to us, by what for. What KVM does by itself (a doorbell by
-/// ioeventfd, a timer, a page fault) is not among them.
+/// Counts how often the guest's CPUs left KVM_RUN for user space, by reason. What KVM handles by itself (a
+/// doorbell by ioeventfd, a timer, a page fault) is not counted.
 #[derive(Debug, Default)]
 pub struct Exits {
     /// Reads of memory-mapped registers.
@@ -52,7 +52,7 @@ pub struct Exits {
     pub port_reads: AtomicU64,
     /// Writes of ports.
     pub port_writes: AtomicU64,
-    /// Anything else; signals that interrupt a CPU are not counted.
+    /// All other exits. Signals that interrupt a CPU are not counted.
     pub others: AtomicU64,
 }
 
@@ -69,24 +69,24 @@ impl Exits {
     }
 }
 
-/// Why a vCPU ended.
+/// Why a vCPU stopped running.
 #[derive(Debug)]
 pub enum End {
     /// The machine is being stopped.
     Stopped,
-    /// A device, or KVM, has answered so.
+    /// A device or KVM returned this outcome.
     Outcome(Outcome),
-    /// KVM cannot go on.
+    /// KVM cannot run the vCPU any further.
     Failed(Box<Failure>),
 }
 
-/// What an exit means.
+/// What to do after an exit.
 #[derive(Debug, PartialEq, Eq)]
 enum Action {
     Continue,
     End(Outcome),
     Fail(Reason),
-    /// As `Fail`, with the details that KVM left in the shared page.
+    /// Like `Fail`, with the details that KVM left in the shared page.
     FailInternal,
 }
 
@@ -100,8 +100,8 @@ impl From<Outcome> for Action {
 }
 
 impl Vcpu {
-    /// Runs until the guest ends, KVM fails, or `stopping` says so after a kick (the shared page's
-    /// `immediate_exit`, then a signal).
+    /// Runs until the guest ends, KVM fails, or `stopping` returns `true` after a kick. A kick sets the
+    /// shared page's `immediate_exit` and then sends a signal.
     pub fn run(&mut self, stopping: impl Fn() -> bool) -> End {
         let mut patience = Patience::default();
         while !stopping() {
@@ -112,7 +112,7 @@ impl Vcpu {
                     act(exit, &self.page, &self.ports, &self.mmio)
                 }
                 Err(error) => match error.errno() {
-                    // A signal.
+                    // A signal arrived.
                     libc::EINTR => Action::Continue,
                     libc::EAGAIN => self.wait_after_eagain(&mut patience),
                     errno => Action::Fail(Reason::Run(errno)),
@@ -133,7 +133,7 @@ impl Vcpu {
         End::Stopped
     }
 
-    /// Pauses before KVM is entered again; fails when EAGAIN lasts.
+    /// Pauses before KVM_RUN is called again, or fails if EAGAIN has lasted too long.
     fn wait_after_eagain(&self, patience: &mut Patience) -> Action {
         match patience.judge(Instant::now(), self.is_started()) {
             Verdict::Retry(pause) => {
@@ -146,7 +146,7 @@ impl Vcpu {
         }
     }
 
-    /// False for a CPU that waits for another one's INIT.
+    /// Returns `false` for a CPU that still waits for another CPU's INIT.
     fn is_started(&self) -> bool {
         self.fd.get_mp_state().map_or(true, |state| state.mp_state != KVM_MP_STATE_UNINITIALIZED)
     }
@@ -156,7 +156,7 @@ impl Vcpu {
     }
 }
 
-/// From exit to action.
+/// Performs what an exit asks for, and returns what to do next.
 fn act(exit: VcpuExit<'_>, page: &RunPage, ports: &Bus, mmio: &Bus) -> Action {
     match exit {
         VcpuExit::IoIn(port, data) => port_in(ports, port, data, page.port_width()),
@@ -169,7 +169,7 @@ fn act(exit: VcpuExit<'_>, page: &RunPage, ports: &Bus, mmio: &Bus) -> Action {
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => Action::End(Outcome::Shutdown),
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => Action::End(Outcome::Reset),
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _) => Action::End(Outcome::GuestPanic),
-        // With the interrupt controllers in KVM, HLT waits inside it; the others are its courtesies.
+        // The interrupt controllers are in KVM, so HLT waits inside KVM; the other two need no action.
         VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen => Action::Continue,
         VcpuExit::Shutdown => Action::Fail(Reason::TripleFault),
         VcpuExit::FailEntry(reason, cpu) => Action::Fail(Reason::FailEntry(reason, cpu)),
@@ -179,7 +179,7 @@ fn act(exit: VcpuExit<'_>, page: &RunPage, ports: &Bus, mmio: &Bus) -> Action {
     }
 }
 
-/// A string instruction delivers several accesses of one width to one port.
+/// Reads a port. A string instruction delivers several accesses of one width to one port.
 fn port_in(ports: &Bus, port: u16, data: &mut [u8], width: usize) -> Action {
     for access in data.chunks_mut(width) {
         ports.read(u64::from(port), access);
@@ -188,7 +188,7 @@ fn port_in(ports: &Bus, port: u16, data: &mut [u8], width: usize) -> Action {
     Action::Continue
 }
 
-/// As [`port_in`]; the first access that ends the machine is the last.
+/// Writes a port, as [`port_in`] reads it. No access follows the first one that ends the machine.
 fn port_out(ports: &Bus, port: u16, data: &[u8], width: usize) -> Action {
     log::trace!("port {port:#x} <- {data:x?} (width {width})");
     data.chunks(width)

@@ -1,32 +1,33 @@
-//! How long a vCPU puts up with EAGAIN from KVM_RUN.
+//! How long a vCPU tolerates EAGAIN from KVM_RUN.
 //!
-//! Owns the pauses between attempts and the moment at which EAGAIN is a failure. KVM answers EAGAIN in two cases.
-//! A CPU that another one has just started (INIT, SIPI) gets it once or twice. And KVM_RUN fails with it, for as long
-//! as the cause lasts, when the host refuses KVM a kernel thread (`kvm_mmu_start_lpage_recovery`).
+//! Owns the pauses between attempts, and the moment at which EAGAIN becomes a failure. KVM returns EAGAIN in
+//! two cases. A CPU that another one has just started (INIT, SIPI) gets it once or twice. KVM_RUN also
+//! returns it if the host refuses KVM a kernel thread (`kvm_mmu_start_lpage_recovery`), for as long as the
+//! cause lasts.
 
 use std::time::{Duration, Instant};
 
-/// Attempts that follow each other without a pause: enough for a CPU that has just been started.
+/// The number of attempts without a pause: enough for a CPU that has just been started.
 const PROMPT: u32 = 3;
 /// The pause after those attempts; it doubles each time, up to [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_millis(1);
-/// The longest pause. A vCPU that is to stop is at most this late.
+/// The longest pause. A vCPU that is told to stop is late by at most this much.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
-/// A started CPU gives up after this time, and no sooner than after [`ATTEMPTS`].
+/// A started CPU gives up after this time, but not before it has made [`ATTEMPTS`].
 const LIMIT: Duration = Duration::from_secs(1);
-/// A host that was suspended, or that is busy, lets the time pass without attempts.
+/// The minimum number of attempts: on a suspended or busy host, time passes without attempts.
 const ATTEMPTS: u32 = 12;
 
-/// What to do about one more EAGAIN.
+/// What to do about another EAGAIN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// Enter KVM again after this pause.
     Retry(Duration),
-    /// The cause lasts: report it.
+    /// Report the failure: the cause lasts.
     GiveUp,
 }
 
-/// The EAGAINs in a row of one vCPU.
+/// Counts consecutive EAGAINs of one vCPU.
 #[derive(Debug, Default)]
 pub struct Patience {
     count: u32,
@@ -34,13 +35,14 @@ pub struct Patience {
 }
 
 impl Patience {
-    /// Forgets the EAGAINs so far: KVM_RUN has answered something else.
+    /// Forgets the EAGAINs so far, because KVM_RUN has returned something else.
     pub fn reset(&mut self) {
         *self = Self::default();
     }
 
-    /// Judges one more EAGAIN. `is_started` is false for a CPU that no other one has started yet: KVM answers it
-    /// EAGAIN for as long as the guest pleases (an NMI that waits for it suffices), so it never gives up.
+    /// Decides about another EAGAIN. `is_started` is `false` for a CPU that no other CPU has started yet;
+    /// such a CPU never gives up. KVM returns EAGAIN to it for as long as the guest likes: a pending NMI
+    /// suffices.
     pub fn judge(&mut self, now: Instant, is_started: bool) -> Verdict {
         let since = *self.since.get_or_insert(now);
         self.count = self.count.saturating_add(1);
@@ -56,7 +58,8 @@ impl Patience {
 mod tests {
     use super::*;
 
-    /// Lets EAGAIN last for `most`; the attempts made, and the time after which it was given up.
+    /// Lets EAGAIN last for `most`. Returns the number of attempts, and the time after which the vCPU gave
+    /// up.
     fn last(most: Duration, is_started: bool) -> (u32, Option<Duration>) {
         let (begin, mut passed, mut patience) = (Instant::now(), Duration::ZERO, Patience::default());
         for attempt in 1.. {
