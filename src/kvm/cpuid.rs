@@ -1,9 +1,9 @@
-//! CPUID: what KVM supports, less what a guest must not have, with each CPU's place in the topology.
+//! CPUID: what KVM supports, minus what a guest must not have, with each CPU's place in the topology.
 //!
-//! Owns the edits, which are pure. Once for a machine: features are withheld (`withheld`), XSAVE's
-//! components offered whole or not at all (`xsave`), the host's brand string put in. For each CPU: one
-//! package, a core for every CPU, one thread for every core. Leaves that KVM makes for its guests
-//! (0x4000_0000 on) pass as they are.
+//! Owns the edits, which are pure functions. Three are made once per machine. Features are withheld
+//! (`withheld`). XSAVE's components are offered whole or not at all (`xsave`). The host's brand string is
+//! inserted. One is made per CPU: it describes one package, with a core for every CPU and one thread per
+//! core. Leaves that KVM makes for its guests (0x4000_0000 and up) pass unchanged.
 
 mod brand;
 mod withheld;
@@ -14,49 +14,49 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use super::KvmError;
 
-/// Leaf 1, ECX: the APIC timer has a TSC deadline mode.
+/// Leaf 1, ECX: the APIC timer has the TSC deadline mode.
 const TSC_DEADLINE: u32 = 1 << 24;
-/// Leaf 1, ECX: a hypervisor is here.
+/// Leaf 1, ECX: a hypervisor is present.
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1, EDX: the count of logical processors is valid.
 const HTT: u32 = 1 << 28;
 /// Leaf 0x8000_0001, ECX: all logical processors of the package are cores (AMD).
 const CMP_LEGACY: u32 = 1 << 1;
-/// Leaves that number threads, cores and so on, which are made anew, or (AMD's) left out.
+/// Leaves that number threads, cores and so on. They are generated anew or, for AMD's, removed.
 const TOPOLOGY_LEAVES: [u32; 3] = [0xb, 0x1f, 0x8000_0026];
-/// Kinds of level in leaves 0xb and 0x1f.
+/// Level types in leaves 0xb and 0x1f.
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
-/// A CPU's place.
+/// A CPU's place in the topology.
 #[derive(Debug, Clone, Copy)]
 pub struct Place {
-    /// Its number, which is its APIC id too.
+    /// The number of the CPU, which is also its APIC id.
     pub id: u8,
-    /// How many there are.
+    /// The number of CPUs.
     pub cpus: u8,
 }
 
 impl Place {
-    /// Bits that number the cores of the package.
+    /// Returns the number of APIC id bits that number the cores of the package.
     fn core_bits(self) -> u32 {
         u32::from(self.cpus).next_power_of_two().trailing_zeros()
     }
 }
 
-/// What KVM supports, asked once for all CPUs of a machine.
+/// What KVM supports, queried once for all CPUs of a machine.
 ///
-/// KVM_GET_SUPPORTED_CPUID reads the processor that the caller happens to run on. The processors of a hybrid machine
-/// differ, and a guest's must not.
+/// KVM_GET_SUPPORTED_CPUID reads the processor on which the caller happens to run. The processors of a hybrid
+/// machine differ, but the CPUs of a guest must not.
 #[derive(Debug)]
 pub struct Supported {
-    /// What every CPU gets, but for its place.
+    /// What every CPU gets, except for its place.
     leaves: Vec<kvm_cpuid_entry2>,
     deadline: bool,
 }
 
 impl Supported {
-    /// Asks KVM.
+    /// Queries KVM.
     pub fn by(kvm: &Kvm) -> Result<Self, KvmError> {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -65,7 +65,7 @@ impl Supported {
         Ok(Self { leaves, deadline: kvm.check_extension(Cap::TscDeadlineTimer) })
     }
 
-    /// Sets the CPUID of `vcpu`; whether the guest sees MTRRs is returned.
+    /// Sets the CPUID of `vcpu`. Returns `true` if the guest sees MTRRs.
     pub fn set_up(&self, vcpu: &VcpuFd, place: Place) -> Result<bool, KvmError> {
         let entries = adapt(&self.leaves, place, self.deadline);
         let has_mtrrs = entries.iter().any(|entry| entry.function == 1 && entry.edx & (1 << 12) != 0);
@@ -76,7 +76,7 @@ impl Supported {
     }
 }
 
-/// What a guest gets of what KVM supports, the same on every CPU.
+/// Returns what a guest gets of what KVM supports; it is the same on every CPU.
 fn offer(supported: &[kvm_cpuid_entry2], brand: brand::Brand) -> Vec<kvm_cpuid_entry2> {
     let mut leaves = supported.to_vec();
     withheld::withhold(&mut leaves);
@@ -85,7 +85,7 @@ fn offer(supported: &[kvm_cpuid_entry2], brand: brand::Brand) -> Vec<kvm_cpuid_e
     leaves
 }
 
-/// The leaves for one CPU.
+/// Returns the leaves for one CPU.
 fn adapt(supported: &[kvm_cpuid_entry2], place: Place, deadline: bool) -> Vec<kvm_cpuid_entry2> {
     let mut leaves: Vec<kvm_cpuid_entry2> =
         supported.iter().filter(|leaf| !TOPOLOGY_LEAVES.contains(&leaf.function)).copied().collect();
@@ -115,8 +115,8 @@ fn adapt_leaf(leaf: &mut kvm_cpuid_entry2, place: Place, deadline: bool) {
             leaf.ecx |= if deadline { TSC_DEADLINE } else { 0 };
             leaf.edx = (leaf.edx & !HTT) | if cpus > 1 { HTT } else { 0 };
         }
-        // Caches: how many APIC ids share each, and how many the package has for cores (Intel). Ids are
-        // counted, used or not, as in leaf 1.
+        // Caches (Intel): how many APIC ids share each, and how many ids the package has for cores. As in
+        // leaf 1, unused ids are counted too.
         4 if leaf.eax & 0x1f != 0 => {
             let level = (leaf.eax >> 5) & 7;
             let ids = 1_u32 << place.core_bits();
@@ -127,33 +127,33 @@ fn adapt_leaf(leaf: &mut kvm_cpuid_entry2, place: Place, deadline: bool) {
     }
 }
 
-/// What AMD numbers in leaves that Intel reserves.
+/// Adapts the numbers that AMD has in leaves which Intel reserves.
 fn adapt_amd_leaf(leaf: &mut kvm_cpuid_entry2, place: Place) {
     let cpus = u32::from(place.cpus);
     let id = u32::from(place.id);
     match leaf.function {
         0x8000_0001 => leaf.ecx = (leaf.ecx & !CMP_LEGACY) | if cpus > 1 { CMP_LEGACY } else { 0 },
-        // The count of cores, and the bits of the APIC id that number them.
+        // The number of cores, and the number of APIC id bits that number them.
         0x8000_0008 => leaf.ecx = (leaf.ecx & !0xf0ff) | (cpus - 1) | place.core_bits() << 12,
-        // Caches, as leaf 4.
+        // Caches, like leaf 4.
         0x8000_001d if leaf.eax & 0x1f != 0 => {
             let level = (leaf.eax >> 5) & 7;
             let sharing = if level >= 3 { cpus } else { 1 };
             leaf.eax = (leaf.eax & !0x03ff_c000) | (sharing - 1) << 14;
         }
-        // APIC id, core id with one thread a core, one node.
+        // APIC id, core id with one thread per core, one node.
         0x8000_001e => (leaf.eax, leaf.ebx, leaf.ecx) = (id, id, 0),
         _ => {}
     }
 }
 
-/// Whether the maker's name, in leaf 0, is AMD's or that of Hygon, who follows AMD.
+/// Returns `true` if the vendor in leaf 0 is AMD, or Hygon, whose processors follow AMD's.
 fn is_amd(leaves: &[kvm_cpuid_entry2]) -> bool {
     let starts = [*b"Auth", *b"Hygo"].map(u32::from_le_bytes);
     leaves.iter().any(|leaf| leaf.function == 0 && starts.contains(&leaf.ebx))
 }
 
-/// Leaf 0xb or 0x1f: a level of threads with one, a level of cores with all, and the end.
+/// Returns leaf 0xb or 0x1f: a thread level with one thread, a core level with all cores, and the end.
 fn extended_topology(function: u32, place: Place) -> [kvm_cpuid_entry2; 3] {
     let level = |index: u32, shift: u32, count: u32, kind: u32| kvm_cpuid_entry2 {
         function,

@@ -1,8 +1,8 @@
-//! What KVM gives every VM until it is told otherwise, and minivmm's guests do without.
+//! KVM's defaults for a VM that minivmm's guests do without.
 //!
-//! Owns the three switches: reinjection of the interval timer's lost ticks, which keeps KVM from using AVIC
-//! and APICv's posted interrupts; virtual performance counters; and the lines of the old interrupt
-//! controllers. An older KVM lacks some, and a guest runs there all the same.
+//! Owns three switches. The first is reinjection of the interval timer's lost ticks, which keeps KVM from
+//! using AVIC and APICv's posted interrupts. The others are virtual performance counters and the lines of the
+//! legacy interrupt controllers. An older KVM lacks some of these switches; guests run there all the same.
 
 use kvm_bindings::{
     KVM_CAP_PMU_CAPABILITY, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PMU_CAP_DISABLE, KVMIO,
@@ -13,8 +13,8 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 
 vmm_sys_util::ioctl_io_nr!(KVM_REINJECT_CONTROL, KVMIO, 0x71);
 
-/// Switches off what `vm`, which has its interval timer and no CPU yet, is to do without. Returns what
-/// KVM has a switch for and did not switch off.
+/// Switches these defaults off in `vm`, which must have its interval timer and no CPU yet. Returns the names
+/// of those that KVM has a switch for but did not switch off.
 pub fn switch_off(vm: &VmFd) -> Vec<&'static str> {
     let mut left = Vec::new();
     for (what, done) in [
@@ -30,8 +30,8 @@ pub fn switch_off(vm: &VmFd) -> Vec<&'static str> {
     left
 }
 
-/// Ticks of the interval timer that the guest was too slow for are lost, as on hardware. Linux counts time
-/// otherwise as soon as it has booted.
+/// Lets ticks of the interval timer be lost when the guest is too slow for them, as on hardware. Linux keeps
+/// time by other means as soon as it has booted.
 fn reinjection(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     if !vm.check_extension(Cap::ReinjectControl) {
         return Ok(());
@@ -44,7 +44,7 @@ fn reinjection(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     }
 }
 
-/// The counters' MSRs; what CPUID says of them is withheld too (`cpuid`). Linux 5.18.
+/// Switches off the performance counters' MSRs (Linux 5.18). CPUID hides the counters too (`cpuid`).
 fn counters(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     let offered = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
     if u32::try_from(offered).unwrap_or_default() & KVM_PMU_CAP_DISABLE == 0 {
@@ -55,9 +55,10 @@ fn counters(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     vm.enable_cap(&off)
 }
 
-/// All lines of the two 8259s are masked, as firmware leaves them: KVM's let every line through from the
-/// start, to the vectors of exceptions. A kernel that uses them programs them first; one that has
-/// hardware-reduced ACPI never does, and with `noapic` would take the serial port's interrupt for an overflow.
+/// Masks all lines of the two 8259s, as firmware leaves them. KVM's let every line through from the start, to
+/// the vectors of exceptions. A kernel that uses the 8259s programs them first. A kernel with
+/// hardware-reduced ACPI never does, and with `noapic` it would take the serial port's interrupt for an
+/// overflow exception.
 fn old_controllers(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
         let mut chip = kvm_irqchip { chip_id, ..Default::default() };
@@ -82,7 +83,8 @@ mod tests {
         let ram = mem::map_ram(&[(0, 1 << 20)]).unwrap();
         let vm = create_vm(&kvm, &ram).unwrap();
         assert_eq!(switch_off(&vm), [""; 0]);
-        // Counters are switched off before the first CPU, or not at all: that is when `create_vm` does it.
+        // The counters can only be switched off before the first CPU exists, which is when `create_vm` does
+        // it.
         let _cpu = create_vcpu(&vm, 0).unwrap();
         let offered = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
         assert_eq!(counters(&vm).is_err(), offered > 0, "KVM_CAP_PMU_CAPABILITY is {offered:#x}");

@@ -1,7 +1,7 @@
 //! Doorbells that follow a PCI function: ioeventfds at addresses that the guest changes.
 //!
-//! Owns which of a function's doorbells KVM catches, and where. They are bound and unbound by the thread
-//! of the CPU that has written the base address register.
+//! Owns which of a function's doorbells KVM catches, and at which address. The thread of the CPU that wrote
+//! the base address register binds and unbinds them.
 
 use std::io;
 use std::sync::Arc;
@@ -14,20 +14,20 @@ use crate::pci::memory::DoorbellSink;
 /// The doorbells of one function.
 pub struct Doorbells {
     vm: Arc<VmFd>,
-    /// Offset in the function's memory, and what KVM writes when the guest writes anything there, in
-    /// any width.
+    /// Each doorbell's offset in the function's memory, and its eventfd. KVM writes the eventfd when the
+    /// guest writes anything there, in any width.
     bells: Vec<(u64, Arc<EventFd>)>,
-    /// Those that are bound: address, and which one.
+    /// The bound doorbells: the address, and the index in `bells`.
     bound: Vec<(u64, usize)>,
 }
 
 impl Doorbells {
-    /// Doorbells at these offsets, bound nowhere.
+    /// Creates doorbells at these offsets. None is bound yet.
     pub fn new(vm: Arc<VmFd>, bells: impl IntoIterator<Item = (u64, Arc<EventFd>)>) -> Self {
         Self { vm, bells: bells.into_iter().collect(), bound: Vec::new() }
     }
 
-    /// Unbinds all; the first error is told after the last was tried.
+    /// Unbinds all doorbells. Tries every one, and returns the first error.
     fn unbind(&mut self) -> io::Result<()> {
         let mut result = Ok(());
         for (address, which) in self.bound.drain(..) {

@@ -1,6 +1,6 @@
-//! The report of a vCPU that KVM cannot run on.
+//! The report on a vCPU that KVM cannot run any further.
 //!
-//! Owns what is said: the reason, the registers, the instruction, and what to do about it.
+//! Owns what the report says: the reason, the registers, the instruction, and what to do about it.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -16,15 +16,15 @@ use crate::mem::{self, Ram};
 pub enum Reason {
     /// KVM_EXIT_INTERNAL_ERROR.
     Internal(InternalError),
-    /// KVM_EXIT_FAIL_ENTRY: the hardware's reason, and the host's CPU.
+    /// KVM_EXIT_FAIL_ENTRY: the hardware's reason, and the host CPU.
     FailEntry(u64, u32),
-    /// KVM_EXIT_SHUTDOWN: a fault while a double fault was delivered.
+    /// KVM_EXIT_SHUTDOWN: a fault during the delivery of a double fault.
     TripleFault,
-    /// KVM_EXIT_MEMORY_FAULT, at a guest physical address.
+    /// KVM_EXIT_MEMORY_FAULT, at this guest physical address.
     MemoryFault(u64),
-    /// An exit that a machine like this one never makes.
+    /// An exit that a machine like this one never causes.
     Unexpected(String),
-    /// KVM_RUN itself failed.
+    /// KVM_RUN itself failed with this errno.
     Run(i32),
 }
 
@@ -37,15 +37,15 @@ pub struct Failure {
     instruction: Vec<u8>,
 }
 
-/// KVM_INTERNAL_ERROR_EMULATION: KVM met an instruction that it would have to emulate, and cannot.
+/// KVM_INTERNAL_ERROR_EMULATION: KVM would have to emulate an instruction, and cannot.
 const EMULATION: u32 = 1;
-/// In the first word that it adds: the bytes of the instruction follow.
+/// Flag in the first data word: the bytes of the instruction follow.
 const HAS_BYTES: u64 = 1;
-/// The longest x86 instruction.
+/// The length of the longest x86 instruction, in bytes.
 const INSTRUCTION_BYTES_MAX: usize = 15;
 
 impl Failure {
-    /// Gathers what KVM still tells of `vcpu`.
+    /// Gathers what KVM still reports about `vcpu`.
     pub fn new(cpu: u8, reason: Reason, vcpu: &VcpuFd, ram: &Ram) -> Self {
         let registers = vcpu.get_regs().ok().zip(vcpu.get_sregs().ok());
         let given = match &reason {
@@ -59,14 +59,14 @@ impl Failure {
         Self { cpu, reason, registers, instruction }
     }
 
-    /// After KVM_EXIT_INTERNAL_ERROR.
+    /// Gathers the report after KVM_EXIT_INTERNAL_ERROR.
     pub fn internal(cpu: u8, page: &RunPage, vcpu: &VcpuFd, ram: &Ram) -> Self {
         Self::new(cpu, Reason::Internal(page.internal_error()), vcpu, ram)
     }
 }
 
-/// The bytes that KVM hands with an emulation failure (struct kvm_run's `emulation_failure`: flags,
-/// then a count byte and fifteen bytes).
+/// Returns the instruction bytes that KVM supplies with an emulation failure, if it does. They are in struct
+/// kvm_run's `emulation_failure`: flags, then a count byte and fifteen bytes.
 fn instruction_bytes(error: &InternalError) -> Option<Vec<u8>> {
     let (EMULATION, [flags, words @ ..]) = (error.suberror, error.data.as_slice()) else { return None };
     if flags & HAS_BYTES == 0 {
@@ -77,7 +77,8 @@ fn instruction_bytes(error: &InternalError) -> Option<Vec<u8>> {
     Some(bytes.iter().copied().take(usize::from(count).min(INSTRUCTION_BYTES_MAX)).collect())
 }
 
-/// The bytes at linear address `at`, by the vCPU's own page tables; empty where they lead nowhere.
+/// Returns the bytes at linear address `at`, translated by the vCPU's own page tables. The result ends at the
+/// first byte that is not mapped.
 fn read_instruction(vcpu: &VcpuFd, ram: &Ram, at: u64) -> Vec<u8> {
     let mut bytes = Vec::new();
     for offset in 0..INSTRUCTION_BYTES_MAX as u64 {
@@ -133,7 +134,7 @@ impl fmt::Display for Reason {
 }
 
 impl Reason {
-    /// What to do about it.
+    /// Returns what the user can do about it.
     pub fn advice(&self) -> &'static str {
         match self {
             Self::Internal(_) if hardware().is_none() => {
@@ -170,8 +171,8 @@ impl Reason {
     }
 }
 
-/// The processor's virtualization extension, vmx or svm, as /proc/cpuinfo names it. Looked at once: a VM looks
-/// before its guest runs, since afterwards nothing can be opened.
+/// Returns the processor's virtualization extension, vmx or svm, as /proc/cpuinfo names it. The file is read
+/// once. A VM calls this before its guest runs, because afterwards nothing can be opened.
 pub fn hardware() -> Option<&'static str> {
     static FOUND: OnceLock<Option<&str>> = OnceLock::new();
     *FOUND.get_or_init(|| {
@@ -184,7 +185,7 @@ pub fn hardware() -> Option<&'static str> {
 impl std::error::Error for Failure {}
 
 impl Reason {
-    /// The reason in a few words.
+    /// Returns the reason in a few words.
     pub fn in_short(&self) -> String {
         match self {
             Self::Internal(error) if error.suberror == EMULATION => {

@@ -1,6 +1,6 @@
 //! A guest's memory, handed to KVM.
 //!
-//! Owns the slots, and what stands against them: which size it was, why, and how much there could be.
+//! Owns the slots, and the refusal: which size was asked for, why it was refused, and how much is possible.
 
 use std::fs;
 
@@ -11,43 +11,45 @@ use super::{KvmError, uninterrupted};
 use crate::layout::GIB;
 use crate::mem::{self, Ram, size};
 
-/// Most bytes of a slot. KVM takes less than 2^31 pages; this is a multiple of every page's size.
+/// The maximum size of a slot in bytes. KVM takes less than 2^31 pages; this is a multiple of every page
+/// size.
 const SLOT_MAX: u64 = 4 << 40;
-/// KVM keeps 8 bytes of the host's memory for each page of a slot: at once, whether the guest uses it or not, and
-/// whether the host has so much or not. (Only newer ones with EPT or NPT do without.)
+/// The guest bytes per byte that KVM keeps for them: 8 bytes of host memory for each page of a slot. KVM
+/// allocates them at once, whether the guest uses the page or not, and whether the host has that much or not.
+/// (Only newer versions with EPT or NPT do without.)
 const GUEST_PER_KEPT: u64 = 4096 / 8;
-/// The part of the host's available memory that may go there, so that a figure typed wrongly does not kill the
-/// host's other processes.
+/// The divisor for the part of the host's available memory that KVM may take for this. It keeps a mistyped
+/// size from killing the host's other processes.
 const KEPT_PART: u64 = 4;
 
-/// Why KVM has not got a guest's memory.
+/// Why KVM did not get a guest's memory.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryRefused {
-    /// KVM would take the host's memory away.
+    /// KVM would take too much of the host's memory.
     #[error(
         "{} of guest memory (--memory) are too much for this host: KVM keeps up to {} of the host's memory for them, and \
          {} are available; --memory {} is the most now",
         size(*asked), size(asked / GUEST_PER_KEPT), size(*available), size(most_beside(*available))
     )]
     TooMuch {
-        /// The size of the guest's memory.
+        /// The size of the guest's memory in bytes.
         asked: u64,
-        /// What the host has.
+        /// The host's available memory in bytes.
         available: u64,
     },
-    /// KVM's answer.
+    /// KVM refused the memory.
     #[error("KVM refuses {} of guest memory (--memory): {}", size(*asked), advice(source, *asked, *bits))]
     Kvm {
-        /// The size of the guest's memory.
+        /// The size of the guest's memory in bytes.
         asked: u64,
-        /// How many bits a guest's physical address has here, where KVM says it.
+        /// The number of bits of a guest physical address on this host; `None` if KVM does not report it.
         bits: Option<u32>,
-        /// Why.
+        /// KVM's error.
         source: kvm_ioctls::Error,
     },
 }
 
-/// The most that a guest may have where so much of the host's memory is available, in whole MiB.
+/// Returns the largest guest memory, in whole MiB, for a host with `available` bytes of available memory.
 fn most_beside(available: u64) -> u64 {
     (available / KEPT_PART).saturating_mul(GUEST_PER_KEPT) >> 20 << 20
 }
@@ -66,7 +68,7 @@ fn advice(error: &kvm_ioctls::Error, asked: u64, bits: Option<u32>) -> String {
     }
 }
 
-/// Gives `vm` the memory `ram`, which the caller keeps until the VM is gone.
+/// Gives `vm` the memory `ram`, which the caller keeps mapped until the VM is gone.
 pub fn give(kvm: &Kvm, vm: &VmFd, ram: &Ram) -> Result<(), KvmError> {
     let asked = mem::bytes(ram);
     check(asked, available(&fs::read_to_string("/proc/meminfo").unwrap_or_default()))?;
@@ -88,21 +90,21 @@ fn check(asked: u64, available: Option<u64>) -> Result<(), MemoryRefused> {
     }
 }
 
-/// The host's memory that can be had without swapping, by its /proc/meminfo.
+/// Returns the bytes of host memory that are available without swapping, from /proc/meminfo.
 fn available(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
     Some(kib << 10)
 }
 
-/// How many bits a guest's physical address has, by KVM's CPUID.
+/// Returns the number of bits of a guest physical address, from KVM's CPUID.
 fn address_bits(kvm: &Kvm) -> Option<u32> {
     let leaves = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).ok()?;
     let leaf = leaves.as_slice().iter().find(|leaf| leaf.function == 0x8000_0008)?;
     Some(leaf.eax & 0xff)
 }
 
-/// Regions of (guest address, host address, bytes), in pieces that a slot can hold.
+/// Splits regions of (guest address, host address, bytes) into pieces that fit a slot.
 fn slots(regions: Vec<(u64, u64, u64)>) -> Vec<(u64, u64, u64)> {
     let mut slots = Vec::new();
     for (mut guest, mut host, mut left) in regions {

@@ -1,8 +1,8 @@
-//! The KVM side of the machine: opening it, the VM with its interrupt controllers and memory, the
-//! binding of eventfds.
+//! The KVM side of the machine: it opens KVM, creates the VM with its interrupt controllers and memory, and
+//! binds eventfds.
 //!
-//! Owns what is asked of KVM and the errors that help when it is not there. Knows nothing of virtio
-//! or disks: it binds eventfds to lines and addresses.
+//! Owns what is requested from KVM, and the errors that help if KVM is missing. Knows nothing of virtio or
+//! disks: it binds eventfds to interrupt lines and addresses.
 
 pub mod cpuid;
 mod defaults;
@@ -27,49 +27,49 @@ use crate::mem::Ram;
 /// Why KVM cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
-    /// /dev/kvm does not open.
+    /// /dev/kvm could not be opened.
     #[error("cannot open /dev/kvm: {advice}")]
     Open {
-        /// What to do.
+        /// What the user can do about it.
         advice: &'static str,
-        /// The host's answer.
+        /// The host's error.
         source: io::Error,
     },
-    /// A KVM of another age.
+    /// KVM's interface has another version.
     #[error("this KVM speaks version {0} of its interface, minivmm {KVM_API_VERSION}")]
     Version(i32),
-    /// Something that we cannot do without is missing.
+    /// KVM lacks this extension, which minivmm needs.
     #[error("this KVM has no {0}, which minivmm needs: use a newer kernel on the host")]
     Missing(&'static str),
-    /// More CPUs than it gives.
+    /// KVM supports fewer CPUs than were asked for.
     #[error("this host gives a VM at most {max} CPUs, --cpus asks for {asked}")]
     TooManyCpus {
-        /// What was asked for.
+        /// The number of CPUs asked for.
         asked: u8,
-        /// What there is.
+        /// The maximum number of CPUs.
         max: usize,
     },
-    /// The processor's virtualization is somebody else's.
+    /// Another hypervisor uses the processor's virtualization.
     #[error("KVM cannot create a virtual machine: {ANOTHER_HYPERVISOR} ({STOP_IT})")]
     Busy(#[source] kvm_ioctls::Error),
-    /// The guest's memory is too much for it.
+    /// KVM did not get the guest's memory.
     #[error(transparent)]
     Memory(#[from] memory::MemoryRefused),
-    /// A request failed.
+    /// KVM refused this request.
     #[error("KVM refuses {0}")]
     Refused(&'static str, #[source] kvm_ioctls::Error),
 }
 
-/// What EBUSY means.
+/// What EBUSY from KVM means.
 pub const ANOTHER_HYPERVISOR: &str =
     "another hypervisor (VirtualBox, VMware) uses the processor's virtualization";
-/// What to do about it.
+/// What the user can do about [`ANOTHER_HYPERVISOR`].
 pub const STOP_IT: &str = "end its virtual machines, or unload its kernel modules: vboxdrv, vmmon";
 
-/// How long a request to KVM is repeated that signals interrupt.
+/// How long a request to KVM is repeated if signals interrupt it.
 const INTERRUPTED_MAX: Duration = Duration::from_secs(1);
 
-/// What we cannot do without.
+/// The extensions that minivmm needs.
 const NEEDED: [(Cap, &str); 9] = [
     (Cap::UserMemory, "user memory"),
     (Cap::Irqchip, "interrupt controllers"),
@@ -82,7 +82,7 @@ const NEEDED: [(Cap, &str); 9] = [
     (Cap::SetTssAddr, "task segment address"),
 ];
 
-/// Opens /dev/kvm and checks that it has what we need for `cpus` CPUs.
+/// Opens /dev/kvm, and checks that it has what minivmm needs for `cpus` CPUs.
 pub fn open(cpus: u8) -> Result<Kvm, KvmError> {
     let kvm = open_device().map_err(|source| KvmError::Open { advice: advice(&source), source })?;
     version(&kvm)?;
@@ -93,17 +93,17 @@ pub fn open(cpus: u8) -> Result<Kvm, KvmError> {
     if usize::from(cpus) > max {
         return Err(KvmError::TooManyCpus { asked: cpus, max });
     }
-    // For the message of a guest that fails.
+    // Caches the answer for the message about a guest that fails.
     let _ = failure::hardware();
     Ok(kvm)
 }
 
-/// Opens /dev/kvm, and looks no further.
+/// Opens /dev/kvm without further checks.
 pub fn open_device() -> io::Result<Kvm> {
     Kvm::new().map_err(io::Error::from)
 }
 
-/// The version of KVM's interface, which is the one that we speak.
+/// Returns the version of KVM's interface, or an error if it is not the one that minivmm uses.
 pub fn version(kvm: &Kvm) -> Result<u32, KvmError> {
     let version = kvm.get_api_version();
     u32::try_from(version)
@@ -112,7 +112,7 @@ pub fn version(kvm: &Kvm) -> Result<u32, KvmError> {
         .ok_or(KvmError::Version(version))
 }
 
-/// What we cannot do without, by name, and whether this KVM has it.
+/// Returns the name of each extension that minivmm needs, and `true` if this KVM has it.
 pub fn extensions(kvm: &Kvm) -> Vec<(&'static str, bool)> {
     NEEDED.iter().map(|&(cap, name)| (name, kvm.check_extension(cap))).collect()
 }
@@ -135,10 +135,10 @@ fn advice(error: &io::Error) -> &'static str {
     }
 }
 
-/// Repeats a request that a signal has interrupted, for a second.
+/// Repeats a request that a signal has interrupted, for up to a second.
 ///
-/// KVM_CREATE_VM is the one known to answer EINTR: `mmu_notifier_register` looks for signals that wait, and a debugger,
-/// a stopped job or work that io_uring has left for this thread count as such.
+/// KVM_CREATE_VM is the only request known to return EINTR: `mmu_notifier_register` checks for pending
+/// signals. A debugger, a stopped job, or work that io_uring has queued for this thread counts as one.
 pub fn uninterrupted<T>(
     mut request: impl FnMut() -> Result<T, kvm_ioctls::Error>,
 ) -> Result<T, kvm_ioctls::Error> {
@@ -153,7 +153,7 @@ pub fn uninterrupted<T>(
     }
 }
 
-/// A VM with nothing in it.
+/// Creates an empty VM.
 pub fn empty_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
     uninterrupted(|| kvm.create_vm()).map_err(|error| match error.errno() {
         libc::EBUSY => KvmError::Busy(error),
@@ -161,17 +161,19 @@ pub fn empty_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
     })
 }
 
-/// A VM with interrupt controllers, timer and memory. The caller keeps `ram` for as long as it.
+/// Creates a VM with interrupt controllers, timer and memory. The caller keeps `ram` mapped for as long as
+/// the VM exists.
 ///
-/// KVM_CAP_EXIT_ON_EMULATION_FAILURE stays off: with it an instruction of an unprivileged program in
-/// the guest could end the VM, where now the program gets its exception.
+/// KVM_CAP_EXIT_ON_EMULATION_FAILURE stays off. With it, an instruction of an unprivileged program in the
+/// guest could end the VM; without it, the program gets its exception.
 pub fn create_vm(kvm: &Kvm, ram: &Ram) -> Result<VmFd, KvmError> {
     let refused = |what| move |error| KvmError::Refused(what, error);
     let vm = empty_vm(kvm)?;
     let tss = usize::try_from(layout::KVM_TSS).unwrap_or_default();
     vm.set_tss_address(tss).map_err(refused("the task segment's place"))?;
     uninterrupted(|| vm.create_irq_chip()).map_err(refused("the interrupt controllers"))?;
-    // The timer and, with the dummy, port 0x61: a kernel without kvm-clock measures its TSC by them.
+    // The timer and, with the dummy speaker, port 0x61: a kernel without kvm-clock measures its TSC with
+    // them.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     uninterrupted(|| vm.create_pit2(pit)).map_err(refused("the interval timer"))?;
     defaults::switch_off(&vm);
@@ -179,12 +181,12 @@ pub fn create_vm(kvm: &Kvm, ram: &Ram) -> Result<VmFd, KvmError> {
     Ok(vm)
 }
 
-/// A CPU of `vm`.
+/// Creates CPU `id` of `vm`.
 pub fn create_vcpu(vm: &VmFd, id: u8) -> Result<VcpuFd, KvmError> {
     uninterrupted(|| vm.create_vcpu(u64::from(id))).map_err(|error| KvmError::Refused("one more CPU", error))
 }
 
-/// A new eventfd whose writes pulse interrupt line `line` (edge-triggered).
+/// Creates an eventfd whose writes pulse interrupt line `line` (edge-triggered).
 pub fn interrupt(vm: &VmFd, line: u32) -> Result<EventFd, KvmError> {
     let refused = |error| KvmError::Refused("an interrupt line (irqfd)", error);
     let event =
@@ -193,7 +195,7 @@ pub fn interrupt(vm: &VmFd, line: u32) -> Result<EventFd, KvmError> {
     Ok(event)
 }
 
-/// Lets KVM itself write `event` when the guest writes the 32-bit `value` to `address`.
+/// Makes KVM itself write `event` when the guest writes the 32-bit `value` to `address`.
 pub fn bind_doorbell(vm: &VmFd, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
     vm.register_ioevent(event, &IoEventAddress::Mmio(address), value)
         .map_err(|error| KvmError::Refused("a doorbell (ioeventfd)", error))
@@ -229,7 +231,7 @@ mod tests {
             Err::<(), _>(kvm_ioctls::Error::new(libc::EBUSY))
         });
         assert_eq!((answer.unwrap_err().errno(), asked), (libc::EBUSY, 1));
-        // Signals without an end are an error in the end.
+        // Signals that never stop are reported as an error in the end.
         let answer = uninterrupted(|| Err::<(), _>(kvm_ioctls::Error::new(libc::EINTR)));
         assert_eq!(answer.unwrap_err().errno(), libc::EINTR);
     }

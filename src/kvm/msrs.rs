@@ -1,7 +1,7 @@
-//! The few MSRs that a kernel expects set by firmware, and the local APIC's two input lines.
+//! The few MSRs that a kernel expects firmware to have set, and the local APIC's two input lines.
 //!
-//! Owns their values. An MSR that this host does not list, or refuses, is left out: hosts differ,
-//! and none of them is worth a guest that does not start.
+//! Owns their values. An MSR that this host does not list, or refuses, is left out: hosts differ, and a guest
+//! that starts is worth more than any of these MSRs.
 
 use kvm_bindings::{Msrs, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
@@ -24,7 +24,7 @@ pub fn set_up(kvm: &Kvm, vcpu: &VcpuFd, has_mtrrs: bool) -> Result<(), KvmError>
     let list = kvm.get_msr_index_list().map_err(|error| KvmError::Refused("the list of MSRs", error))?;
     let has_misc_enable = list.as_slice().contains(&IA32_MISC_ENABLE);
     let misc_enable = misc_enable(if has_misc_enable { read(vcpu, IA32_MISC_ENABLE) } else { 0 });
-    // KVM lists no MTRR, and has them wherever CPUID shows them. All memory is ordinary memory.
+    // KVM lists no MTRRs, but has them wherever CPUID shows them. All memory is write-back.
     let wanted = [
         (IA32_MISC_ENABLE, misc_enable, has_misc_enable),
         (IA32_MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK, has_mtrrs),
@@ -37,12 +37,13 @@ pub fn set_up(kvm: &Kvm, vcpu: &VcpuFd, has_mtrrs: bool) -> Result<(), KvmError>
     Ok(())
 }
 
-/// What IA32_MISC_ENABLE says: fast strings, no performance counters. The rest is KVM's.
+/// Returns the value for IA32_MISC_ENABLE: fast strings on, performance counters off, and KVM's bits for the
+/// rest.
 fn misc_enable(kvms: u64) -> u64 {
     (kvms | MISC_ENABLE_FAST_STRINGS | MISC_ENABLE_BTS_UNAVAIL | MISC_ENABLE_PEBS_UNAVAIL) & !MISC_ENABLE_EMON
 }
 
-/// The value of an MSR, or 0 where this host does not tell.
+/// Returns the value of an MSR, or 0 if this host does not report it.
 fn read(vcpu: &VcpuFd, index: u32) -> u64 {
     let entry = kvm_msr_entry { index, ..Default::default() };
     let Ok(mut msrs) = Msrs::from_entries(&[entry]) else { return 0 };
@@ -66,7 +67,7 @@ const LVT_LINT1: usize = 0x360;
 const DELIVER_EXTINT: u32 = 7 << 8;
 const DELIVER_NMI: u32 = 4 << 8;
 
-/// LINT0 takes the 8259's interrupts, LINT1 the NMI, as firmware leaves them.
+/// Connects LINT0 to the 8259's interrupts and LINT1 to the NMI, as firmware does.
 pub fn set_up_lapic(vcpu: &VcpuFd) -> Result<(), KvmError> {
     let refused = |error| KvmError::Refused("the local APIC's state", error);
     let mut lapic = vcpu.get_lapic().map_err(refused)?;

@@ -1,7 +1,7 @@
-//! Messages as interrupts: KVM's table of routes, and an irqfd for each vector.
+//! Messages as interrupts: KVM's routing table, and an irqfd for each vector.
 //!
-//! Owns the numbers of the routes (GSIs) and the whole table, which KVM takes only as a whole. The
-//! first 24 are the lines of PIC and IOAPIC, as KVM has them before anybody says otherwise.
+//! Owns the numbers of the routes (GSIs) and the table, which KVM accepts only as a whole. The first 24
+//! routes are the lines of PIC and IOAPIC, the same as KVM's defaults.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -18,12 +18,12 @@ use super::KvmError;
 use crate::pci::msix::{Message, MessageSink};
 use crate::sync::unpoisoned;
 
-/// Lines of the IOAPIC.
+/// The number of IOAPIC lines.
 const LINES: u32 = 24;
-/// Lines of one PIC; there are two.
+/// The number of lines of one PIC; there are two.
 const PIC_LINES: u32 = 8;
 
-/// The table of routes of one VM.
+/// The routing table of one VM.
 pub struct Routes {
     vm: Arc<VmFd>,
     table: Mutex<Table>,
@@ -35,7 +35,7 @@ struct Table {
 }
 
 impl Routes {
-    /// The table as KVM has it from the start.
+    /// Creates the table with KVM's default routes.
     pub fn new(vm: Arc<VmFd>) -> Self {
         Self { vm, table: Mutex::new(Table { entries: lines(), next: LINES }) }
     }
@@ -44,7 +44,7 @@ impl Routes {
         unpoisoned(self.table.lock())
     }
 
-    /// So many vectors for one function, each with an irqfd.
+    /// Allocates `count` vectors for one function, each with an irqfd.
     pub fn vectors(self: &Arc<Self>, count: u16) -> Result<Vectors, KvmError> {
         let refused = |error| KvmError::Refused("an interrupt by message (irqfd)", error);
         let mut table = self.table();
@@ -61,7 +61,7 @@ impl Routes {
         Ok(Vectors { routes: Arc::clone(self), first, events })
     }
 
-    /// From now on route `gsi` is this message.
+    /// Makes route `gsi` deliver `message` from now on.
     fn set(&self, gsi: u32, message: Message) -> io::Result<()> {
         let mut table = self.table();
         table.entries.retain(|entry| entry.gsi != gsi);
@@ -88,7 +88,8 @@ impl MessageSink for Vectors {
     }
 }
 
-/// The routes of the lines: each to the IOAPIC's pin of its number, the first 16 to the PICs as well.
+/// Returns the routes of the lines. Each leads to the IOAPIC pin of its number, and the first 16 also lead to
+/// the PICs.
 fn lines() -> Vec<kvm_irq_routing_entry> {
     let mut entries = Vec::new();
     for line in 0..LINES {
@@ -128,7 +129,7 @@ mod tests {
     fn every_line_leads_to_the_ioapic_and_the_first_sixteen_to_a_pic() {
         let entries = lines();
         assert_eq!(entries.len(), 40);
-        // SAFETY: every bit pattern is a pin and a chip, and these entries are such.
+        // SAFETY: every bit pattern is a valid pin and chip, and the entries of lines have both.
         let chips: Vec<_> = entries.iter().map(|e| (e.gsi, unsafe { e.u.irqchip })).collect();
         for line in 0..LINES {
             let on: Vec<_> = chips.iter().filter(|(gsi, _)| *gsi == line).collect();

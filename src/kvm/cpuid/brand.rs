@@ -1,17 +1,17 @@
 //! The processor's name, leaves 0x8000_0002 to 0x8000_0004.
 //!
-//! KVM's list has zeroes there, and Linux then shows family and model ("06/3c").
+//! Owns what these leaves show. KVM's list has zeroes there, and Linux then shows family and model ("06/3c").
 
 use kvm_bindings::kvm_cpuid_entry2;
 
 const LEAVES: [u32; 3] = [0x8000_0002, 0x8000_0003, 0x8000_0004];
-/// Which extended leaf is the last.
+/// The leaf that holds the number of the last extended leaf.
 const EXTENDED_MAX: u32 = 0x8000_0000;
 
-/// 48 bytes as the registers of the three leaves have them.
+/// The 48 bytes of the name, as the registers of the three leaves hold them.
 pub type Brand = [[u32; 4]; 3];
 
-/// The host's own; zeroes where its processor has no name.
+/// Returns the host's name; zeroes if its processor has none.
 pub fn of_host() -> Brand {
     if host(EXTENDED_MAX)[0] < LEAVES[2] {
         return Brand::default();
@@ -26,7 +26,7 @@ fn host(leaf: u32) -> [u32; 4] {
     [said.eax, said.ebx, said.ecx, said.edx]
 }
 
-/// Puts `brand` where KVM says nothing, on processors that have such leaves.
+/// Inserts `brand` if KVM's list has no name and the processor has such leaves.
 pub fn put(leaves: &mut Vec<kvm_cpuid_entry2>, brand: Brand) {
     let max = leaves.iter().find(|leaf| leaf.function == EXTENDED_MAX).map_or(0, |leaf| leaf.eax);
     let named = leaves

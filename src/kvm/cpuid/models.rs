@@ -1,4 +1,4 @@
-//! What guests get on many processors: `tests/cpuid` has what KVM lists as supported on each, captured, or
+//! What guests get on many processors. `tests/cpuid` has what KVM lists as supported on each: captured, or
 //! written down from what the processor and that version of KVM are known to have.
 
 use std::collections::BTreeSet;
@@ -10,7 +10,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 use super::withheld::{Bits, Register, WITHHELD};
 use super::{Place, adapt, brand, offer};
 
-/// What is expected of a model: the rows of the table that take something from it, its XCR0 and IA32_XSS,
+/// What is expected of a model: the rows of the table that remove something from it, its XCR0 and IA32_XSS,
 /// and the length of all their components in the standard and the compacted form.
 struct Expected {
     model: &'static str,
@@ -26,7 +26,7 @@ const VMX: &str = "VMX, SMX";
 const SVM: &str = "SVM, SKINIT";
 const SEV: &str = "SME, SEV";
 
-/// A row of [`MODELS`].
+/// Makes a row of [`MODELS`].
 const fn expected(
     model: &'static str,
     withheld: &'static [&'static str],
@@ -75,7 +75,7 @@ fn find(leaves: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_ent
     leaves.iter().find(|leaf| (leaf.function, leaf.index) == (function, index)).copied().unwrap_or_default()
 }
 
-/// The bits of `bits` that are set.
+/// Returns those of `bits` that are set.
 fn set(leaves: &[kvm_cpuid_entry2], bits: &Bits) -> u32 {
     bits.register(&mut find(leaves, bits.0, bits.1)).map_or(0, |register| *register & bits.3)
 }
@@ -111,7 +111,7 @@ fn each_model_loses_what_is_withheld_and_nothing_else() {
             assert!(left.is_none(), "{model}: {left:?} is left");
         }
         assert_eq!(withheld, expected.withheld, "{model}");
-        // The leaves that nobody has a reason to touch are as they were.
+        // The leaves that no edit has a reason to touch are unchanged.
         for leaf in &before {
             let untouched = [0, 2, 4, 0xb, 0x4000_0000, 0x4000_0001, 0x8000_0000, 0x8000_0005, 0x8000_0006]
                 .contains(&leaf.function);
@@ -180,16 +180,16 @@ fn features_go_with_their_components_and_stay_with_them() {
         ("zen5-shadow-stacks", shadow_stacks, true),
         ("skylake-client", mpx, true),
         ("alder-lake", avx, true),
-        // Half-precision conversions are encoded like AVX, and this host lists them without it.
+        // Half-precision conversions are encoded like AVX, and this host lists them without AVX.
         ("skylake-x-without-xsave", Bits(1, 0, Register::Ecx, 1 << 29), false),
     ] {
         assert_eq!(features(model, bits), there, "{model}: {bits:?}");
     }
-    // Without XSAVE there is nothing that needs it.
+    // Without XSAVE, no feature that needs it is offered.
     let mut old = supported("alder-lake");
     old.retain(|leaf| leaf.function != 0xd);
     assert_eq!(set(&offer(&old, BRAND), &avx), 0);
-    // A component without its place and size is none.
+    // A component without its offset and size does not count.
     let mut odd = supported("alder-lake");
     odd.retain(|leaf| (leaf.function, leaf.index) != (0xd, 9));
     let odd = offer(&odd, BRAND);
@@ -248,7 +248,7 @@ fn all_leaves_about_topology_agree_on_each_model() {
     }
 }
 
-/// The table of `docs/reference/cpuid.md`, as the code has it.
+/// Returns the table of `docs/reference/cpuid.md`, as the code has it.
 fn table() -> String {
     let mut table = String::from("| withheld | where CPUID has it | why |\n|---|---|---|\n");
     for row in &WITHHELD {
@@ -266,7 +266,7 @@ fn name(register: Register) -> String {
     format!("{register:?}").to_uppercase()
 }
 
-/// Bits by number, or those that are left where it is most of them.
+/// Lists the numbers of the set bits or, if most are set, of those that are not.
 fn numbers(bits: u32) -> String {
     let list = |bits: u32| {
         let set = (0..32).filter(|bit| bits & 1 << bit != 0);

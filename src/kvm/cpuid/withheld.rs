@@ -1,8 +1,8 @@
-//! What KVM offers of the processor and the guest does not get.
+//! The features that KVM offers and the guest does not get.
 //!
-//! Owns the table, which `docs/reference/cpuid.md` shows; a test compares the two. KVM_GET_SUPPORTED_CPUID lists
-//! what KVM *can* give. Some of it enlarges what a hostile guest can attack, and some needs set-up by the
-//! VMM that minivmm does not do, so that a guest which uses it fails.
+//! Owns the table, which `docs/reference/cpuid.md` shows; a test compares the two. KVM_GET_SUPPORTED_CPUID
+//! lists what KVM *can* provide. Some of it enlarges what a hostile guest can attack. Some needs set-up by
+//! the VMM that minivmm does not do, so a guest that uses it fails.
 
 use kvm_bindings::kvm_cpuid_entry2;
 
@@ -16,12 +16,12 @@ pub enum Register {
 }
 use Register::{Eax, Ebx, Ecx, Edx};
 
-/// Bits of one register: leaf, subleaf, register, the bits.
+/// Bits of one register: leaf, subleaf, register, mask.
 #[derive(Debug, Clone, Copy)]
 pub struct Bits(pub u32, pub u32, pub Register, pub u32);
 
 impl Bits {
-    /// The register in `leaf`, if these bits belong to that leaf.
+    /// Returns the register in `leaf`, or `None` if these bits belong to another leaf.
     pub fn register<'a>(&self, leaf: &'a mut kvm_cpuid_entry2) -> Option<&'a mut u32> {
         if (leaf.function, leaf.index) != (self.0, self.1) {
             return None;
@@ -35,20 +35,20 @@ impl Bits {
     }
 }
 
-/// One row: a feature, where CPUID shows it, why the guest does not get it.
+/// A row of the table: a feature, where CPUID shows it, and why the guest does not get it.
 #[derive(Debug)]
 pub struct Withheld {
     /// The feature's name.
     pub name: &'static str,
-    /// Bits that are cleared.
+    /// The bits that are cleared.
     pub bits: &'static [Bits],
-    /// Leaves whose every register of every subleaf is cleared.
+    /// Leaves that are cleared: every register of every subleaf.
     pub leaves: &'static [u32],
-    /// Why.
+    /// Why the guest does not get it.
     pub reason: &'static str,
 }
 
-/// Everything that is withheld whatever the host is. XSAVE components are in `xsave`.
+/// Everything that is withheld on every host. XSAVE components are in `xsave`.
 pub const WITHHELD: [Withheld; 15] = [
     Withheld {
         name: "VMX, SMX",
@@ -153,7 +153,7 @@ pub const WITHHELD: [Withheld; 15] = [
     Withheld { name: "TDX", bits: &[], leaves: &[0x21], reason: "the guest is not a trust domain" },
 ];
 
-/// Clears everything in [`WITHHELD`], and says in the log what there was of it.
+/// Clears everything in [`WITHHELD`], and logs which of it KVM had offered.
 pub fn withhold(leaves: &mut [kvm_cpuid_entry2]) {
     for row in &WITHHELD {
         let mut offered = false;
@@ -171,7 +171,7 @@ pub fn withhold(leaves: &mut [kvm_cpuid_entry2]) {
     }
 }
 
-/// Clears those of `bits` that are in this leaf.
+/// Clears those of `bits` that belong to this leaf.
 pub fn clear(leaf: &mut kvm_cpuid_entry2, bits: &[Bits]) {
     for bits in bits {
         if let Some(register) = bits.register(leaf) {

@@ -1,8 +1,8 @@
-//! Leaf 0xd: the state components that XSAVE keeps, offered whole or not at all.
+//! Leaf 0xd: the state components that XSAVE saves, offered whole or not at all.
 //!
-//! Owns which components and features belong together, and the sizes that follow. KVM filters components
-//! one by one: where a process has no permission for AMX's tile data, Linux 5.17 to 6.3 still list its
-//! tile configuration, and a guest that enables what is listed gets a #GP when it boots.
+//! Owns which components and features belong together, and the sizes that follow. KVM filters components one
+//! by one. If a process has no permission for AMX's tile data, Linux 5.17 to 6.3 still list its tile
+//! configuration. A guest that enables what is listed then gets a #GP when it boots.
 
 use kvm_bindings::kvm_cpuid_entry2;
 
@@ -10,31 +10,31 @@ use super::withheld::Register::{Eax, Ebx, Ecx, Edx};
 use super::withheld::{self, Bits};
 
 const LEAF: u32 = 0xd;
-/// The legacy region and the header, which every XSAVE area begins with, in bytes.
+/// The size in bytes of the legacy region and the header, with which every XSAVE area begins.
 const HEADER_END: u32 = 576;
 /// The first component that has a subleaf: 0 and 1 (x87, SSE) are in the legacy region.
 const FIRST_EXTENDED: u32 = 2;
 const LEGACY: u64 = 0b11;
 /// Subleaf 1, EAX: XSAVEC, XSAVES.
 const COMPACTS: u32 = 1 << 1 | 1 << 3;
-/// Subleaf of a component, ECX: aligned to 64 bytes in the compacted form.
+/// Subleaf of a component, ECX: the component is aligned to 64 bytes in the compacted form.
 const ALIGNED: u32 = 1 << 1;
 
-/// Components that make sense together alone, and what CPUID says of the features that need them.
+/// Components that are useful only together, and what CPUID says of the features that need them.
 struct Group {
-    /// Components that this group owns, as in XCR0 or IA32_XSS.
+    /// The components of this group, as bits of XCR0 or IA32_XSS.
     components: u64,
-    /// Those of other groups that it needs.
+    /// The components of other groups that this group needs.
     needs: u64,
     features: &'static [Bits],
-    /// Leaves about these features alone.
+    /// Leaves that describe only these features.
     leaves: &'static [u32],
 }
 
-/// Every component that is known. Others (trace, PASID, user interrupts, LBR, HWP, what is to come) are
-/// withheld with their features.
+/// Every known component. The others (trace, PASID, user interrupts, LBR, HWP, future ones) are withheld with
+/// their features.
 const GROUPS: [Group; 7] = [
-    // AVX, with what is encoded like it (VEX, XOP).
+    // AVX, and what is encoded like it (VEX, XOP).
     Group {
         components: 1 << 2,
         needs: 0,
@@ -72,8 +72,8 @@ const GROUPS: [Group; 7] = [
         features: &[Bits(7, 0, Ecx, 1 << 7), Bits(7, 0, Edx, 1 << 20)],
         leaves: &[],
     },
-    // AMX, and the faults on first use (XFD) that only AMX is given with. KVM lists the tile data only to
-    // a process that has asked for it (ARCH_REQ_XCOMP_GUEST_PERM).
+    // AMX, and faults on first use (XFD), which are offered only together with AMX. KVM lists the tile data
+    // only to a process that has asked for it (ARCH_REQ_XCOMP_GUEST_PERM).
     Group {
         components: 1 << 17 | 1 << 18,
         needs: 0,
@@ -89,13 +89,13 @@ const GROUPS: [Group; 7] = [
     Group { components: 1 << 19, needs: 0, features: &[Bits(7, 1, Edx, 1 << 21)], leaves: &[0x29] },
 ];
 
-/// Withholds every group of components that is not whole, and makes the sizes those of what is left.
+/// Withholds every group of components that is not whole, and sets the sizes for what is left.
 pub fn make_whole(leaves: &mut Vec<kvm_cpuid_entry2>) {
     let offered = (user(leaves) & !supervisor(leaves), supervisor(leaves));
     let described = described(leaves);
     let all = (offered.0 | offered.1) & (described | LEGACY);
     let mut whole = all & LEGACY;
-    // A group stands after those that it needs.
+    // Each group comes after the groups that it needs.
     for group in &GROUPS {
         let wanted = group.components | group.needs;
         if all & group.components == group.components && whole & group.needs == group.needs {
@@ -128,17 +128,17 @@ pub fn make_whole(leaves: &mut Vec<kvm_cpuid_entry2>) {
     }
 }
 
-/// Components that XCR0 may have.
+/// Returns the components that XCR0 may have.
 fn user(leaves: &[kvm_cpuid_entry2]) -> u64 {
     subleaf(leaves, 0).map_or(0, |leaf| u64::from(leaf.edx) << 32 | u64::from(leaf.eax))
 }
 
-/// Components that IA32_XSS may have.
+/// Returns the components that IA32_XSS may have.
 fn supervisor(leaves: &[kvm_cpuid_entry2]) -> u64 {
     subleaf(leaves, 1).map_or(0, |leaf| u64::from(leaf.edx) << 32 | u64::from(leaf.ecx))
 }
 
-/// Components whose place and size is there.
+/// Returns the components whose size is listed.
 fn described(leaves: &[kvm_cpuid_entry2]) -> u64 {
     let described = leaves
         .iter()
@@ -159,7 +159,7 @@ fn halves(components: u64) -> (u32, u32) {
     (u32::try_from(low).unwrap_or_default(), u32::try_from(high).unwrap_or_default())
 }
 
-/// Length of an XSAVE area with these components, each in its own place.
+/// Returns the length in bytes of an XSAVE area with these components, each at its fixed offset.
 fn standard_bytes(leaves: &[kvm_cpuid_entry2], components: u64) -> u32 {
     let extended = (FIRST_EXTENDED..64).filter(|&index| has(components, index));
     let ends =
@@ -167,7 +167,7 @@ fn standard_bytes(leaves: &[kvm_cpuid_entry2], components: u64) -> u32 {
     ends.fold(HEADER_END, u32::max)
 }
 
-/// Length of an XSAVE area with these components, one after the other.
+/// Returns the length in bytes of an XSAVE area with these components, packed one after the other.
 fn compacted_bytes(leaves: &[kvm_cpuid_entry2], components: u64) -> u32 {
     let extended = (FIRST_EXTENDED..64).filter(|&index| has(components, index));
     extended.filter_map(|index| subleaf(leaves, index)).fold(HEADER_END, |end, leaf| {
