@@ -1,9 +1,8 @@
 //! The ACPI tables: RSDP, XSDT, FADT (hardware-reduced), MADT, MCFG, DSDT.
 //!
-//! Owns how the machine describes itself to a kernel that reads ACPI (6.5): CPUs, interrupt
-//! controllers, power-off and reset, the serial port, the clock, pvpanic, each virtio-mmio device,
-//! the PCI host bridge.
-//! Addresses, and what the devices' registers mean, are `layout`'s.
+//! Owns how the machine describes itself to a kernel that reads ACPI (6.5). The tables describe CPUs,
+//! interrupt controllers, power-off and reset, the serial port, the clock, pvpanic, each virtio-mmio device
+//! and the PCI host bridge. Addresses, and the meaning of the devices' registers, are `layout`'s.
 
 use acpi_tables::aml::{
     AddressSpace as Window, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
@@ -25,34 +24,34 @@ use crate::mem::{self, OutsideRam, Ram};
 const OEM: [u8; 6] = *b"MINIVM";
 const TABLE: [u8; 8] = *b"MINIVMM ";
 const OEM_REVISION: u32 = 1;
-/// IAPC_BOOT_ARCH: there is no VGA. That bit 1 is clear says that there is no i8042, and that bit 5
-/// is clear that there is a CMOS clock.
+/// IAPC_BOOT_ARCH: there is no VGA. A clear bit 1 says that there is no i8042, and a clear bit 5 says that
+/// there is a CMOS clock.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 
-/// Why the tables cannot be laid.
+/// Why the tables cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum AcpiError {
-    /// They do not fit into their area.
+    /// The tables do not fit into their area.
     #[error("they need {bytes} bytes and have {max}")]
     TooLong {
-        /// What they need.
+        /// The bytes that the tables need.
         bytes: u64,
-        /// What they have.
+        /// The size of their area in bytes.
         max: u64,
     },
-    /// RAM does not reach so far.
+    /// RAM does not reach as far as their area.
     #[error(transparent)]
     Ram(#[from] OutsideRam),
 }
 
-/// What the tables tell of.
+/// The hardware that the tables describe.
 #[derive(Debug, Clone, Copy)]
 pub struct Hardware<'a> {
-    /// How many CPUs.
+    /// The number of CPUs.
     pub cpus: u8,
     /// The virtio-mmio devices.
     pub devices: &'a [MmioDevice],
-    /// There is a PCI bus.
+    /// `true` if there is a PCI bus.
     pub pci: bool,
 }
 
@@ -66,9 +65,9 @@ pub fn write(ram: &Ram, hardware: &Hardware<'_>) -> Result<(), AcpiError> {
     Ok(mem::write_bytes(ram, layout::ACPI, &tables)?)
 }
 
-/// The tables as they lie at `base`.
+/// Returns the tables as they are laid out at `base`.
 fn tables(base: u64, hardware: &Hardware<'_>) -> Vec<u8> {
-    // The RSDP points at what follows it, so it is written last, into the place left for it.
+    // The RSDP points to the tables after it, so it is written last, into the space left for it.
     let mut area = vec![0; Rsdp::len().next_multiple_of(16)];
     let mut place = |table: &dyn Aml| {
         let at = base + area.len() as u64;
@@ -115,7 +114,7 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.finalize()
 }
 
-/// APIC ids are the CPUs' numbers, as in their CPUID.
+/// Makes the MADT. APIC ids are the CPUs' numbers, as in their CPUID.
 fn madt(cpus: u8) -> MADT {
     let mut madt =
         MADT::new(OEM, TABLE, OEM_REVISION, LocalInterruptController::Address(low32(layout::LAPIC)));
@@ -152,7 +151,7 @@ fn dsdt(hardware: &Hardware<'_>) -> impl Aml {
     dsdt
 }
 
-/// Without an object of its own a CPU is reported as a firmware bug.
+/// Adds a CPU's device object. Linux reports a CPU without one as a firmware bug.
 fn processor(cpu: u8, aml: &mut Vec<u8>) {
     let hid = Name::new("_HID".into(), &"ACPI0007");
     let uid = Name::new("_UID".into(), &cpu);
@@ -169,7 +168,7 @@ fn serial(aml: &mut Vec<u8>) {
     Device::new("COM1".into(), vec![&hid, &uid, &crs]).to_aml_bytes(aml);
 }
 
-/// Without an interrupt, because it has no alarm.
+/// Adds the clock. It has no interrupt, because it has no alarm.
 fn clock(aml: &mut Vec<u8>) {
     let ports = ports(layout::PORT_RTC, 2);
     let resources = ResourceTemplate::new(vec![&ports]);
@@ -198,7 +197,7 @@ fn virtio_mmio(index: usize, device: &MmioDevice, aml: &mut Vec<u8>) {
     Device::new(path(&format!("VR{index:02X}")), vec![&hid, &uid, &crs]).to_aml_bytes(aml);
 }
 
-/// A PCI Express host bridge with one bus. No _PRT: no function has an interrupt pin.
+/// Adds a PCI Express host bridge with one bus. It has no _PRT, because no function has an interrupt pin.
 fn pci_bridge(aml: &mut Vec<u8>) {
     let hid = Name::new("_HID".into(), &EISAName::new("PNP0A08"));
     let cid = Name::new("_CID".into(), &EISAName::new("PNP0A03"));

@@ -1,7 +1,7 @@
-//! bzImage: the setup header's checks, and loading by the 64-bit boot protocol.
+//! bzImage: the checks of the setup header, and loading by the 64-bit boot protocol.
 //!
-//! Owns what Documentation/arch/x86/boot.rst says of the header. The structures are linux-loader's;
-//! the checks are ours, because the file may say anything.
+//! Owns what Documentation/arch/x86/boot.rst says of the header. The structures are linux-loader's; the
+//! checks are made here, because the file may contain anything.
 
 use linux_loader::loader::bootparam::setup_header;
 use vm_memory::ByteValued;
@@ -13,21 +13,21 @@ use crate::mem::Ram;
 
 /// Where the setup header begins.
 const HEADER: usize = 0x1f1;
-/// Where its magic number is.
+/// The position of the header's magic number.
 const MAGIC_AT: usize = 0x202;
 const MAGIC: &[u8] = b"HdrS";
 /// The byte that, added to 0x202, gives the header's end.
 const HEADER_LEN_AT: usize = 0x201;
 /// Boot protocol 2.12 (Linux 3.8) added xloadflags, which say whether there is a 64-bit entry.
 const VERSION_MIN: u16 = 0x020c;
-/// In xloadflags: there is a 64-bit entry, 0x200 behind the load address.
+/// Flag in xloadflags: there is a 64-bit entry, at 0x200 bytes from the load address.
 const XLF_KERNEL_64: u16 = 1 << 0;
 const ENTRY_64: u64 = 0x200;
-/// In loadflags: the protected-mode code is loaded at 1 MiB (that is, not a zImage).
+/// Flag in loadflags: the protected-mode code is loaded at 1 MiB, so it is no zImage.
 const LOADED_HIGH: u8 = 1 << 0;
 const SECTOR: u64 = 512;
 
-/// Whether an image that starts with `start` is a bzImage.
+/// Returns `true` if an image that starts with `start` is a bzImage.
 pub fn is_one(start: &[u8]) -> bool {
     start.get(MAGIC_AT..).is_some_and(|rest| rest.starts_with(MAGIC))
 }
@@ -43,7 +43,8 @@ pub fn load(ram: &Ram, image: &Image) -> Result<Kernel, KernelError> {
         None | Some(0) => return Err(KernelError::Truncated { what: code, file_bytes: image.len() }),
         Some(bytes) => bytes,
     };
-    // `syssize` counts 16-byte units of the code; signatures may follow it, nothing may be missing.
+    // `syssize` counts 16-byte units of the code. Signatures may follow the code, but none of it may be
+    // missing.
     if u64::from(header.syssize) * 16 > bytes.next_multiple_of(16) {
         return Err(KernelError::Truncated { what: code, file_bytes: image.len() });
     }
@@ -61,7 +62,7 @@ pub fn load(ram: &Ram, image: &Image) -> Result<Kernel, KernelError> {
     })
 }
 
-/// The header as long as the file says it is; what an older kernel has not stays zero.
+/// Reads as much of the header as the file says there is. Fields that an older kernel lacks stay zero.
 fn read_header(image: &Image) -> Result<setup_header, KernelError> {
     let what = "its setup header";
     let len = image.bytes(HEADER_LEN_AT as u64, 1, what)?;
@@ -97,7 +98,7 @@ fn check_header(header: &setup_header) -> Result<(), KernelError> {
     Ok(())
 }
 
-/// Where the kernel unpacks itself if it does not choose a place at random.
+/// Returns where the kernel unpacks itself, unless it chooses a random place.
 fn runtime_start(header: &setup_header) -> u64 {
     let preferred = header.pref_address;
     if header.relocatable_kernel == 0 {
@@ -174,7 +175,7 @@ mod tests {
     #[test]
     fn no_cut_and_no_garbage_panics() {
         let whole = image(&header());
-        // The code is padded to 16 bytes, and of the padding nothing is missed.
+        // The code is padded to 16 bytes, and a lack of padding goes unnoticed.
         for len in (0..whole.len() - 16).step_by(7) {
             assert!(load_bytes(32 * MIB, &whole[..len]).is_err(), "cut at {len}");
         }

@@ -1,20 +1,21 @@
-//! Parameters of Linux' with which it does not find, or cannot use, what this machine has.
+//! Kernel parameters with which Linux does not find, or cannot use, what this machine has.
 //!
-//! Owns what each of them costs here, so that the run says it before the guest hangs: the sentence names the
-//! parameter, the consequence, and what to do. Which kernels were tried is in `docs/reference/kernel-parameters.md`.
+//! Owns what each of them costs on this machine, so that the run reports it before the guest hangs. The
+//! sentence names the parameter, the consequence, and what to do. `docs/reference/kernel-parameters.md` lists
+//! the kernels that were tried.
 
 use super::cmdline;
 
-/// How the guest reaches its devices.
+/// The transports of the guest's devices.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Devices {
-    /// Some over PCI.
+    /// `true` if a device is behind PCI.
     pub pci: bool,
-    /// Some over virtio-mmio.
+    /// `true` if a device is behind virtio-mmio.
     pub mmio: bool,
 }
 
-/// What is to be said of the parameters in `line`, one sentence each.
+/// Returns a sentence for each caveat about the parameters in `line`.
 pub fn of(line: &str, devices: Devices) -> Vec<String> {
     let has = |name: &str, value: &str| {
         cmdline::parameters(line)
@@ -51,7 +52,7 @@ pub fn of(line: &str, devices: Devices) -> Vec<String> {
         );
     }
     for (parameter, instead) in [("noapic", "leave it out"), ("nosmp", "use --cpus 1 or maxcpus=1 instead")] {
-        // Without ACPI a kernel takes the 8259s instead, as far as it finds the devices at all.
+        // Without ACPI a kernel uses the 8259s instead, provided that it finds the devices at all.
         let forbidden = is_there(parameter) && !no_acpi;
         say(
             forbidden && devices.mmio,

@@ -1,29 +1,29 @@
 //! The kernel's command line: what is added to it, and where.
 //!
-//! Owns the place of a parameter: before a ` -- `, after which everything is init's
+//! Owns the position of an added parameter: before a ` -- `, after which everything is for init
 //! (Documentation/admin-guide/kernel-parameters.rst).
 
 use super::MmioDevice;
 use crate::layout;
 
-/// The command line of a guest to which none is given: the console is the serial port; a reboot is by
-/// the i8042, which every kernel knows; and a panic resets at once, so that one before the guest has
-/// loaded its pvpanic driver ends the VM too.
+/// The command line of a guest for which none is given. The console is the serial port. A reboot uses the
+/// i8042, which every kernel supports. A panic resets at once, so that a panic before the guest has loaded
+/// its pvpanic driver also ends the VM.
 pub const DEFAULT: &str = "console=ttyS0 reboot=k panic=-1";
 
-/// For a guest that is there for one command: no more is probed than there is, nothing is waited for.
-/// The figures are in docs/results/boot.md.
+/// Parameters for a guest that runs one command: probe nothing that the machine lacks, and wait for nothing.
+/// The measurements are in docs/results/boot.md.
 const FAST: &str = "tsc=reliable no_timer_check random.trust_cpu=on i8042.noaux i8042.nokbd \
     cryptomgr.notests rcupdate.rcu_expedited=1 8250.nr_uarts=1";
 
-/// What tells the test guest's init to answer questions about its caches.
+/// The parameter that tells the test guest's init to answer questions about its caches.
 pub const OBSERVE: &str = "minivmm.observe";
 
-/// What tells the test guest's init that a command travels with it, which it then must find.
+/// The parameter that tells the test guest's init that it must find a command in its initramfs.
 const JOB: &str = "minivmm.job";
 
-/// For a guest at a terminal: no kernel messages but errors, and the terminal's kind for programs, where
-/// `term` is a plain word.
+/// Returns the command line of a guest at a terminal. Unless `messages` are wanted, the kernel prints only
+/// errors. Programs are told the terminal's type, if `term` is a plain word.
 pub fn for_terminal(line: &str, messages: bool, term: Option<&str>) -> String {
     let is_plain = |term: &&str| {
         let plain = |c: char| c.is_ascii_alphanumeric() || "+-._".contains(c);
@@ -31,26 +31,26 @@ pub fn for_terminal(line: &str, messages: bool, term: Option<&str>) -> String {
     };
     let line = if messages { line.to_owned() } else { append(line, "quiet") };
     match term.filter(is_plain) {
-        // The kernel passes what it does not know on to its init's environment.
+        // The kernel passes parameters that it does not know to init's environment.
         Some(term) => append(&line, &format!("TERM={term}")),
         None => line,
     }
 }
 
-/// The last value of the kernel parameter `name`, if `line` has it with one.
+/// Returns the last value of the kernel parameter `name`, or `None` if `line` does not give it one.
 pub fn value<'a>(line: &'a str, name: &str) -> Option<&'a str> {
     let (params, _) = split(line);
     let value = |word: &'a str| word.strip_prefix(name)?.strip_prefix('=');
     params.split_whitespace().filter_map(value).next_back()
 }
 
-/// Whether the kernel parameter `name` is in `line`, with a value or without.
+/// Returns `true` if the kernel parameter `name` is in `line`, with or without a value.
 pub fn has(line: &str, name: &str) -> bool {
     let (params, _) = split(line);
     params.split_whitespace().any(|word| word.split('=').next() == Some(name))
 }
 
-/// The command line of a guest that is there for one command.
+/// Returns the command line of a guest that runs one command.
 pub fn for_command(messages: bool, pci: bool) -> String {
     let quiet = if messages { "" } else { "quiet" };
     let pci = if pci { "" } else { "pci=off" };
@@ -60,39 +60,39 @@ pub fn for_command(messages: bool, pci: bool) -> String {
 /// Why a command line cannot be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum CmdlineError {
-    /// Too long.
+    /// The line is too long.
     #[error(
         "it has {bytes} bytes, with what announces the disks, and this kernel takes at most {max}: \
          shorten --append or --cmdline"
     )]
     TooLong {
-        /// Its length.
+        /// Its length in bytes.
         bytes: usize,
-        /// The most that the kernel takes.
+        /// The most bytes that the kernel takes.
         max: usize,
     },
-    /// A NUL would end it.
+    /// The line contains a NUL, which would end it.
     #[error("it contains a NUL character")]
     Nul,
 }
 
-/// Adds `more` to `line`: parameters to parameters, init's arguments to init's arguments.
+/// Appends `more` to `line`: parameters to parameters, init's arguments to init's arguments.
 pub fn append(line: &str, more: &str) -> String {
     let (params, init) = split(line);
     let (more_params, more_init) = split(more);
     join(&[params, more_params], &[init, more_init])
 }
 
-/// Whether `line` tells the kernel not to read ACPI's tables (arch/x86/kernel/acpi/boot.c, parse_acpi: the last
-/// value that switches it counts).
+/// Returns `true` if `line` tells the kernel not to read ACPI's tables. As in `parse_acpi`
+/// (arch/x86/kernel/acpi/boot.c), the last value that switches ACPI on or off counts.
 pub fn is_without_acpi(line: &str) -> bool {
     let values = parameters(line).filter_map(|word| word.strip_prefix("acpi="));
     values.filter(|value| ["off", "on", "force"].contains(value)).last() == Some("off")
 }
 
-/// Adds the announcement of each device to the line of a kernel that is told not to read ACPI
-/// (drivers/virtio/virtio_mmio.c: `<size>@<base>:<irq>`). A kernel that reads ACPI's tables has found the devices
-/// there: told twice of one, it finds the registers in use and reports an error.
+/// Adds the announcement of each device (drivers/virtio/virtio_mmio.c: `<size>@<base>:<irq>`), if `line`
+/// tells the kernel not to read ACPI. A kernel that reads ACPI's tables finds the devices there. It would
+/// find the registers of a device announced twice in use, and report an error.
 pub fn announce(line: &str, devices: &[MmioDevice]) -> String {
     if !is_without_acpi(line) {
         return line.to_owned();
@@ -107,7 +107,7 @@ pub fn announce(line: &str, devices: &[MmioDevice]) -> String {
     append(line, &announced.join(" "))
 }
 
-/// Checks that a kernel that takes `bytes_max` bytes, without the NUL, takes the line.
+/// Checks that a kernel which takes `bytes_max` bytes, without the NUL, takes the line.
 pub fn check(line: &str, bytes_max: usize) -> Result<(), CmdlineError> {
     if line.contains('\0') {
         return Err(CmdlineError::Nul);
@@ -118,7 +118,7 @@ pub fn check(line: &str, bytes_max: usize) -> Result<(), CmdlineError> {
     Ok(())
 }
 
-/// Whether the line asks Linux to reboot by a triple fault (`reboot=t` or `reboot=triple`).
+/// Returns `true` if the line asks Linux to reboot by a triple fault (`reboot=t` or `reboot=triple`).
 pub fn reboots_by_triple_fault(line: &str) -> bool {
     parameters(line)
         .filter_map(|param| param.strip_prefix("reboot="))
@@ -126,12 +126,12 @@ pub fn reboots_by_triple_fault(line: &str) -> bool {
         .any(|mode| mode.starts_with('t'))
 }
 
-/// The kernel's own parameters, without init's arguments.
+/// Returns the kernel's own parameters, without init's arguments.
 pub fn parameters(line: &str) -> impl Iterator<Item = &str> {
     split(line).0.split_whitespace()
 }
 
-/// The kernel's parameters, and init's arguments if there is a `--`.
+/// Splits a line into the kernel's parameters and, if there is a `--`, init's arguments.
 fn split(line: &str) -> (&str, Option<&str>) {
     let mut quoted = false;
     let mut word_from = 0;

@@ -1,8 +1,8 @@
 //! The first CPU's registers at its first instruction.
 //!
-//! Owns the state that both boot protocols ask for, and the GDT and page tables in guest memory that
-//! it leans on. This is the only file of `boot` that names KVM. The other CPUs wait for a start-up
-//! interrupt, and need nothing.
+//! Owns the state that both boot protocols require, and the GDT and page tables in guest memory that this
+//! state refers to. This is the only file of `boot` that names KVM. The other CPUs wait for a start-up
+//! interrupt and need no set-up.
 
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -14,10 +14,10 @@ use crate::mem::{self, OutsideRam, Ram};
 /// Why a CPU could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum CpuError {
-    /// KVM refused.
+    /// KVM refused this part of the state.
     #[error("KVM refuses the first CPU's {0}")]
     Kvm(&'static str, #[source] kvm_ioctls::Error),
-    /// No room for the tables.
+    /// RAM has no room for the tables.
     #[error("cannot write the first CPU's tables")]
     Ram(#[from] OutsideRam),
 }
@@ -28,18 +28,18 @@ const CR0_PAGING: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LONG_ENABLE: u64 = 1 << 8;
 const EFER_LONG_ACTIVE: u64 = 1 << 10;
-/// Bit 1 is always set; interrupts are off.
+/// RFLAGS: bit 1 is always set; interrupts are off.
 const FLAGS: u64 = 1 << 1;
-/// All exceptions masked, as after FNINIT.
+/// x87 control word: all exceptions masked, as after FNINIT.
 const FPU_CONTROL: u16 = 0x37f;
 const MXCSR: u32 = 0x1f80;
 
-/// Selectors, the numbers that Linux's protocol names for code and data.
+/// Segment selectors. Linux's protocol prescribes the numbers for code and data.
 const CODE_64: u16 = 0x10;
 const DATA: u16 = 0x18;
 const TASK: u16 = 0x20;
 const CODE_32: u16 = 0x30;
-/// Access bytes with the granularity nibble above, as in a descriptor's bits 40 to 55.
+/// Access bytes with the granularity nibble above them, as in bits 40 to 55 of a descriptor.
 const FLAGS_CODE_64: u16 = 0xa09b;
 const FLAGS_CODE_32: u16 = 0xc09b;
 const FLAGS_DATA: u16 = 0xc093;
@@ -78,7 +78,7 @@ fn set_system_registers(vcpu: &VcpuFd, entry: Entry) -> Result<(), CpuError> {
     let mut sregs = vcpu.get_sregs().map_err(|e| CpuError::Kvm("system registers", e))?;
     sregs.gdt.base = layout::GDT;
     sregs.gdt.limit = u16::try_from(GDT_ENTRIES * 8 - 1).unwrap_or_default();
-    // No interrupt is taken before the kernel has its own table.
+    // The kernel takes no interrupt before it has loaded its own table.
     sregs.idt.limit = 0;
     let data = segment(DATA, FLAGS_DATA);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
@@ -101,7 +101,7 @@ fn set_system_registers(vcpu: &VcpuFd, entry: Entry) -> Result<(), CpuError> {
     vcpu.set_sregs(&sregs).map_err(|e| CpuError::Kvm("system registers", e))
 }
 
-/// Flat, from 0: all but the task segment reach to 4 GiB.
+/// Returns a flat segment from 0. All but the task segment reach to 4 GiB.
 fn segment(selector: u16, flags: u16) -> kvm_segment {
     let bit = |n: u16| u8::from(flags & (1 << n) != 0);
     let bits = |n: u16, mask: u16| u8::try_from((flags >> n) & mask).unwrap_or_default();
@@ -135,7 +135,7 @@ fn write_gdt(ram: &Ram) -> Result<(), OutsideRam> {
     mem::write_bytes(ram, layout::GDT, &bytes)
 }
 
-/// The first 4 GiB one to one, in pages of 2 MiB.
+/// Maps the first 4 GiB one to one, in pages of 2 MiB.
 fn write_page_tables(ram: &Ram) -> Result<(), OutsideRam> {
     const PAGE: u64 = 0x1000;
     const PRESENT_WRITABLE: u64 = 0b11;

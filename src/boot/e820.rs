@@ -1,33 +1,34 @@
-//! The memory map that the guest is told.
+//! The memory map that the guest gets.
 //!
-//! Owns which parts of RAM are usable, from `layout`'s addresses. The zero page and PVH's start info
-//! use the same numbers for the kinds.
+//! Owns which parts of RAM are usable, by `layout`'s addresses. The zero page and PVH's start info use the
+//! same numbers for the types.
 
 use crate::layout;
 
-/// What a range is.
+/// The type of a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Kind {
-    /// Usable.
+    /// Usable RAM.
     Ram = 1,
-    /// Not to be used.
+    /// Reserved: the guest must not use it as RAM.
     Reserved = 2,
 }
 
-/// One range.
+/// One range of the map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
-    /// First guest physical address.
+    /// The first guest physical address.
     pub base: u64,
-    /// Length in bytes.
+    /// The length in bytes.
     pub len: u64,
-    /// What it is.
+    /// The type.
     pub kind: Kind,
 }
 
-/// The map of RAM in `regions` (guest address, bytes): all of it but the BIOS area, in which the
-/// ACPI tables lie. Linux uses the configuration space of a PCI bus as memory only where it is reserved.
+/// Returns the map of RAM in `regions` (guest address, bytes). All of it is usable except the BIOS area,
+/// which holds the ACPI tables. With `pci` the bus's configuration space is reserved, because Linux uses it
+/// only then.
 pub fn map(regions: &[(u64, u64)], pci: bool) -> Vec<Range> {
     let mut ranges = Vec::new();
     for &(base, len) in regions {

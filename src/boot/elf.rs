@@ -1,7 +1,7 @@
 //! ELF vmlinux: loading by its program headers, entry by PVH's note or by `e_entry`.
 //!
-//! Owns the ELF checks and the search for XEN_ELFNOTE_PHYS32_ENTRY. linux-loader's own ELF loader is
-//! not used: it adds offsets of the file without looking for overflow, and lets segments overlap.
+//! Owns the ELF checks and the search for XEN_ELFNOTE_PHYS32_ENTRY. linux-loader's own ELF loader is not
+//! used, because it adds file offsets without checking for overflow, and lets segments overlap.
 
 use std::mem::size_of;
 
@@ -13,7 +13,7 @@ use super::kernel::{Image, Kernel, KernelError, check_room};
 use crate::layout;
 use crate::mem::Ram;
 
-/// How an ELF file begins.
+/// The magic number at the start of an ELF file.
 pub const MAGIC: &[u8] = b"\x7fELF";
 
 const CLASS_64: u8 = 2;
@@ -22,14 +22,14 @@ const MACHINE_X86_64: u16 = 62;
 const TYPE_EXECUTABLE: u16 = 2;
 const TYPE_SHARED: u16 = 3;
 const SEGMENT_LOAD: u32 = 1;
-/// The path of a program's loader.
+/// The segment that holds the path of a program's loader.
 const SEGMENT_INTERPRETER: u32 = 3;
 const SEGMENT_NOTE: u32 = 4;
-/// A kernel has a handful of program headers.
+/// The maximum number of program headers; a kernel has only a few.
 const SEGMENTS_MAX: u16 = 64;
-/// The notes of a kernel take a few hundred bytes.
+/// The maximum size of the notes; a kernel's take a few hundred bytes.
 const NOTES_BYTES_MAX: u64 = 1 << 20;
-/// The 32-bit entry of PVH, in a note of Xen's.
+/// The type of the Xen note that holds PVH's 32-bit entry.
 const NOTE_PHYS32_ENTRY: u32 = 18;
 const NOTE_XEN: &[u8] = b"Xen\0";
 
@@ -93,7 +93,7 @@ fn read_segments(image: &Image, header: &Elf64_Ehdr) -> Result<Vec<Elf64_Phdr>, 
     (0..header.e_phnum).map(|index| read(image, offset_of(index)?, what)).collect()
 }
 
-/// A program has a loader, as every dynamic one does.
+/// Refuses a program for Linux: like every dynamic program, it names a loader.
 fn check_no_program(segments: &[Elf64_Phdr]) -> Result<(), KernelError> {
     match segments.iter().any(|segment| segment.p_type == SEGMENT_INTERPRETER) {
         true => Err(KernelError::Unusable("it is a program for Linux (it names its loader)".into())),
@@ -101,7 +101,7 @@ fn check_no_program(segments: &[Elf64_Phdr]) -> Result<(), KernelError> {
     }
 }
 
-/// Every segment is in RAM, above what we put below 1 MiB, and none lies on another.
+/// Checks that every segment is in RAM, above the first MiB, which we use, and that none overlaps another.
 fn check_loads(ram: &Ram, loads: &[&Elf64_Phdr]) -> Result<(), KernelError> {
     for (index, load) in loads.iter().enumerate() {
         if load.p_filesz > load.p_memsz {
@@ -120,7 +120,7 @@ fn check_loads(ram: &Ram, loads: &[&Elf64_Phdr]) -> Result<(), KernelError> {
     if loads.is_empty() { Err(KernelError::Unusable("it has nothing to load".into())) } else { Ok(()) }
 }
 
-/// Who has no room for one segment needs room for those behind it too.
+/// Extends the reported need for memory to the end of the last segment.
 fn to_the_last(error: KernelError, loads: &[&Elf64_Phdr]) -> KernelError {
     match error {
         KernelError::NoRoom { what: _, from, to } => {
@@ -142,7 +142,8 @@ fn find_pvh_entry(image: &Image, segments: &[Elf64_Phdr]) -> Result<Option<u32>,
     Ok(None)
 }
 
-/// The 32-bit entry among `notes`: each a header, a name and a description, both padded to 4 bytes.
+/// Finds the 32-bit entry in `notes`. Each note is a header, a name and a description, the latter two padded
+/// to 4 bytes.
 fn pvh_entry(notes: &[u8]) -> Option<u32> {
     let mut rest = notes;
     loop {
@@ -221,7 +222,7 @@ mod tests {
         let notes = note(NOTE_PHYS32_ENTRY, NOTE_XEN, &0x10_0020_u64.to_le_bytes());
         let mut segments = plain();
         segments.push(segment(SEGMENT_NOTE, 512, 0, notes.len() as u64, 0));
-        // A second segment of notes, without the one that matters, does not hide the first.
+        // A second note segment, without the note that matters, does not hide the first.
         segments.push(segment(SEGMENT_NOTE, 1000, 0, 8, 0));
         let kernel = load_bytes(4 * MIB, &image(&segments, &notes)).unwrap();
         assert_eq!(kernel.entry, Entry::Pvh32 { eip: 0x10_0020 });

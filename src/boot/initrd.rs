@@ -1,8 +1,7 @@
-//! The initial RAM disk: read from its file, as high in RAM below 4 GiB as the kernel allows, and what is put
-//! behind it.
+//! The initial RAM disk and what is appended to it, loaded as high in RAM below 4 GiB as the kernel allows.
 //!
-//! Owns its place, and the way there: each file is read by the host's kernel straight into guest memory.
-//! What is in it is the guest's business.
+//! Owns its address, and how it gets there: the host's kernel reads each file straight into guest memory. Its
+//! content is the guest's business.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -16,35 +15,35 @@ use super::need::{Need, TooLittle};
 use crate::layout;
 use crate::mem::{self, Ram};
 
-/// Where the initrd lies.
+/// Where the initrd is in guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Initrd {
-    /// First guest physical address.
+    /// The first guest physical address.
     pub base: u64,
-    /// Length in bytes.
+    /// The length in bytes.
     pub len: u64,
 }
 
-/// A piece of what is put behind the initrd.
+/// A piece of what is appended to the initrd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Piece<'a> {
     /// These bytes.
     Bytes(&'a [u8]),
-    /// The content of this file, which had this length when it was looked at.
+    /// The content of this file, and the length that it had when the archive was planned.
     File(&'a Path, u64),
 }
 
-/// What is put behind the initrd: one more archive.
+/// What is appended to the initrd: one more archive.
 #[derive(Debug, Clone, Default)]
 pub struct Tail<'a> {
-    /// Its pieces, in order.
+    /// The pieces, in order.
     pub pieces: Vec<Piece<'a>>,
-    /// What it takes of the guest's memory once it is unpacked.
+    /// The bytes of guest memory that it takes once it is unpacked.
     pub unpacked_bytes: u64,
 }
 
 impl Tail<'_> {
-    /// Its length in bytes.
+    /// Returns the length of all pieces in bytes.
     pub fn total_bytes(&self) -> u64 {
         let len = |piece: &Piece<'_>| match piece {
             Piece::Bytes(bytes) => bytes.len() as u64,
@@ -57,63 +56,63 @@ impl Tail<'_> {
 /// Why an initrd cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum InitrdError {
-    /// The host does not let us read it.
+    /// The host could not open or read the file.
     #[error("cannot read it")]
     Read(#[from] io::Error),
-    /// RAM could not be filled from it.
+    /// The file could not be read into RAM.
     #[error("cannot read it into guest memory: it has become shorter while it was read, or {0}")]
     Load(String),
-    /// No file.
+    /// It is not a regular file, but this.
     #[error("it is {0}, not a regular file")]
     Kind(&'static str),
-    /// Nothing in it.
+    /// The file is empty.
     #[error("it is empty")]
     Empty,
-    /// A file that is put behind it.
+    /// A file to be appended could not be read.
     #[error("cannot add {path}")]
     Added {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// Why it could not be read.
         source: io::Error,
     },
-    /// The guest could not unpack it.
+    /// The guest has too little memory to unpack it.
     #[error(transparent)]
     TooLittle(#[from] TooLittle),
-    /// No place, whatever the memory.
+    /// The initrd does not fit, whatever the size of the memory.
     #[error(
         "it has {len} bytes with what is added, and this kernel takes {max} at most, because all of it has to lie \
          between its own end and {limit:#x}: bring large files on a disk (--disk FILE,readonly)"
     )]
     OutOfReach {
-        /// Its length.
+        /// Its length in bytes.
         len: u64,
-        /// The most that there is room for.
+        /// The largest length in bytes that would fit.
         max: u64,
-        /// Where RAM below the hole, or what the kernel can reach, ends.
+        /// The end of RAM below the hole, or of what the kernel can reach.
         limit: u64,
     },
-    /// No place.
+    /// The initrd does not fit into this guest's memory.
     #[error(
         "its {len} bytes do not fit between the kernel's end at {kernel_end:#x} and {limit:#x}: give the \
          guest more --memory"
     )]
     NoRoom {
-        /// Its length.
+        /// Its length in bytes.
         len: u64,
-        /// Where the kernel ends.
+        /// The end of the kernel.
         kernel_end: u64,
-        /// Where RAM, or what the kernel can reach, ends.
+        /// The end of RAM, or of what the kernel can reach.
         limit: u64,
     },
 }
 
-/// Archives begin at multiples of it: the kernel finds them at 4, tools write them at 512.
+/// The alignment of an appended archive: the kernel requires 4, tools write archives at 512.
 const TAIL_ALIGN: u64 = 512;
-/// How a cpio archive begins that is not compressed.
+/// The magic number at the start of an uncompressed cpio archive.
 const CPIO_MAGIC: &[u8] = b"070701";
 
-/// Reads the file at `path` into `ram`, and puts `tail` behind it.
+/// Reads the file at `path` into `ram`, and appends `tail`.
 pub fn load(
     ram: &Ram,
     path: &Path,
@@ -141,12 +140,13 @@ pub fn load(
     let len = usize::try_from(metadata.len()).map_err(|_| InitrdError::Empty)?;
     ram.read_exact_volatile_from(GuestAddress(initrd.base), &mut file, len)
         .map_err(|error| InitrdError::Load(error.to_string()))?;
-    // RAM is zero between the two, which the kernel passes over.
+    // RAM between the two is zero, which the kernel skips.
     write_tail(ram, tail, initrd.base + tail_at)?;
     Ok(initrd)
 }
 
-/// What a kernel of `kernel_bytes` needs to unpack the file at `path` and `tail`, if that is a file.
+/// Returns what a kernel of `kernel_bytes` needs to unpack the file at `path` and `tail`. `None` if there is
+/// no such file.
 pub fn need(path: &Path, tail: &Tail<'_>, kernel_bytes: u64, cmdline: &str) -> Option<Need> {
     let file = kernel::open(path).ok()?;
     let metadata = file.metadata().ok().filter(Metadata::is_file)?;
@@ -159,7 +159,7 @@ fn need_of(file: &File, len: u64, tail: &Tail<'_>, kernel_bytes: u64, cmdline: &
     Ok(Need::new(kernel_bytes, (len, packed), tail, cmdline))
 }
 
-/// Writes the pieces one after another from guest address `at`.
+/// Writes the pieces one after another, from guest address `at` on.
 fn write_tail(ram: &Ram, tail: &Tail<'_>, mut at: u64) -> Result<(), InitrdError> {
     for piece in &tail.pieces {
         match *piece {
@@ -178,7 +178,7 @@ fn write_tail(ram: &Ram, tail: &Tail<'_>, mut at: u64) -> Result<(), InitrdError
     Ok(())
 }
 
-/// Reads a file that must still have the length that was planned for.
+/// Reads a file, which must still have the length that was planned for.
 fn copy_file(ram: &Ram, path: &Path, len: u64, at: u64) -> io::Result<()> {
     let mut file: File = kernel::open(path)?;
     let found = file.metadata()?;
@@ -193,7 +193,7 @@ fn copy_file(ram: &Ram, path: &Path, len: u64, at: u64) -> io::Result<()> {
     })
 }
 
-/// Checks that a guest with enough memory could have `total` bytes where the kernel takes them.
+/// Checks that a guest with enough memory could have `total` bytes where the kernel accepts an initrd.
 fn check_reach(total: u64, kernel: &Kernel) -> Result<(), InitrdError> {
     let limit = layout::RAM_HOLE.min(kernel.initrd_limit);
     let max = limit.saturating_sub(kernel.end) / PAGE * PAGE;
@@ -202,7 +202,7 @@ fn check_reach(total: u64, kernel: &Kernel) -> Result<(), InitrdError> {
 
 const PAGE: u64 = 0x1000;
 
-/// The highest page-aligned place for `len` bytes between `kernel_end` and `limit`.
+/// Returns the highest page-aligned place for `len` bytes between `kernel_end` and `limit`.
 fn place(len: u64, kernel_end: u64, limit: u64) -> Result<Initrd, InitrdError> {
     let base = limit.checked_sub(len).map(|base| base / PAGE * PAGE);
     match base {

@@ -1,7 +1,7 @@
 //! A kernel image: which format it has, and what every format yields.
 //!
-//! Owns the choice between bzImage and ELF. Nothing is believed of the file before it was checked
-//! against its length and against RAM.
+//! Owns the choice between bzImage and ELF. Nothing in the file is trusted before it has been checked against
+//! the file's length and against RAM.
 
 use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
@@ -17,60 +17,60 @@ use crate::mem::{self, Ram};
 
 /// A kernel in guest memory.
 pub struct Kernel {
-    /// Where it starts.
+    /// The entry point.
     pub entry: Entry,
-    /// First address beyond what it uses before it has read its memory map.
+    /// The first address after what the kernel uses before it has read its memory map.
     pub end: u64,
-    /// What it takes of memory itself, unpacked.
+    /// The bytes of memory that the kernel itself takes, unpacked.
     pub bytes: u64,
-    /// First address that an initrd must not reach.
+    /// The first address that an initrd must not reach.
     pub initrd_limit: u64,
-    /// Longest command line, without the NUL.
+    /// The length of the longest command line in bytes, without the NUL.
     pub cmdline_bytes_max: usize,
-    /// The setup header of a bzImage, to be handed back in the zero page.
+    /// The setup header of a bzImage, which is passed back in the zero page.
     pub header: setup_header,
 }
 
 /// Why a kernel cannot be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
-    /// The host does not let us read it.
+    /// The host could not open or read the file.
     #[error("cannot read it")]
     Read(#[from] io::Error),
-    /// Not a kernel that we know.
+    /// It is not a supported kernel image, but this.
     #[error("it is {0}, neither a bzImage nor an ELF vmlinux for x86-64")]
     Format(&'static str),
-    /// A kernel that we know and cannot boot, or a broken one.
+    /// It is a kernel of a supported format that cannot be booted, or a broken one.
     #[error("{0}")]
     Unusable(String),
-    /// The file ends before what it says it contains.
+    /// The file ends before something that it claims to contain.
     #[error("the file is truncated: {what} lies beyond its end at {file_bytes} bytes")]
     Truncated {
-        /// What lies there.
+        /// What should be there.
         what: &'static str,
-        /// Length of the file.
+        /// The length of the file in bytes.
         file_bytes: u64,
     },
-    /// It does not fit.
+    /// Guest memory has no room for it.
     #[error(
         "{what} needs guest memory {from:#x} to {to:#x}, which is not all there: give the guest more --memory"
     )]
     NoRoom {
         /// What does not fit.
         what: &'static str,
-        /// First guest physical address.
+        /// The first guest physical address that it needs.
         from: u64,
-        /// First guest physical address behind it.
+        /// The first guest physical address after it.
         to: u64,
     },
 }
 
-/// Opens a file of the user's without waiting: a FIFO has nobody who writes to it.
+/// Opens a user's file without blocking, even if it is a FIFO that nobody writes to.
 pub fn open(path: &Path) -> io::Result<File> {
     File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
 }
 
-/// What it is that is no regular file.
+/// Describes a file that is not a regular file.
 pub fn kind_of(metadata: &Metadata) -> &'static str {
     let kind = metadata.file_type();
     match () {
@@ -82,7 +82,7 @@ pub fn kind_of(metadata: &Metadata) -> &'static str {
     }
 }
 
-/// A kernel's file: bytes at positions, with the end checked.
+/// A kernel's file, read at offsets that are checked against its end.
 pub struct Image {
     file: File,
     len: u64,
@@ -98,12 +98,12 @@ impl Image {
         Ok(Self { file, len: metadata.len() })
     }
 
-    /// Length of the file in bytes.
+    /// Returns the length of the file in bytes.
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// The `len` bytes at `offset`, which are `what`.
+    /// Returns the `len` bytes at `offset`; `what` names them in errors.
     pub fn bytes(&self, offset: u64, len: usize, what: &'static str) -> Result<Vec<u8>, KernelError> {
         self.check(offset, len as u64, what)?;
         let mut bytes = vec![0; len];
@@ -111,7 +111,7 @@ impl Image {
         Ok(bytes)
     }
 
-    /// Reads `len` bytes at `offset`, which are `what`, to guest address `to`.
+    /// Reads `len` bytes at `offset` to guest address `to`; `what` names them in errors.
     pub fn copy(
         &self,
         offset: u64,
@@ -122,7 +122,7 @@ impl Image {
     ) -> Result<(), KernelError> {
         self.check(offset, len, what)?;
         check_room(ram, what, to, len)?;
-        // The host's kernel reads into guest RAM itself: no copy of ours on the way.
+        // The host's kernel reads straight into guest RAM, without a copy in this process.
         let mut file = &self.file;
         file.seek(SeekFrom::Start(offset))?;
         let room = || KernelError::NoRoom { what, from: to, to: to.saturating_add(len) };
@@ -140,7 +140,7 @@ impl Image {
     }
 }
 
-/// Checks that guest memory at `base` from 1 MiB on, in one piece, has room for `len` bytes of `what`.
+/// Checks that guest memory at `base`, at or above 1 MiB and contiguous, has room for `len` bytes of `what`.
 pub fn check_room(ram: &Ram, what: &'static str, base: u64, len: u64) -> Result<(), KernelError> {
     let to = base.checked_add(len).ok_or(KernelError::NoRoom { what, from: base, to: u64::MAX })?;
     if base < layout::HIGH_RAM {
@@ -151,7 +151,7 @@ pub fn check_room(ram: &Ram, what: &'static str, base: u64, len: u64) -> Result<
     if fits { Ok(()) } else { Err(KernelError::NoRoom { what, from: base, to }) }
 }
 
-/// Where RAM below the hole ends.
+/// Returns the end of RAM below the hole.
 pub fn low_ram_end(ram: &Ram) -> u64 {
     mem::regions(ram).first().map_or(0, |&(base, _, len)| base + len)
 }
@@ -170,10 +170,10 @@ pub fn load(ram: &Ram, path: &Path) -> Result<Kernel, KernelError> {
     }
 }
 
-/// So much of an image's start is looked at to tell its format.
+/// The number of bytes at an image's start that identify its format.
 const START_BYTES: usize = 0x210;
 
-/// What a file that is no kernel of ours seems to be.
+/// Guesses what a file is that is no supported kernel.
 fn guess(start: &[u8]) -> &'static str {
     let known: [(&[u8], &str); 7] = [
         (b"\x1f\x8b", "gzip-compressed (unpack it first)"),

@@ -1,9 +1,7 @@
-//! Puts a guest into memory: kernel, initrd, command line, boot parameters, ACPI tables, MP
-//! table.
+//! Puts a guest into memory: kernel, initrd, command line, boot parameters, ACPI tables, MP table.
 //!
-//! Owns what the boot protocols and the firmware tables say; knows of devices no more than what has
-//! to be announced. Everything read from a file is an allegation until it is checked here. Only
-//! [`cpu`] names KVM.
+//! Owns what the boot protocols and the firmware tables require. Of devices it knows only what must be
+//! announced. Nothing read from a file is trusted before it is checked here. Only [`cpu`] names KVM.
 
 pub mod acpi;
 mod bzimage;
@@ -29,10 +27,10 @@ use initrd::InitrdError;
 pub use initrd::{Piece, Tail};
 pub use kernel::KernelError;
 
-/// A virtio-mmio device, as it is announced.
+/// A virtio-mmio device, as it is announced to the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MmioDevice {
-    /// First guest physical address of its page.
+    /// The first guest physical address of its registers.
     pub base: u64,
     /// Its interrupt line.
     pub irq: u32,
@@ -43,31 +41,31 @@ pub struct MmioDevice {
 pub struct Guest<'a> {
     /// The kernel image.
     pub kernel: &'a Path,
-    /// The initial RAM disk.
+    /// The initial RAM disk; `None` boots without one.
     pub initrd: Option<&'a Path>,
-    /// What is put behind it: one more archive, which begins at a multiple of 4.
+    /// One more archive, appended to the initial RAM disk at a multiple of 4.
     pub initrd_tail: Tail<'a>,
     /// The kernel's parameters, without the announcement of devices.
     pub cmdline: &'a str,
-    /// How many CPUs.
+    /// The number of CPUs.
     pub cpus: u8,
     /// The virtio-mmio devices to announce.
     pub devices: &'a [MmioDevice],
-    /// There is a PCI bus.
+    /// `true` if there is a PCI bus.
     pub pci: bool,
 }
 
 /// Where the first CPU starts, and by which protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Entry {
-    /// 64-bit mode, the zero page in RSI (Documentation/arch/x86/boot.rst, "64-bit boot protocol").
+    /// 64-bit mode, with the zero page in RSI (Documentation/arch/x86/boot.rst, "64-bit boot protocol").
     Long64 {
-        /// First instruction.
+        /// The address of the first instruction.
         rip: u64,
     },
-    /// 32-bit mode without paging, hvm_start_info in EBX (Xen's PVH).
+    /// 32-bit mode without paging, with hvm_start_info in EBX (Xen's PVH).
     Pvh32 {
-        /// First instruction.
+        /// The address of the first instruction.
         eip: u32,
     },
 }
@@ -75,7 +73,7 @@ pub enum Entry {
 /// Why a guest cannot be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The kernel image.
+    /// The kernel image cannot be booted.
     #[error("cannot boot kernel {path}")]
     Kernel {
         /// The file.
@@ -83,7 +81,7 @@ pub enum BootError {
         /// What is wrong with it.
         source: KernelError,
     },
-    /// The initial RAM disk.
+    /// The initial RAM disk cannot be used.
     #[error("cannot use initrd {path}")]
     Initrd {
         /// The file.
@@ -91,21 +89,21 @@ pub enum BootError {
         /// What is wrong with it.
         source: initrd::InitrdError,
     },
-    /// A file that is put behind it.
+    /// A file to be appended to the initial RAM disk cannot be read.
     #[error("cannot add {path} to the guest")]
     Added {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// Why it could not be read.
         source: io::Error,
     },
-    /// The guest could not unpack its initial RAM disk.
+    /// The guest has too little memory to unpack its initial RAM disk.
     #[error(transparent)]
     TooLittle(need::TooLittle),
-    /// The command line.
+    /// The command line cannot be used.
     #[error("cannot use the kernel command line")]
     Cmdline(#[from] cmdline::CmdlineError),
-    /// The ACPI tables.
+    /// The ACPI tables cannot be written.
     #[error("cannot lay the ACPI tables")]
     Acpi(#[from] acpi::AcpiError),
     /// RAM is smaller than what belongs into its first MiB.
@@ -147,8 +145,8 @@ pub fn load(ram: &Ram, guest: &Guest<'_>) -> Result<Entry, BootError> {
     Ok(kernel.entry)
 }
 
-/// Why there is no kernel. Where memory is too small even for it, the figure to use counts what else has to be
-/// unpacked.
+/// Returns the error for a kernel that could not be loaded. If memory is too small even for the kernel, the
+/// suggested size also counts what else must be unpacked.
 fn no_kernel(ram: &Ram, guest: &Guest<'_>, source: KernelError) -> BootError {
     if let KernelError::NoRoom { to, .. } = &source
         && *to < layout::RAM_HOLE
@@ -162,9 +160,9 @@ fn no_kernel(ram: &Ram, guest: &Guest<'_>, source: KernelError) -> BootError {
     BootError::Kernel { path: guest.kernel.into(), source }
 }
 
-/// All the BIOS that there is, in real mode: `mov al, 0xfe; out 0x64, al`, which resets, and a halt.
-/// Linux does not use the ACPI reset register of a hardware-reduced machine unless `reboot=` says so:
-/// it expects EFI there, and without EFI goes to the BIOS.
+/// The whole BIOS, in real mode: `mov al, 0xfe; out 0x64, al`, which resets, and a halt. Linux uses the ACPI
+/// reset register of a hardware-reduced machine only if `reboot=` says so. By default it expects EFI there,
+/// and without EFI it jumps to the BIOS.
 const RESET_CODE: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
 
 fn write_cmdline(ram: &Ram, cmdline: &str) -> Result<(), OutsideRam> {

@@ -1,7 +1,7 @@
 //! The MP table: CPUs and interrupt lines, for kernels without ACPI.
 //!
-//! Owns Intel's MultiProcessor Specification 1.4, chapter 4, as far as Linux reads it. Without it
-//! such a kernel has one CPU and no timer. A kernel that has read the ACPI tables does not look here.
+//! Owns Intel's MultiProcessor Specification 1.4, chapter 4, as far as Linux reads it. Without this table
+//! such a kernel has one CPU and no timer. A kernel that has read the ACPI tables does not read it.
 
 use crate::layout;
 use crate::mem::{self, OutsideRam, Ram};
@@ -10,25 +10,25 @@ const SPECIFICATION: u8 = 4;
 const APIC_VERSION: u8 = 0x14;
 const POINTER_BYTES: usize = 16;
 const HEADER_BYTES: u16 = 44;
-/// Lines of the IOAPIC.
+/// The number of IOAPIC lines.
 const LINES: u8 = 24;
 
-/// Kinds of entry.
+/// Entry types.
 const PROCESSOR: u8 = 0;
 const BUS: u8 = 1;
 const IOAPIC: u8 = 2;
 const IO_INTERRUPT: u8 = 3;
 const LOCAL_INTERRUPT: u8 = 4;
 
-/// Flags of a processor.
+/// Processor flags.
 const ENABLED: u8 = 1;
 const BOOT: u8 = 2;
 
-/// Kinds of interrupt.
+/// Interrupt types.
 const VECTORED: u8 = 0;
 const NMI: u8 = 1;
 const EXTINT: u8 = 3;
-/// To all local APICs.
+/// The destination that stands for all local APICs.
 const ALL: u8 = 0xff;
 
 /// Writes the table for `cpus` CPUs, whose APIC ids are their numbers.
@@ -39,7 +39,7 @@ pub fn write(ram: &Ram, cpus: u8) -> Result<(), OutsideRam> {
     mem::write_bytes(ram, layout::MP_TABLE, &bytes)
 }
 
-/// The structure that a kernel scans the BIOS area for; the table follows it.
+/// Returns the structure for which a kernel scans the BIOS area; the table follows it.
 fn pointer() -> [u8; POINTER_BYTES] {
     let mut bytes = [0; POINTER_BYTES];
     let [a, b, c, d] = low32(layout::MP_TABLE + POINTER_BYTES as u64).to_le_bytes();
@@ -49,7 +49,7 @@ fn pointer() -> [u8; POINTER_BYTES] {
 }
 
 fn table(cpus: u8) -> Vec<u8> {
-    // No id of a CPU is the IOAPIC's; with 254 CPUs this is the last that there is.
+    // The IOAPIC's id must differ from every CPU's. With 254 CPUs this is the last free id.
     let ioapic = cpus;
     let mut entries = Vec::new();
     let mut count: u16 = 0;
@@ -66,7 +66,7 @@ fn table(cpus: u8) -> Vec<u8> {
     push(b"\x01\x00ISA   ");
     let [a, b, c, d] = low32(layout::IOAPIC).to_le_bytes();
     push(&[IOAPIC, ioapic, 0x11, ENABLED, a, b, c, d]);
-    // Edge-triggered and active-high, as is usual on ISA (flags 0): from line to pin one to one.
+    // Edge-triggered and active-high, as is usual on ISA (flags 0). Lines are connected to pins one to one.
     for line in 0..LINES {
         push(&[IO_INTERRUPT, VECTORED, 0, 0, 0, line, ioapic, line]);
     }
@@ -81,7 +81,7 @@ fn with_header(entries: &[u8], count: u16) -> Vec<u8> {
     table.extend(len.to_le_bytes());
     table.extend([SPECIFICATION, 0]);
     table.extend(b"MINIVMM virtual     ");
-    // No table of the maker's.
+    // There is no OEM table.
     table.extend([0; 6]);
     table.extend(count.to_le_bytes());
     table.extend(low32(layout::LAPIC).to_le_bytes());
@@ -94,7 +94,7 @@ fn with_header(entries: &[u8], count: u16) -> Vec<u8> {
     table
 }
 
-/// What makes the sum of all bytes zero.
+/// Returns the byte that makes the sum of all bytes zero.
 fn missing(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_sub(*byte))
 }
@@ -103,7 +103,7 @@ fn low32(value: u64) -> u32 {
     u32::try_from(value).unwrap_or(u32::MAX)
 }
 
-/// The ISA bus's entry begins with its kind.
+/// The ISA bus's entry begins with its type.
 const _: () = assert!(BUS == b"\x01"[0]);
 
 #[cfg(test)]

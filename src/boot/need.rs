@@ -1,39 +1,39 @@
 //! How much memory a kernel needs to unpack its initramfs.
 //!
 //! Owns the estimate. Linux unpacks into a tmpfs that may fill half of the memory that was free when it was
-//! mounted (mm/shmem.c, `shmem_default_max_blocks`; init/do_mounts.c, `init_rootfs`), while the archives still
-//! lie in memory. What does not fit is lost: the kernel prints one line and boots on.
+//! mounted (mm/shmem.c, `shmem_default_max_blocks`; init/do_mounts.c, `init_rootfs`). The archives still take
+//! memory at that time. What does not fit is lost: the kernel prints one line and boots on.
 
 use super::initrd::Tail;
 use crate::layout::{KIB, MIB, RAM_HOLE};
 
-/// For each page of memory the kernel has a `struct page`: 64 bytes of 4096.
+/// The bytes that the kernel keeps for each page: a `struct page` of 64 bytes per 4096.
 const PAGE_SHARE: u64 = 64;
-/// What a kernel reserves besides its image before it mounts its root: measured 8 MiB with Debian's 6.1 and 6.12
-/// (docs/results/boot.md), and as much again.
+/// What a kernel reserves besides its image before it mounts its root. Measured were 8 MiB with Debian's 6.1
+/// and 6.12 (docs/results/boot.md); this is twice that.
 const RESERVED_BYTES: u64 = 16 * MIB;
-/// What the guest's programs work in.
+/// The memory in which the guest's programs work.
 const WORKING_BYTES: u64 = 24 * MIB;
 const BOUNCE_BYTES: u64 = 64 * MIB;
-/// Figures for --memory are multiples of this.
+/// Suggested values of --memory are multiples of this.
 const STEP: u64 = 16 * MIB;
-/// A packed initramfs may grow by so much, or more.
+/// The factor by which a compressed initramfs is assumed to grow; some grow more.
 const PACKED_GROWS: u64 = 3;
 
-/// What has to be in memory at the same time.
+/// What must be in memory at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Need {
-    /// The kernel's image, unpacked.
+    /// The size of the unpacked kernel image.
     pub kernel_bytes: u64,
-    /// The initramfs file.
+    /// The size of the initramfs file.
     pub initrd_bytes: u64,
-    /// Whether that file is compressed.
+    /// `true` if that file is compressed.
     pub packed: bool,
-    /// The archive behind it.
+    /// The size of the archive appended to it.
     pub tail_bytes: u64,
-    /// The same, unpacked.
+    /// The size of that archive, unpacked.
     pub tail_unpacked_bytes: u64,
-    /// The root file system takes half of the free memory at most.
+    /// `true` if the root file system takes at most half of the free memory.
     pub half: bool,
 }
 
@@ -48,12 +48,12 @@ pub struct Need {
 pub struct TooLittle {
     need: Need,
     memory_bytes: u64,
-    /// What is enough.
+    /// A memory size in bytes that is enough.
     pub suggested_bytes: u64,
 }
 
-/// Whether a kernel with this command line makes its root file system a tmpfs (init/do_mounts.c): unless it is
-/// to mount another root.
+/// Returns `true` if a kernel with this command line makes its root file system a tmpfs (init/do_mounts.c):
+/// it does so unless it is to mount another root.
 pub fn has_tmpfs_root(cmdline: &str) -> bool {
     let values =
         |name: &'static str| cmdline.split_whitespace().filter_map(move |word| word.strip_prefix(name));
@@ -62,7 +62,8 @@ pub fn has_tmpfs_root(cmdline: &str) -> bool {
 }
 
 impl Need {
-    /// The need of a kernel of `kernel_bytes` with `tail` behind an initramfs.
+    /// Creates the need of a kernel of `kernel_bytes` with an initramfs and `tail`. `initrd` is the length of
+    /// the file, and `true` if it is compressed.
     pub fn new(kernel_bytes: u64, initrd: (u64, bool), tail: &Tail<'_>, cmdline: &str) -> Self {
         Self {
             kernel_bytes,
@@ -74,16 +75,16 @@ impl Need {
         }
     }
 
-    /// With less than this nothing can go well.
+    /// Returns a size in bytes below which the boot cannot succeed.
     fn least(&self) -> u64 {
         self.total(1, 0)
     }
 
-    /// This is enough.
+    /// Returns a size in bytes that is enough.
     fn enough(&self) -> u64 {
         let grown = if self.packed { PACKED_GROWS } else { 1 };
         let total = self.total(grown, RESERVED_BYTES).saturating_add(WORKING_BYTES);
-        // RAM above 4 GiB makes the kernel keep bounce buffers below (kernel/dma/swiotlb.c).
+        // With RAM above 4 GiB the kernel keeps bounce buffers below it (kernel/dma/swiotlb.c).
         let total = if total > RAM_HOLE { total.saturating_add(BOUNCE_BYTES) } else { total };
         total.checked_next_multiple_of(STEP).unwrap_or(u64::MAX)
     }
@@ -96,7 +97,7 @@ impl Need {
         sum.saturating_add(sum / (PAGE_SHARE - 1))
     }
 
-    /// Checks that a guest with so much memory can unpack all of it.
+    /// Checks that a guest with `memory_bytes` of memory can unpack all of it.
     pub fn check(&self, memory_bytes: u64) -> Result<(), TooLittle> {
         if memory_bytes >= self.least() {
             return Ok(());
@@ -109,7 +110,7 @@ fn mib(bytes: u64) -> u64 {
     bytes.div_ceil(MIB)
 }
 
-/// As --memory has it.
+/// Formats a size as --memory takes it.
 fn in_letters(bytes: u64) -> String {
     if bytes.is_multiple_of(MIB) { format!("{}M", bytes / MIB) } else { format!("{}K", bytes / KIB) }
 }

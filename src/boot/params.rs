@@ -1,4 +1,4 @@
-//! What the kernel is handed: the zero page, or PVH's start info.
+//! The boot parameters for the kernel: the zero page, or PVH's start info.
 //!
 //! Owns both structures' contents (Documentation/arch/x86/zero-page.rst; Xen's hvm_start_info). The
 //! definitions are linux-loader's.
@@ -17,7 +17,7 @@ use super::kernel::Kernel;
 use crate::layout;
 use crate::mem::{self, OutsideRam, Ram};
 
-/// "Undefined" in the list of boot loaders.
+/// The boot loader type "undefined".
 const LOADER_UNDEFINED: u8 = 0xff;
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
@@ -31,7 +31,7 @@ pub fn write_zero_page(
     map: &[Range],
 ) -> Result<(), OutsideRam> {
     let mut page = boot_params { hdr: kernel.header, acpi_rsdp_addr: layout::ACPI, ..Default::default() };
-    // An ELF image has no header to copy; the fields that Linux looks at are the same.
+    // An ELF image has no header to copy, but Linux reads the same fields.
     page.hdr.boot_flag = BOOT_FLAG;
     page.hdr.header = HEADER_MAGIC;
     page.hdr.type_of_loader = LOADER_UNDEFINED;
@@ -82,7 +82,7 @@ pub fn write_start_info(ram: &Ram, initrd: Option<Initrd>, map: &[Range]) -> Res
     mem::write_bytes(ram, layout::PVH_START_INFO, &bytes)
 }
 
-/// An address or length below 4 GiB, as everything is that we place there.
+/// Returns the low 32 bits of an address or length. Everything that we place is below 4 GiB.
 fn low32(value: u64) -> u32 {
     u32::try_from(value).unwrap_or(u32::MAX)
 }
