@@ -1,9 +1,9 @@
-//! Where the serial port's output goes, and what is read out of it.
+//! The destination of the serial port's output, and the watch on it for a kernel panic.
 //!
-//! Owns the writing (a reader that stalls must never keep the VM from being stopped) and the watch
-//! for a kernel panic: before a guest has loaded its pvpanic driver, the line that its kernel prints
-//! is the only thing that tells a panic's reset from a reboot. The last lines are kept for the report of the
-//! guest's end ([`kernel_log`]).
+//! Owns the writing: a reader that stalls must never keep the VM from being stopped. Also owns the watch for
+//! a kernel panic. Until a guest has loaded its pvpanic driver, only the line that its kernel prints
+//! distinguishes a panic's reset from a reboot. The last lines are kept for the report of the guest's end
+//! ([`kernel_log`]).
 //!
 //! [`kernel_log`]: super::kernel_log
 
@@ -17,17 +17,17 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::kernel_log::{KernelLog, without_time};
 
-/// Set once, when the machine begins to stop: whoever waits for the outside gives up then.
+/// A flag set once, when the machine begins to stop. Whoever waits for something outside then gives up.
 #[derive(Debug, Clone, Default)]
 pub struct Stopping(Arc<AtomicBool>);
 
 impl Stopping {
-    /// From now on.
+    /// Sets the flag.
     pub fn set(&self) {
         self.0.store(true, Ordering::SeqCst);
     }
 
-    /// Whether the machine is to stop.
+    /// Returns `true` if the machine is being stopped.
     pub fn is_set(&self) -> bool {
         self.0.load(Ordering::SeqCst)
     }
@@ -35,7 +35,7 @@ impl Stopping {
 
 /// The serial port's output.
 pub struct ConsoleOutput {
-    /// None: thrown away.
+    /// `None`: output is discarded.
     file: Option<File>,
     stopping: Stopping,
     watch: PanicWatch,
@@ -43,25 +43,25 @@ pub struct ConsoleOutput {
 }
 
 impl ConsoleOutput {
-    /// Output to `file`, or to nowhere.
+    /// Creates output to `file`, or output that is discarded.
     pub fn new(file: Option<File>, stopping: Stopping) -> Self {
         Self { file, stopping, watch: PanicWatch::default(), log: KernelLog::default() }
     }
 
-    /// Keeps the last lines in `log`, and rings `alarm` when the guest's kernel panics.
+    /// Keeps the last lines in `log`, and writes `alarm` when the guest's kernel panics.
     pub fn kept_in(mut self, log: KernelLog, alarm: EventFd) -> Self {
         self.log = log;
         self.watch.alarm = Some(alarm);
         self
     }
 
-    /// Tells, after a reset, whether the guest's kernel had panicked.
+    /// Returns the flag that tells, after a reset, whether the guest's kernel had panicked.
     pub fn panicked(&self) -> Panicked {
         self.watch.panicked.clone()
     }
 
-    /// Writes all of `bytes`; returns early when the machine stops (the vCPU's kick interrupts the
-    /// system call).
+    /// Writes all of `bytes`. Returns early when the machine is being stopped: the vCPU's kick interrupts the
+    /// system call.
     fn write_out(&mut self, bytes: &[u8]) {
         let Some(file) = &mut self.file else { return };
         let mut rest = bytes;
@@ -70,7 +70,7 @@ impl ConsoleOutput {
                 Ok(count) => rest = rest.get(count..).unwrap_or_default(),
                 Err(_) if self.stopping.is_set() => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Somebody who shares the descriptor has made it nonblocking.
+                // Another process that shares the descriptor has made it non-blocking.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     std::thread::sleep(Duration::from_millis(1));
                 }
@@ -97,22 +97,22 @@ impl Write for ConsoleOutput {
     }
 }
 
-/// Whether the last thing that the guest's kernel said of its end was a panic.
+/// A flag that is set if the last line that the guest's kernel printed about its end was a panic's.
 #[derive(Debug, Clone, Default)]
 pub struct Panicked(Arc<AtomicBool>);
 
 impl Panicked {
-    /// Whether it was.
+    /// Returns `true` if the kernel panicked.
     pub fn get(&self) -> bool {
         self.0.load(Ordering::SeqCst)
     }
 }
 
-/// Bytes of a line that are looked at: printk's time and caller, and the words looked for.
+/// How many bytes of a line are examined: printk's time and caller, and the words that identify a panic.
 const LINE_BYTES_MAX: usize = 96;
 
-/// Looks at the beginning of each line for what Linux prints when it panics, and for what it prints
-/// when it restarts in order after all.
+/// Watches the beginning of each line for what Linux prints when it panics, and for what it prints when it
+/// restarts in order after all.
 #[derive(Debug, Default)]
 struct PanicWatch {
     line: Vec<u8>,
@@ -135,7 +135,7 @@ impl PanicWatch {
         let text = without_time(&self.line);
         if text.starts_with(b"Kernel panic - not syncing") {
             self.panicked.0.store(true, Ordering::SeqCst);
-            // An eventfd whose counter is full is readable all the same.
+            // An eventfd whose counter is full is readable anyway.
             let _ = self.alarm.as_ref().map(|alarm| alarm.write(1));
         } else if text.starts_with(b"reboot: ") {
             self.panicked.0.store(false, Ordering::SeqCst);

@@ -1,11 +1,11 @@
 //! How a guest reports its end: the exit port of bare-metal guests, and pvpanic.
 //!
-//! Owns their registers (QEMU's isa-debug-exit and docs/specs/pvpanic). What becomes of a report is
-//! the vCPU loop's business.
+//! Owns their registers (QEMU's isa-debug-exit and docs/specs/pvpanic). What follows from a report is the
+//! vCPU loop's.
 
 use crate::bus::{BusDevice, Outcome};
 
-/// One byte written is the status with which the guest ends.
+/// The exit port. The guest ends with the byte that it writes as its status.
 #[derive(Debug, Default)]
 pub struct ExitPort;
 
@@ -17,15 +17,15 @@ impl BusDevice for ExitPort {
     }
 }
 
-/// The guest has panicked and is not going to do anything about it.
+/// The guest has panicked and will do nothing about it.
 const PANICKED: u8 = 1 << 0;
 /// The guest has panicked, and a crash kernel is about to run.
 const CRASH_LOADED: u8 = 1 << 1;
 
-/// pvpanic: read which events are known, write which has come.
+/// The pvpanic device. A read returns the known events; a write reports those that occurred.
 #[derive(Debug, Default)]
 pub struct Pvpanic {
-    /// A guest may write as often as it likes, and is reported once.
+    /// `true` once a crash was reported: a guest may write any number of times, and is reported once.
     crash_reported: bool,
 }
 

@@ -1,7 +1,7 @@
-//! The last lines of the guest's kernel, kept for the report of its end.
+//! The last lines that the guest's kernel printed, kept for the report of its end.
 //!
-//! Owns how much is kept, which lines are worth showing, and that they do no harm where they are shown: a
-//! guest may print anything, control sequences of a terminal too.
+//! Owns how much is kept, which lines are shown, and that they do no harm where they are shown: a guest may
+//! print anything, including terminal control sequences.
 
 use std::collections::VecDeque;
 use std::fmt::Write;
@@ -9,18 +9,19 @@ use std::sync::{Arc, Mutex};
 
 use crate::sync::unpoisoned;
 
-/// What is kept of all that was printed: some hundred lines.
+/// The number of bytes kept of the output: some hundred lines.
 const KEPT_BYTES: usize = 64 * 1024;
-/// Lines that are shown where no line says what went wrong.
+/// The number of lines that are shown if no line says what went wrong.
 const LAST_LINES: usize = 40;
-/// Lines that are shown from the one on that says it: so many of the first, and of the last.
+/// The maximum number of lines shown from the line that says what went wrong: at the beginning, and at the
+/// end.
 const FIRST_LINES_MAX: usize = 120;
 const LAST_LINES_MAX: usize = 60;
-/// Characters of a line that are shown.
+/// The number of characters of a line that are shown.
 const LINE_CHARS_MAX: usize = 240;
 
-/// With one of these begins what Linux prints when it goes wrong (arch/x86/kernel/dumpstack.c, arch/x86/mm/fault.c,
-/// kernel/panic.c, lib/bug.c).
+/// Beginnings of the lines that Linux prints when something goes wrong (arch/x86/kernel/dumpstack.c,
+/// arch/x86/mm/fault.c, kernel/panic.c, lib/bug.c).
 const BEGINNINGS: [&str; 10] = [
     "BUG: ",
     "kernel BUG at ",
@@ -34,7 +35,7 @@ const BEGINNINGS: [&str; 10] = [
     "Initramfs unpacking failed",
 ];
 
-/// With one of these begins what Linux prints of the reason before it panics (init/main.c, init/do_mounts.c).
+/// Beginnings of the lines in which Linux prints the reason before it panics (init/main.c, init/do_mounts.c).
 const REASONS: [&str; 6] = [
     "check access for rdinit=",
     "Failed to execute ",
@@ -43,22 +44,22 @@ const REASONS: [&str; 6] = [
     "VFS: Cannot open root device",
     "No filesystem could mount root",
 ];
-/// So many lines before a panic are searched for its reason: the list of partitions is among them.
+/// How many lines before a panic are searched for its reason; the list of partitions is among them.
 const REASON_LINES: usize = 60;
 
-/// What was printed last. Clones share it.
+/// The last part of the guest's output. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct KernelLog(Arc<Mutex<Ring>>);
 
 #[derive(Debug, Default)]
 struct Ring {
     bytes: VecDeque<u8>,
-    /// Older bytes were dropped: the first line may have lost its beginning.
+    /// `true` if older bytes were dropped, so that the first line may have lost its beginning.
     is_cut: bool,
 }
 
 impl KernelLog {
-    /// Keeps `bytes`, and drops the oldest for them.
+    /// Keeps `bytes`, and drops the oldest to make room for them.
     pub fn feed(&self, bytes: &[u8]) {
         let mut ring = unpoisoned(self.0.lock());
         let kept = bytes.get(bytes.len().saturating_sub(KEPT_BYTES)..).unwrap_or_default();
@@ -68,7 +69,8 @@ impl KernelLog {
         ring.bytes.extend(kept);
     }
 
-    /// The lines to be shown: from the first on that says what went wrong, with its reason, or the last 40.
+    /// Returns the lines to be shown: from the first that says what went wrong, with its reason, or the last
+    /// 40.
     pub fn lines(&self) -> Vec<String> {
         let mut ring = unpoisoned(self.0.lock());
         let is_cut = ring.is_cut;
@@ -90,7 +92,7 @@ impl KernelLog {
     }
 }
 
-/// The first and the last of many lines, each harmless.
+/// Returns the first and the last of many lines, each made harmless.
 fn shorten(lines: &[&[u8]]) -> Vec<String> {
     let left_out = lines.len().saturating_sub(FIRST_LINES_MAX + LAST_LINES_MAX);
     if left_out == 0 {
@@ -108,7 +110,7 @@ fn begins_with(line: &[u8], beginnings: &[&str]) -> bool {
     beginnings.iter().any(|beginning| text.starts_with(beginning.as_bytes()))
 }
 
-/// The line without the `[    1.234567] ` and `[   T1] ` that printk may put before it.
+/// Returns the line without the `[    1.234567] ` and `[   T1] ` that printk may put before it.
 pub fn without_time(line: &[u8]) -> &[u8] {
     let mut text = line;
     while let Some(rest) = text.strip_prefix(b"[") {
@@ -118,7 +120,7 @@ pub fn without_time(line: &[u8]) -> &[u8] {
     text
 }
 
-/// The line in characters that do nothing to a terminal, cut where it is too long.
+/// Returns the line in characters that do nothing to a terminal, shortened if it is too long.
 fn harmless(line: &[u8]) -> String {
     let text = String::from_utf8_lossy(line);
     let mut shown = String::new();
@@ -138,7 +140,8 @@ fn harmless(line: &[u8]) -> String {
     shown
 }
 
-/// Whether a character changes the direction of what follows it, or cannot be seen (Unicode, UAX #9).
+/// Returns `true` if a character changes the direction of the text after it, or is invisible (Unicode, UAX
+/// #9).
 fn turns_text_round(character: char) -> bool {
     matches!(character, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
@@ -149,7 +152,7 @@ mod tests {
 
     fn lines(output: &[u8]) -> Vec<String> {
         let log = KernelLog::default();
-        // As a serial port delivers it.
+        // One byte at a time, as a serial port delivers it.
         output.chunks(1).for_each(|byte| log.feed(byte));
         log.lines()
     }
@@ -162,14 +165,14 @@ mod tests {
         assert_eq!(found.len(), 4, "{found:?}");
         assert_eq!(found[0], "[    1.5] BUG: kernel NULL pointer dereference, address: 0");
         assert_eq!(lines(b"a\r\nKernel panic - not syncing: VFS\r\n"), ["Kernel panic - not syncing: VFS"]);
-        // Why there is no init is said before.
+        // The reason why there is no init is printed before.
         let no_root = "[ 1.0] check access for rdinit=/nosuch failed: -2, ignoring\r\n[ 1.1] List of all partitions:\r\n\
                        [ 1.2] Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)\r\n";
         assert!(lines(no_root.as_bytes())[0].contains("rdinit=/nosuch"), "{:?}", lines(no_root.as_bytes()));
         assert_eq!(lines(no_root.as_bytes()).len(), 3);
         let long_ago = format!("Starting init: x\n{}Kernel panic - not syncing: y\n", "a\n".repeat(80));
         assert_eq!(lines(long_ago.as_bytes()), ["Kernel panic - not syncing: y"]);
-        // Somebody's words about it are not it.
+        // A line that merely quotes such a message is none.
         assert_eq!(lines(b"echo BUG: x\r\n\r\n"), ["echo BUG: x"]);
         assert!(lines(b"").is_empty() && lines(b"\r\n\r\n").is_empty());
     }

@@ -1,7 +1,7 @@
 //! The machine's own devices: serial port, power and reset, exit port, pvpanic, clock.
 //!
-//! Owns their registers. Knows nothing of KVM: an interrupt is an eventfd, an effect on the machine
-//! is the [`Outcome`](crate::bus::Outcome) that a write answers with.
+//! Owns their registers. Knows nothing of KVM: an interrupt is an eventfd, and an effect on the machine is
+//! the [`Outcome`](crate::bus::Outcome) that a write returns.
 
 pub mod console;
 pub mod exit;

@@ -1,8 +1,8 @@
 //! Power-off and reset: ACPI's sleep and reset registers, the i8042's reset line, and the reset control
 //! register of PC chipsets.
 //!
-//! Owns the registers (ACPI 6.5, 4.8.3.6 and 4.8.3.7; the PC's ports 0x64 and 0xCF9). That they are there is
-//! announced in the FADT and DSDT (`boot::acpi`); what both must agree on is in `layout`.
+//! Owns the registers (ACPI 6.5, 4.8.3.6 and 4.8.3.7; the PC's ports 0x64 and 0xCF9). The FADT and DSDT
+//! announce them (`boot::acpi`); what both must agree on is in `layout`.
 
 use crate::bus::lanes::each_byte;
 use crate::bus::{BusDevice, Outcome};
@@ -14,10 +14,10 @@ const SLEEP_CONTROL: u64 = 0;
 #[cfg(test)]
 const SLEEP_STATUS: u64 = layout::PORT_ACPI_SLEEP_STATUS - layout::PORT_ACPI_SLEEP_CONTROL;
 const RESET: u64 = layout::PORT_ACPI_RESET - layout::PORT_ACPI_SLEEP_CONTROL;
-/// Length of all three, in bytes.
+/// Length of all three registers in bytes.
 pub const ACPI_LEN: u64 = 3;
 
-/// SLP_EN of the sleep control register; the sleep type is in the three bits from 2.
+/// SLP_EN in the sleep control register; the sleep type is in the three bits from bit 2.
 const SLEEP_ENABLE: u8 = 1 << 5;
 
 /// The sleep control, sleep status and reset registers of hardware-reduced ACPI.
@@ -25,7 +25,7 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 pub struct AcpiRegisters;
 
 impl BusDevice for AcpiRegisters {
-    /// The status never shows a wake-up, because soft off is the only sleep state.
+    /// Reads as 0: the status never shows a wake-up, because soft off is the only sleep state.
     fn read(&mut self, _offset: u64, _data: &mut [u8]) {}
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
@@ -43,16 +43,17 @@ impl BusDevice for AcpiRegisters {
 pub const I8042_LEN: u64 = 5;
 /// Offset of the command and status port.
 const COMMAND: u64 = 4;
-/// Pulse the reset line.
+/// The command that pulses the reset line.
 const COMMAND_RESET: u8 = 0xfe;
-/// Write the output port, whose bit 0 is the reset line: the value follows on the data port.
+/// The command that writes the output port, whose bit 0 is the reset line. The value follows on the data
+/// port.
 const COMMAND_WRITE_OUTPUT: u8 = 0xd1;
-/// Output buffer full, for ever; input buffer empty. A driver that looks for a keyboard finds the
-/// buffer stuck and concludes at once that no controller is there; a driver that wants to reset the
-/// machine first waits for the input buffer, which is always ready.
+/// The status: output buffer full, for ever; input buffer empty. A driver that probes for a keyboard finds
+/// the output buffer stuck and concludes at once that there is no controller. A driver that wants to reset
+/// the machine first waits for the input buffer, which is always ready.
 const STATUS: u8 = 0x01;
 
-/// The reset line of a keyboard controller that has no keyboard. The FADT says that there is none.
+/// The reset line of a keyboard controller without a keyboard. The FADT says that there is no controller.
 #[derive(Debug, Default)]
 pub struct I8042 {
     expects_output: bool,
@@ -83,23 +84,23 @@ impl BusDevice for I8042 {
 pub const RESET_CONTROL_LEN: u64 = 4;
 /// Offset of the register.
 const CONTROL: u64 = 1;
-/// A hard reset, not one of the CPU alone; here both end the machine.
+/// A hard reset, not only of the CPU; here both end the machine.
 const SYSTEM_RESET: u8 = 1 << 1;
-/// The reset itself, when this bit becomes 1.
+/// The reset itself, which happens when this bit becomes 1.
 const RESET_CPU: u8 = 1 << 2;
 /// A reset that takes the power away for a moment.
 const FULL_RESET: u8 = 1 << 3;
 
-/// Port 0xCF9, which resets the machine (Linux: `reboot=pci`; firmware and boot loaders too). An access of
-/// 32 bits to 0xCF8 is PCI's address register's, also where there is no PCI: a kernel that looks for a bus
-/// must not reset the machine.
+/// Port 0xCF9, which resets the machine (used by Linux with `reboot=pci`, and by firmware and boot loaders).
+/// A 32-bit access to 0xCF8 belongs to PCI's address register, even if there is no PCI: a kernel that probes
+/// for a bus must not reset the machine.
 #[derive(Debug, Default)]
 pub struct ResetControl {
-    /// What kind of reset the guest has chosen.
+    /// The kind of reset that the guest has chosen.
     kind: u8,
 }
 
-/// Whether an access is one of PCI's address register.
+/// Returns `true` if an access is one of PCI's address register.
 fn is_address(offset: u64, len: usize) -> bool {
     offset == 0 && len == 4
 }
@@ -112,7 +113,7 @@ impl BusDevice for ResetControl {
         }
     }
 
-    /// The bit that resets never stays set, so that every write of 1 is its change.
+    /// The bit that resets never stays set, so every write of 1 changes it.
     fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
         if is_address(offset, data.len()) {
             return Outcome::Continue;
@@ -169,7 +170,7 @@ mod tests {
             control.read(1, &mut data);
             assert_eq!(data, [value & 0x0a, 0xff]);
         }
-        // What Linux does with reboot=pci.
+        // The sequence that Linux writes with reboot=pci.
         assert_eq!(control.write(1, &[0x02]), Outcome::Continue);
         assert_eq!(control.write(1, &[0x0e]), Outcome::Reset);
         assert_eq!(control.write(0, &[0, 0x0e]), Outcome::Reset);

@@ -1,7 +1,7 @@
-//! The CMOS clock, as far as kernels need it (MC146818): the date, and the bytes they keep there.
+//! The CMOS clock, as far as kernels need it (MC146818): the date, and the bytes that they store there.
 //!
-//! Owns the registers behind ports 0x70 and 0x71. The clock is the host's, in UTC; a guest may write
-//! it without effect, has no alarm and no interrupt.
+//! Owns the registers behind ports 0x70 and 0x71. The time is the host's, in UTC. A guest's writes to the
+//! time have no effect, and there is no alarm and no interrupt.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -9,7 +9,7 @@ use crate::bus::lanes::each_byte;
 use crate::bus::{BusDevice, Outcome};
 use crate::layout;
 
-/// Length of the ports: index, data.
+/// Length of the ports in bytes: index, data.
 pub const LEN: u64 = 2;
 
 const SECONDS: usize = 0x00;
@@ -26,33 +26,33 @@ const STATUS_D: usize = 0x0d;
 /// Where PCs keep the century; the FADT says so.
 const CENTURY: usize = layout::CMOS_CENTURY as usize;
 
-/// Update in progress.
+/// Status A: an update is in progress.
 const A_UPDATING: u8 = 0x80;
-/// A divider for 32.768 kHz, and the usual rate.
+/// Status A: a divider for 32.768 kHz, and the usual rate.
 const A_NORMAL: u8 = 0x26;
-/// Hours count to 24.
+/// Status B: hours count to 24.
 const B_24_HOURS: u8 = 0x02;
-/// Numbers are binary, not BCD.
+/// Status B: numbers are binary, not BCD.
 const B_BINARY: u8 = 0x04;
-/// RAM and time are valid.
+/// Status D: RAM and time are valid.
 const D_VALID: u8 = 0x80;
 const PM: u8 = 0x80;
-/// The end of each second in which the registers are said to be in change, as on the real chip
-/// (2.2 ms): a reader who sees none has time to read them all.
+/// The start of the interval at the end of each second in which an update is reported, as on the real chip
+/// (2.2 ms). A reader that sees no update in progress has time to read all registers.
 const UPDATE_FROM_NS: u32 = 1_000_000_000 - 2_228_000;
 
 /// The clock and its 128 bytes.
 pub struct Rtc {
     index: usize,
     bytes: [u8; 128],
-    /// Seconds and nanoseconds since 1970; a test sets its own.
+    /// Returns seconds and nanoseconds since 1970; a test sets its own.
     now: fn() -> (u64, u32),
 }
 
 impl Default for Rtc {
     fn default() -> Self {
         Self::with_clock(|| {
-            // A host whose clock is before 1970 gets 1970.
+            // A host clock before 1970 reads as 1970.
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             (now.as_secs(), now.subsec_nanos())
         })
@@ -105,7 +105,7 @@ impl BusDevice for Rtc {
         }
     }
 
-    /// 16 bits to the index port are an index and its value, as PC software writes them.
+    /// A 16-bit write to the index port is an index and its value, as PC software writes them.
     fn write(&mut self, offset: u64, data: &[u8]) -> Outcome {
         each_byte(offset, data, |port, value| {
             match port {
@@ -123,7 +123,7 @@ impl BusDevice for Rtc {
     }
 }
 
-/// A date of the proleptic Gregorian calendar, UTC, in the pieces that the clock has registers for.
+/// A date of the proleptic Gregorian calendar, in UTC, split as the clock's registers hold it.
 #[derive(Debug, PartialEq, Eq)]
 struct Date {
     second: u8,
@@ -141,8 +141,8 @@ impl Date {
     fn from_unix(seconds: u64) -> Self {
         let days = seconds / 86_400;
         let second_of_day = seconds % 86_400;
-        // Years are counted from 1 March 0000, so that the leap day is a year's last day; 400 years
-        // have 146,097 days. 1970-01-01 is day 719,468 of that count.
+        // Years are counted from 1 March 0000, so that the leap day is the last day of a year; 400 years have
+        // 146,097 days. 1970-01-01 is day 719,468 of that count.
         let day_count = days + 719_468;
         let era = day_count / 146_097;
         let day_of_era = day_count % 146_097;
@@ -164,7 +164,7 @@ impl Date {
     }
 }
 
-/// A value that is below 256 by what it was divided by.
+/// Converts a value that the preceding division keeps below 256.
 fn small(value: u64) -> u8 {
     u8::try_from(value).unwrap_or_default()
 }

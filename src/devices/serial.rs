@@ -1,8 +1,8 @@
-//! COM1, a 16550: registers by `vm-superio`, here its place on the bus and the flow of its input.
+//! COM1, a 16550: `vm-superio` has the registers, this file its place on the bus and the flow of its input.
 //!
-//! Owns when input is handed over: never more than the receive FIFO takes, and not before the guest
-//! listens, because a driver that starts up throws away what it finds in the FIFO. Where input comes
-//! from and output goes to is decided elsewhere.
+//! Owns when input is handed over. It is never more than the receive FIFO takes. It never comes before the
+//! guest listens, because a driver that starts up discards what it finds in the FIFO. Where input comes from
+//! and where output goes is decided elsewhere.
 
 use std::io;
 
@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::console::ConsoleOutput;
 use crate::bus::{BusDevice, Outcome};
 
-/// Length of the ports.
+/// Length of the ports in bytes.
 pub const LEN: u64 = 8;
 
 const DATA: u64 = 0;
@@ -23,12 +23,13 @@ const MODEM_CONTROL: u64 = 4;
 const LINE_STATUS: u64 = 5;
 /// In the line control register: offsets 0 and 1 are the baud rate.
 const DIVISOR_LATCH: u8 = 0x80;
-/// In the interrupt enable register: data received.
+/// In the interrupt enable register: interrupt on received data.
 const RECEIVE_INTERRUPT: u8 = 0x01;
-/// All interrupts of a 16550: what a driver writes to see which bits exist.
+/// All interrupts of a 16550: the value that a driver writes to see which bits exist.
 const ALL_INTERRUPTS: u8 = 0x0f;
-/// A guest without interrupts reads the line status over and over while it waits for input; one
-/// that transmits reads it once or twice a byte.
+/// The number of line status reads without a write in between that shows a polling reader. A guest without
+/// interrupts reads the line status over and over while it waits for input; one that transmits reads it once
+/// or twice a byte.
 const POLLS_OF_A_LISTENER: u32 = 8;
 
 /// The interrupt line, as an eventfd.
@@ -39,7 +40,7 @@ impl Trigger for Line {
 
     fn trigger(&self) -> Result<(), io::Error> {
         match self.0.write(1) {
-            // The counter is full: the interrupt is pending anyway.
+            // The counter is full, so an interrupt is already pending.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             result => result,
         }
@@ -50,17 +51,17 @@ impl Trigger for Line {
 pub struct SerialPort {
     uart: Serial<Line, NoEvents, ConsoleOutput>,
     divisor_latch: bool,
-    /// The guest has shown that it wants input.
+    /// `true` once the guest has shown that it wants input.
     listens: bool,
     polls: u32,
-    /// Bytes were offered that there was no room for: say when there is.
+    /// `true` if offered bytes found no room; `wants_input` is then written when there is room.
     owed: bool,
     wants_input: EventFd,
 }
 
 impl SerialPort {
-    /// `irq` is bound to the interrupt line; `wants_input` is written when bytes that [`offer`]
-    /// refused may be offered again.
+    /// Creates the port. `irq` is bound to the interrupt line; `wants_input` is written when bytes that
+    /// [`offer`] refused may be offered again.
     ///
     /// [`offer`]: SerialPort::offer
     pub fn new(irq: EventFd, output: ConsoleOutput, wants_input: EventFd) -> Self {
@@ -68,13 +69,13 @@ impl SerialPort {
         Self { uart, divisor_latch: false, listens: false, polls: 0, owed: false, wants_input }
     }
 
-    /// Offers input; returns how many of the bytes, from the first, were taken.
+    /// Offers input, and returns how many bytes, from the first, were taken.
     pub fn offer(&mut self, bytes: &[u8]) -> usize {
         let room = if self.listens { self.uart.fifo_capacity().min(bytes.len()) } else { 0 };
         let taken = match bytes.get(..room) {
             None | Some([]) => 0,
             Some(part) => self.uart.enqueue_raw_bytes(part).unwrap_or_else(|error| {
-                // The bytes are in; only the interrupt is missing.
+                // The bytes were taken; only the interrupt is missing.
                 log::warn!("serial port: {error}");
                 part.len()
             }),
@@ -125,7 +126,7 @@ impl SerialPort {
             {
                 self.listen();
             }
-            // Loopback mode, in which nothing is taken, may have ended.
+            // Loopback mode, in which no input is taken, may have ended.
             MODEM_CONTROL => self.ask(),
             _ => {}
         }
@@ -199,7 +200,7 @@ mod tests {
     fn input_waits_until_the_guest_listens() {
         let Bench { mut port, wants, .. } = bench();
         assert_eq!(port.offer(b"x"), 0);
-        // Looking which interrupts exist, and transmitting, is no listening.
+        // A guest that probes which interrupts exist, or transmits, does not listen.
         port.write(INTERRUPT_ENABLE, &[ALL_INTERRUPTS]);
         port.write(INTERRUPT_ENABLE, &[0]);
         for _ in 0..100 {
