@@ -1,13 +1,12 @@
-//! Control messages (virtio 5.3.6.2): what the driver has said of its ports, and what it has yet
-//! to be told.
+//! Control messages (virtio 5.3.6.2): what the driver has said of its ports, and what it must still be told.
 //!
-//! Owns that state. What is to be told is kept as facts about ports, not as a list of messages, so
-//! a driver that repeats itself costs no memory (R23). Pure.
+//! Owns that state. Pending messages are kept as facts about ports, not as a list, so a driver that repeats
+//! itself costs no memory (R23). Pure.
 
-/// Bytes of struct virtio_console_control.
+/// The size of struct virtio_console_control in bytes.
 pub const MESSAGE_BYTES: usize = 8;
 
-/// Events.
+/// Event numbers.
 mod event {
     pub const DEVICE_READY: u16 = 0;
     pub const PORT_ADD: u16 = 1;
@@ -16,21 +15,21 @@ mod event {
     pub const PORT_NAME: u16 = 7;
 }
 
-/// What the driver and we know of one port.
+/// What the driver and the device know of one port.
 #[derive(Debug)]
 struct PortState {
     name: &'static str,
-    /// PORT_ADD is to be sent.
+    /// `true` if PORT_ADD is to be sent.
     add: bool,
-    /// PORT_OPEN is to be sent, with this value.
+    /// The value with which PORT_OPEN is to be sent; `None` if it is not to be sent.
     open: Option<bool>,
-    /// PORT_NAME is to be sent.
+    /// `true` if PORT_NAME is to be sent.
     name_due: bool,
-    /// The driver has the port set up.
+    /// `true` once the driver has set up the port.
     ready: bool,
-    /// A program in the guest has it open.
+    /// `true` if a program in the guest has the port open.
     guest_open: bool,
-    /// Our end is open.
+    /// `true` while the host's end is open.
     host_open: bool,
 }
 
@@ -41,7 +40,7 @@ pub struct Control {
 }
 
 impl Control {
-    /// Ports of these names, of which the driver knows nothing yet.
+    /// Creates ports with these names, of which the driver knows nothing yet.
     pub fn new(names: impl Iterator<Item = &'static str>) -> Self {
         let port = |name| PortState {
             name,
@@ -55,7 +54,7 @@ impl Control {
         Self { ports: names.map(port).collect() }
     }
 
-    /// Takes a message of the driver; an unknown event, or a port that does not exist, is ignored.
+    /// Takes a message from the driver. Unknown events and ports that do not exist are ignored.
     pub fn take(&mut self, message: [u8; MESSAGE_BYTES]) {
         let [a, b, c, d, e, f, g, h] = message;
         let id = u32::from_le_bytes([a, b, c, d]);
@@ -71,7 +70,7 @@ impl Control {
         match event {
             event::PORT_READY if value == 1 => {
                 port.ready = true;
-                // The name comes last: a program that finds the port by its name finds it open.
+                // The name is sent last: a program that finds the port by its name then finds it open.
                 port.open = Some(port.host_open);
                 port.name_due = true;
             }
@@ -80,12 +79,13 @@ impl Control {
         }
     }
 
-    /// Whether a program in the guest has port `at` (from 0) open.
+    /// Returns `true` if a program in the guest has port `at` (from 0) open.
     pub fn is_guest_open(&self, at: usize) -> bool {
         self.ports.get(at).is_some_and(|port| port.guest_open)
     }
 
-    /// Our end of port `at` is closed: the end of the guest's input, or nobody takes its output.
+    /// Closes the host's end of port `at`: the guest's input is at its end, or nobody takes its output any
+    /// more.
     pub fn close(&mut self, at: usize) {
         if let Some(port) = self.ports.get_mut(at)
             && std::mem::take(&mut port.host_open)
@@ -95,12 +95,12 @@ impl Control {
         }
     }
 
-    /// Whether the driver is to be told something.
+    /// Returns `true` if there is a message to send to the driver.
     pub fn has_due(&self) -> bool {
         self.ports.iter().any(|port| port.add || port.open.is_some() || port.name_due)
     }
 
-    /// The next message for the driver.
+    /// Returns the next message for the driver, or `None`.
     pub fn next_due(&mut self) -> Option<Vec<u8>> {
         for (id, port) in (1u32..).zip(&mut self.ports) {
             if std::mem::take(&mut port.add) {

@@ -1,9 +1,9 @@
-//! The device between DRIVER_OK and reset: chains popped, bytes moved, chains returned.
+//! The device between DRIVER_OK and reset: pops chains, moves bytes, returns chains.
 //!
-//! Owns the rings and the chain that each port is at. Flow control is where the chains are: output
-//! stays in the guest's own buffers until the host's end has taken it, input stays with the host
-//! until the guest has given a buffer; nothing is stored here but one chain a queue. A turn never
-//! waits. It needs no thread of its own.
+//! Owns the rings and the chain in progress of each port. Flow control is by chains. Output stays in the
+//! guest's own buffers until the host's end has taken it. Input stays with the host until the guest has
+//! supplied a buffer. Nothing is stored here except one chain per queue. A turn never blocks. This module
+//! needs no thread of its own.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::virtio::queue::{Chain, ChainFault, Ring, RingError};
 use crate::virtio::{Activation, EnabledQueue, Interrupt};
 use crate::warn_limited;
 
-/// Why a chain that could be followed carries no bytes.
+/// Why a chain that could be followed transfers no bytes.
 #[derive(Debug, thiserror::Error)]
 enum BadChain {
     #[error(transparent)]
@@ -29,11 +29,11 @@ enum BadChain {
     Short(u64),
 }
 
-/// A chain that has been popped and is not yet returned.
+/// A chain that has been popped and not yet returned.
 struct Held {
     head: u16,
     iov: Iov,
-    /// Bytes of it that have gone.
+    /// The number of its bytes that have been transferred.
     done: u64,
 }
 
@@ -43,7 +43,7 @@ struct Lane {
 }
 
 impl Lane {
-    /// The next chain. With none, the doorbell is asked for.
+    /// Pops the next chain. If there is none, enables the doorbell and returns `None`.
     fn pop(&mut self) -> Result<Option<Chain>, RingError> {
         let ring: &mut Ring = &mut self.queue.ring;
         loop {
@@ -56,9 +56,9 @@ impl Lane {
         }
     }
 
-    /// Returns a chain; the driver sees it at the end of the turn.
+    /// Returns a chain. The driver sees it at the end of the turn.
     fn push(&mut self, head: u16, written: u64) -> Result<(), RingError> {
-        // A chain has at most 2^32 bytes; saying less is allowed (virtio 2.7.8.2).
+        // A chain has at most 2^32 bytes; reporting fewer is allowed (virtio 2.7.8.2).
         self.queue.ring.push_used(head, u32::try_from(written).unwrap_or(u32::MAX))
     }
 
@@ -69,7 +69,7 @@ impl Lane {
     }
 }
 
-/// The bytes of a chain: what the driver has filled, or what the device may fill.
+/// Returns the memory of a chain: what the driver has filled or, if `writable`, what the device may fill.
 fn bytes_of(ram: &Ram, chain: &Chain, writable: bool) -> Result<Iov, BadChain> {
     match chain.fault {
         Some(fault) => Err(fault.into()),
@@ -77,31 +77,31 @@ fn bytes_of(ram: &Ram, chain: &Chain, writable: bool) -> Result<Iov, BadChain> {
     }
 }
 
-/// Where a port stands. It is the driver's: at reset it goes.
+/// The state of a port. It belongs to the driver and is dropped at reset.
 #[derive(Default)]
 struct Place {
     input: Option<Held>,
     output: Option<Held>,
-    /// The host's end is to be waited for before it is tried again.
+    /// `true` if the host's end must be waited for before it is tried again.
     source_later: bool,
     sink_later: bool,
 }
 
-/// A driver at work.
+/// A device with an active driver.
 pub struct Live {
     ram: Ram,
     interrupt: Arc<dyn Interrupt>,
-    /// By index; those that are not enabled, or were stopped, are none.
+    /// The queues by index; `None` for those that are not enabled or were stopped.
     lanes: Vec<Option<Lane>>,
     control: Control,
     places: Vec<Place>,
     multiport: bool,
-    /// Of a terminal's device, whose only port has the id 0.
+    /// `Some` for a terminal's device, whose only port has the id 0.
     window: Option<Arc<Window>>,
 }
 
 impl Live {
-    /// A driver has come for a device of these ports, or for a terminal's.
+    /// Starts a device with these ports, or a terminal's, for a driver that has set DRIVER_OK.
     pub fn new(parts: Activation, ports: &[PortConfig], window: Option<Arc<Window>>) -> Self {
         let Activation { ram, features, queues, interrupt } = parts;
         let count = usize::from(CONTROL_TX) + 1 + 2 * ports.len();
@@ -113,7 +113,7 @@ impl Live {
         }
         let mut control = Control::new(ports.iter().map(|port| port.name));
         for (at, port) in ports.iter().enumerate() {
-            // Ends that a former driver has seen closed are closed for this one too.
+            // Ends that an earlier driver has seen closed are closed for this driver too.
             let input_ended = port.source.as_ref().is_some_and(|source| source.fd().is_none());
             let output_ended = port.sink.as_ref().is_some_and(|sink| sink.fd().is_none());
             if input_ended || output_ended {
@@ -124,19 +124,19 @@ impl Live {
         Self { ram, interrupt, lanes, control, places, multiport: features & MULTIPORT != 0, window }
     }
 
-    /// The id of the port at this place of the list; there are fewer ports than ids by far.
+    /// Returns the id of the port at this index of the list. There are far fewer ports than ids.
     fn id_of(&self, at: usize) -> u16 {
         let first = usize::from(self.window.is_none());
         u16::try_from(first + at).unwrap_or(u16::MAX / 2 - 2)
     }
 
-    /// Whether a program in the guest may read port `at`. A terminal's driver does not tell: Linux keeps
-    /// what comes before somebody opens hvc0.
+    /// Returns `true` if port `at` takes input, because a program in the guest has it open. A terminal's
+    /// driver does not report that: Linux keeps what arrives before a program opens hvc0.
     fn takes_input(&self, at: usize) -> bool {
         self.window.is_some() || self.control.is_guest_open(at)
     }
 
-    /// The driver has taken this queue back.
+    /// Stops a queue that the driver has taken back.
     pub fn stop_queue(&mut self, index: u16) {
         if let Some(lane) = self.lanes.get_mut(usize::from(index)) {
             *lane = None;
@@ -153,24 +153,25 @@ impl Live {
         }
     }
 
-    /// What the driver is still to be told where the ring breaks: nothing but that it needs a reset.
+    /// Returns the interrupt, through which a driver that broke its ring is told only that the device needs a
+    /// reset.
     pub fn interrupt(&self) -> &Arc<dyn Interrupt> {
         &self.interrupt
     }
 
-    /// The doorbells of all queues.
+    /// Returns the doorbells of all queues.
     pub fn doorbells(&self) -> impl Iterator<Item = RawFd> + '_ {
         self.lanes.iter().flatten().map(|lane| lane.queue.doorbell.as_raw_fd())
     }
 
-    /// Takes back what rang. A doorbell that did not ring says so, which is no error.
+    /// Clears all doorbells. One that was not rung reports an error, which is ignored.
     pub fn quieten(&self) {
         for lane in self.lanes.iter().flatten() {
             let _ = lane.queue.doorbell.read();
         }
     }
 
-    /// The host's ends that are waited for: (descriptor, for writing).
+    /// Returns the host's ends to wait for: (descriptor, `true` to wait for writing).
     pub fn waits_for(&self, ports: &[PortConfig]) -> Vec<(RawFd, bool)> {
         let mut fds = Vec::new();
         for (at, (place, port)) in self.places.iter().zip(ports).enumerate() {
@@ -182,14 +183,14 @@ impl Live {
         fds
     }
 
-    /// One round over everything; whether there may be more to do at once. Each queue has a budget,
-    /// so that a flood on one does not keep the others waiting (R17).
+    /// Runs one round over all queues. Returns `true` if there may be more to do at once. Each queue has a
+    /// budget, so that a flood on one queue does not delay the others (R17).
     pub fn turn(&mut self, ports: &mut [PortConfig], errors: &mut RateLimit) -> Result<bool, RingError> {
         let result = self.move_all(ports, errors);
         if self.window.as_ref().is_some_and(|window| window.take_change()) {
             self.interrupt.config();
         }
-        // Of what was returned before a ring broke, the driver is told all the same.
+        // The driver is notified even of what was returned before a ring broke.
         for lane in self.lanes.iter_mut().flatten() {
             lane.notify(&*self.interrupt);
         }
@@ -201,8 +202,8 @@ impl Live {
         if self.window.is_none() {
             more |= !self.discard(tx_queue(0))?;
         }
-        // A chain that must go after others is popped first: what was written before it is then
-        // seen by the others' turns.
+        // A chain that must go after the others is popped first: what was written before it is then visible
+        // to the others' turns.
         for (at, port) in ports.iter().enumerate().filter(|(_, port)| port.after_others) {
             self.next_output(at, port.sink.is_some(), errors)?;
         }
@@ -222,7 +223,7 @@ impl Live {
         Ok(more)
     }
 
-    /// The driver's control messages.
+    /// Takes the driver's control messages.
     fn take_messages(&mut self, errors: &mut RateLimit) -> Result<bool, RingError> {
         let Some(Some(lane)) = self.lanes.get_mut(usize::from(CONTROL_TX)) else { return Ok(false) };
         lane.queue.ring.disable_doorbell();
@@ -238,7 +239,7 @@ impl Live {
         Ok(true)
     }
 
-    /// Control messages for the driver, as far as it has given buffers.
+    /// Sends control messages to the driver, as far as it has supplied buffers.
     fn send_messages(&mut self, errors: &mut RateLimit) -> Result<(), RingError> {
         let Some(Some(lane)) = self.lanes.get_mut(usize::from(CONTROL_RX)) else { return Ok(()) };
         for _ in 0..lane.queue.ring.size() {
@@ -266,7 +267,7 @@ impl Live {
         Ok(())
     }
 
-    /// Throws a queue's output away; whether it is empty.
+    /// Discards a queue's output. Returns `true` if the queue is empty.
     fn discard(&mut self, queue: u16) -> Result<bool, RingError> {
         let Some(Some(lane)) = self.lanes.get_mut(usize::from(queue)) else { return Ok(true) };
         lane.queue.ring.disable_doorbell();
@@ -277,7 +278,7 @@ impl Live {
         Ok(false)
     }
 
-    /// Pops the next chain of output that has bytes, unless one is held; whether one is held now.
+    /// Pops the next output chain that has bytes, unless one is held. Returns `true` if one is held now.
     fn next_output(&mut self, at: usize, has_sink: bool, errors: &mut RateLimit) -> Result<bool, RingError> {
         let queue = usize::from(tx_queue(self.id_of(at)));
         let Some(place) = self.places.get_mut(at) else { return Ok(false) };
@@ -304,8 +305,8 @@ impl Live {
         Ok(false)
     }
 
-    /// Moves a port's output: whether all that the guest has given is gone, and whether there may be
-    /// more to move at once.
+    /// Moves a port's output. Returns whether all output that the guest supplied has been moved, and whether
+    /// there may be more to move at once.
     fn move_output(
         &mut self,
         at: usize,
@@ -331,7 +332,7 @@ impl Live {
         Ok((false, true))
     }
 
-    /// Moves some of the output chain that is held; whether the host's end may take more at once.
+    /// Moves a part of the held output chain. Returns `true` if the host's end may take more at once.
     fn move_one(&mut self, at: usize, port: &mut PortConfig) -> Result<bool, RingError> {
         let queue = usize::from(tx_queue(self.id_of(at)));
         let Some(place) = self.places.get_mut(at) else { return Ok(false) };
@@ -343,7 +344,7 @@ impl Live {
                 return Ok(false);
             }
             Moved::End => {
-                // Nobody takes it any more; the guest is told, and may stop writing.
+                // Nobody takes the output any more. The guest is told, and may stop writing.
                 held.done = held.iov.bytes();
                 self.control.close(at);
             }
@@ -359,8 +360,8 @@ impl Live {
         Ok(true)
     }
 
-    /// Fills the guest's buffers with input, while a program there has the port open: Linux throws
-    /// away what comes before. Whether there may be more at once.
+    /// Fills the guest's buffers with input while a program there has the port open; Linux discards what
+    /// arrives before. Returns `true` if there may be more to move at once.
     fn move_input(
         &mut self,
         at: usize,
@@ -403,7 +404,7 @@ impl Live {
                     place.source_later = true;
                     return Ok(false);
                 }
-                // The buffer stays held until reset: the guest sees the end by PORT_OPEN.
+                // The buffer stays held until reset: the guest learns of the end by PORT_OPEN.
                 Moved::End => {}
             }
         }

@@ -1,13 +1,13 @@
 //! virtio-console with several ports (virtio 5.3): streams of bytes between host and guest.
 //!
-//! Owns the device that a transport sees: features, configuration space, activation, reset. Bytes
-//! are moved by [`worker`], by one thread for all ports; what a control message means is
-//! [`control`]'s; the host's ends are [`stream`]'s. Knows nothing of what the bytes say.
+//! Owns the device that a transport sees: features, configuration space, activation, reset. One thread
+//! ([`worker`]) moves the bytes of all ports. [`control`] interprets control messages, and [`stream`] has the
+//! host's ends. The content of the streams is not interpreted.
 //!
-//! There are two kinds of device. One has MULTIPORT and named ports; its port 0 is never announced: it is
-//! the one that a driver without MULTIPORT takes for its console, and what such a driver writes is thrown
-//! away. The other has port 0 alone, without MULTIPORT: Linux makes it hvc0, a terminal, whose size
-//! ([`window`]) configuration space shows.
+//! There are two kinds of device. The first has MULTIPORT and named ports. Its port 0 is never announced: a
+//! driver without MULTIPORT takes port 0 for its console, and what such a driver writes is discarded. The
+//! second kind has only port 0, without MULTIPORT. Linux makes it hvc0, a terminal, whose size ([`window`])
+//! is in configuration space.
 
 pub mod control;
 pub mod live;
@@ -28,18 +28,18 @@ const DEVICE_ID: u32 = 3;
 /// VIRTIO_CONSOLE_F_MULTIPORT.
 pub const MULTIPORT: u64 = 1 << 1;
 
-/// Descriptors of a port's queues. Linux queues 32 KiB a chain for output and a page a chain for
-/// input, so this is what a stalled reader costs a guest: 2 MiB.
+/// Descriptors of a port's queues. Linux queues 32 KiB per chain for output and a page per chain for input.
+/// The size thus bounds what a stalled reader costs a guest: 2 MiB.
 const PORT_QUEUE_SIZE: u16 = 64;
 /// Descriptors of the control queues.
 const CONTROL_QUEUE_SIZE: u16 = 32;
 
-/// Queues of the control messages (virtio 5.3.2): to the driver, and from it.
+/// The queue of the control messages to the driver (virtio 5.3.2).
 pub const CONTROL_RX: u16 = 2;
-/// From the driver.
+/// The queue of the control messages from the driver (virtio 5.3.2).
 pub const CONTROL_TX: u16 = 3;
 
-/// The queue that carries bytes to the driver for port `id`.
+/// Returns the queue that carries bytes to the driver for port `id`.
 pub fn rx_queue(id: u16) -> u16 {
     match id {
         0 => 0,
@@ -47,36 +47,36 @@ pub fn rx_queue(id: u16) -> u16 {
     }
 }
 
-/// The queue that carries bytes from the driver for port `id`.
+/// Returns the queue that carries bytes from the driver for port `id`.
 pub fn tx_queue(id: u16) -> u16 {
     rx_queue(id) + 1
 }
 
-/// One port, as whoever builds the device wants it.
+/// The configuration of one port.
 pub struct PortConfig {
     /// The name that the guest sees in /sys/class/virtio-ports/vportNpM/name.
     pub name: &'static str,
-    /// Where the guest's input comes from; none: its input is at its end at once.
+    /// The source of the guest's input; with `None` its input is at its end at once.
     pub source: Option<Source>,
-    /// Where the guest's output goes; none: it is thrown away.
+    /// The destination of the guest's output; with `None` it is discarded.
     pub sink: Option<Sink>,
-    /// What the guest writes here goes out only when all that it had written to other ports before
-    /// has gone out: a message here tells that the rest is complete.
+    /// `true` if output on this port must wait until all output that the guest wrote to other ports before it
+    /// has gone out. A message on such a port tells that the rest is complete.
     pub after_others: bool,
 }
 
 /// A virtio-console device.
 pub struct ConsoleDevice {
     queue_sizes: Vec<u16>,
-    /// Of a device with MULTIPORT: how many ports there can be, port 0 included.
+    /// The maximum number of ports, port 0 included; 0 for a device without MULTIPORT.
     ports_max: u32,
-    /// Of a device for a terminal.
+    /// `Some` for a terminal's device.
     window: Option<Arc<Window>>,
     worker: WorkerThread,
 }
 
 impl ConsoleDevice {
-    /// The device and its parked worker. The ports get the ids 1, 2, ... in their order.
+    /// Creates the device and its parked worker. The ports get the ids 1, 2, ... in their order.
     pub fn new(ports: Vec<PortConfig>) -> io::Result<Self> {
         let mut queue_sizes = vec![PORT_QUEUE_SIZE, PORT_QUEUE_SIZE, CONTROL_QUEUE_SIZE, CONTROL_QUEUE_SIZE];
         queue_sizes.resize(queue_sizes.len() + 2 * ports.len(), PORT_QUEUE_SIZE);
@@ -84,7 +84,7 @@ impl ConsoleDevice {
         Ok(Self { queue_sizes, ports_max, window: None, worker: WorkerThread::park(ports, None)? })
     }
 
-    /// Returns a device with one port and no others, a terminal, and the window whose size it shows.
+    /// Creates a device with only one port, a terminal, and returns it with the window whose size it shows.
     pub fn terminal(source: Source, sink: Sink, size: WindowSize) -> io::Result<(Self, Arc<Window>)> {
         let port = PortConfig { name: "", source: Some(source), sink: Some(sink), after_others: false };
         let worker = WorkerThread::park(vec![port], Some(size))?;
@@ -108,7 +108,7 @@ impl VirtioDevice for ConsoleDevice {
         &self.queue_sizes
     }
 
-    /// struct virtio_console_config (virtio 5.3.4): fields of features that are not offered read 0.
+    /// Reads struct virtio_console_config (virtio 5.3.4). Fields of features that are not offered read 0.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut space = [0; 12];
         if let Some(window) = &self.window {

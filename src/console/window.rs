@@ -1,10 +1,10 @@
 //! The size of the terminal that a console stands for (virtio 5.3.4, VIRTIO_CONSOLE_F_SIZE).
 //!
-//! Owns the figures that configuration space shows, and when the driver has to be told of them. Whoever
-//! watches the terminal changes them; the console's worker tells the driver.
+//! Owns the numbers that configuration space shows, and when the driver must be told of a change. Whoever
+//! watches the terminal changes the size; the console's worker tells the driver.
 //!
 //! Only a device without MULTIPORT uses this. With MULTIPORT Linux ignores these fields and waits for the
-//! control message RESIZE, in which some kernels read rows first and others columns.
+//! control message RESIZE, in which some kernels read rows first and others read columns first.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -16,30 +16,30 @@ use crate::doorbell;
 /// VIRTIO_CONSOLE_F_SIZE.
 pub const SIZE: u64 = 1 << 0;
 
-/// Columns and rows of a terminal.
+/// The size of a terminal.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct WindowSize {
-    /// Characters in a line.
+    /// The number of characters in a line.
     pub columns: u16,
-    /// Lines.
+    /// The number of lines.
     pub rows: u16,
 }
 
-/// A window, shared by whoever watches it, the device and the device's worker.
+/// A window, shared by whoever watches the terminal, the device, and the device's worker.
 #[derive(Debug)]
 pub struct Window {
-    /// Columns in the low half, rows in the high one: both change in one store.
+    /// Columns in the low half, rows in the high half, so that both change in one store.
     size: AtomicU32,
-    /// The driver has yet to be told of a change.
+    /// `true` if the driver must still be told of a change.
     changed: AtomicBool,
-    /// The guest has written to this console since it was made.
+    /// `true` once the guest has written to this console.
     written: AtomicBool,
     /// Wakes the console's worker.
     wake: Arc<EventFd>,
 }
 
 impl Window {
-    /// A window of this size, whose changes wake the worker that `wake` belongs to.
+    /// Creates a window of this size. Changes wake the worker to which `wake` belongs.
     pub(super) fn new(size: WindowSize, wake: Arc<EventFd>) -> Self {
         let window = Self {
             size: AtomicU32::default(),
@@ -51,7 +51,7 @@ impl Window {
         window
     }
 
-    /// Changes the size. The driver is told only where it is another one.
+    /// Changes the size. The driver is told only if the size differs.
     pub fn resize(&self, size: WindowSize) {
         if self.size.swap(packed(size), Ordering::SeqCst) == packed(size) {
             return;
@@ -62,7 +62,7 @@ impl Window {
         }
     }
 
-    /// Whether a program in the guest has written to this console: then there is one that reads it too.
+    /// Returns `true` if a program in the guest has written to this console; a program then also reads it.
     pub fn has_output(&self) -> bool {
         self.written.load(Ordering::SeqCst)
     }
@@ -77,15 +77,15 @@ impl Window {
         self.changed.store(true, Ordering::SeqCst);
     }
 
-    /// Records output of the guest's. The first means that Linux has set up its port: it drops what it is
-    /// told of the size before that, so it is told once more.
+    /// Records output of the guest. The first output means that Linux has set up its port. Linux drops a size
+    /// that it is told before that, so it is told once more.
     pub(super) fn note_output(&self) {
         if !self.written.swap(true, Ordering::SeqCst) {
             self.tell_again();
         }
     }
 
-    /// Whether the driver has to be told now. The answer is `true` once for each change.
+    /// Returns `true`, once for each change, if the driver must be told now.
     pub(super) fn take_change(&self) -> bool {
         self.changed.swap(false, Ordering::SeqCst)
     }

@@ -1,7 +1,7 @@
-//! The one thread of a console device: waits for doorbells, for the host's ends and for orders.
+//! The one thread of a console device: it waits for doorbells, for the host's ends and for orders.
 //!
-//! Owns the thread and the waiting; [`super::live`] does the work. Nothing that it does ever waits
-//! for the host's ends alone, so an order is obeyed at once, whoever does not read.
+//! Owns the thread and the waiting; [`super::live`] does the work. The thread never waits only for the host's
+//! ends, so it obeys an order at once even if a reader stalls.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -20,18 +20,18 @@ use crate::sandbox::{Role, Ticket};
 use crate::virtio::Activation;
 use crate::warn_limited;
 
-/// A guest that goes on writing while its device is reset is not listened to for ever.
+/// A limit on turns after a stop, for a guest that goes on writing while its device is reset.
 const LAST_TURNS_MAX: u32 = 64;
 
-/// What the device wants of its worker. The end of the channel means: end.
+/// What the device orders its worker to do. If the channel closes, the worker ends.
 enum Order {
     Start(Box<Activation>),
-    /// What is said through the channel: done.
+    /// The worker reports through the sender that it is done.
     StopQueue(u16, Sender<()>),
     Stop(Sender<()>),
 }
 
-/// The worker's thread is not there any more.
+/// The worker's thread no longer exists.
 #[derive(Debug, thiserror::Error)]
 #[error("the console's worker has ended")]
 pub struct WorkerGone;
@@ -45,7 +45,7 @@ pub struct WorkerThread {
 }
 
 impl WorkerThread {
-    /// Starts the thread, which waits for a driver. With a size the one port is a terminal's.
+    /// Starts the thread, which waits for a driver. With a `size`, the only port is a terminal's.
     pub fn park(ports: Vec<PortConfig>, size: Option<WindowSize>) -> io::Result<Self> {
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let window = size.map(|size| Arc::new(Window::new(size, Arc::clone(&wake))));
@@ -66,22 +66,22 @@ impl WorkerThread {
         Ok(Self { orders: Some(orders), wake, window, thread: Some(thread) })
     }
 
-    /// The window of a terminal's device.
+    /// Returns the window of a terminal's device; `None` for other devices.
     pub fn window(&self) -> Option<Arc<Window>> {
         self.window.clone()
     }
 
-    /// Hands over the queues.
+    /// Hands the queues to the worker.
     pub fn start(&self, parts: Activation) -> Result<(), WorkerGone> {
         self.order(Order::Start(Box::new(parts)))
     }
 
-    /// When this returns the queue is not touched any more.
+    /// Stops one queue. When this returns, the worker no longer uses the queue.
     pub fn stop_queue(&self, index: u16) {
         self.order_and_wait(|done| Order::StopQueue(index, done));
     }
 
-    /// When this returns no queue is touched any more, and no notification follows.
+    /// Stops the device. When this returns, the worker uses no queue and sends no notification.
     pub fn stop(&self) {
         self.order_and_wait(Order::Stop);
     }
@@ -92,7 +92,7 @@ impl WorkerThread {
         Ok(())
     }
 
-    /// A worker that has ended drops the channel unanswered, which is an answer too.
+    /// A worker that has ended drops the channel without an answer, which also ends the wait.
     fn order_and_wait(&self, order: impl FnOnce(Sender<()>) -> Order) {
         let (done, is_done) = mpsc::channel();
         if self.order(order(done)).is_ok() {
@@ -113,7 +113,7 @@ impl Drop for WorkerThread {
     }
 }
 
-/// A full eventfd counter wakes as well.
+/// Wakes the worker. An eventfd whose counter is full wakes it as well.
 fn wake(event: &EventFd) {
     if let Err(error) = doorbell::ring(event) {
         log::error!("console: the worker cannot be woken: {error}");
@@ -125,7 +125,8 @@ struct Worker {
     orders: Receiver<Order>,
     wake: Arc<EventFd>,
     window: Option<Arc<Window>>,
-    /// It outlives drivers, or one that resets the device again and again could log without end (R18).
+    /// Outlives drivers; otherwise a guest that resets the device again and again could log without limit
+    /// (R18).
     errors: RateLimit,
     live: Option<Live>,
 }
@@ -146,7 +147,7 @@ impl Worker {
         }
     }
 
-    /// Does what was ordered; whether to go on.
+    /// Obeys all orders. Returns `false` if the worker is to end.
     fn obey(&mut self) -> bool {
         loop {
             match self.orders.try_recv() {
@@ -163,7 +164,7 @@ impl Worker {
                     let _ = done.send(());
                 }
                 Ok(Order::Stop(done)) => {
-                    // What a guest had written before it died goes out, as far as nobody waits.
+                    // What a guest wrote before it died goes out, as far as that does not block.
                     let _ = (0..LAST_TURNS_MAX).any(|_| !self.turn());
                     self.live = None;
                     let _ = done.send(());
@@ -174,7 +175,7 @@ impl Worker {
         }
     }
 
-    /// One round; whether there may be more to do at once.
+    /// Runs one round. Returns `true` if there may be more to do at once.
     fn turn(&mut self) -> bool {
         let Some(live) = &mut self.live else { return false };
         live.quieten();
