@@ -1,8 +1,8 @@
-//! `--add HOST[:GUEST]`: files and folders of the user's for the guest.
+//! `--add HOST[:GUEST]`: the user's files and folders for the guest.
 //!
-//! Owns where they go and how they are read: modes and times are kept, symbolic links inside a
-//! folder too; what is given itself is followed. Programs bring their libraries. The content of a file stays
-//! where it is until the guest's memory is filled.
+//! Owns where they go and how they are read. Modes and times are kept, and so are symbolic links inside a
+//! folder; a link that is itself given is followed. Programs bring their libraries. File contents stay in
+//! place until the guest's memory is filled.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Metadata};
@@ -20,10 +20,10 @@ use super::libraries::Libraries;
 const COVERED: [(&str, &str); 3] =
     [("/proc", "its processes"), ("/sys", "its devices"), ("/dev", "its device files")];
 
-/// The most that is read into this process's memory of a file whose length nobody knows beforehand.
+/// The most bytes that are read into this process's memory from a file whose length is not known beforehand.
 const UNKNOWN_BYTES_MAX: u64 = 16 << 20;
-/// A file that claims at most this, and has no block on a disk, may be one of a kernel's (sysfs says 4096
-/// for everything).
+/// A file that claims at most this length, and has no block on a disk, may be a kernel's virtual file. (sysfs
+/// claims 4096 bytes for every file.)
 const CLAIMED_BYTES_MAX: u64 = 64 << 10;
 
 /// What is added, and where.
@@ -31,12 +31,12 @@ const CLAIMED_BYTES_MAX: u64 = 64 << 10;
 pub struct Add {
     /// The file or folder on this host.
     pub host: PathBuf,
-    /// Its place in the guest; none: the same absolute path, or, for a relative one, its name in `/`.
+    /// Its path in the guest. `None`: the same absolute path or, if `host` is relative, its name in `/`.
     pub guest: Option<PathBuf>,
 }
 
 impl Add {
-    /// Reads HOST[:GUEST]. GUEST begins with a `/`; so a colon before anything else is HOST's.
+    /// Parses HOST[:GUEST]. GUEST begins with a `/`, so a colon before anything else belongs to HOST.
     pub fn parse(text: &OsStr) -> Result<Self, String> {
         let bytes = text.as_bytes();
         let (host, guest) = match bytes.windows(2).rposition(|pair| pair == b":/") {
@@ -53,7 +53,7 @@ impl Add {
     fn place(&self) -> Result<PathBuf, JobError> {
         let name = || self.host.file_name().map(PathBuf::from);
         let place = match &self.guest {
-            // As cp has it: a slash at the end is a directory to put it into.
+            // As with cp, a slash at the end names a directory to put it into.
             Some(guest) if guest.as_os_str().as_bytes().ends_with(b"/") => {
                 name().map(|name| guest.join(name))
             }
@@ -65,7 +65,7 @@ impl Add {
                 .or_else(name)
                 .map(|name| Path::new("/").join(name)),
         };
-        // Without "." and double slashes.
+        // Remove "." and double slashes.
         let place: Option<PathBuf> = place.map(|place| place.components().collect());
         let fine = |place: &PathBuf| {
             place.is_absolute()
@@ -79,7 +79,7 @@ impl Add {
     }
 }
 
-/// Puts all that `add` names into the archive.
+/// Puts everything that `add` names into the archive.
 pub fn put(archive: &mut Archive, libraries: &mut Libraries, add: &Add) -> Result<(), JobError> {
     let place = add.place()?;
     if let Some((_, what)) = COVERED.into_iter().find(|(covered, _)| place.starts_with(covered)) {
@@ -134,7 +134,7 @@ fn walk(
     Ok(())
 }
 
-/// A word for what is no file, directory or link.
+/// Describes what is no file, directory or link.
 fn what_else(metadata: &Metadata) -> &'static str {
     let kind = metadata.file_type();
     match () {
@@ -166,13 +166,13 @@ fn put_file(
     }
 }
 
-/// Opens a regular file: one that has become a FIFO meanwhile does not stop us.
+/// Opens a regular file, without blocking even if it has become a FIFO meanwhile.
 pub fn open(path: &Path) -> io::Result<File> {
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a regular file")) }
 }
 
-/// Plans one file: `mode` is added to its own.
+/// Plans one file; `mode` is added to the file's own mode.
 pub fn put_content(
     archive: &mut Archive,
     file: &File,
@@ -182,7 +182,7 @@ pub fn put_content(
 ) -> Result<(), JobError> {
     let metadata = file.metadata().map_err(read(host))?;
     let (mode, mtime) = (metadata.mode() | mode, mtime(&metadata));
-    // Files of a kernel's (/proc, /sys) have another length than they say.
+    // Virtual files of a kernel (/proc, /sys) have another length than they claim.
     if metadata.blocks() == 0 && metadata.len() <= CLAIMED_BYTES_MAX {
         let mut bytes = Vec::new();
         file.take(UNKNOWN_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(read(host))?;

@@ -1,8 +1,8 @@
 //! A cpio archive ("newc", Documentation/driver-api/early-userspace/buffer-format.rst), as a plan.
 //!
-//! Owns the format, and the sizes: how long the archive is and what it takes when it is unpacked are
-//! known before a byte of any large file is read. Everything belongs to root; directories above a file are
-//! made where it needs them. A path that comes twice is the first one's: nothing is in the archive twice.
+//! Owns the format and the sizes. The length of the archive, and the memory that it takes unpacked, are known
+//! before a byte of any large file is read. Everything belongs to root. Directories above a file are created
+//! as needed. If a path is added twice, the first addition counts: nothing is in the archive twice.
 
 use std::collections::HashSet;
 use std::os::unix::ffi::OsStrExt;
@@ -14,9 +14,9 @@ const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
 const LINK: u32 = 0o120_000;
 const KIND: u32 = 0o170_000;
-/// The kernel finds the next archive at a multiple of 4; tools like 512.
+/// Alignment of the next archive: the kernel requires a multiple of 4, tools prefer 512.
 const ALIGN: u64 = 512;
-/// What a file, a directory or a link takes in the guest at least, besides whole pages of content: an
+/// The least memory that a file, a directory or a link takes in the guest, besides whole pages of content: an
 /// inode and a directory entry (mm/shmem.c).
 const ENTRY_BYTES: u64 = 2048;
 const PAGE: u64 = 4096;
@@ -26,21 +26,21 @@ const PAGE: u64 = 4096;
 pub enum Part {
     /// These bytes.
     Bytes(Vec<u8>),
-    /// The content of a file of this host, which has this length.
+    /// The content of a file on this host, which has this length.
     File {
-        /// Where it is.
+        /// The path of the file.
         path: PathBuf,
         /// Its length in bytes.
         len: u64,
     },
 }
 
-/// What a file contains.
+/// The content of a file in the archive.
 #[derive(Debug, Clone, Copy)]
 pub enum Content<'a> {
     /// These bytes.
     Bytes(&'a [u8]),
-    /// That of a file of this host, which has so many bytes, and which is read when the archive is written.
+    /// The content of a file on this host with this many bytes, which is read when the archive is written.
     File(&'a Path, u64),
 }
 
@@ -53,40 +53,40 @@ impl Content<'_> {
     }
 }
 
-/// What has been put so far.
+/// The archive as planned so far.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Archive {
     parts: Vec<Part>,
     len: u64,
     unpacked_bytes: u64,
     paths: HashSet<PathBuf>,
-    /// A record for each entry: what the guest has to find once all is unpacked.
+    /// A record for each entry: what the guest must find once everything is unpacked.
     promised: Vec<u8>,
 }
 
 impl Archive {
-    /// Whether this path is in it.
+    /// Returns `true` if this path is in the archive.
     pub fn has(&self, path: &Path) -> bool {
         self.paths.contains(path)
     }
 
-    /// Its length in bytes.
+    /// Returns the length of the archive in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.len
     }
 
-    /// What it takes of the guest's memory once it is unpacked.
+    /// Returns the bytes of guest memory that the archive takes once it is unpacked.
     pub fn unpacked_bytes(&self) -> u64 {
         self.unpacked_bytes
     }
 
-    /// Its pieces, in order.
+    /// Returns the pieces of the archive, in order.
     pub fn parts(&self) -> &[Part] {
         &self.parts
     }
 
-    /// What the guest has to find, each ended by a NUL: `f SIZE PATH` for a file, `e 0 PATH` for what
-    /// only has to be there.
+    /// Returns the records of what the guest must find, each ended by a NUL: `f SIZE PATH` for a file, `e 0
+    /// PATH` for what only has to exist.
     pub fn promised(&self) -> &[u8] {
         &self.promised
     }
@@ -106,7 +106,7 @@ impl Archive {
         self.put(path, LINK | 0o777, mtime, Content::Bytes(target.as_os_str().as_bytes()))
     }
 
-    /// Adds all of another archive, which has none of this one's paths, behind this one.
+    /// Appends another archive, which must have none of this one's paths.
     pub fn append(&mut self, mut other: Self) {
         self.len += other.len;
         self.unpacked_bytes += other.unpacked_bytes;
@@ -137,9 +137,9 @@ impl Archive {
         Ok(())
     }
 
-    /// Ends it: the kernel takes what follows as another archive.
+    /// Ends the archive. The kernel takes what follows as another archive.
     pub fn finish(&mut self) {
-        // The trailer is too short not to fit.
+        // The trailer is so short that it always fits.
         let _ = self.entry(b"TRAILER!!!", 0, 0, Content::Bytes(b""));
         self.pad(ALIGN);
     }
@@ -147,7 +147,7 @@ impl Archive {
     fn entry(&mut self, name: &[u8], mode: u32, mtime: u32, content: Content<'_>) -> Option<()> {
         let size = u32::try_from(content.len()).ok()?;
         let name_size = u32::try_from(name.len() + 1).ok()?;
-        // An inode number of its own for each, and one link: no hard links.
+        // Each entry gets its own inode number and one link: there are no hard links.
         let inode = u32::try_from(self.paths.len() + 1).ok()?;
         let links = if mode & KIND == DIRECTORY { 2 } else { 1 };
         // ino, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor,
@@ -191,7 +191,7 @@ impl Archive {
 pub mod tests {
     use super::*;
 
-    /// The whole archive, with the files read.
+    /// Returns the whole archive, with the contents of the files.
     pub fn bytes_of(archive: &Archive) -> Vec<u8> {
         let mut bytes = Vec::new();
         for part in archive.parts() {

@@ -1,14 +1,13 @@
-//! What an x86-64 ELF image needs to be run: its interpreter, its libraries, where they are looked for.
+//! What an x86-64 ELF image needs to run: its interpreter, its libraries, and where they are searched for.
 //!
 //! Owns the reading of the program headers and of the dynamic section (System V ABI, AMD64). Only these are
-//! read, whatever the file's length, and nothing that the file says is believed: each table and each string
-//! has a limit.
+//! read, whatever the file's length. Nothing in the file is trusted: each table and each string has a limit.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// How an ELF image begins.
+/// The magic number at the start of an ELF image.
 const MAGIC: &[u8] = b"\x7fELF";
 const HEADER_BYTES: usize = 64;
 const CLASS_64: u8 = 2;
@@ -24,30 +23,31 @@ const TAG_NEEDED: u64 = 1;
 const TAG_STRINGS: u64 = 5;
 const TAG_RPATH: u64 = 15;
 const TAG_RUNPATH: u64 = 29;
-/// Entries of a dynamic section that are looked at. A program of ten thousand libraries does not start.
+/// The maximum number of entries read from a dynamic section. A program with ten thousand libraries would not
+/// start.
 const DYNAMIC_MAX: u64 = 16 * 1024;
-/// The longest path or list of paths.
+/// The maximum length of a path or a list of paths.
 const STRING_BYTES_MAX: usize = 64 * 1024;
 
-/// What an image asks for.
+/// What an image needs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// The dynamic loader; none for a static program or a library.
+    /// The dynamic loader; `None` for a static program or a library.
     pub interpreter: Option<String>,
-    /// DT_NEEDED, in order.
+    /// The entries of DT_NEEDED, in order.
     pub libraries: Vec<String>,
-    /// DT_RPATH.
+    /// The entries of DT_RPATH.
     pub rpaths: Vec<String>,
-    /// DT_RUNPATH.
+    /// The entries of DT_RUNPATH.
     pub runpaths: Vec<String>,
 }
 
-/// What a file is, as far as libraries go.
+/// The kind of a file, as far as libraries are concerned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Image {
     /// An x86-64 image.
     Native(Needs),
-    /// An ELF image for another machine or word length: nothing of this host goes with it.
+    /// An ELF image for another machine or word length; none of this host's libraries go with it.
     Foreign,
     /// No ELF image.
     None,
@@ -56,15 +56,15 @@ pub enum Image {
 /// Why an image cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ElfError {
-    /// The host does not let us read it.
+    /// The host could not read the file.
     #[error("it cannot be read: {0}")]
     Read(#[from] io::Error),
-    /// Something that the header promises is not in the file.
+    /// The file ends before something that its headers promise.
     #[error("{0} lies beyond its end")]
     Cut(&'static str),
 }
 
-/// Reads what `file` needs.
+/// Returns what `file` needs.
 pub fn read(file: &File) -> Result<Image, ElfError> {
     let mut header = [0; HEADER_BYTES];
     let have = read_up_to(file, &mut header, 0)?;
@@ -141,7 +141,7 @@ fn read_dynamic(
     Ok(())
 }
 
-/// Where in the file the byte at a virtual address is.
+/// Returns the file offset of the byte at a virtual address.
 fn offset_of(address: u64, segments: &[Segment]) -> Option<u64> {
     let inside = |segment: &&Segment| {
         segment.kind == SEGMENT_LOAD
@@ -151,10 +151,10 @@ fn offset_of(address: u64, segments: &[Segment]) -> Option<u64> {
     segment.offset.checked_add(address - segment.address)
 }
 
-/// The NUL-terminated string at `offset`.
+/// Returns the NUL-terminated string at `offset`.
 fn string(file: &File, offset: u64, what: &'static str) -> Result<String, ElfError> {
     let mut bytes = Vec::new();
-    // Most names are short: one read gets them.
+    // Most names are short, so one small read gets them.
     for size in [256, STRING_BYTES_MAX] {
         bytes.resize(size, 0);
         let have = read_up_to(file, &mut bytes, offset)?;
@@ -171,7 +171,7 @@ fn exact(file: &File, bytes: &mut [u8], offset: u64, what: &'static str) -> Resu
     if have == bytes.len() { Ok(()) } else { Err(ElfError::Cut(what)) }
 }
 
-/// Reads until `bytes` is full or the file ends; offsets that no file has are an end too.
+/// Reads until `bytes` is full or the file ends. An offset that no file can have counts as its end.
 fn read_up_to(file: &File, bytes: &mut [u8], offset: u64) -> Result<usize, ElfError> {
     if i64::try_from(offset.saturating_add(bytes.len() as u64)).is_err() {
         return Ok(0);
@@ -218,7 +218,7 @@ mod tests {
         assert!(needs.libraries.iter().any(|name| name == "libc.so.6"), "{needs:?}");
     }
 
-    /// A header, a load segment over all of the file, a dynamic section, its strings.
+    /// Returns a header, a load segment over the whole file, a dynamic section and its strings.
     fn image() -> Vec<u8> {
         let strings = b"\0libone.so\0$ORIGIN/../lib:/srv\0";
         let mut bytes = vec![0; 512];

@@ -1,9 +1,9 @@
 //! The shared libraries of a program, found as the dynamic loader finds them (ld.so(8)).
 //!
-//! Owns the search: DT_RPATH, LD_LIBRARY_PATH, DT_RUNPATH, /etc/ld.so.cache, the default
-//! directories. Each library keeps its host's path in the guest, or its place relative to the
-//! program ($ORIGIN). The guest has no cache, so directories that only the cache knows go into
-//! LD_LIBRARY_PATH there. What is opened by dlopen(3) cannot be seen here.
+//! Owns the search: DT_RPATH, LD_LIBRARY_PATH, DT_RUNPATH, /etc/ld.so.cache, the default directories. In the
+//! guest each library keeps its host's path, or its place relative to the program ($ORIGIN). The guest has no
+//! cache, so directories that only the cache knows go into LD_LIBRARY_PATH there. Libraries opened by
+//! dlopen(3) cannot be found here.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -15,33 +15,33 @@ use super::add;
 use super::archive::Archive;
 use super::elf::{self, Image, Needs};
 
-/// Where loaders look by themselves: Debian's, and everybody else's.
+/// Directories that loaders search by default: Debian's, and those of other distributions.
 const DEFAULT_DIRECTORIES: [&str; 6] =
     ["/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib"];
-/// A chain of libraries is never so deep.
+/// A limit on images for one program; no chain of libraries is that deep.
 const PROGRAMS_MAX: usize = 10_000;
 
-/// The libraries of this host, and which of them have been asked for.
+/// The libraries of this host, and the directories that the guest's loader must be told.
 pub struct Libraries {
-    /// LD_LIBRARY_PATH.
+    /// The directories of LD_LIBRARY_PATH on this host.
     given: Vec<PathBuf>,
-    /// Name and path, in the cache's order.
+    /// Name and path of each cached library, in the cache's order.
     cache: Vec<(String, PathBuf)>,
-    /// Directories in the guest where its loader does not look by itself.
+    /// Directories in the guest that its loader does not search by default.
     unusual: BTreeSet<PathBuf>,
 }
 
-/// A program or library of which the libraries are to be found.
+/// A program or library whose libraries are to be found.
 struct Object {
     host: PathBuf,
     guest: PathBuf,
     needs: Needs,
-    /// DT_RPATH of those that need it.
+    /// DT_RPATH of the images that need it: directories on the host and in the guest.
     inherited: Vec<(PathBuf, PathBuf)>,
 }
 
 impl Libraries {
-    /// As this host's loader would find them.
+    /// Reads where this host's loader would search.
     pub fn of_this_host() -> Self {
         let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
         let given = std::env::split_paths(&given).filter(|path| path.is_absolute()).collect();
@@ -49,7 +49,7 @@ impl Libraries {
         Self { given, cache, unusual: BTreeSet::new() }
     }
 
-    /// LD_LIBRARY_PATH for the guest, if it needs one.
+    /// Returns the setting of LD_LIBRARY_PATH for the guest, or `None` if it needs none.
     pub fn path_for_the_loader(&self) -> Option<OsString> {
         let joined = std::env::join_paths(&self.unusual).ok().filter(|joined| !joined.is_empty())?;
         let mut variable = OsString::from("LD_LIBRARY_PATH=");
@@ -57,8 +57,8 @@ impl Libraries {
         Some(variable)
     }
 
-    /// Puts the loader and the libraries that an image `needs` into the archive, and theirs. What is
-    /// missing is an error if the user has `asked_for` this very file, else a warning.
+    /// Puts the loader and the libraries that an image `needs` into the archive, and what those need in turn.
+    /// A missing library is an error if the user has `asked_for` this very file, otherwise a warning.
     pub fn put_those_of(
         &mut self,
         archive: &mut Archive,
@@ -99,7 +99,7 @@ impl Libraries {
         Ok(())
     }
 
-    /// Puts what one image names itself.
+    /// Puts what one image itself names into the archive.
     fn put_one(&mut self, archive: &mut Archive, object: &Object) -> Result<Found, JobError> {
         let needs = &object.needs;
         if let Some(interpreter) = needs.interpreter.as_deref().map(Path::new)
@@ -131,7 +131,7 @@ impl Libraries {
         })
     }
 
-    /// Where a library is on the host, and where it goes in the guest.
+    /// Returns the path of a library on the host, and its path in the guest.
     fn find(
         &mut self,
         name: &str,
@@ -174,7 +174,7 @@ enum Found {
     Missing(String, Vec<Object>),
 }
 
-/// The directories of a search path, on the host and in the guest.
+/// Returns the directories of a search path, on the host and in the guest.
 fn directories(paths: &[String], object: &Object) -> Vec<(PathBuf, PathBuf)> {
     let origin = |place: &Path| place.parent().unwrap_or(Path::new("/")).to_string_lossy().into_owned();
     let (host, guest) = (origin(&object.host), origin(&object.guest));
@@ -185,7 +185,7 @@ fn directories(paths: &[String], object: &Object) -> Vec<(PathBuf, PathBuf)> {
     parts.map(|path| (with(path, &host), tidy(&with(path, &guest)))).collect()
 }
 
-/// Without `..`: the archive's paths have none.
+/// Returns the path without `..`, which the archive's paths must not have.
 fn tidy(path: &Path) -> PathBuf {
     let mut tidy = PathBuf::new();
     for part in path.components() {
@@ -198,7 +198,7 @@ fn tidy(path: &Path) -> PathBuf {
     tidy
 }
 
-/// Puts one library or loader into the archive, whatever links lead to it, and tells what it needs itself.
+/// Puts one library or loader into the archive, following links, and returns what it needs itself.
 fn put_file(archive: &mut Archive, host: &Path, guest: &Path) -> Result<Needs, JobError> {
     let failed = |source| JobError::Read { path: host.into(), source };
     let file = add::open(host).map_err(failed)?;
@@ -210,20 +210,20 @@ fn put_file(archive: &mut Archive, host: &Path, guest: &Path) -> Result<Needs, J
     }
 }
 
-/// Whether there is an x86-64 image at `path`: loaders pass over others.
+/// Returns `true` if there is an x86-64 image at `path`; loaders skip others.
 fn is_library(path: &Path) -> bool {
     add::open(path).is_ok_and(|file| matches!(elf::read(&file), Ok(Image::Native(_))))
 }
 
-/// Reads ld.so's cache (glibc, sysdeps/generic/dl-cache.h, `struct cache_file_new`): names and paths
-/// of libraries for this architecture, but not those for special processors.
+/// Parses ld.so's cache (glibc, sysdeps/generic/dl-cache.h, `struct cache_file_new`). Returns names and paths
+/// of libraries for this architecture, except those for special processors.
 fn parse_cache(bytes: &[u8]) -> Vec<(String, PathBuf)> {
     const MAGIC: &[u8] = b"glibc-ld.so.cache1.1";
     const HEADER_BYTES: usize = 48;
     const ENTRY_BYTES: usize = 24;
     /// FLAG_ELF_LIBC6 | FLAG_X8664_LIB64
     const X86_64: u32 = 0x0303;
-    // An older format may stand before it.
+    // A cache in an older format may come first.
     let Some(from) = bytes.windows(MAGIC.len()).position(|window| window == MAGIC) else { return Vec::new() };
     let cache = bytes.get(from..).unwrap_or_default();
     let number = |at: usize| {
@@ -242,7 +242,7 @@ fn parse_cache(bytes: &[u8]) -> Vec<(String, PathBuf)> {
         let (name, path) = (string(number(at + 4)?)?, string(number(at + 8)?)?);
         usable.then(|| (name, PathBuf::from(path)))
     };
-    // No more entries than there can be.
+    // The count is limited to the entries that the file has room for.
     (0..count.min(cache.len() / ENTRY_BYTES)).filter_map(entry).collect()
 }
 

@@ -1,8 +1,8 @@
-//! A command for the test guest: what travels to it, and what it says of its end.
+//! A command for the test guest: what is sent to it, and what it reports of its end.
 //!
-//! Owns the archive that is put behind the guest's initramfs (the command, its environment, files of
-//! the user's with their libraries), the messages of the guest's launcher, and the status file. How
-//! bytes get there and back is the devices' business.
+//! Owns the archive that is appended to the guest's initramfs (the command, its environment, the user's files
+//! with their libraries), the launcher's messages, and the status file. The devices carry the bytes there and
+//! back.
 
 mod add;
 mod archive;
@@ -26,15 +26,15 @@ use libraries::Libraries;
 pub struct Job {
     /// The command and its arguments.
     pub argv: Vec<OsString>,
-    /// `NAME=VALUE`, later ones win.
+    /// The environment as `NAME=VALUE`; of equal names the last counts.
     pub env: Vec<OsString>,
-    /// Where it starts; none: `/`.
+    /// The working directory; `None` is `/`.
     pub workdir: Option<PathBuf>,
-    /// What is added to the guest.
+    /// The files that are added to the guest.
     pub adds: Vec<Add>,
 }
 
-/// Why the command cannot be brought to the guest.
+/// Why the command cannot be sent to the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
     /// A file could not be read.
@@ -42,62 +42,63 @@ pub enum JobError {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// Why it could not be read.
         source: io::Error,
     },
-    /// Something that is no file, directory or symbolic link.
+    /// It is neither a file, a directory nor a symbolic link.
     #[error("cannot add {0} to the guest: it is {1}, not a file, directory or symbolic link")]
     Kind(PathBuf, &'static str),
-    /// More than the archive's fields count.
+    /// It has more bytes than the archive's fields can count.
     #[error(
         "cannot add {0} to the guest: it has 4 GiB or more, and what is added lies in the guest's memory; \
          bring it on a disk (--disk {0},readonly)"
     )]
     TooLarge(PathBuf),
-    /// A file without a length that has not ended.
+    /// A file that reports no length went on past the limit.
     #[error("cannot add {0} to the guest: it tells no length, and has more than 16 MiB")]
     Endless(PathBuf),
-    /// A place that minivmm needs.
+    /// The path is one that minivmm itself needs.
     #[error("cannot add anything at {0}: the command travels there; choose another place (--add HOST:GUEST)")]
     Taken(PathBuf),
-    /// A place that the guest covers.
+    /// The guest covers the path with a file system of its own.
     #[error("cannot add anything at {0}: the guest has {1} of its own there")]
     Covered(PathBuf, &'static str),
-    /// A place that is no place.
+    /// The path in the guest is not usable.
     #[error("cannot add {host} at {guest}: the place in the guest is an absolute path without `..`")]
     Place {
         /// The file.
         host: PathBuf,
-        /// Where it was to go.
+        /// The path that it was to get.
         guest: PathBuf,
     },
-    /// A library that is nowhere.
+    /// A library was not found.
     #[error(
         "{program} needs the library {name}, which is nowhere on this host: set LD_LIBRARY_PATH to its \
          directory, or add a statically linked program"
     )]
     NoLibrary {
-        /// Who needs it.
+        /// The program that needs it.
         program: PathBuf,
-        /// Its name.
+        /// The library's name.
         name: String,
     },
-    /// Not a program that a guest could run, though the user gave it as one.
+    /// It is a damaged ELF file, although the user named it explicitly.
     #[error("{path} is damaged: {why}")]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What the reader says.
+        /// The reader's error.
         why: String,
     },
 }
 
-/// Where the command is in the guest: its arguments, its environment, its directory; what the guest has to
-/// find there; and the mark that ends it all. `guest-images/guest/job.c` reads them.
+/// The command's files in the guest: its arguments, its environment, its directory, the list of what the
+/// guest must find, and the mark at the end. `guest-images/guest/job.c` reads them.
 const PLACES: [&str; 5] = ["/job/argv", "/job/env", "/job/workdir", "/job/promised", "/job/end"];
 
-/// The archive that is put behind an initramfs: the kernel unpacks one after another. The command comes
-/// first, then what is added, then a mark: a guest that has too little memory for all of it can still tell.
+/// Returns the archive that is appended to an initramfs; the kernel unpacks one after another. The command
+/// comes first, then what is added, then a mark. A guest whose memory is too small for all of it can thus
+/// still report that.
 pub fn archive(job: &Job) -> Result<Archive, JobError> {
     let mut added = Archive::default();
     let mut libraries = Libraries::of_this_host();
@@ -128,7 +129,7 @@ pub fn archive(job: &Job) -> Result<Archive, JobError> {
     Ok(archive)
 }
 
-/// Each ended by a NUL, which none can contain.
+/// Joins the strings, each ended by a NUL, which none of them can contain.
 fn strings<'a>(strings: impl Iterator<Item = &'a OsStr>) -> Vec<u8> {
     let mut bytes = Vec::new();
     for string in strings {
@@ -159,7 +160,7 @@ mod tests {
         let order = [&b"job/argv\0"[..], b"job/promised\0", b"big\0", b"job/end\0", b"TRAILER!!!\0"].map(at);
         assert!(order.is_sorted(), "{order:?}");
         at(b"f 100000 /big\0");
-        // The file's content is not in our memory.
+        // The file's content is not in this process's memory.
         let held: usize = archive
             .parts()
             .iter()
@@ -193,7 +194,7 @@ mod tests {
             let error = super::archive(&job(&[&path.display().to_string()])).unwrap_err();
             assert!(error.to_string().contains(word), "{error}");
         }
-        // Inside a folder they are passed over.
+        // Inside a folder, such files are skipped.
         super::archive(&job(&[&directory.path().display().to_string()])).unwrap();
     }
 

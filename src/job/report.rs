@@ -1,30 +1,30 @@
-//! What the launcher in the guest says of its command (guest-images/guest/job.c), and what that is
-//! in words and numbers.
+//! The launcher's messages about its command (guest-images/guest/job.c), and their meaning in words and
+//! numbers.
 //!
-//! Owns the messages: lines of at most [`LINE_BYTES_MAX`] bytes. They come from the guest, which may
-//! say anything: what is no message is passed over.
+//! Owns the messages: lines of at most [`LINE_BYTES_MAX`] bytes. They come from the guest, which may send
+//! anything; what is no message is skipped.
 
 use std::fmt;
 
-/// A longer line is no message.
+/// The maximum length of a message; a longer line is none.
 const LINE_BYTES_MAX: usize = 128;
-/// What the launcher waits for before the guest is switched off.
+/// The reply for which the launcher waits before it powers the guest off.
 pub const TAKEN: &[u8] = b"ok\n";
 
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CommandEnd {
-    /// By itself, with this status.
+    /// It exited with this status.
     Exited(u8),
-    /// By this signal.
+    /// It was killed by this signal.
     Killed(u8),
-    /// It is not in the guest.
+    /// It does not exist in the guest.
     NotFound,
-    /// It is there, and the guest's kernel refused this step with this errno.
+    /// It exists, but the guest's kernel refused this step with this errno.
     NotStarted(Step, i32),
 }
 
-/// A step on the way to a running command.
+/// A step in starting the command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
     /// Entering the working directory.
@@ -34,8 +34,9 @@ pub enum Step {
 }
 
 impl CommandEnd {
-    /// minivmm's exit status for it, as shells have it: 128+n for a signal, 127 for a command that
-    /// did not start. 124, 125 and 126 say what became of the VM, so a command's own become 123.
+    /// Returns minivmm's exit status for it, by the convention of shells: 128+n for a signal, 127 for a
+    /// command that did not start. As 124, 125 and 126 report what became of the VM, a command's own are
+    /// mapped to 123.
     pub fn exit_status(self) -> i32 {
         match self {
             Self::Exited(124..=126) => 123,
@@ -45,7 +46,7 @@ impl CommandEnd {
         }
     }
 
-    /// What the user is told; nothing of a status that says it all.
+    /// Returns a message for the user, or `None` if the status says everything.
     pub fn in_words(self, command: &str) -> Option<String> {
         match self {
             Self::Exited(status @ 124..=126) => Some(format!(
@@ -60,7 +61,7 @@ impl CommandEnd {
                 let why = std::io::Error::from_raw_os_error(errno);
                 Some(format!("{command} was not started: the guest cannot enter --workdir: {why}"))
             }
-            // It is there, so what is not there is who is to run it.
+            // The command's file exists, so what is missing is its interpreter.
             Self::NotStarted(Step::Exec, libc::ENOENT) => Some(format!(
                 "{command} was not started: its interpreter (the program that its first line names, or its \
                  dynamic loader) is not in the guest; --add brings it"
@@ -81,7 +82,7 @@ impl fmt::Display for Named {
     }
 }
 
-/// The names of the signals that a command may die of.
+/// Returns the name of a signal that may kill a command.
 pub fn signal_name(signal: u8) -> Option<&'static str> {
     Some(match i32::from(signal) {
         libc::SIGHUP => "SIGHUP",
@@ -106,38 +107,38 @@ pub fn signal_name(signal: u8) -> Option<&'static str> {
     })
 }
 
-/// What of a command's files has not come to the guest.
+/// How many of the command's files did not arrive in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Incomplete {
-    /// How many files are missing or cut.
+    /// The number of files that are missing or cut short.
     pub missing: u64,
-    /// How many were promised, as far as the guest knows.
+    /// The number of files that were promised, as far as the guest knows.
     pub promised: u64,
 }
 
-/// A message.
+/// A message of the launcher.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Message {
-    /// The launcher is there: the kernel has booted, and unpacked at least the launcher.
+    /// The launcher runs: the kernel has booted, and has unpacked at least the launcher.
     Arrived,
     /// The command is about to start.
     Started,
-    /// It has ended.
+    /// The command has ended.
     Ended(CommandEnd),
-    /// It was not started, because not all of its files are there.
+    /// The command was not started, because some of its files are missing.
     Incomplete(Incomplete),
 }
 
-/// Reads messages out of a stream.
+/// Extracts messages from a stream of bytes.
 #[derive(Debug, Default)]
 pub struct Reader {
     line: Vec<u8>,
-    /// The line is longer than any message.
+    /// `true` if the current line is longer than any message.
     too_long: bool,
 }
 
 impl Reader {
-    /// Takes some bytes; the messages that end in them.
+    /// Takes some bytes, and returns the messages that end in them.
     pub fn take(&mut self, bytes: &[u8]) -> Vec<Message> {
         let mut messages = Vec::new();
         for &byte in bytes {

@@ -1,7 +1,7 @@
 //! The status file (`--status-file`): how a run ended, for programs.
 //!
-//! Owns its schema, which docs/reference/status-file.md describes; `version` changes when a field changes
-//! its meaning or goes.
+//! Owns its schema, which docs/reference/status-file.md describes. `version` changes when a field changes its
+//! meaning or is removed.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -15,8 +15,8 @@ use super::report::{CommandEnd, signal_name};
 /// The schema's version.
 const VERSION: u32 = 1;
 
-/// The file, opened before anything is started (`files::output`): a place that cannot be written is known at
-/// once.
+/// The file, opened before anything is started (`files::output`), so that a path that cannot be written is
+/// reported at once.
 #[derive(Debug)]
 pub struct StatusFile(File, PathBuf);
 
@@ -26,19 +26,19 @@ pub struct Status {
     version: u32,
     /// minivmm's exit status.
     pub exit_status: i32,
-    /// What kind of end it was.
+    /// The kind of the end.
     pub cause: &'static str,
     /// The same in words.
     pub message: String,
-    /// What the guest's kernel printed last; null where the guest ended in order.
+    /// The last lines that the guest's kernel printed; null if they do not matter for this end.
     pub kernel_messages: Option<Vec<String>>,
     /// How the command ended; null if it did not.
     pub command: Option<CommandStatus>,
-    /// How long what took.
+    /// How long the phases of the run took.
     pub seconds: Seconds,
 }
 
-/// How the command ended.
+/// How the command ended. Fields that do not apply are null.
 #[derive(Debug, Serialize)]
 pub struct CommandStatus {
     /// Its own exit status.
@@ -47,23 +47,23 @@ pub struct CommandStatus {
     pub signal: Option<u8>,
     /// The signal's name.
     pub signal_name: Option<&'static str>,
-    /// Why it did not start.
+    /// The errno with which it failed to start.
     pub errno: Option<i32>,
 }
 
-/// Times.
+/// Durations in seconds; null if that phase was not reached or did not end.
 #[derive(Debug, Default, Clone, Copy, Serialize)]
 pub struct Seconds {
-    /// From the first CPU's start to the command's.
+    /// From the start of the first CPU to the start of the command.
     pub boot: Option<f64>,
-    /// From the command's start to its end, with all that it has written gone out.
+    /// From the start of the command to its end, including the delivery of all its output.
     pub command: Option<f64>,
-    /// From minivmm's start to its end.
+    /// From the start of minivmm to its end.
     pub total: f64,
 }
 
 impl Seconds {
-    /// In seconds, to the microsecond.
+    /// Converts to seconds, rounded to the microsecond.
     pub fn of(duration: Duration) -> f64 {
         (duration.as_secs_f64() * 1e6).round() / 1e6
     }
@@ -86,7 +86,7 @@ impl From<CommandEnd> for CommandStatus {
 }
 
 impl Status {
-    /// An end without a command's.
+    /// Creates the status of an end for which no command's end is known.
     pub fn new(exit_status: i32, cause: &'static str, message: String) -> Self {
         Self {
             version: VERSION,
@@ -101,12 +101,12 @@ impl Status {
 }
 
 impl StatusFile {
-    /// Takes the open file, which is empty, and its name.
+    /// Takes the open file, which must be empty, and its path.
     pub fn new(file: File, path: &Path) -> Self {
         Self(file, path.to_owned())
     }
 
-    /// Writes it. An error names the file.
+    /// Writes the status. An error names the file.
     pub fn write(mut self, status: &Status) -> io::Result<()> {
         let written = serde_json::to_vec_pretty(status).map_err(io::Error::other).and_then(|mut text| {
             text.push(b'\n');
