@@ -1,7 +1,7 @@
-//! A role's table as a seccomp filter.
+//! Translates a role's table into a seccomp filter.
 //!
-//! Owns the translation, by `seccompiler`, and the passage that `--sandbox=log` leaves open for the handler
-//! that makes a forbidden call all the same.
+//! Owns the translation, by `seccompiler`, and the exception that `--sandbox=log` makes for the handler,
+//! which performs a forbidden call all the same.
 
 use std::collections::BTreeMap;
 
@@ -13,17 +13,17 @@ use seccompiler::{
 use super::roles::{Call, Role, When};
 use super::{Mode, SandboxError, trap};
 
-/// The filter of a role.
+/// Returns the filter of a role.
 pub fn program(role: Role, mode: Mode) -> Result<BpfProgram, SandboxError> {
     let wrong =
         |error: seccompiler::BackendError| SandboxError::Table { role: role.name(), why: error.to_string() };
-    // A tracer that has a call not made (strace's inject) makes it this number, which no call has.
+    // A tracer that suppresses a call (strace's inject) changes it to this number, which no call has.
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::from([(i64::from(u32::MAX), Vec::new())]);
     for call in role.calls() {
         let conditions = conditions(call).map_err(wrong)?;
         let is_new = !rules.contains_key(&call.number);
         let rules = rules.entry(call.number).or_default();
-        // Without a rule a call always passes, whatever another row says.
+        // A call without a rule always passes, whatever another row says.
         if conditions.is_empty() || !is_new && rules.is_empty() {
             rules.clear();
             continue;
@@ -37,7 +37,7 @@ pub fn program(role: Role, mode: Mode) -> Result<BpfProgram, SandboxError> {
     Ok(if mode == Mode::Log { with_passage(program) } else { program })
 }
 
-/// Any of these lets the call pass; none at all: it always does.
+/// Returns conditions of which any one lets the call pass; an empty list lets it always pass.
 fn conditions(call: &Call) -> Result<Vec<SeccompCondition>, seccompiler::BackendError> {
     let on = |argument, op, value| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, op, value);
     match call.when {
@@ -57,9 +57,9 @@ fn conditions(call: &Call) -> Result<Vec<SeccompCondition>, seccompiler::Backend
     }
 }
 
-/// Lets every call pass that the handler itself makes: the one instruction of [`trap`]'s own.
+/// Lets every call pass that the handler itself makes, which it does with the one instruction in [`trap`].
 fn with_passage(program: BpfProgram) -> BpfProgram {
-    /// Where `struct seccomp_data` has the low and the high half of the instruction pointer.
+    /// Offsets in `struct seccomp_data` of the low and the high half of the instruction pointer.
     const POINTER: [u32; 2] = [8, 12];
     // BPF_LD | BPF_W | BPF_ABS, BPF_JMP | BPF_JEQ | BPF_K, BPF_RET | BPF_K.
     const LOAD: u16 = 0x20;

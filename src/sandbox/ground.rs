@@ -1,8 +1,8 @@
-//! Landlock: no path, no TCP port, no process outside, for this thread and those that it starts.
+//! Landlock: denies paths, TCP ports and other processes to this thread and to threads that it starts.
 //!
-//! Owns the one ruleset, which has no rule. Descriptors that are open stay as they are: images, standard
-//! streams, reports. A kernel without Landlock (before 5.13, or not in its `lsm=` list) is no error, since the
-//! filter of system calls already lets nothing be opened; it is said once.
+//! Owns the one ruleset, which has no rule. Open descriptors stay usable: images, standard streams, reports.
+//! A kernel without Landlock (before 5.13, or without it in its `lsm=` list) is no error, since the filter of
+//! system calls already prevents every open. That is logged once.
 
 use std::sync::Once;
 
@@ -10,10 +10,10 @@ use landlock::{ABI, Access, AccessFs, AccessNet, Compatible, Ruleset, RulesetAtt
 
 use super::SandboxError;
 
-/// The newest that is asked for. What the kernel does not know is left out by the library.
+/// The newest ABI that is requested. The library leaves out what the kernel does not support.
 const NEWEST: ABI = ABI::V6;
 
-/// Gives up every path.
+/// Gives up access to every path.
 pub fn leave() -> Result<(), SandboxError> {
     static TOLD: Once = Once::new();
     let status = ruleset().map_err(|error| SandboxError::Refused {
@@ -24,7 +24,7 @@ pub fn leave() -> Result<(), SandboxError> {
         RulesetStatus::NotEnforced => {
             log::warn!("this kernel has no Landlock: that nothing is opened rests on the filter of system calls alone");
         }
-        // Not asked of the kernel: the first threads have their filters already.
+        // The kernel is not asked which ABI it has: the first threads already have their filters.
         RulesetStatus::PartiallyEnforced => {
             log::info!("Landlock: no path; this kernel's lacks something of ABI {}", NEWEST as i32);
         }
@@ -45,10 +45,10 @@ fn ruleset() -> Result<landlock::RestrictionStatus, landlock::RulesetError> {
         .restrict_self()
 }
 
-/// The version of Landlock that this kernel has; 0 where it has none.
+/// Returns the version of this kernel's Landlock, or 0 if it has none.
 pub fn version() -> i64 {
     const VERSION_FLAG: u32 = 1;
-    // SAFETY: with this flag the call reads no memory and answers with a number (landlock_create_ruleset(2)).
+    // SAFETY: with this flag the call reads no memory and returns a number (landlock_create_ruleset(2)).
     let answer = unsafe {
         libc::syscall(
             libc::SYS_landlock_create_ruleset,

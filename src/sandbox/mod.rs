@@ -1,13 +1,14 @@
 //! The sandbox: what every thread of a VM gives up before its guest executes an instruction.
 //!
-//! Owns the order. [`arm`] prepares the process before its first thread is started; each thread, whose
-//! [`Ticket`] names its [`Role`], gives up its own part and says so; no CPU runs before all have
-//! ([`wait_for_all`]). Without [`arm`], or with `--sandbox=off`, nothing of it happens: devices in tests
-//! have threads too.
+//! Owns the order. [`arm`] prepares the process before its first thread is started. Each thread has a
+//! [`Ticket`] that names its [`Role`], gives up its own part, and reports that. No CPU runs before all
+//! threads have done so ([`wait_for_all`]). Without [`arm`], or with `--sandbox=off`, nothing is given up:
+//! devices in tests have threads too.
 //!
-//! What is given up: privileges that a program could bring ([`privileges`]), every path, TCP port and
-//! process outside ([`ground`]: Landlock), and every system call that [`roles`] does not have for that
-//! thread ([`filter`]: seccomp; [`trap`] names what is not). `docs/security.md` is its description.
+//! Three things are given up. The first is privileges that an executed program could bring ([`privileges`]).
+//! The second is every path, TCP port and process outside ([`ground`]: Landlock). The third is every system
+//! call that [`roles`] does not list for that thread ([`filter`]: seccomp). [`trap`] reports forbidden calls.
+//! `docs/security.md` describes the sandbox.
 
 pub mod filter;
 pub mod ground;
@@ -24,44 +25,45 @@ use crate::sync::unpoisoned;
 
 pub use roles::Role;
 
-/// What `--sandbox` says.
+/// The modes of `--sandbox`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// A forbidden call ends minivmm, and is named.
+    /// A forbidden call is reported and ends minivmm.
     On,
-    /// A forbidden call is named, once for each thread's role, and made all the same; nothing else is given up.
+    /// A forbidden call is reported once per role and call, and is made all the same. Landlock, the threads'
+    /// capabilities and the process's limits stay as they are.
     Log,
     /// Nothing is given up.
     Off,
 }
 
 impl Mode {
-    /// All of them, with the names that `--sandbox` has for them.
+    /// All modes, with their names for `--sandbox`.
     pub const ALL: [(&'static str, Mode); 3] = [("on", Mode::On), ("log", Mode::Log), ("off", Mode::Off)];
 
-    /// By its name.
+    /// Returns the mode of this name, or `None`.
     pub fn by_name(name: &str) -> Option<Self> {
         Self::ALL.iter().find(|(known, _)| *known == name).map(|(_, mode)| *mode)
     }
 }
 
-/// Why there is no sandbox.
+/// Why the sandbox could not be entered.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
-    /// The kernel refuses a part of it.
+    /// The kernel refused a part of it.
     #[error("the sandbox cannot be entered: cannot {what} (--sandbox=off runs the guest without it)")]
     Refused {
-        /// What was tried.
+        /// What was attempted.
         what: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// A filter cannot be made of the table: an error of ours.
+    /// The table cannot be translated into a filter, which is an error in minivmm.
     #[error("the sandbox's table makes no filter for {role}: {why}; this is an error in minivmm")]
     Table {
-        /// For which thread.
+        /// The role of the thread.
         role: &'static str,
-        /// As the library says it.
+        /// The library's error.
         why: String,
     },
 }
@@ -72,26 +74,26 @@ fn refused(what: &'static str) -> impl FnOnce(io::Error) -> SandboxError {
 
 struct Armed {
     mode: Mode,
-    /// By role.
+    /// The filters, by role.
     programs: Vec<BpfProgram>,
 }
 
 /// Set once, by [`arm`].
 static ARMED: OnceLock<Armed> = OnceLock::new();
 
-/// Threads that have not entered yet.
+/// The number of threads that have not entered yet.
 static PENDING: Mutex<usize> = Mutex::new(0);
 static CHANGED: Condvar = Condvar::new();
 
-/// Keeps the C library's allocator to one arena; takes effect only before a second thread has allocated anything. The
-/// allocator opens a file of /proc when it gives back memory of an arena that is not the first, which no thread may in
-/// the sandbox. One arena is enough: nothing is allocated for a request.
+/// Limits the C library's allocator to one arena. It takes effect only before a second thread has allocated
+/// anything. When the allocator returns memory of an arena other than the first, it opens a file in /proc,
+/// which no thread may do in the sandbox. One arena is enough: nothing is allocated for a request.
 pub fn one_arena() {
-    // SAFETY: sets a number of the allocator's.
+    // SAFETY: the call sets a number of the allocator.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
-/// Prepares the process: to be called once, before any thread of the VM is started.
+/// Prepares the process. Call it once, before any thread of the VM is started.
 pub fn arm(mode: Mode) -> Result<(), SandboxError> {
     if mode == Mode::Off {
         return Ok(());
@@ -100,26 +102,27 @@ pub fn arm(mode: Mode) -> Result<(), SandboxError> {
     privileges::renounce_new().map_err(refused("renounce new privileges (no_new_privs)"))?;
     let programs = Role::ALL.iter().map(|role| filter::program(*role, mode)).collect::<Result<_, _>>()?;
     trap::install().map_err(refused("handle SIGSYS"))?;
-    // A second VM in one process has the first one's.
+    // A second VM in one process keeps the settings of the first.
     let _ = ARMED.set(Armed { mode, programs });
     Ok(())
 }
 
-/// A thread that is to enter. Made by whoever starts the thread; dropped, nobody waits for it.
+/// Stands for a thread that is to enter the sandbox. Whoever starts the thread creates it. When it is
+/// dropped, nobody waits for the thread any more.
 #[derive(Debug)]
 pub struct Ticket {
     role: Role,
 }
 
 impl Ticket {
-    /// For a thread that does this.
+    /// Creates a ticket for a thread with this role.
     pub fn new(role: Role) -> Self {
         *unpoisoned(PENDING.lock()) += 1;
         Self { role }
     }
 
-    /// Gives up what this thread's role does not need. The guest has not run yet, so a kernel that
-    /// refuses ends minivmm here.
+    /// Gives up what this thread's role does not need. The guest has not run yet, so minivmm ends here if the
+    /// kernel refuses.
     pub fn enter(self) {
         if let Some(armed) = ARMED.get()
             && let Err(error) = enter(self.role, armed)
@@ -142,7 +145,7 @@ fn cause(error: &SandboxError) -> String {
     std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default()
 }
 
-/// Returns when no thread is left that has not entered.
+/// Blocks until every thread has entered.
 pub fn wait_for_all() {
     let mut pending = unpoisoned(PENDING.lock());
     while *pending > 0 {

@@ -1,14 +1,15 @@
 //! Which thread may make which system call, and why: the sandbox's one table.
 //!
-//! Owns it. `docs/reference/sandbox-calls.md` shows it, and `tests/sandbox.rs` compares the two and runs guests under
-//! strace. What is not here is trapped. A call that a change needs is found by `--sandbox=log`.
+//! Owns the table. `docs/reference/sandbox-calls.md` shows it; `tests/sandbox.rs` compares the two and runs
+//! guests under strace. A call that is not in the table is trapped. `--sandbox=log` finds calls that a change
+//! to minivmm needs.
 
 use std::ffi::c_int;
 
-/// What a thread of a VM is there for.
+/// The task of a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Waits for events, hands the serial port its input, tells the statistics, stops the machine.
+    /// Waits for events, passes input to the serial port, writes the statistics, stops the machine.
     Main,
     /// Runs a CPU of the guest.
     Vcpu,
@@ -16,39 +17,39 @@ pub enum Role {
     Worker,
     /// Serves the console device.
     Console,
-    /// Looks at the caches (`--observe`).
+    /// Samples the caches (`--observe`).
     Observe,
     /// Drains the devices and closes the images at the end.
     End,
-    /// Wakes a worker whose faults on purpose are late.
+    /// Wakes a worker when a deliberate fault's delay is over.
     Delays,
 }
 
-/// When a call passes.
+/// The condition under which a call passes.
 #[derive(Debug, Clone, Copy)]
 pub enum When {
-    /// Whatever its arguments.
+    /// With any arguments.
     Always,
-    /// ioctl: these requests alone.
+    /// ioctl: only with these requests.
     Request(&'static [(&'static str, u32)]),
-    /// fcntl: these commands alone.
+    /// fcntl: only with these commands.
     Command(&'static [(&'static str, c_int)]),
-    /// mmap, mprotect: memory that cannot be executed.
+    /// mmap, mprotect: only for memory that is not executable.
     NotExecutable,
-    /// tgkill: threads of this process alone.
+    /// tgkill: only for threads of this process.
     ThisProcess,
 }
 
 /// A row of the table.
 #[derive(Debug, Clone, Copy)]
 pub struct Call {
-    /// Its name in the manual.
+    /// The name of the call in the manual.
     pub name: &'static str,
-    /// Its number on x86-64.
+    /// The number of the call on x86-64.
     pub number: i64,
-    /// When it passes.
+    /// The condition under which it passes.
     pub when: When,
-    /// What it is needed for.
+    /// What the call is needed for.
     pub reason: &'static str,
 }
 
@@ -58,7 +59,7 @@ macro_rules! calls {
     };
 }
 
-/// The numbers, under the names of the manual.
+/// The numbers of the calls, under their names in the manual.
 #[allow(non_upper_case_globals, reason = "the names are the manual's")]
 mod number {
     macro_rules! numbers {
@@ -83,7 +84,7 @@ mod number {
 
 use When::{Always, Command, NotExecutable, Request, ThisProcess};
 
-/// KVM's requests, as `linux/kvm.h` numbers them.
+/// KVM's requests, with their numbers from `linux/kvm.h`.
 const KVM_RUN: (&str, u32) = ("KVM_RUN", 0xae80);
 const KVM_GET_REGS: (&str, u32) = ("KVM_GET_REGS", 0x8090_ae81);
 const KVM_GET_SREGS: (&str, u32) = ("KVM_GET_SREGS", 0x8138_ae83);
@@ -92,11 +93,11 @@ const KVM_TRANSLATE: (&str, u32) = ("KVM_TRANSLATE", 0xc018_ae85);
 const KVM_SET_GSI_ROUTING: (&str, u32) = ("KVM_SET_GSI_ROUTING", 0x4008_ae6a);
 const KVM_IRQFD: (&str, u32) = ("KVM_IRQFD", 0x4020_ae76);
 const KVM_IOEVENTFD: (&str, u32) = ("KVM_IOEVENTFD", 0x4040_ae79);
-/// A terminal's, as `asm-generic/ioctls.h` numbers them.
+/// A terminal's requests, with their numbers from `asm-generic/ioctls.h`.
 const TCGETS: (&str, u32) = ("TCGETS", 0x5401);
 const TCSETS: (&str, u32) = ("TCSETS", 0x5402);
 const TIOCGWINSZ: (&str, u32) = ("TIOCGWINSZ", 0x5413);
-/// A block device's, as `linux/fs.h` numbers them.
+/// A block device's requests, with their numbers from `linux/fs.h`.
 const BLKDISCARD: (&str, u32) = ("BLKDISCARD", 0x1277);
 const BLKZEROOUT: (&str, u32) = ("BLKZEROOUT", 0x127f);
 
@@ -215,11 +216,11 @@ const END: &[Call] = calls! {
 const DELAYS: &[Call] = &[];
 
 impl Role {
-    /// All of them, in their order.
+    /// All roles, in their order.
     pub const ALL: [Role; 7] =
         [Self::Main, Self::Vcpu, Self::Worker, Self::Console, Self::Observe, Self::End, Self::Delays];
 
-    /// As messages and the documentation have it.
+    /// Returns the role's name in messages and in the documentation.
     pub fn name(self) -> &'static str {
         match self {
             Self::Main => "main",
@@ -232,7 +233,7 @@ impl Role {
         }
     }
 
-    /// What this role may besides what all may.
+    /// Returns the calls that this role may make in addition to the common ones.
     pub fn own(self) -> &'static [Call] {
         match self {
             Self::Main => MAIN,
@@ -245,12 +246,12 @@ impl Role {
         }
     }
 
-    /// What all may.
+    /// Returns the calls that every role may make.
     pub fn common() -> &'static [Call] {
         ALL
     }
 
-    /// All that this role may. A call that is in it twice may be made for either reason.
+    /// Returns all calls that this role may make. A call that is listed twice passes under either condition.
     pub fn calls(self) -> impl Iterator<Item = &'static Call> {
         ALL.iter().chain(self.own())
     }

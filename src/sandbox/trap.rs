@@ -1,7 +1,8 @@
-//! SIGSYS: a system call that the thread's filter does not have.
+//! SIGSYS: a system call that the thread's filter does not allow.
 //!
-//! Owns the handler, which names the call and the thread, and ends minivmm; with `--sandbox=log` it makes the
-//! call and goes on. It allocates nothing and takes no lock: the thread may be anywhere.
+//! Owns the handler, which reports the call and the thread and ends minivmm; with `--sandbox=log` it makes
+//! the call and goes on. The handler allocates nothing and takes no lock, because it may interrupt the thread
+//! anywhere.
 
 use std::cell::Cell;
 use std::io;
@@ -10,10 +11,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::roles::Role;
 use super::{ARMED, Mode};
 
-/// minivmm's exit status when it or the host has failed (`cli::ExitStatus::Failure`).
+/// minivmm's exit status if minivmm or the host failed (`cli::ExitStatus::Failure`).
 pub const EXIT_STATUS: i32 = 125;
 
-/// Calls with a number below this are told once; others each time.
+/// Calls with a number below this are reported once, others each time.
 const NUMBERS: usize = 512;
 const WORDS: usize = NUMBERS / 64;
 
@@ -21,22 +22,22 @@ thread_local! {
     static ROLE: Cell<Option<Role>> = const { Cell::new(None) };
 }
 
-/// What each role has been told for, a bit a call.
+/// The calls that have been reported, by role, with one bit per call.
 static TOLD: [[AtomicU64; WORDS]; Role::ALL.len()] =
     [const { [const { AtomicU64::new(0) }; WORDS] }; Role::ALL.len()];
 
-/// For the handler's message.
+/// Records this thread's role, for the handler's message.
 pub(super) fn this_thread_is(role: Role) {
     ROLE.set(Some(role));
 }
 
 /// Handles SIGSYS from now on.
 pub(super) fn install() -> io::Result<()> {
-    // SAFETY: zero is a value of this plain structure: an empty mask, no flags.
+    // SAFETY: zero is a valid value of this plain structure: an empty mask, no flags.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = on_forbidden as *const () as libc::sighandler_t;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
-    // SAFETY: the structure is whole, and the handler calls async-signal-safe functions only.
+    // SAFETY: the structure is complete, and the handler calls only async-signal-safe functions.
     match unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -60,13 +61,14 @@ std::arch::global_asm!(
 );
 
 unsafe extern "C" {
-    /// Makes the system call `number` with six arguments; what the kernel answers, errors as negative numbers.
+    /// Makes the system call `number` with six arguments. Returns the kernel's answer; errors are negative
+    /// numbers.
     fn minivmm_sandbox_call(number: i64, arguments: *const [i64; 6]) -> i64;
-    /// Behind the instruction above: what a filter sees as the instruction's address.
+    /// The address after the `syscall` instruction above, which a filter sees as the instruction pointer.
     fn minivmm_sandbox_passage();
 }
 
-/// The address that [`Mode::Log`]'s filter lets pass.
+/// Returns the address that [`Mode::Log`]'s filter lets pass.
 pub(super) fn passage() -> usize {
     minivmm_sandbox_passage as *const () as usize
 }
@@ -84,7 +86,7 @@ extern "C" fn on_forbidden(_: libc::c_int, _: *mut libc::siginfo_t, context: *mu
         }
         let arguments =
             [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX, libc::REG_R10, libc::REG_R8, libc::REG_R9].map(at);
-        // SAFETY: the call that this thread was about to make, with its own arguments.
+        // SAFETY: this is the call that the thread was about to make, with its own arguments.
         registers[libc::REG_RAX as usize] = unsafe { minivmm_sandbox_call(number, &raw const arguments) };
         return;
     }
@@ -95,7 +97,7 @@ extern "C" fn on_forbidden(_: libc::c_int, _: *mut libc::siginfo_t, context: *mu
         ", which the sandbox does not let it: a defect of minivmm's, or somebody has taken it over. \
          What the guest has not flushed may be lost. --sandbox=log tells what is missing\n",
     );
-    // SAFETY: ends the process; nothing of it runs any more.
+    // SAFETY: the call ends the process, of which nothing runs any more.
     unsafe { libc::_exit(EXIT_STATUS) }
 }
 
@@ -106,7 +108,7 @@ fn first_time(role: Option<Role>, number: i64) -> bool {
     told.fetch_or(bit, Ordering::Relaxed) & bit == 0
 }
 
-/// One line, by one write(2), from a buffer on the stack.
+/// Prints one line with one write(2), from a buffer on the stack.
 fn tell(number: i64, role: Option<Role>, consequence: &str) {
     let mut line = Line { bytes: [0; 512], used: 0 };
     line.add("minivmm: a ");
@@ -118,7 +120,7 @@ fn tell(number: i64, role: Option<Role>, consequence: &str) {
     line.add_number(number.unsigned_abs());
     line.add(")");
     line.add(consequence);
-    // SAFETY: writes as many bytes as the buffer has; whether anybody reads them is not our concern.
+    // SAFETY: the call writes as many bytes as the buffer holds. Whether anybody reads them does not matter.
     let _ = unsafe { libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.used) };
 }
 
@@ -128,7 +130,7 @@ struct Line {
 }
 
 impl Line {
-    /// What has no room is cut.
+    /// Appends text. What does not fit is cut off.
     fn add(&mut self, text: &str) {
         for byte in text.bytes() {
             if let Some(place) = self.bytes.get_mut(self.used) {
