@@ -1,8 +1,9 @@
 //! Where a Linux guest runs: on this machine's KVM, or in the emulated host.
 //!
-//! Owns `--host`, the decision, and the refusal with the line to type. What KVM can do is `check`'s; the verdict is
-//! kept for this boot in [`verdict`]; the emulated host's script is found and called by [`emulated`]. Guests without
-//! Linux ([`linux`] tells) always run here: a KVM without vmx or svm serves them.
+//! Owns `--host`, the decision, and the refusal with the command to type. What KVM can do is `check`'s.
+//! [`verdict`] keeps the verdict for this boot. [`emulated`] finds and calls the emulated host's script.
+//! Guests that are not Linux ([`linux`] recognizes it) always run here: a KVM without vmx or svm can run
+//! them.
 
 mod emulated;
 mod linux;
@@ -18,91 +19,91 @@ use crate::text::shell_word;
 use emulated::Found;
 use verdict::Verdict;
 
-/// What `--host` says.
+/// The value of `--host`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum HostChoice {
-    /// Nothing: on this machine; where its KVM cannot run Linux, a refusal.
+    /// Not given: run on this machine, and refuse a Linux guest if KVM cannot run it.
     #[default]
     Here,
-    /// On this machine where its KVM runs Linux, else in the emulated host.
+    /// Run on this machine if its KVM runs Linux, otherwise in the emulated host.
     Auto,
-    /// On this machine, whatever its KVM can do.
+    /// Run on this machine, whatever its KVM can do.
     Direct,
-    /// In the emulated host.
+    /// Run in the emulated host.
     Emulated,
 }
 
 impl HostChoice {
-    /// The names that `--host` has for them.
+    /// The choices with their names for `--host`.
     pub const NAMES: [(&'static str, HostChoice); 3] =
         [("auto", HostChoice::Auto), ("direct", HostChoice::Direct), ("emulated", HostChoice::Emulated)];
 
-    /// By its name.
+    /// Returns the choice of this name.
     pub fn by_name(name: &str) -> Result<Self, String> {
         let found = Self::NAMES.iter().find(|(known, _)| *known == name);
         found.map(|(_, choice)| *choice).ok_or_else(|| "it is auto, direct or emulated".into())
     }
 }
 
-/// How `minivmm check` ends where no Linux runs (`cli::ExitStatus::NoLinux`).
+/// The exit status of `minivmm check` if Linux does not run (`cli::ExitStatus::NoLinux`).
 const NO_LINUX: i32 = 1;
 
 /// Why no Linux guest is started.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
-    /// This machine's KVM cannot run it, and nobody has asked for another host.
+    /// This machine's KVM cannot run Linux, and no other host was asked for.
     #[error(
         "{verdict}. In the emulated host it does; type:{steps}\n(--host=direct tries it here all the same; `minivmm \
          check` tells more)"
     )]
     Refused {
-        /// As `check` says it.
+        /// The verdict of `check`.
         verdict: String,
-        /// Lines to type.
+        /// The lines to type.
         steps: String,
     },
-    /// The emulated host is not there.
+    /// The emulated host does not exist.
     #[error("{why}the emulated host is not built; type:{steps}")]
     NotBuilt {
-        /// Why it is needed; empty where the user has asked for it.
+        /// Why it is needed; empty if the user asked for it.
         why: String,
-        /// Lines to type.
+        /// The lines to type.
         steps: String,
     },
-    /// Its script does not start.
+    /// The emulated host's script could not be started.
     #[error("cannot start the emulated host, {path}")]
     NotStarted {
         /// The script.
         path: String,
-        /// Why.
+        /// Why it could not be started.
         source: std::io::Error,
     },
 }
 
-/// What is to be run, as the decision needs it.
+/// What the decision must know of the requested run.
 #[derive(Debug)]
 pub struct Asked<'a> {
-    /// What `--host` says.
+    /// The value of `--host`.
     pub choice: HostChoice,
-    /// The kernel; `None` for the test guest's.
+    /// The kernel; `None` for the test guest's kernel.
     pub kernel: Option<&'a Path>,
     /// The guest's memory in MiB.
     pub memory_mib: u64,
-    /// Arguments that the emulated host needs in addition.
+    /// Additional arguments that the emulated host needs.
     pub more: Vec<OsString>,
 }
 
 impl Asked<'static> {
-    /// For a tool that boots test guests of ordinary size, and works on what they leave.
+    /// Describes a tool that boots test guests of ordinary size, and processes what they leave.
     pub fn for_tool(choice: HostChoice) -> Self {
         Asked { choice, kernel: None, memory_mib: TOOL_MIB, more: Vec::new() }
     }
 }
 
-/// What a tool's guests and its own work take together, in MiB.
+/// The memory in MiB that a tool's guests and its own work take together.
 const TOOL_MIB: u64 = 3072;
 
-/// The command that is to take this process's place; `None` where the guest runs here.
+/// Returns the command that is to replace this process, or `None` if the guest runs here.
 pub fn decide(asked: &Asked<'_>) -> Result<Option<Command>, HostError> {
     let typed: Vec<OsString> = std::env::args_os().collect();
     if asked.choice == HostChoice::Direct {
@@ -129,13 +130,13 @@ pub fn decide(asked: &Asked<'_>) -> Result<Option<Command>, HostError> {
     }
 }
 
-/// Puts `command` in this process's place. Returns only where that fails.
+/// Replaces this process with `command`. Returns only if that fails.
 pub fn replace(command: &mut Command) -> HostError {
     let path = command.get_program().to_string_lossy().into_owned();
     HostError::NotStarted { path, source: std::os::unix::process::CommandExt::exec(command) }
 }
 
-/// `check`, whose verdict is kept for this boot.
+/// Runs `check`, and keeps its verdict for this boot if it is certain.
 pub fn check() -> check::Report {
     let report = check::check();
     if report.is_certain {
@@ -144,13 +145,15 @@ pub fn check() -> check::Report {
     report
 }
 
-/// Why no Linux kernel runs here; `None` where one does, where nothing speaks against it, or where the guest is none.
+/// Returns why no Linux kernel runs here. `None` if one does, if nothing suggests otherwise, or if the guest
+/// is not Linux.
 fn obstacle(choice: HostChoice, is_linux: impl FnOnce() -> bool) -> Option<String> {
     if let Some(known) = verdict::known() {
         return (!known.linux_runs && is_linux()).then_some(known.verdict);
     }
-    // With vmx or svm a VM is tried at once: what is wrong then tells itself, and quickly. Who has asked for the
-    // emulated host where KVM is not to be had (no device, no permission) is not helped by an error.
+    // With vmx or svm a VM is tried at once: what is wrong then shows quickly by itself. With --host=auto
+    // that requires that KVM opens: an error would not help a user without the device or the permission who
+    // asked for the emulated host.
     let kvm_opens = || crate::kvm::open_device().is_ok();
     if failure::hardware().is_some() && (choice != HostChoice::Auto || kvm_opens()) {
         return None;
@@ -158,9 +161,9 @@ fn obstacle(choice: HostChoice, is_linux: impl FnOnce() -> bool) -> Option<Strin
     if is_linux() { probe() } else { None }
 }
 
-/// Why no Linux kernel runs here, as `minivmm check` finds it in a process of its own. This one may become a VMM: the
-/// probes' threads would have made the C library's allocator divide memory between threads, for which it opens
-/// files, before the sandbox could forbid that (`sandbox::arm`).
+/// Returns why no Linux kernel runs here, as found by `minivmm check` in a separate process. This process may
+/// become a VMM. The probes' threads would make the C library's allocator divide memory between threads. For
+/// that it opens files, before `sandbox::arm` could prevent it.
 fn probe() -> Option<String> {
     let program = crate::program::beside(crate::program::VMM).ok()?;
     let found = Command::new(program)
@@ -174,7 +177,7 @@ fn probe() -> Option<String> {
     (found.status.code() == Some(NO_LINUX) && !verdict.is_empty()).then_some(verdict)
 }
 
-/// The lines to type, each with a line break before it.
+/// Returns the lines to type, each after a line break.
 fn steps(found: &Found, typed: &[OsString], choice: &str) -> String {
     let line = emulated::typed_with_host(typed, choice);
     match found {
@@ -184,7 +187,7 @@ fn steps(found: &Found, typed: &[OsString], choice: &str) -> String {
             format!("\n  make -C {} emuhost\n  {line}", shell_word(tree))
         }
         Found::Nothing => {
-            // That tree has a binary of its own.
+            // The source tree has its own binary.
             let mut typed = typed.to_vec();
             if let Some(program) = typed.first_mut()
                 && let Some(name) = Path::new(&program).file_name()

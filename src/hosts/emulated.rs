@@ -1,7 +1,8 @@
-//! The emulated host: its script, and the command line with which it is called.
+//! The emulated host: its script, and the command line that calls it.
 //!
-//! Owns where the script is looked for (beside this binary only: what lies in the working directory is not
-//! executed) and how a command line is written anew. The script's own interface is docs/hosts.md's.
+//! Owns where the script is searched for, and how a command line is rewritten. Only places beside this binary
+//! are searched: a script in the working directory is not executed. docs/hosts.md describes the script's own
+//! interface.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -11,26 +12,26 @@ use std::process::Command;
 use super::Asked;
 use crate::text::shell_word;
 
-/// The script's name.
+/// The name of the script.
 const SCRIPT: &str = "emuhost";
-/// Memory of an emulated host whose guest is small, in MiB; and what a larger guest leaves it.
+/// Memory in MiB of an emulated host with a small guest, and the memory that a larger guest leaves it.
 const MEMORY_MIB: u64 = 3072;
 const SPARE_MIB: u64 = 1024;
 /// Subcommands that start guests.
 const WITH_GUESTS: [&str; 2] = ["bench", "study"];
 
-/// What is there of the emulated host.
+/// Which parts of the emulated host exist.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Found {
-    /// Its script, and what it boots.
+    /// Its script, and what the script boots.
     Built(PathBuf),
-    /// Its script alone.
+    /// Only its script.
     Script(PathBuf),
     /// Neither.
     Nothing,
 }
 
-/// Looks for it: as installed, and in the tree that this binary was built in.
+/// Looks for the emulated host, as installed and in the tree in which this binary was built.
 pub fn find() -> Found {
     let Ok(binary) = std::env::current_exe() else { return Found::Nothing };
     let Some(directory) = binary.parent() else { return Found::Nothing };
@@ -38,7 +39,8 @@ pub fn find() -> Found {
     find_in(&places(directory), build.as_deref())
 }
 
-/// target/release, or target/TRIPLE/release, has the tree two or three levels above.
+/// Returns the places to search. The tree is two or three levels above target/release or
+/// target/TRIPLE/release.
 fn places(directory: &Path) -> Vec<PathBuf> {
     ["../share/minivmm", "../../guest-images", "../../../guest-images"]
         .iter()
@@ -60,7 +62,8 @@ fn find_in(places: &[PathBuf], build: Option<&Path>) -> Found {
     }
 }
 
-/// The script with this command line in it: without a limit of time, and with memory for the guest.
+/// Returns the command that runs this command line by the script, without a time limit and with memory for
+/// the guest.
 pub fn command(script: &Path, typed: &[OsString], asked: &Asked<'_>) -> Command {
     let memory = MEMORY_MIB.max(asked.memory_mib.saturating_add(SPARE_MIB));
     let mut command = Command::new(script);
@@ -68,15 +71,15 @@ pub fn command(script: &Path, typed: &[OsString], asked: &Asked<'_>) -> Command 
     if let Ok(binary) = std::env::current_exe() {
         command.arg("--binary").arg(binary.with_file_name(crate::program::VMM));
     }
-    // Inside nothing is asked again: its KVM is what it is.
+    // Inside, the run must not ask again: its KVM is what it is.
     command.args(["--", crate::program::VMM]).args(with_host(typed, "direct", &asked.more));
     command
 }
 
-/// The command line as typed, for a shell, with another `--host`.
+/// Returns the command line as typed, quoted for a shell, with another `--host`.
 pub fn typed_with_host(typed: &[OsString], choice: &str) -> String {
     let program = typed.first().map_or_else(|| OsString::from(crate::program::VMM), Clone::clone);
-    // minivmm has handed over to its tools: users know one program.
+    // minivmm has handed over to its tools, but users know only one program.
     let path = Path::new(&program);
     let is_tools = path.file_name().is_some_and(|name| name == crate::program::TOOLS);
     let program = if is_tools { path.with_file_name(crate::program::VMM).into_os_string() } else { program };
@@ -84,7 +87,7 @@ pub fn typed_with_host(typed: &[OsString], choice: &str) -> String {
     words.map(shell_word).collect::<Vec<_>>().join(" ")
 }
 
-/// The arguments without the program, with this `--host` in the place of any, and `more`.
+/// Returns the arguments without the program, with this `--host` in place of any other, and with `more`.
 fn with_host(typed: &[OsString], choice: &str, more: &[OsString]) -> Vec<OsString> {
     let mut left = typed.iter().skip(1).peekable();
     let mut words = Vec::new();
@@ -95,7 +98,7 @@ fn with_host(typed: &[OsString], choice: &str, more: &[OsString]) -> Vec<OsStrin
     words.extend(more.iter().cloned());
     while let Some(word) = left.next() {
         if word == "--" {
-            // The guest's command.
+            // The rest is the guest's command.
             words.push(word.clone());
             words.extend(left.cloned());
             break;

@@ -1,7 +1,7 @@
-//! Is a kernel image Linux?
+//! Recognizes whether a kernel image is Linux.
 //!
-//! Owns the two marks by which one is known: the magic number of the x86 boot protocol, which only Linux has, and
-//! the banner that every ELF vmlinux carries.
+//! Owns the two marks that identify it: the magic number of the x86 boot protocol, which only Linux has, and
+//! the banner that every ELF vmlinux contains.
 
 use std::fs::File;
 use std::io::Read;
@@ -14,15 +14,16 @@ const MAGIC: &[u8] = b"HdrS";
 const BANNER: &[u8] = b"Linux version ";
 const ELF: &[u8] = b"\x7fELF";
 
-/// Whether the file at `path` is a Linux kernel. One that cannot be read is none: the loader says why.
+/// Returns `true` if the file at `path` is a Linux kernel. An unreadable file counts as none; the loader
+/// reports why.
 pub fn is_linux(path: &Path) -> bool {
-    // A FIFO would be waited for.
+    // Opening a FIFO would block.
     path.is_file() && File::open(path).and_then(look).unwrap_or(false)
 }
 
 fn look(mut file: impl Read) -> std::io::Result<bool> {
     let mut buffer = vec![0; 1 << 20];
-    // The end of the piece before, in which the banner may begin.
+    // The number of bytes kept from the end of the previous piece, in which the banner may begin.
     let mut kept = 0;
     let mut first = true;
     loop {
@@ -49,7 +50,7 @@ fn look(mut file: impl Read) -> std::io::Result<bool> {
     }
 }
 
-/// Whether `words` is in `text`: the first letter is looked for, and then the rest compared.
+/// Returns `true` if `text` contains `words`. Searches for the first byte, then compares the rest.
 fn contains(text: &[u8], words: &[u8]) -> bool {
     let Some((first, rest)) = words.split_first() else { return true };
     let mut left = text;
@@ -66,7 +67,7 @@ fn contains(text: &[u8], words: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    /// Hands out a few bytes a time.
+    /// Returns a few bytes per read.
     struct Slowly<'a>(&'a [u8]);
 
     impl Read for Slowly<'_> {

@@ -1,8 +1,8 @@
-//! What `check` has found, kept for this boot of the machine.
+//! The verdict of `check`, kept for this boot of the machine.
 //!
-//! Owns the file: $XDG_RUNTIME_DIR/minivmm/kvm.json, else the same in $XDG_CACHE_HOME or ~/.cache. It counts only
-//! for the boot, the /dev/kvm and the version of minivmm that it was made with, and only if nobody but this user
-//! could have written it. Without one the probes simply run again.
+//! Owns the file $XDG_RUNTIME_DIR/minivmm/kvm.json, or the same in $XDG_CACHE_HOME or ~/.cache. The file is
+//! valid only for the boot, the /dev/kvm and the minivmm version with which it was made. It is also valid
+//! only if nobody but this user could have written it. Without a valid file the probes simply run again.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -12,15 +12,15 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 const NAME: &str = "kvm.json";
-/// Far more than it ever has.
+/// The maximum size in bytes, far more than the file ever has.
 const BYTES_MAX: u64 = 64 << 10;
 
-/// What was found.
+/// The result of `check`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
-    /// Whether Linux runs here.
+    /// `true` if Linux runs here.
     pub linux_runs: bool,
-    /// As `check` says it.
+    /// The verdict in the words of `check`.
     pub verdict: String,
 }
 
@@ -31,14 +31,14 @@ struct Kept {
     verdict: Verdict,
 }
 
-/// What a verdict depends on.
+/// The circumstances under which a verdict is valid.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Circumstances {
     /// The kernel's id of this boot.
     boot: String,
-    /// Which device node: a module that was loaded anew has made another.
+    /// The identity of the device node: reloading the module makes another one.
     device: (u64, u64, u64, i64, i64),
-    /// Whose probes.
+    /// The minivmm version that ran the probes.
     version: String,
 }
 
@@ -51,7 +51,7 @@ impl Circumstances {
     }
 }
 
-/// What was found earlier, if it still counts.
+/// Returns the kept verdict if it is still valid.
 pub fn known() -> Option<Verdict> {
     let now = Circumstances::now().ok()?;
     read(&directory()?, &now)
@@ -59,7 +59,7 @@ pub fn known() -> Option<Verdict> {
         .ok()
 }
 
-/// Keeps it. What cannot be kept is found anew the next time.
+/// Keeps the verdict. If that fails, the probes run again next time.
 pub fn keep(verdict: &Verdict) {
     let Some(directory) = directory() else { return };
     let written = Circumstances::now().and_then(|now| write(&directory, &now, verdict));
@@ -90,9 +90,9 @@ fn read(directory: &Path, now: &Circumstances) -> io::Result<Verdict> {
     Ok(kept.verdict)
 }
 
-/// Nobody else may have written it.
+/// Returns an error if another user could have written the file or directory.
 fn must_be_ours(found: &fs::Metadata) -> io::Result<()> {
-    // SAFETY: takes nothing, touches no memory, and cannot fail.
+    // SAFETY: the call takes nothing, touches no memory, and cannot fail.
     let me = unsafe { libc::geteuid() };
     let is_known = found.is_dir() || found.is_file();
     if !is_known || found.uid() != me || found.mode() & 0o022 != 0 {
@@ -105,7 +105,7 @@ fn write(directory: &Path, now: &Circumstances, verdict: &Verdict) -> io::Result
     fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     must_be_ours(&fs::symlink_metadata(directory)?)?;
     let kept = Kept { of: now.clone(), verdict: verdict.clone() };
-    // Whole or not at all, under a name that nobody has prepared.
+    // Written whole or not at all, under a name that nobody can have prepared.
     let part = directory.join(format!("{NAME}.{}", std::process::id()));
     let mut file: File = OpenOptions::new()
         .write(true)
