@@ -1,8 +1,8 @@
-//! `minivmm check`: can this machine run Linux guests, and if not, what to do?
+//! `minivmm check`: can this machine run Linux guests, and if not, what can the user do?
 //!
-//! Owns the rows of the answer, the verdict, and both ways to print them. What is looked at is in
-//! [`devkvm`] (KVM), [`probe`] (guests of a few instructions) and [`features`] (what minivmm uses
-//! where it is there). Starts no guest of the user's and changes nothing.
+//! Owns the rows of the answer, the verdict, and both ways to print them. The checks are in [`devkvm`] (KVM),
+//! [`probe`] (guests of a few instructions) and [`features`] (what minivmm uses if it is available). Starts
+//! no guest of the user, and changes nothing.
 
 mod devkvm;
 mod features;
@@ -17,30 +17,30 @@ use crate::kvm::cpuid::Supported;
 use crate::text;
 use probe::{Failed, Probe};
 
-/// How a row came out.
+/// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
-    /// Needed, and there.
+    /// Required, and available.
     Pass,
-    /// Needed, and missing.
+    /// Required, and missing.
     Fail,
-    /// Not needed; good to know.
+    /// Not required; for information.
     Note,
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Debug, Clone, Serialize)]
 pub struct Row {
-    /// Its group: `kvm`, `probe` or `features`.
+    /// The row's group: `kvm`, `probe` or `features`.
     pub group: &'static str,
-    /// Its name, for programs: it stays.
+    /// The row's name for programs, which never changes.
     pub key: String,
-    /// How it came out.
+    /// The result.
     pub status: Status,
-    /// What was found, in words.
+    /// The finding in words.
     pub found: String,
-    /// A number, where it is one.
+    /// The finding as a number, if it is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub number: Option<u64>,
 }
@@ -58,21 +58,21 @@ impl Row {
 /// The whole answer.
 #[derive(Debug, Serialize)]
 pub struct Report {
-    /// Whether Linux guests run here.
+    /// `true` if Linux guests run here.
     pub linux_runs: bool,
-    /// That, in a sentence.
+    /// The verdict in a sentence.
     pub verdict: String,
-    /// What to do where they do not.
+    /// What the user can do; `None` if Linux guests run here.
     pub remedy: Option<String>,
-    /// Everything looked at.
+    /// The results of all checks.
     pub rows: Vec<Row>,
-    /// Whether the verdict holds until the machine is booted anew: probes decided it, and neither a refusal of the
-    /// host's nor a busy machine may have.
+    /// `true` if the verdict is valid until the next boot of the machine. That requires that probes decided
+    /// it, and that neither a refusal by the host nor a busy machine can have caused it.
     #[serde(skip)]
     pub is_certain: bool,
 }
 
-/// The groups, and their headings.
+/// The groups, with their headings.
 const GROUPS: [(&str, &str); 3] = [
     ("kvm", "KVM"),
     ("probe", "Probe guests: a few instructions each, in kernel mode, in a VM of its own"),
@@ -82,7 +82,7 @@ const GROUPS: [(&str, &str); 3] = [
 const EMULATED_HOST: &str = "run Linux guests in the emulated host, from minivmm's source tree: guest-images/emuhost \
                              run -- minivmm ...";
 
-/// Looks at this machine. Starts threads: a process that is to become a VMM asks another one.
+/// Checks this machine. Starts threads, so a process that may become a VMM runs this in another process.
 pub fn check() -> Report {
     let mut rows = Vec::new();
     let (is_certain, (verdict, remedy)) = match devkvm::look(&mut rows) {
@@ -96,24 +96,25 @@ pub fn check() -> Report {
     Report { linux_runs: remedy.is_none(), verdict, remedy, rows, is_certain }
 }
 
-/// What the probes have shown.
+/// The results of the probes.
 #[derive(Default)]
 struct Probed {
-    /// Probes that do not run.
+    /// The probes that do not run.
     lacking: Vec<&'static str>,
     per_second: Option<u64>,
-    /// The host's refusal of what any guest needs, and what to do: then nothing is known of the instructions.
+    /// What the host refused although any guest needs it, and what the user can do. Nothing is then known of
+    /// the instructions.
     refused: Option<(String, &'static str)>,
-    /// A probe has not come back in its time.
+    /// `true` if a probe did not return in time.
     timed_out: bool,
 }
 
-/// Less than this is emulation: a kernel's boot would take minutes.
+/// Instructions per second below which this is emulation: a kernel's boot would take minutes.
 const SLOW: u64 = 20_000_000;
 
 fn probes(kvm: &Kvm, rows: &mut Vec<Row>) -> Probed {
     let mut probed = Probed::default();
-    // Once for all probes: the processors of a hybrid machine differ.
+    // Queried once for all probes, because the processors of a hybrid machine differ.
     let cpuid = match Supported::by(kvm) {
         Ok(cpuid) => Arc::new(cpuid),
         Err(error) => {
@@ -162,13 +163,15 @@ impl Probed {
         self.per_second.is_none_or(|count| count < SLOW)
     }
 
-    /// Where the processor has vmx or svm, a busy machine can make it look slow, or a probe late.
+    /// Returns `true` if the probes' result is certain. On a processor with vmx or svm a busy machine can
+    /// cause low speed or a late probe.
     fn is_certain(&self) -> bool {
         let may_be_load = self.timed_out || self.lacking.is_empty() && self.is_slow();
         self.refused.is_none() && !(may_be_load && crate::kvm::failure::hardware().is_some())
     }
 
-    /// Keeps the first refusal of the host; false where it was the instructions that failed.
+    /// Records a failure, and keeps the host's first refusal. Returns `false` if the instructions failed, not
+    /// the host.
     fn note(&mut self, failed: Failed) -> bool {
         self.timed_out |= failed == Failed::TimedOut;
         let Failed::Host { what, remedy } = failed else { return false };
@@ -177,7 +180,7 @@ impl Probed {
     }
 }
 
-/// Two digits are more than the measurement is worth already.
+/// Formats the speed. More digits than these would be more than the measurement is worth.
 fn speed(per_second: u64) -> String {
     match per_second {
         0..10_000_000 => format!("{:.1} million instructions a second", to_f64(per_second) / 1e6),
@@ -209,12 +212,12 @@ fn judge(probed: Probed) -> (String, Option<String>) {
 }
 
 impl Report {
-    /// As JSON, its keys told in `docs/reference/explain-json.md`.
+    /// Returns the report as JSON. `docs/reference/explain-json.md` describes its keys.
     pub fn to_json(&self) -> serde_json::Result<String> {
         serde_json::to_string_pretty(self)
     }
 
-    /// For a terminal of 80 columns. The last lines are the verdict and the remedy.
+    /// Returns the report for a terminal of 80 columns. The last lines are the verdict and the remedy.
     pub fn to_text(&self) -> String {
         let mut page = String::new();
         for (group, heading) in GROUPS {

@@ -1,6 +1,6 @@
-//! /dev/kvm: is it there, may we use it, is it KVM, has it what minivmm needs?
+//! Checks /dev/kvm: does it exist, may this user open it, is it KVM, and does it have what minivmm needs?
 //!
-//! Owns the rows about it and, where it cannot be used, the one thing to do first.
+//! Owns the rows about it and, if it cannot be used, the one thing to do first.
 
 use std::fs;
 use std::io;
@@ -13,15 +13,15 @@ use crate::kvm::{self, KvmError, failure};
 
 const PATH: &str = "/dev/kvm";
 
-/// Why KVM cannot be used here, and what to do.
+/// Why KVM cannot be used here, and what the user can do.
 pub struct Cause {
-    /// In a sentence.
+    /// The cause in a sentence.
     pub what: String,
-    /// What to do.
+    /// What the user can do about it.
     pub remedy: String,
 }
 
-/// Adds the rows; the first thing that is in the way is the cause.
+/// Adds the rows. The first obstacle is returned as the cause.
 pub fn look(rows: &mut Vec<Row>) -> Result<Kvm, Cause> {
     let mut row = |key: &str, status, found: String| rows.push(Row::new("kvm", key, status, found));
     row("processor", Status::Note, processor());
@@ -68,7 +68,7 @@ pub fn look(rows: &mut Vec<Row>) -> Result<Kvm, Cause> {
     Ok(kvm)
 }
 
-/// What is wrong when KVM_CREATE_VM fails.
+/// Returns the finding and the cause if KVM_CREATE_VM fails.
 fn cannot_create(error: &KvmError) -> (String, Cause) {
     let answer = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
     let found = format!("cannot be created: {answer}");
@@ -99,7 +99,7 @@ fn is_guest() -> bool {
     info.lines().any(|line| line.starts_with("flags") && line.split(' ').any(|flag| flag == "hypervisor"))
 }
 
-/// Owner, group and mode, as `ls` shows them.
+/// Returns owner, group and mode, as `ls` shows them.
 fn owner() -> String {
     match fs::metadata(PATH) {
         Ok(found) => {
@@ -111,14 +111,14 @@ fn owner() -> String {
     }
 }
 
-/// The name of a user or group, from the plain file: a static binary asks no name service.
+/// Returns the name of a user or group from the plain file, because a static binary cannot use name services.
 fn name_of(file: &str, id: u32) -> Option<String> {
     let content = fs::read_to_string(file).ok()?;
     let line = content.lines().find(|line| line.split(':').nth(2) == Some(id.to_string().as_str()))?;
     line.split(':').next().map(str::to_owned)
 }
 
-/// What is wrong when /dev/kvm does not open.
+/// Returns the finding and the cause if /dev/kvm cannot be opened.
 fn cannot_open(error: &io::Error) -> (String, Cause) {
     let cause = |what: &str, remedy: String| Cause { what: what.into(), remedy };
     match error.raw_os_error() {
@@ -152,7 +152,7 @@ fn newer_kernel(what: String) -> Cause {
 }
 
 fn myself() -> String {
-    // SAFETY: takes nothing, touches no memory, and cannot fail.
+    // SAFETY: the call takes nothing, touches no memory, and cannot fail.
     let id = unsafe { libc::geteuid() };
     match name_of("/etc/passwd", id) {
         Some(name) => format!("{name}, uid {id}"),
@@ -161,7 +161,7 @@ fn myself() -> String {
 }
 
 fn permission_remedy() -> String {
-    // SAFETY: as above.
+    // SAFETY: as in `myself`.
     if unsafe { libc::geteuid() } == 0 {
         return "root is refused too: a container must be given the device (docker run --device /dev/kvm)"
             .into();

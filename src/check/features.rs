@@ -1,19 +1,19 @@
-//! What the host's kernel offers beyond what minivmm needs: io_uring, locked memory, huge pages,
+//! What the host's kernel offers beyond what minivmm requires: io_uring, locked memory, huge pages,
 //! cachestat, Landlock, seccomp.
 //!
-//! Owns the asking, each by the harmless call that tells; nothing here decides anything.
+//! Owns the queries, each by a harmless call. None of the results decides anything.
 
 use std::fs;
 use std::io;
 
 use super::{Row, Status};
 
-/// cachestat(2), Linux 6.5; the same on all architectures.
+/// cachestat(2), Linux 6.5; the number is the same on all architectures.
 const SYS_CACHESTAT: libc::c_long = 451;
-/// Asks landlock_create_ruleset(2) for its version.
+/// The flag with which landlock_create_ruleset(2) returns its version.
 const LANDLOCK_CREATE_RULESET_VERSION: libc::c_uint = 1;
 
-/// All rows.
+/// Returns all rows.
 pub fn rows() -> Vec<Row> {
     vec![io_uring(), memlock(), huge_pages(), cachestat(), landlock(), seccomp()]
 }
@@ -22,7 +22,7 @@ fn note(key: &str, found: impl Into<String>) -> Row {
     Row::new("features", key, Status::Note, found)
 }
 
-/// `result`, as the kernel gave it, or its errno.
+/// Returns the kernel's result, or its errno as the error.
 fn answer(result: libc::c_long) -> Result<libc::c_long, i32> {
     if result < 0 { Err(io::Error::last_os_error().raw_os_error().unwrap_or(0)) } else { Ok(result) }
 }
@@ -32,7 +32,7 @@ fn io_uring() -> Row {
     let sysctl = fs::read_to_string(SYSCTL).map(|text| text.trim().to_owned()).ok();
     // struct io_uring_params: 120 bytes, all of which may be 0.
     let mut params = [0_u64; 15];
-    // SAFETY: `params` is as large as the kernel reads and writes, and outlives the call.
+    // SAFETY: `params` is as large as what the kernel reads and writes, and outlives the call.
     let made = answer(unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) });
     let because = match sysctl.as_deref() {
         None | Some("0") => String::new(),
@@ -41,7 +41,7 @@ fn io_uring() -> Row {
     match made {
         Ok(fd) => {
             if let Ok(fd) = i32::try_from(fd) {
-                // SAFETY: the descriptor was made above and is nobody else's.
+                // SAFETY: the descriptor was created above, and nothing else owns it.
                 unsafe { libc::close(fd) };
             }
             note("io_uring", format!("may be used{because}")).with(1)
@@ -76,7 +76,7 @@ fn huge_pages() -> Row {
 }
 
 fn cachestat() -> Row {
-    // SAFETY: with a descriptor that cannot be, the kernel looks at no pointer.
+    // SAFETY: with a descriptor that cannot exist, the kernel accesses no pointer.
     let result = answer(unsafe { libc::syscall(SYS_CACHESTAT, -1_i32, 0_usize, 0_usize, 0_u32) });
     match result {
         Err(libc::EBADF) => note("cachestat", "there").with(1),
@@ -87,7 +87,7 @@ fn cachestat() -> Row {
 }
 
 fn landlock() -> Row {
-    // SAFETY: with this flag the kernel takes no pointer.
+    // SAFETY: with this flag the kernel uses no pointer.
     let result = answer(unsafe {
         libc::syscall(libc::SYS_landlock_create_ruleset, 0_usize, 0_usize, LANDLOCK_CREATE_RULESET_VERSION)
     });

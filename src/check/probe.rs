@@ -1,9 +1,8 @@
-//! Guests of a few instructions, each alone in a VM of its own: what of a kernel's needs does this
-//! KVM run?
+//! Guests of a few instructions, each alone in its own VM: which of a kernel's needs does this KVM serve?
 //!
-//! Owns the instructions and how their ends are read. A KVM without hardware virtualization emulates
-//! privileged code and lacks instructions that every Linux kernel uses; since one that is missing
-//! ends its VM, each has its own, and none hides the others.
+//! Owns the instructions, and how their results are read. A KVM without hardware virtualization emulates
+//! privileged code, and lacks instructions that every Linux kernel uses. A missing instruction ends its VM.
+//! Each probe therefore has its own VM, and none hides the results of the others.
 
 use std::arch::global_asm;
 use std::fmt;
@@ -22,33 +21,33 @@ use crate::kvm::{self, KvmError};
 use crate::layout;
 use crate::mem::{self, Ram};
 
-/// RAM of a probe: the tables below 1 MiB, the code above.
+/// The RAM of a probe: the tables are below 1 MiB, the code is above.
 const RAM_BYTES: u64 = 2 * layout::MIB;
-/// The interrupt descriptor table, and the code behind its entries; both between what
+/// The interrupt descriptor table, and the code to which its entries point. Both lie between what
 /// [`cpu::set_up`] uses.
 const IDT: u64 = 0x1000;
 const STUBS: u64 = 0x1800;
 const STUB_BYTES: u64 = 8;
-/// Exceptions of the processor.
+/// The number of the processor's exceptions.
 const VECTORS: u8 = 32;
 /// A cell for cmpxchg16b, and an area for xsave.
 const CELL: u32 = 0x3000;
 const AREA: u32 = 0x4000;
-/// Where a probe says how it went.
+/// The port to which a probe writes its result.
 const PORT: u16 = 0xf4;
-/// It went as it should.
+/// Result: it worked.
 const DONE: u8 = 1;
-/// The instruction ran, and did something else.
+/// Result: the instruction ran, but did something else.
 const WRONG: u8 = 2;
-/// The processor has no such instruction, and a kernel does without.
+/// Result: the processor has no such instruction, and a kernel does without it.
 const NEEDLESS: u8 = 3;
-/// And the number of the exception.
+/// Result: an exception occurred; its number is added.
 const EXCEPTION: u8 = 0x80;
-/// The breakpoint exception.
+/// The number of the breakpoint exception.
 const BREAKPOINT: u8 = 3;
-/// Longer than any probe takes on a KVM that is alive.
+/// The time limit of a probe, longer than any takes on a KVM that works.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How long signals, and a host that refuses KVM a thread, are put up with.
+/// How long signals, and a host that refuses KVM a thread, are tolerated.
 const PASSING_MAX: Duration = Duration::from_secs(1);
 
 global_asm!(
@@ -126,7 +125,7 @@ global_asm!(
     NEEDLESS = const NEEDLESS,
 );
 
-// SAFETY: labels of the block above, in the order of their addresses, in constant data.
+// SAFETY: these are labels of the block above, in the order of their addresses, in constant data.
 unsafe extern "C" {
     static minivmm_probe_cmpxchg16b: u8;
     static minivmm_probe_int3: u8;
@@ -136,7 +135,7 @@ unsafe extern "C" {
     static minivmm_probes_end: u8;
 }
 
-/// What is tried.
+/// What a probe executes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Probe {
     /// `lock cmpxchg16b`.
@@ -150,7 +149,7 @@ pub enum Probe {
 }
 
 impl Probe {
-    /// All of them, with their keys and what Linux has them for.
+    /// All probes, with their keys and what Linux needs them for.
     pub const ALL: [(Probe, &'static str, &'static str); 4] = [
         (Probe::Cmpxchg16b, "cmpxchg16b", "the slab allocator"),
         (Probe::Int3, "int3", "patching of its own code"),
@@ -172,27 +171,27 @@ impl Probe {
     }
 }
 
-/// The bytes from a label to the end of the block; what follows a probe is never reached.
+/// Returns the bytes from a label to the end of the block. What follows a probe is never reached.
 fn between(from: *const u8) -> &'static [u8] {
     let to = &raw const minivmm_probes_end;
-    // SAFETY: both labels are in one section of constant data, `from` before `to`, and nothing ever
-    // writes there.
+    // SAFETY: both labels are in one section of constant data, `from` before `to`, and nothing ever writes
+    // there.
     unsafe { std::slice::from_raw_parts(from, (to as usize).saturating_sub(from as usize)) }
 }
 
-/// Why a probe did not do what it should.
+/// Why a probe failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failed {
     /// KVM cannot run these instructions.
     Instructions(String),
-    /// The host refuses what a guest needs, whatever its instructions.
+    /// The host refuses what any guest needs, whatever its instructions.
     Host {
-        /// What it refuses.
+        /// What the host refuses.
         what: String,
-        /// What to do.
+        /// What the user can do about it.
         remedy: &'static str,
     },
-    /// KVM has not come back: it hangs, or this machine is very busy.
+    /// KVM did not return in time: it hangs, or this machine is very busy.
     TimedOut,
 }
 
@@ -217,7 +216,7 @@ impl From<KvmError> for Failed {
     }
 }
 
-/// Runs `probe` in a VM of its own. The error says how it went wrong.
+/// Runs `probe` in its own VM. The error describes the failure.
 pub fn run(probe: Probe, cpuid: &Arc<Supported>) -> Result<&'static str, Failed> {
     match start(probe.code(), 0, cpuid)?.0 {
         said if said == probe.expected() => Ok("runs"),
@@ -227,17 +226,17 @@ pub fn run(probe: Probe, cpuid: &Arc<Supported>) -> Result<&'static str, Failed>
     }
 }
 
-/// How many instructions a second the guest's kernel code gets.
+/// Returns how many instructions per second the guest's kernel code executes.
 pub fn instructions_per_second(cpuid: &Arc<Supported>) -> Result<u64, Failed> {
-    // Ever more of them, until entry, warm-up and whatever else this machine does count no
-    // more; the best counts. Quick on a KVM that emulates, and on one that does not.
+    // The number of turns grows until the entry, the warm-up and other load no longer matter; the best result
+    // counts. This is quick both on a KVM that emulates and on one that does not.
     const TURNS: [u64; 4] = [10_000, 40_000, 400_000, 10_000_000];
     const LONG_ENOUGH: Duration = Duration::from_millis(50);
     let mut best = 0;
     for turns in TURNS {
         let (_, took) = start(between(&raw const minivmm_probe_loop), turns, cpuid)?;
         let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(1);
-        // Two instructions a turn; at most 2 * 10^16.
+        // Two instructions per turn; the product is at most 2 * 10^16.
         best = best.max(turns * 2_000_000_000 / nanos);
         if took >= LONG_ENOUGH {
             break;
@@ -246,13 +245,13 @@ pub fn instructions_per_second(cpuid: &Arc<Supported>) -> Result<u64, Failed> {
     Ok(best)
 }
 
-/// Runs `code` on a thread of its own, which is left behind should KVM never come back: what it
-/// said at the port, and after how long.
+/// Runs `code` on its own thread, which is abandoned if KVM never returns. Returns the value written to the
+/// port, and the time that it took.
 fn start(code: &'static [u8], count: u64, cpuid: &Arc<Supported>) -> Result<(u8, Duration), Failed> {
     let (answer, answered) = mpsc::channel();
     let cpuid = Arc::clone(cpuid);
     let work = move || {
-        // Nobody may be listening any more.
+        // The receiver may have given up.
         let _ = answer.send(execute(code, count, &cpuid));
     };
     thread::Builder::new().name("probe".into()).spawn(work).map_err(|error| Failed::Host {
@@ -291,7 +290,7 @@ fn execute(code: &[u8], count: u64, cpuid: &Supported) -> Result<(u8, Duration),
     })
 }
 
-/// Answers of KVM_RUN after which it is tried again, for a while.
+/// Returns `true` if KVM_RUN is worth another try after this error, for a while.
 fn is_passing(error: kvm_ioctls::Error) -> bool {
     matches!(error.errno(), libc::EINTR | libc::EAGAIN)
 }
@@ -304,7 +303,7 @@ fn host(error: impl fmt::Display) -> Failed {
     Failed::Host { what: error.to_string(), remedy: "this machine may be short of memory" }
 }
 
-/// A VM with memory and nothing else.
+/// Creates a VM with memory and nothing else.
 fn machine(kvm: &Kvm, ram: &Ram) -> Result<VmFd, Failed> {
     let vm = kvm::empty_vm(kvm)?;
     let tss = usize::try_from(layout::KVM_TSS).unwrap_or_default();
@@ -312,13 +311,15 @@ fn machine(kvm: &Kvm, ram: &Ram) -> Result<VmFd, Failed> {
     for (slot, (guest_phys_addr, userspace_addr, memory_size)) in (0..).zip(mem::regions(ram)) {
         let region =
             kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr, memory_size, userspace_addr };
-        // SAFETY: a mapping of `ram`, which `execute` drops after the VM (it was made before it).
+        // SAFETY: the range is a mapping of `ram`, which `execute` creates before the VM and so drops after
+        // it.
         unsafe { vm.set_user_memory_region(region) }.map_err(refused("the guest's memory"))?;
     }
     Ok(vm)
 }
 
-/// Code at the start of high RAM, and an interrupt table whose every entry says its number at the port.
+/// Writes the code to the start of high RAM, and an interrupt table whose every entry writes its number to
+/// the port.
 fn load(ram: &Ram, code: &[u8]) -> Result<(), mem::OutsideRam> {
     const INTERRUPT_GATE: u64 = 0x8e00;
     const CODE_SELECTOR: u64 = 0x10;
@@ -336,7 +337,7 @@ fn load(ram: &Ram, code: &[u8]) -> Result<(), mem::OutsideRam> {
     Ok(())
 }
 
-/// The state in which a kernel begins, with the interrupt table.
+/// Sets up the CPU in the state in which a kernel starts, with the interrupt table.
 fn prepare(cpuid: &Supported, vcpu: &VcpuFd, ram: &Ram, count: u64) -> Result<(), Failed> {
     cpuid.set_up(vcpu, Place { id: 0, cpus: 1 })?;
     cpu::set_up(vcpu, ram, Entry::Long64 { rip: layout::HIGH_RAM }).map_err(host)?;
