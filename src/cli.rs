@@ -1,8 +1,8 @@
-//! What the user types, and the number with which minivmm ends.
+//! The command line, and minivmm's exit status.
 //!
-//! Owns arguments, their help, exit statuses, and the search for the bundled test guest. The disk's
-//! keys are `disk`'s, in the table from which the help is made. Manual page and completions are made
-//! from the same definitions (`examples/manual.rs`).
+//! Owns arguments, their help, exit statuses, and the search for the bundled test guest. The disk's keys are
+//! `disk`'s, in the table from which their help is generated. Manual page and completions are generated from
+//! the same definitions (`examples/manual.rs`).
 
 mod bench;
 pub mod command;
@@ -238,41 +238,41 @@ enum Command {
     Study(StudyArgs),
 }
 
-/// What the user wants.
+/// What the user asked minivmm to do.
 #[derive(Debug)]
 pub enum Task {
-    /// A guest run.
+    /// Run a guest.
     Run,
-    /// This machine looked at.
+    /// Check this machine.
     Check {
-        /// As JSON.
+        /// `true` for JSON.
         json: bool,
-        /// The verdict alone.
+        /// `true` to print only the verdict.
         quiet: bool,
     },
-    /// A write log listed.
+    /// List a write log.
     Log {
-        /// Which.
+        /// The write log.
         log: PathBuf,
-        /// As JSON.
+        /// `true` for JSON.
         json: bool,
     },
-    /// An observation shown.
+    /// Show an observation.
     Top {
-        /// Its file.
+        /// The file of the observation.
         observation: PathBuf,
     },
-    /// Disks after a loss of power checked.
+    /// Check the disks that a power loss could have left.
     Crash(Box<CrashArgs>),
-    /// A disk measured.
+    /// Measure a disk.
     Bench(Box<BenchArgs>),
-    /// Claims measured.
+    /// Measure the study's claims.
     Study(StudyArgs),
-    /// The disks of this machine explained.
+    /// Explain the disks of a machine.
     Explain {
-        /// Which machine.
+        /// The machine's disks and files.
         plan: Plan,
-        /// As JSON.
+        /// `true` for JSON.
         json: bool,
     },
 }
@@ -281,12 +281,13 @@ fn disk_help() -> String {
     format!("Disk image, with keys (repeatable: vda, vdb, ...)\n\n{}", DiskOptions::keys_help())
 }
 
-/// The disks, with what depends on the machine. A run and its explanation have it from here.
+/// Returns the disks, with the defaults that depend on the machine. A run and `--explain` both use this
+/// function.
 fn disks(asked: &[DiskOptions], cpus: u8) -> Vec<DiskOptions> {
     asked.iter().map(|disk| disk.clone().for_cpus(cpus)).collect()
 }
 
-/// Why the machine that the arguments describe cannot be had.
+/// Why the machine that the arguments describe cannot be configured.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "each is its source's")]
 pub enum ConfigError {
@@ -301,7 +302,7 @@ pub enum ConfigError {
 }
 
 impl Args {
-    /// The arguments of this process, or what to answer where they are wrong or ask for help.
+    /// Parses the arguments of this process. The error is the answer if they are wrong or ask for help.
     pub fn of_process() -> Result<Self, Answer> {
         let args = Self::try_parse().map_err(Answer::new)?;
         if args.command.is_none()
@@ -328,7 +329,7 @@ impl Args {
         Ok(args)
     }
 
-    /// What is to be done, where that is not to run a guest.
+    /// Returns the task that the arguments ask for.
     pub fn task(&self) -> Task {
         match &self.command {
             &Some(Command::Check { json, quiet }) => Task::Check { json, quiet },
@@ -342,15 +343,15 @@ impl Args {
         }
     }
 
-    /// What they say of a command, and whether only errors are to be told.
+    /// Returns the arguments about a command, and `true` if only errors are to be printed.
     pub fn command_args(&self) -> (&CommandArgs, bool) {
         (&self.job, self.quiet)
     }
 
-    /// How much is to be logged.
+    /// Returns the log level.
     pub fn log_level(&self) -> log::LevelFilter {
         if self.explain {
-            // What the trial runs would say is no news of the host's.
+            // Log lines of the trial runs would say nothing new about the host.
             return log::LevelFilter::Error;
         }
         match (self.quiet, self.verbose) {
@@ -362,14 +363,15 @@ impl Args {
         }
     }
 
-    /// Whether any device of the machine is behind PCI; a command's streams are a device too.
+    /// Returns `true` if any device of the machine is behind PCI. The console device of a command or an
+    /// observation counts.
     fn uses_pci(&self) -> bool {
         let is_pci = |disk: &DiskOptions| disk.transport.unwrap_or(self.transport) == TransportChoice::Pci;
         let console = self.job.is_given() || self.observe.is_some();
         self.transport == TransportChoice::Pci && console || self.disks.iter().any(is_pci)
     }
 
-    /// What decides where the guest runs.
+    /// Returns what decides where the guest runs.
     pub fn asked(&self) -> Asked<'_> {
         Asked {
             choice: self.host.unwrap_or_default(),
@@ -379,7 +381,7 @@ impl Args {
         }
     }
 
-    /// The machine that they describe, with the test guest in the place of what was not given.
+    /// Returns the machine that the arguments describe, with the test guest for what was not given.
     pub fn into_config(self) -> Result<Config, ConfigError> {
         self.job.warn_of_holes(&self.disks);
         let pci = self.uses_pci();
@@ -397,7 +399,7 @@ impl Args {
         };
         let no_initrd = initrd_given && initrd.as_os_str() == "none";
         let console = self.job.console(self.console, self.verbose > 0)?;
-        // A command line of the user's stays as it is.
+        // A command line given by the user stays unchanged.
         let base = match self.job.is_given() && self.cmdline == cmdline::DEFAULT {
             true => cmdline::for_command(self.verbose > 0, pci),
             false => for_terminal,
@@ -431,33 +433,33 @@ impl Args {
     }
 }
 
-/// With which number minivmm ends.
+/// minivmm's exit status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExitStatus {
-    /// The guest has powered off or reset, or the user has ended the VM with Ctrl-A x.
+    /// The guest powered off or reset, or the user ended the VM with Ctrl-A x.
     Success,
-    /// The command line is wrong. (clap prints why, and ends with it.)
+    /// The command line is wrong. (For most errors clap supplies the message.)
     Usage,
-    /// The guest has panicked.
+    /// The guest panicked.
     GuestPanic,
-    /// minivmm or the host has failed.
+    /// minivmm or the host failed.
     Failure,
-    /// --timeout has passed.
+    /// The time of --timeout elapsed.
     Timeout,
-    /// A signal has ended the VM.
+    /// A signal ended the VM.
     Signal(i32),
-    /// A guest has written this to the exit port.
+    /// A guest wrote this value to the exit port.
     ExitPort(u8),
     /// `check`: Linux guests do not run here.
     NoLinux,
-    /// `crash`: some of the disks were not good.
+    /// `crash`: some of the disks failed their check.
     NotGood,
-    /// The guest's command has ended, which gives this.
+    /// The guest's command ended; this is the exit status for it.
     Command(i32),
 }
 
 impl ExitStatus {
-    /// The number.
+    /// Returns the number.
     pub fn code(self) -> i32 {
         match self {
             Self::Success => 0,

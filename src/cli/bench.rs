@@ -1,6 +1,6 @@
 //! The arguments of `minivmm bench`.
 //!
-//! Owns their words; what they mean is `bench`'s.
+//! Owns their names and help; `bench` decides what they mean.
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
@@ -87,14 +87,14 @@ enum State {
     Warm,
 }
 
-/// A disk whose mode is not its own business here.
+/// A disk whose cache mode is given elsewhere, by --modes.
 #[derive(Debug, Clone)]
 struct Disk {
     options: DiskOptions,
     keys: Vec<String>,
 }
 
-/// Keys that bench sets itself, or that would make its figures mean nothing.
+/// Keys that bench sets itself, or that would make its results meaningless.
 const NOT_HERE: [(&str, &str); 5] = [
     ("cache", "--modes says the modes"),
     ("host-cache", "--host-cache says it for guest and host alike"),
@@ -106,7 +106,7 @@ const NOT_HERE: [(&str, &str); 5] = [
 impl Disk {
     fn parse(text: &OsStr) -> Result<Self, String> {
         let options = DiskOptions::parse(text).map_err(|error| error.to_string())?;
-        // A path is in none of those that are taken here.
+        // The keys accepted here contain no path.
         let keys = split_at_commas(text).split_off(1);
         let keys: Vec<_> = keys.iter().map(|key| key.to_string_lossy().into_owned()).collect();
         for key in &keys {
@@ -119,7 +119,7 @@ impl Disk {
     }
 }
 
-/// Modes, none twice.
+/// Cache modes, none twice.
 #[derive(Debug, Clone)]
 struct Modes(Vec<&'static CachePolicy>);
 
@@ -144,12 +144,12 @@ impl Modes {
 }
 
 impl BenchArgs {
-    /// What decides where its guests run.
+    /// Returns what decides where the guests run.
     pub fn asked(&self) -> Asked<'static> {
         Asked::for_tool(self.host.unwrap_or_default())
     }
 
-    /// What they mean.
+    /// Converts the arguments into options.
     pub fn options(self) -> Options {
         Options {
             disk: self.disk.options,

@@ -1,7 +1,7 @@
-//! The options of `minivmm ... -- COMMAND`, and how every run's end is told.
+//! The options of `minivmm ... -- COMMAND`, and the report of every run's end.
 //!
-//! Owns what they mean for the machine (its console, its kernel parameters) and the words and causes
-//! of each end. What travels to the guest is `job`'s.
+//! Owns what the options mean for the machine (its console, its kernel parameters), and the words and causes
+//! of each end. What is sent to the guest is `job`'s.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -88,38 +88,38 @@ fn boot_timeout(text: &str) -> Result<BootTimeout, String> {
     }
 }
 
-/// A console that would mix with the command's output.
+/// The requested console would mix with the command's output.
 #[derive(Debug, thiserror::Error)]
 #[error("with a COMMAND standard output is the command's: --console takes stderr, off or file=PATH")]
 pub struct ConsoleTaken;
 
 impl CommandArgs {
-    /// Whether there is a command.
+    /// Returns `true` if there is a command.
     pub fn is_given(&self) -> bool {
         !self.command.is_empty()
     }
 
-    /// The command and its arguments.
+    /// Returns the command and its arguments.
     pub fn words(&self) -> &[OsString] {
         &self.command
     }
 
-    /// The command, for messages.
+    /// Returns the name of the command, for messages.
     pub fn name(&self) -> String {
         self.command.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
     }
 
-    /// Where it is kept how the run ended.
+    /// Returns the path of the status file, or `None` if none was asked for.
     pub fn status_file(&self) -> Option<&Path> {
         self.status_file.as_deref()
     }
 
-    /// Files and folders of this host that go to the guest.
+    /// Returns the files and folders of this host that are added to the guest.
     pub fn added(&self) -> impl Iterator<Item = &Path> {
         self.adds.iter().map(|add| add.host.as_path())
     }
 
-    /// Where kernel messages go.
+    /// Returns where kernel messages go.
     pub fn console(
         &self,
         asked: Option<ConsoleTarget>,
@@ -134,12 +134,12 @@ impl CommandArgs {
         }
     }
 
-    /// How long the guest's init may take to report.
+    /// Returns how long the guest's init may take to report.
     pub fn boot_timeout(&self) -> BootTimeout {
         self.boot_timeout.unwrap_or(BootTimeout::Default)
     }
 
-    /// What travels to the guest.
+    /// Returns what is sent to the guest, or `None` if there is no command.
     pub fn into_job(self) -> Option<Job> {
         let job = Job { argv: self.command, env: self.env, workdir: self.workdir, adds: self.adds };
         (!job.argv.is_empty()).then_some(job)
@@ -149,27 +149,27 @@ impl CommandArgs {
 /// How a run ended, in words.
 #[derive(Debug)]
 pub struct End {
-    /// How, or why it failed.
+    /// How it ended, or the message of its failure.
     pub outcome: Result<Ending, String>,
-    /// What the guest's kernel has printed last, where that matters.
+    /// The last lines that the guest's kernel printed; `None` if they do not matter.
     pub kernel_lines: Option<Vec<String>>,
-    /// The user has seen these lines.
+    /// `true` if the user has already seen these lines.
     pub lines_were_shown: bool,
 }
 
 impl End {
-    /// A run that did not get as far as a guest.
+    /// Describes a run that failed before it had a guest.
     pub fn failed(message: String) -> Self {
         Self { outcome: Err(message), kernel_lines: None, lines_were_shown: false }
     }
 
-    /// A run that a signal has ended before it had a machine.
+    /// Describes a run that a signal ended before it had a machine.
     pub fn signal(number: i32) -> Self {
         Self { outcome: Ok(Ending::Signal(number)), kernel_lines: None, lines_were_shown: false }
     }
 }
 
-/// A run, for the telling of its end.
+/// A run whose end is to be reported.
 pub struct Run {
     began: Instant,
     command: String,
@@ -178,18 +178,19 @@ pub struct Run {
 }
 
 impl Run {
-    /// It begins now.
+    /// Starts the run's clock.
     pub fn begin(command: String, quiet: bool) -> Self {
         Self { began: Instant::now(), command, quiet, file: Mutex::new(None) }
     }
 
-    /// How it ends is to be written to `file`, if there is one.
+    /// Sets the file to which the end of the run is written.
     pub fn keep_in(&self, file: Option<StatusFile>) {
         *unpoisoned(self.file.lock()) = file;
     }
 
-    /// Tells how it ended: all of it in the status file, and on standard error what the exit status does not say by
-    /// itself. The file comes first: nobody may read standard error.
+    /// Reports how the run ended, and returns the exit status. The status file gets everything; standard
+    /// error gets what the exit status does not say by itself. The file is written first, because nobody may
+    /// read standard error.
     pub fn tell(&self, end: &End) -> ExitStatus {
         let outcome = &end.outcome;
         let exit_status = match outcome {
@@ -246,7 +247,7 @@ impl Run {
         file.write(&status)
     }
 
-    /// Where the exit status alone could be taken for the command's.
+    /// Returns `true` if the exit status alone could be mistaken for the command's.
     fn is_worth_a_word(&self, ending: Ending) -> bool {
         match ending {
             Ending::Command(end, _) => end.in_words(&self.command).is_some(),
@@ -313,7 +314,7 @@ impl Run {
         }
     }
 
-    /// The same command on this host.
+    /// Returns a hint if a command of this name exists on this host.
     fn hint(&self) -> Option<String> {
         let here = if self.command.contains('/') {
             Some(PathBuf::from(&self.command))

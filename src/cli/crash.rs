@@ -1,6 +1,6 @@
 //! The arguments of `minivmm crash`.
 //!
-//! Owns their words; what they mean is `crash`'s.
+//! Owns their names and help; `crash` decides what they mean.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -105,7 +105,7 @@ enum LoseArg {
 }
 
 impl CrashArgs {
-    /// What they mean.
+    /// Converts the arguments into options.
     pub fn options(self) -> Options {
         let lose = match self.lose {
             _ if self.host_crash => Lose::Nothing,

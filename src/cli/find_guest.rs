@@ -1,8 +1,8 @@
-//! The bundled test guest: where its kernel and initrd are looked for.
+//! The bundled test guest: where its kernel and initrd are searched for.
 //!
-//! Owns the choice between a kernel's two images, too. The ELF image has nothing to unpack and boots
-//! sooner; it counts only where it is no older than the bzImage beside it, of which it is made: one
-//! that was left behind by another kernel would not know the initrd's modules.
+//! Owns the choice between a kernel's two images, too. The ELF image has nothing to unpack and boots sooner.
+//! It is used only if it is no older than the bzImage beside it, from which it is made. An ELF image left
+//! behind by another kernel would not match the initrd's modules.
 
 use std::env;
 use std::ffi::OsString;
@@ -12,7 +12,7 @@ const KERNEL: &str = "vmlinuz";
 const KERNEL_ELF: &str = "vmlinux";
 const INITRD: &str = "initrd.cpio";
 const MODULES: &str = "modules.cpio";
-/// Names a directory, and then that one only.
+/// The environment variable that names a directory, which is then the only one searched.
 const VARIABLE: &str = "MINIVMM_GUEST";
 
 /// The files of the test guest.
@@ -24,7 +24,7 @@ pub struct TestGuest {
     pub initrd: PathBuf,
 }
 
-/// It is nowhere.
+/// The test guest was not found.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "cannot find the test guest ({}): looked in {}; `make guest` builds it, or give --kernel PATH and --initrd \
@@ -37,7 +37,7 @@ pub struct GuestNotFound {
     places: Vec<PathBuf>,
 }
 
-/// The kernel's other modules are not beside the test guest.
+/// The kernel's other modules were not found beside the test guest.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "cannot find the kernel's other modules ({}): `make guest` builds them beside the test guest; or give \
@@ -46,8 +46,8 @@ pub struct GuestNotFound {
 )]
 pub struct ModulesNotFound(PathBuf);
 
-/// The archive of modules beside `kernel`: where its links lead, since modules belong to one kernel, or beside
-/// the last link.
+/// Returns the archive of modules beside `kernel`. It looks first where the kernel's links lead, since
+/// modules belong to one kernel, and then beside the link itself.
 pub fn modules_beside(kernel: &Path) -> Result<PathBuf, ModulesNotFound> {
     let real = kernel.canonicalize().unwrap_or_else(|_| kernel.into());
     let places = [real.with_file_name(MODULES), kernel.with_file_name(MODULES)];
@@ -55,8 +55,8 @@ pub fn modules_beside(kernel: &Path) -> Result<PathBuf, ModulesNotFound> {
     places.iter().find(|place| place.is_file()).ok_or_else(|| ModulesNotFound(first.clone())).cloned()
 }
 
-/// A test guest that the environment names, as arguments: the emulated host has another environment. One that is not
-/// there is told by the run.
+/// Returns the test guest that the environment names, as arguments, because the emulated host has another
+/// environment. Empty if it does not exist, which the run reports.
 pub fn named_as_arguments(kernel: bool, initrd: bool) -> Vec<OsString> {
     let named = env::var_os(VARIABLE).and_then(|_| find(kernel, initrd).ok());
     let Some(found) = named else { return Vec::new() };
@@ -65,7 +65,7 @@ pub fn named_as_arguments(kernel: bool, initrd: bool) -> Vec<OsString> {
     kernel.into_iter().chain(initrd).flatten().collect()
 }
 
-/// Looks for the test guest, of which the kernel or the initrd or both are needed.
+/// Searches for the test guest, of which the kernel, the initrd or both are needed.
 pub fn find(needs_kernel: bool, needs_initrd: bool) -> Result<TestGuest, GuestNotFound> {
     let places = match env::var_os(VARIABLE) {
         Some(directory) => vec![directory.into()],
@@ -82,7 +82,7 @@ fn find_in(places: &[PathBuf], files: &[&str]) -> Option<TestGuest> {
     Some(TestGuest { kernel: kernel_in(place), initrd: place.join(INITRD) })
 }
 
-/// The ELF image, or the bzImage.
+/// Returns the ELF image, or the bzImage if the ELF image is missing or older.
 fn kernel_in(place: &Path) -> PathBuf {
     let (packed, elf) = (place.join(KERNEL), place.join(KERNEL_ELF));
     let modified = |path: &Path| path.metadata().and_then(|metadata| metadata.modified());
@@ -96,8 +96,8 @@ fn kernel_in(place: &Path) -> PathBuf {
     }
 }
 
-/// Beside the binary as installed, in the working directory's tree, and in the tree that the binary
-/// was built in (target/release, or target/TRIPLE/release).
+/// Returns the places to search: beside the binary as installed, in the working directory's tree, and in the
+/// tree in which the binary was built (target/release, or target/TRIPLE/release).
 fn places(binary: Option<&Path>) -> Vec<PathBuf> {
     let built = "guest-images/build";
     let mut places = Vec::new();
@@ -150,7 +150,7 @@ mod tests {
             elf_file.set_modified(elf_at).unwrap();
             assert_eq!(&kernel_in(root.path()), taken);
         }
-        // One alone is no test guest: whoever wants it names it.
+        // The ELF image alone is no test guest: a user who wants it must name it.
         std::fs::remove_file(&packed).unwrap();
         assert_eq!(find_in(&[root.path().into()], &[KERNEL]), None);
     }

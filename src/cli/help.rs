@@ -2,13 +2,13 @@
 //!
 //! Owns what clap cannot derive from the arguments themselves.
 
-/// What the machine runs.
+/// Heading of the options about what the machine runs.
 pub const GUEST: &str = "Guest";
-/// What the machine is.
+/// Heading of the options about the machine itself.
 pub const MACHINE: &str = "Machine";
-/// Its disks.
+/// Heading of the options about its disks.
 pub const DISKS: &str = "Disks";
-/// How it is watched, and ended.
+/// Heading of the options about how the machine is watched and ended.
 pub const RUNNING: &str = "Running";
 
 const EXAMPLES: &str = "\
@@ -52,7 +52,7 @@ Without one:
   check: 0 where Linux guests run, 1 where they do not
   crash: 0 where all disks were good, 1 where some were not";
 
-/// What stands at the end of `--help`.
+/// Returns the text at the end of `--help`.
 pub fn after() -> String {
     format!("{EXAMPLES}\n\n{STATUSES}")
 }

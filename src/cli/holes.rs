@@ -1,7 +1,8 @@
 //! A warning before fio reads an image that was never written.
 //!
-//! Owns the question whether a guest's command is a benchmark that reads, and whether an image has holes.
-//! A hole is read without any disk, so such a figure is memory's. `minivmm bench` fills its images itself.
+//! Owns the question whether a guest's command is a benchmark that reads, and whether an image has holes. A
+//! hole is read without any disk access, so such a result measures memory. `minivmm bench` fills its images
+//! itself.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -18,7 +19,7 @@ impl CommandArgs {
             return;
         }
         for disk in disks {
-            // Whatever is wrong with an image is reported when the machine is built.
+            // An unusable image is reported when the machine is built.
             let Some((hole, bytes)) = File::open(&disk.path).ok().as_ref().and_then(first_hole) else {
                 continue;
             };
@@ -31,7 +32,8 @@ impl CommandArgs {
     }
 }
 
-/// Whether these words run fio with a job that reads what it has not written itself. A job file may.
+/// Returns `true` if these words run fio with a job that reads what it has not written itself. A job file may
+/// do so.
 fn reads_with_fio(words: &[OsString]) -> bool {
     let text: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
     let words: Vec<&str> = text.iter().flat_map(|word| word.split_whitespace()).collect();
@@ -46,7 +48,7 @@ fn reads_with_fio(words: &[OsString]) -> bool {
     }
 }
 
-/// Where the first hole of a regular file begins, and the file's size.
+/// Returns where the first hole of a regular file begins, and the file's size; `None` if there is no hole.
 fn first_hole(file: &File) -> Option<(u64, u64)> {
     let found = file.metadata().ok().filter(|found| found.is_file() && found.len() > 0)?;
     let hole = seek(file, SeekFrom::Hole(0)).ok()?;

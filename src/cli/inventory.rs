@@ -1,6 +1,6 @@
-//! The files that a command names, for `files::output`: what it reads, and what it writes anew.
+//! The files that a command line names, for `files::output`: what it reads, and what it writes anew.
 //!
-//! Owns the list alone. A new option that names a file has its line here.
+//! Owns only the list. Every new option that names a file must be added here.
 
 use super::{Args, find_guest};
 use crate::disk::writelog;
@@ -11,7 +11,7 @@ use crate::vmm::{ObserveTarget, Plan, StatsTarget};
 pub const STATUS_FILE: &str = "--status-file";
 
 impl Args {
-    /// What of the machine its disks and files decide.
+    /// Returns the part of the machine that concerns its disks and files.
     pub(super) fn plan(&self) -> Plan {
         Plan {
             disks: super::disks(&self.disks, self.cpus),
@@ -21,14 +21,14 @@ impl Args {
         }
     }
 
-    /// All files that a run with these arguments names.
+    /// Returns all files that a run with these arguments names.
     pub fn files(&self) -> Inventory {
         let mut inputs: Vec<Input> = Vec::new();
         let mut input = |option, path| inputs.push(Input { option, path });
         for disk in &self.disks {
             input(output::DISK, disk.path.clone());
         }
-        // That there is none is said later.
+        // A missing test guest is reported later.
         let found = find_guest::find(self.kernel.is_none(), self.initrd.is_none()).ok();
         let (kernel, initrd) = found.map(|guest| (guest.kernel, guest.initrd)).unzip();
         for (option, given, bundled) in

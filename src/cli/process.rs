@@ -1,6 +1,6 @@
-//! What both binaries do alike: begin, log, print, report an error once, exit.
+//! What both binaries do alike: start, log, print, report an error once, exit.
 //!
-//! Owns the words around a log line and an error: `minivmm: error: ...`, `minivmm: warning: ...`.
+//! Owns the prefix of a log line and of an error: `minivmm: error: ...`, `minivmm: warning: ...`.
 
 use std::fmt::{Arguments, Display};
 use std::io::{self, Write};
@@ -13,14 +13,15 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::{Args, ExitStatus};
 use crate::signals::Signals;
 
-/// A reader of standard error that does not read is waited for this long.
+/// How long a stalled reader of standard error is waited for.
 const READER_MAX: Duration = Duration::from_secs(3);
 
-/// Runs a binary from its first instruction to its exit. Signals are blocked before anything else: each then waits
-/// until somebody has read it. `run` gets the arguments, once they are understood; `last` is called whatever happened.
+/// Runs a binary from its first instruction to its exit. Signals are blocked before anything else, so that
+/// each stays pending until it is read. `run` gets the arguments once they are parsed; `last` is called in
+/// every case.
 pub fn begin(run: impl FnOnce(Args, Signals) -> ExitStatus, last: impl FnOnce()) -> ! {
     let signals = Signals::block().context("cannot block signals");
-    // What has panicked has been told.
+    // A panic has already been reported.
     let status = catch_unwind(AssertUnwindSafe(|| match signals {
         Ok(signals) => with_args(run, signals),
         Err(error) => told(Err(error)),
@@ -42,17 +43,17 @@ fn with_args(run: impl FnOnce(Args, Signals) -> ExitStatus, signals: Signals) ->
     }
 }
 
-/// Exits. Signals stay blocked: one that arrives now changes nothing.
+/// Exits. Signals stay blocked, so that one which arrives now changes nothing.
 pub fn ended(status: ExitStatus) -> ! {
     std::process::exit(status.code())
 }
 
-/// An error for which the command line is to blame, though only more than it has shown that.
+/// An error in the command line that was found only after it had been parsed.
 #[derive(Debug, thiserror::Error)]
 #[error("{0:#}")]
 pub struct WrongUsage(pub anyhow::Error);
 
-/// The status; of an error, once it is reported.
+/// Returns the status. An error is reported first, and gives the status of a failure or of wrong usage.
 pub fn told(outcome: Result<ExitStatus>) -> ExitStatus {
     outcome.unwrap_or_else(|error| {
         say_error(format_args!("{error:#}"));
@@ -60,7 +61,7 @@ pub fn told(outcome: Result<ExitStatus>) -> ExitStatus {
     })
 }
 
-/// Reports all of these, if there are any; the status is that of a failure then.
+/// Reports all `errors`. Returns success if there are none, otherwise the last one's status.
 pub fn tell_all(errors: impl Iterator<Item = anyhow::Error>) -> ExitStatus {
     errors.fold(ExitStatus::Success, |_, error| told(Err(error)))
 }
@@ -70,7 +71,8 @@ pub fn say_error(text: impl Display) {
     say(format_args!("minivmm: error: {text}"));
 }
 
-/// Writes a line to standard error. Its reader may be gone, or not read: the exit status still says what happened.
+/// Writes a line to standard error. Its reader may be gone or stalled; the exit status still says what
+/// happened.
 pub fn say(text: Arguments<'_>) {
     let mut stderr = io::stderr().lock();
     let limit = Timespec { tv_sec: READER_MAX.as_secs().cast_signed(), tv_nsec: 0 };
@@ -79,7 +81,7 @@ pub fn say(text: Arguments<'_>) {
     }
 }
 
-/// Writes all of `text` to standard output. A reader that has gone, as `head` does, is no error.
+/// Writes all of `text` to standard output. A reader that has gone, such as `head`, is no error.
 pub fn print(text: &str) -> Result<()> {
     let mut out = io::stdout().lock();
     match writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush()) {
@@ -90,7 +92,7 @@ pub fn print(text: &str) -> Result<()> {
     }
 }
 
-/// Log lines go to standard error.
+/// Starts logging to standard error.
 pub fn start_logging(level: log::LevelFilter) {
     env_logger::Builder::new()
         .filter_level(level)

@@ -1,18 +1,20 @@
-//! Sizes: a number, and a letter for its power of 1024.
+//! Owns the syntax of sizes: a number, and a letter for its power of 1024.
 
 use crate::layout::{GIB, KIB, MIB};
 
-/// Less than this no kernel of ours boots in.
+/// The minimum guest memory: no kernel boots with less.
 const MEMORY_MIN: u64 = 16 * MIB;
-/// KVM takes less than 2^31 pages in one piece (KVM_MEM_MAX_NR_PAGES). More, in several, was tried on no host.
+/// The maximum guest memory. KVM takes less than 2^31 pages in one slot (KVM_MEM_MAX_NR_PAGES). More, in
+/// several slots, was tried on no host.
 const MEMORY_MAX: u64 = 8 << 40;
 
-/// Guest memory, on this host.
+/// Parses a size of guest memory, and checks it against this host.
 pub fn memory(text: &str) -> Result<u64, String> {
     memory_on(text, address_bits())
 }
 
-/// How many bits a physical address has here (CPUID 0x80000008, which every x86-64 processor has): a guest's too.
+/// Returns the number of bits of a physical address on this host, which is also a guest's. Every x86-64
+/// processor has CPUID 0x80000008.
 fn address_bits() -> u32 {
     #[allow(unused_unsafe, reason = "newer compilers know it to be safe")]
     // SAFETY: every CPU that this is built for (x86-64) has the instruction.
@@ -48,7 +50,7 @@ fn memory_on(text: &str, address_bits: u32) -> Result<u64, String> {
     Ok(bytes)
 }
 
-/// An image.
+/// Parses the size of an image.
 pub fn disk(text: &str) -> Result<u64, String> {
     match bytes(text)? {
         bytes if bytes < MIB => Err("it is less than 1M; a number without a letter counts bytes".into()),
@@ -57,7 +59,7 @@ pub fn disk(text: &str) -> Result<u64, String> {
     }
 }
 
-/// `text` in bytes.
+/// Parses `text` into bytes.
 fn bytes(text: &str) -> Result<u64, String> {
     let wrong = || "it is a number, with K, M, G or T behind it: 512M, 4G".to_string();
     let units = [('K', KIB), ('M', MIB), ('G', GIB), ('T', 1 << 40)];

@@ -1,6 +1,6 @@
 //! The arguments of `minivmm study`.
 //!
-//! Owns their words; what they mean is `study`'s.
+//! Owns their names and help; `study` decides what they mean.
 
 use std::path::PathBuf;
 
@@ -34,12 +34,12 @@ pub struct StudyArgs {
 }
 
 impl StudyArgs {
-    /// What decides where its guests run.
+    /// Returns what decides where the guests run.
     pub fn asked(&self) -> Asked<'static> {
         Asked::for_tool(self.host.unwrap_or_default())
     }
 
-    /// What they mean.
+    /// Converts the arguments into options.
     pub fn options(self) -> Options {
         Options { out: self.out, quick: self.quick, rounds: self.rounds, only: self.only }
     }

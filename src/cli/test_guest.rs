@@ -1,5 +1,5 @@
-//! What the bundled test guest gets that another guest does not: a quiet kernel, the terminal as hvc0, its
-//! kernel's modules, a system on a disk booted by `root=`.
+//! What only the bundled test guest gets: a quiet kernel, the terminal as hvc0, its kernel's modules, a
+//! system on a disk that `root=` boots.
 //!
 //! Owns when each of them applies. The guest's side is its init (docs/guest-images.md).
 
@@ -11,13 +11,13 @@ use crate::boot::cmdline;
 use crate::terminal;
 
 impl Args {
-    /// The kernel command line as the user has given it.
+    /// Returns the kernel command line with what the user appended.
     fn asked_cmdline(&self) -> String {
         self.append.iter().fold(self.cmdline.clone(), |line, more| cmdline::append(&line, more))
     }
 
-    /// Why a `root=` on the kernel command line cannot be what the user wants: the test guest's init boots it
-    /// only where it has no command to run.
+    /// Returns why a `root=` on the kernel command line would be ignored, or `None`. The test guest's init
+    /// boots it only if there is no command to run.
     pub(super) fn unbootable_root(&self) -> Option<String> {
         let line = self.asked_cmdline();
         let root = cmdline::value(&line, "root").filter(|_| self.job.is_given() && self.initrd.is_none())?;
@@ -28,14 +28,15 @@ impl Args {
         ))
     }
 
-    /// Whether a terminal is to be hvc0: where the test guest's own shell, and no other program, will be at it.
+    /// Returns `true` if the terminal is to become hvc0: only if the test guest's own shell, and no other
+    /// program, uses it.
     pub(super) fn wants_hvc(&self, bundled: bool) -> bool {
         let line = self.asked_cmdline();
         let others = ["root", "init", "rdinit", "minivmm.demo"];
         bundled && !self.job.is_given() && !others.iter().any(|name| cmdline::has(&line, name))
     }
 
-    /// The command line of a run without COMMAND. One of the user's own stays as it is.
+    /// Returns the command line of a run without COMMAND. One given by the user stays unchanged.
     pub(super) fn terminal_cmdline(&self, bundled: bool) -> String {
         match bundled && self.cmdline == cmdline::DEFAULT {
             true => cmdline::for_terminal(&self.cmdline, self.verbose > 0, terminal_kind().as_deref()),
@@ -44,7 +45,7 @@ impl Args {
     }
 }
 
-/// The archive of modules for `kernel`, where one is asked for.
+/// Returns the archive of modules for `kernel`, or `None` if none was asked for.
 pub fn modules(asked: Option<Option<PathBuf>>, kernel: &Path) -> Result<Option<PathBuf>, ModulesNotFound> {
     match asked {
         Some(None) => find_guest::modules_beside(kernel).map(Some),
@@ -53,7 +54,7 @@ pub fn modules(asked: Option<Option<PathBuf>>, kernel: &Path) -> Result<Option<P
     }
 }
 
-/// The kind of terminal on standard input, as programs call it.
+/// Returns the type of the terminal on standard input, as in `TERM`; `None` if it is no terminal.
 fn terminal_kind() -> Option<String> {
     (terminal::input() == terminal::Input::Terminal).then(|| std::env::var("TERM").ok()).flatten()
 }

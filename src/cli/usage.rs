@@ -1,7 +1,7 @@
-//! What the user has typed wrongly, and what they may have meant; help and version.
+//! Wrong arguments, and what the user may have meant; help and version.
 //!
-//! Owns the answers that end a process before it does anything, and how they are printed: help on standard output,
-//! errors on standard error with minivmm's prefix.
+//! Owns the answers that end a process before it does anything, and how they are printed. Help goes to
+//! standard output; errors go to standard error with minivmm's prefix.
 
 use std::collections::BTreeSet;
 use std::io::{self, IsTerminal};
@@ -15,17 +15,17 @@ use super::{Args, ExitStatus};
 use crate::disk::DiskOptions;
 use crate::text;
 
-/// What ends the process instead of a task: help, the version, or an error in the arguments.
+/// An answer that ends the process before any task: help, the version, or an error in the arguments.
 #[derive(Debug)]
 pub struct Answer(clap::Error);
 
 impl Answer {
-    /// With what the user may have meant.
+    /// Creates the answer, with what the user may have meant.
     pub(super) fn new(error: clap::Error) -> Self {
         Self(improve(error))
     }
 
-    /// Prints it.
+    /// Prints the answer, and returns the exit status.
     pub fn give(&self) -> ExitStatus {
         let text = self.0.render();
         let styled = |is_terminal: bool| match is_terminal && std::env::var_os("NO_COLOR").is_none() {
@@ -51,7 +51,7 @@ fn improve(error: clap::Error) -> clap::Error {
 }
 
 fn improve_for(mut error: clap::Error, words: &[String]) -> clap::Error {
-    // -hda asks for help, as clap reads it.
+    // clap would take -hda for -h, a request for help.
     if let Some(advice) = qemu_advice(words) {
         return Args::command().error(ErrorKind::UnknownArgument, advice);
     }
@@ -100,7 +100,7 @@ fn improve_for(mut error: clap::Error, words: &[String]) -> clap::Error {
     error
 }
 
-/// The option that a text program has made a dash of: `–memory`, `—memory`, `–-memory`.
+/// Returns the option whose hyphens a text program has turned into a dash: `–memory`, `—memory`, `–-memory`.
 fn with_hyphens(word: &str) -> Option<String> {
     let is_dash = |letter: char| ('\u{2010}'..='\u{2015}').contains(&letter) || letter == '\u{2212}';
     let name = word.trim_start_matches(|letter| is_dash(letter) || letter == '-');
@@ -109,7 +109,7 @@ fn with_hyphens(word: &str) -> Option<String> {
     is_option.then(|| if name.chars().count() == 1 { format!("-{name}") } else { format!("--{name}") })
 }
 
-/// What QEMU's users type, in minivmm's words. `{}` is the value that follows.
+/// The options of QEMU, with what does the same in minivmm. `{}` is the value that follows.
 const QEMU: [(&str, &str); 17] = [
     ("-m", "--memory {}"),
     ("-smp", "--cpus {}"),
@@ -146,7 +146,7 @@ fn qemu_advice(words: &[String]) -> Option<String> {
     Some(format!("{name} is an option of QEMU; minivmm's is {}", ours.replace("{}", &value)))
 }
 
-/// A -drive as a --disk: its file, and the keys that mean the same here.
+/// Converts a -drive into a --disk: its file, and the keys that mean the same here.
 fn drive(value: &str) -> String {
     let mut disk = "PATH".to_owned();
     let mut keys: Vec<String> = Vec::new();
@@ -156,7 +156,7 @@ fn drive(value: &str) -> String {
             _ => keys.extend(DiskOptions::of_qemu(key, value)),
         }
     }
-    // QEMU has several for the cache; what is said first counts.
+    // QEMU has several keys for the cache; the first given here counts.
     let name = |key: &String| key.split('=').next().unwrap_or_default().to_owned();
     let mut given = BTreeSet::new();
     keys.retain(|key| given.insert(name(key)));

@@ -1,6 +1,6 @@
-//! Values of options that are neither sizes nor disks' keys.
+//! Values of options that are neither sizes nor keys of disks.
 //!
-//! Owns how they are read and what is said of a wrong one. A path in them may be any bytes.
+//! Owns how they are parsed, and the message for a wrong one. A path in them may contain any bytes.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -20,7 +20,7 @@ pub(super) fn cpus(text: &str) -> Result<u8, String> {
     text.parse().ok().filter(|count| (1..=254).contains(count)).ok_or_else(wrong)
 }
 
-// Lists of words, so that shells complete them and a wrong one is answered by the nearest.
+// Lists of words, so that shells complete them and an error suggests the nearest one.
 pub(super) fn transport() -> impl TypedValueParser<Value = TransportChoice> {
     let unknown = || "it is pci or mmio".to_owned();
     PossibleValuesParser::new(["pci", "mmio"])
@@ -37,7 +37,7 @@ pub(super) fn disk() -> impl TypedValueParser<Value = DiskOptions> {
     OsStringValueParser::new().try_map(|text| DiskOptions::parse(&text))
 }
 
-/// Values of which shells can complete some, where not every value is on a list.
+/// An option's values of which shells can complete some, while others are not in any list.
 #[derive(Debug, Clone)]
 pub(super) struct Suggested<T: 'static> {
     words: &'static [&'static str],
