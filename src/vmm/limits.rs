@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 pub const BOOT_MAX: Duration = Duration::from_secs(60);
 /// How long a kernel that panicked may take to reset, or to report to pvpanic.
 const PANIC_MAX: Duration = Duration::from_secs(10);
-/// How long a guest may take to power off once it has reported how its command ended. Each disk request in
-/// that time starts the limit anew, because unmounting may have much to write.
+/// How long a guest may take to power off once it has reported how its command ended. If it has used a disk
+/// in that time, the limit starts anew: unmounting may have much to write.
 const OFF_MAX: Duration = Duration::from_secs(60);
 
 /// How long the guest's init may take to report.
