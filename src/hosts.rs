@@ -162,8 +162,8 @@ fn obstacle(choice: HostChoice, is_linux: impl FnOnce() -> bool) -> Option<Strin
 }
 
 /// Returns why no Linux kernel runs here, as found by `minivmm check` in a separate process. This process may
-/// become a VMM. The probes' threads would make the C library's allocator divide memory between threads. For
-/// that it opens files, before `sandbox::arm` could prevent it.
+/// become a VMM. The probes' threads would make the C library's allocator divide memory between threads, for
+/// which it opens files. `sandbox::arm` can prevent that only if it comes first.
 fn probe() -> Option<String> {
     let program = crate::program::beside(crate::program::VMM).ok()?;
     let found = Command::new(program)
