@@ -2,12 +2,13 @@
 # is missing, or print the line that does.
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test test-intel bench bench-bare bench-guest bench-modes bench-sandbox study lint deps test-deps clean torture fuzz fuzz-merge fuzz-coverage asan miri install install-files static deb
+.PHONY: help build run check test test-intel bench bench-bare bench-guest bench-modes bench-sandbox study lint deps test-deps clean torture fuzz fuzz-merge fuzz-coverage asan miri install install-files static deb
 
 include guest-images/guest.mk
 
 help: ## lists the commands
 	@echo "make run          boots a test guest with a disk in cache=none, runs fio in it, tells what happened"
+	@echo "make check        what to run before each commit: formatting, clippy, unit tests, the device's suites"
 	@echo "make test         every check: lint, device, images, real kernels"
 	@echo "make bench        the device path beside fio on this machine: QUICK=1, ROUNDS=, SECONDS=, ONLY=, FULL=1"
 	@echo "make bench-bare   a guest of our own beside QEMU's on this machine's KVM: QUICK=1, ROUNDS=, ONLY="
@@ -67,6 +68,12 @@ test: test-deps lint build guest-all guest-small
 		*) kernels="job:arguments_environment kernel:power_off" ;; \
 	esac; [ "$$(id -u)" -ne 0 ] || tests/as-user $(USER_SUITES) $$kernels
 	@tests/as-user --userns $(USERNS_SUITES)
+
+# Two minutes from a warm build, without a kernel or a guest.
+check:
+	@cargo fmt --all -- --check
+	@cargo clippy --release --locked --all-targets --features mutants --quiet -- -D warnings
+	@cargo test --release --locked --quiet --lib --test tidy --test mutants --test disk_queue $(DEVICE_SUITES)
 
 # Once more as an ordinary user who has /dev/kvm and files of its own alone, and as root of a user namespace: what works
 # only as root fails there. An ordinary user who runs `make test` has had the first of the two already. Where
