@@ -124,7 +124,11 @@ relay() {
     local status=0
     trap '' INT TERM HUP
     cat || status=$?
-    [ "$status" = 0 ] || vm_session "$1" -- "kill \$(cat /run/emuhost/$2)" </dev/null >/dev/null 2>&1 || true
+    [ "$status" != 0 ] || return 0
+    vm_session "$1" -- "kill \$(cat /run/emuhost/$2)" </dev/null >/dev/null 2>&1 || true
+    # What is still on its way is thrown away. If ssh met a broken pipe here, it would close the session, and what
+    # the command still writes to its other stream would be lost.
+    cat >/dev/null || true
 }
 
 # in_room DIR COMMAND...: the command line that runs COMMAND where the run that has DIR keeps its files.
