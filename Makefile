@@ -72,7 +72,7 @@ test: test-deps lint build guest-all guest-small
 # Two minutes from a warm build, without a kernel or a guest.
 check:
 	@cargo fmt --all -- --check
-	@cargo clippy --release --locked --all-targets --features mutants --quiet -- -D warnings
+	@cargo clippy --release --locked --workspace --all-targets --features mutants --quiet -- -D warnings
 	@cargo test --release --locked --quiet --lib --test tidy --test mutants --test disk_queue $(DEVICE_SUITES)
 
 # Once more as an ordinary user who has /dev/kvm and files of its own alone, and as root of a user namespace: what works
@@ -161,7 +161,7 @@ miri:
 
 lint: deps
 	@cargo fmt --all -- --check
-	@cargo clippy --release --locked --all-targets --features mutants --quiet -- -D warnings
+	@cargo clippy --release --locked --workspace --all-targets --features mutants --quiet -- -D warnings
 	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo guest-images/bench-modes guest-images/study \
 		guest-images/install-packages guest-images/emuhost guest-images/boot-times guest-images/build-guest \
 		guest-images/build-host guest-images/build-small-kernel guest-images/build-intel-host guest-images/test-intel \
@@ -178,7 +178,7 @@ DESTDIR ?=
 installed := $(DESTDIR)$(PREFIX)
 binary := target/release/minivmm
 static_binary := target/x86_64-unknown-linux-gnu/release/minivmm
-sources := $(shell find src examples/manual.rs -name '*.rs') Cargo.toml Cargo.lock
+sources := $(shell find src crates -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
 manual := target/manual
 
 $(binary): $(sources)
@@ -191,7 +191,7 @@ $(static_binary): $(sources)
 	@touch $@
 
 $(manual)/minivmm.1: $(sources)
-	@cargo run --locked --quiet --example manual -- $(manual)
+	@cargo run --locked --quiet --package minivmm-lab --example manual -- $(manual)
 	@touch $@
 
 $(guest_build)/vmlinuz:

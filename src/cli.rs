@@ -2,21 +2,19 @@
 //!
 //! Owns arguments, their help, exit statuses, and the search for the bundled test guest. The disk's keys are
 //! `disk`'s, in the table from which their help is generated. Manual page and completions are generated from
-//! the same definitions (`examples/manual.rs`).
+//! the same definitions (`examples/manual.rs` of minivmm-lab).
 
-mod bench;
 pub mod command;
-mod crash;
 mod find_guest;
 mod help;
 mod holes;
 mod inventory;
 pub mod process;
-mod size;
-mod study;
+pub mod size;
 mod test_guest;
+mod tool;
 mod usage;
-mod values;
+pub mod values;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -28,15 +26,14 @@ use crate::boot::cmdline;
 use crate::disk::{DiskOptions, TransportChoice};
 use crate::hosts::{Asked, HostChoice};
 use crate::job::{self, JobError};
+use crate::program;
 use crate::sandbox;
 use crate::vmm::{Config, ConsoleTarget, Ending, ObserveTarget, Plan, StatsTarget};
 use command::{CommandArgs, ConsoleTaken};
+use tool::Tool;
 
-pub use bench::BenchArgs;
-pub use crash::CrashArgs;
 pub use find_guest::{GuestNotFound, ModulesNotFound};
 pub use inventory::STATUS_FILE;
-pub use study::StudyArgs;
 pub use usage::Answer;
 
 /// A minimal KVM hypervisor whose virtio-blk can be trusted.
@@ -198,44 +195,8 @@ enum Command {
         #[arg(short, long)]
         quiet: bool,
     },
-    /// Show an observation (--observe) as it grows
-    ///
-    /// On a terminal until q is pressed; elsewhere a line for each disk and moment, to its end.
-    Top {
-        /// The file of --observe
-        #[arg(value_name = "FILE")]
-        observation: PathBuf,
-    },
-    /// List a write log: what a disk was given, and what it has promised to keep
-    ///
-    /// The log is of a disk's key log-writes, of the kernel's dm-log-writes or of QEMU's blklogwrites.
-    Log {
-        /// The log, a file or a block device
-        #[arg(value_name = "FILE")]
-        log: PathBuf,
-
-        /// As JSON
-        #[arg(long)]
-        json: bool,
-    },
-    /// Check the disks that a loss of power could have left of a write log
-    ///
-    /// At each point of the log, any of the writes that no flush had spoken for can be there or not. Each
-    /// such disk is made, in a scratch file, and checked. Exit status: 0 where all were good, 1 where some
-    /// were not.
-    Crash(Box<CrashArgs>),
-    /// Measure a disk in cache modes: fio in the guest, beside the same job on this host
-    ///
-    /// Each run begins with an image that is all written and a host's cache whose state is made for it; each
-    /// job that writes ends with a sync. Figures that cannot be the disk's are told, with the reason
-    /// (docs/benchmarking.md).
-    Bench(Box<BenchArgs>),
-    /// Measure what was said of disk caching in 2008, claim by claim
-    ///
-    /// Boots the test guest with disks in all modes, again and again; a full run takes an hour or more, a
-    /// quick one ten minutes. Leaves a page (study.html) and JSON (study.json), also when it is ended by a
-    /// signal; the same command goes on where it was. See docs/study.md.
-    Study(StudyArgs),
+    #[command(flatten)]
+    Tool(Tool),
 }
 
 /// What the user asked minivmm to do.
@@ -250,24 +211,8 @@ pub enum Task {
         /// `true` to print only the verdict.
         quiet: bool,
     },
-    /// List a write log.
-    Log {
-        /// The write log.
-        log: PathBuf,
-        /// `true` for JSON.
-        json: bool,
-    },
-    /// Show an observation.
-    Top {
-        /// The file of the observation.
-        observation: PathBuf,
-    },
-    /// Check the disks that a power loss could have left.
-    Crash(Box<CrashArgs>),
-    /// Measure a disk.
-    Bench(Box<BenchArgs>),
-    /// Measure the study's claims.
-    Study(StudyArgs),
+    /// Hand over to minivmm-tools, which parses the arguments.
+    Tool,
     /// Explain the disks of a machine.
     Explain {
         /// The machine's disks and files.
@@ -304,7 +249,12 @@ pub enum ConfigError {
 impl Args {
     /// Parses the arguments of this process. The error is the answer if they are wrong or ask for help.
     pub fn of_process() -> Result<Self, Answer> {
-        let args = Self::try_parse().map_err(Answer::new)?;
+        let words = std::env::args_os();
+        let args = match tool::called(words.skip(1)) {
+            Some(name) => Self::try_parse_from([program::VMM, &name]),
+            None => Self::try_parse(),
+        };
+        let args = args.map_err(Answer::new)?;
         if args.command.is_none()
             && !args.job.is_given()
             && std::env::args_os().next_back().is_some_and(|it| it == "--")
@@ -333,11 +283,7 @@ impl Args {
     pub fn task(&self) -> Task {
         match &self.command {
             &Some(Command::Check { json, quiet }) => Task::Check { json, quiet },
-            Some(Command::Top { observation }) => Task::Top { observation: observation.clone() },
-            Some(Command::Log { log, json }) => Task::Log { log: log.clone(), json: *json },
-            Some(Command::Crash(crash)) => Task::Crash(crash.clone()),
-            Some(Command::Bench(bench)) => Task::Bench(bench.clone()),
-            Some(Command::Study(study)) => Task::Study(study.clone()),
+            Some(Command::Tool(_)) => Task::Tool,
             None if self.explain => Task::Explain { plan: self.plan(), json: self.json },
             None => Task::Run,
         }

@@ -1,8 +1,8 @@
 //! minivmm's binary: parses arguments, runs a machine and returns its exit status.
 //!
 //! Owns the order of these steps. An error is reported in one place, once, with its chain of causes
-//! (`cli::command`). Subcommands that run no guest of their own live in minivmm-tools (`tools.rs`), and this
-//! binary execs it. Without their code, a VMM uses a fifth less memory.
+//! (`cli::command`). Subcommands that run no guest of their own live in minivmm-tools (`crates/minivmm-lab`), and
+//! this binary execs it. Without their code, a VMM uses a fifth less memory.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -22,10 +22,11 @@ use minivmm::{explain, program};
 fn main() {
     // Must come before the first thread, which watches the start.
     minivmm::sandbox::one_arena();
-    process::begin(run, || ());
+    process::begin(Args::of_process, run, || ());
 }
 
 fn run(args: Args, signals: Signals) -> ExitStatus {
+    process::start_logging(args.log_level());
     match args.task() {
         Task::Run => {
             // `run_vm` reports errors of the named files, and reports them before any error of the host.
@@ -36,9 +37,7 @@ fn run(args: Args, signals: Signals) -> ExitStatus {
             }
             return run_guest(args, &signals, host.err());
         }
-        Task::Log { .. } | Task::Top { .. } | Task::Crash(_) | Task::Bench(_) | Task::Study(_) => {
-            return told(hand_over());
-        }
+        Task::Tool => return told(hand_over()),
         // These commands leave nothing to clean up, so a signal may end them at once.
         Task::Check { .. } | Task::Explain { .. } => signals.release(),
     }

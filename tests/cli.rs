@@ -1,6 +1,9 @@
 //! What the user types and what minivmm ends with, as far as it needs neither KVM nor a kernel.
 #![allow(clippy::unwrap_used, reason = "a test that cannot begin has failed")]
 
+#[path = "common/tools.rs"]
+mod tools;
+
 use std::path::Path;
 use std::process::Output;
 
@@ -11,7 +14,7 @@ const FAILURE: i32 = 125;
 
 /// minivmm in `directory`, where no test guest is.
 fn minivmm(directory: &Path, args: &[&str]) -> Output {
-    let mut command = Command::cargo_bin("minivmm").unwrap();
+    let mut command = Command::new(tools::minivmm());
     command.current_dir(directory).env_remove("MINIVMM_GUEST").args(args).output().unwrap()
 }
 
@@ -102,7 +105,7 @@ fn a_path_may_be_any_bytes_and_what_may_not_is_named() {
     use std::os::unix::ffi::OsStrExt;
     let directory = tempfile::tempdir().unwrap();
     let run = |args: &[&[u8]]| {
-        let mut command = Command::cargo_bin("minivmm").unwrap();
+        let mut command = Command::new(tools::minivmm());
         let args = args.iter().map(|arg| std::ffi::OsStr::from_bytes(arg));
         command.current_dir(directory.path()).args(args).output().unwrap()
     };
@@ -262,7 +265,7 @@ fn the_status_file_tells_of_a_failure_too() {
 #[test]
 fn a_missing_test_guest_is_looked_for_where_the_variable_says_and_nowhere_else() {
     let directory = tempfile::tempdir().unwrap();
-    let mut command = Command::cargo_bin("minivmm").unwrap();
+    let mut command = Command::new(tools::minivmm());
     command.arg("--host=direct").current_dir(directory.path()).env("MINIVMM_GUEST", "/nowhere");
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(FAILURE));

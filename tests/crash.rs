@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
 
 mod common;
+#[path = "common/tools.rs"]
+mod tools;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,10 +13,10 @@ use std::process::Output;
 use std::time::{Duration, Instant};
 
 use assert_cmd::Command;
-use minivmm::crash::log::WriteLog;
-use minivmm::crash::plan::{Breadth, Lose, Plan};
-use minivmm::crash::scratch::{Base, Stage};
 use minivmm::disk::writelog::format::{DISCARD, FLUSH, FUA, Header, MARK, Superblock};
+use minivmm_lab::crash::log::WriteLog;
+use minivmm_lab::crash::plan::{Breadth, Lose, Plan};
+use minivmm_lab::crash::scratch::{Base, Stage};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -63,7 +65,7 @@ impl Case {
     }
 
     fn minivmm(&self, args: &[&str]) -> Output {
-        let mut command = Command::cargo_bin("minivmm").unwrap();
+        let mut command = Command::new(tools::minivmm());
         command.current_dir(self.dir.path()).args(args).output().unwrap()
     }
 
@@ -83,7 +85,7 @@ impl Case {
         let breadth = Breadth { states, seed: 7, torn, lose: Lose::Any };
         let mut stage = Stage::new(&log, &base, &self.path("stage")).unwrap();
         let image = self.path("state");
-        let make = |task: minivmm::crash::plan::Task| {
+        let make = |task: minivmm_lab::crash::plan::Task| {
             stage.advance(task.settled).unwrap();
             stage.make(&task.extents, &image).unwrap();
             let content = fs::read(&image).unwrap();
@@ -260,7 +262,7 @@ fn a_program_that_forgets_a_flush_is_found_and_its_disk_comes_back() {
     assert!(kept == expected);
     // Its line tries it again, its name makes it again.
     let line = failure["repeat"].as_str().unwrap();
-    let bin = assert_cmd::cargo::cargo_bin("minivmm");
+    let bin = tools::minivmm();
     let line = line.replacen("minivmm", &bin.display().to_string(), 1);
     let mut shell = std::process::Command::new("sh");
     let again = shell.current_dir(case.dir.path()).args(["-c", &format!("{line} --json")]).output().unwrap();
@@ -366,7 +368,7 @@ fn a_check_that_takes_too_long_is_ended_with_all_it_has_started() {
 fn a_signal_ends_it_in_order_with_what_was_found_until_then() {
     let case = Case::new(&(0..6).map(|at| Write(at, 1, 1)).collect::<Vec<_>>(), 8);
     fs::create_dir(case.path("scratch")).unwrap();
-    let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("minivmm"));
+    let mut command = std::process::Command::new(tools::minivmm());
     command.current_dir(case.dir.path()).args([
         "crash",
         "x.log",

@@ -79,7 +79,7 @@ fn record(example_name: &'static str, file: Option<&[u8]>, programs: &[&str], wa
 impl Recorded {
     fn crash(&self, number: usize) -> Found {
         let check = example(self.example).join("check.sh");
-        let output = Command::new(env!("CARGO_BIN_EXE_minivmm"))
+        let output = Command::new(host::tools::minivmm())
             .current_dir(self.dir.path())
             .args(["crash", &format!("{number}.log"), "--base", "base.img", "--states", "4", "--json"])
             .args(["--check", &format!("'{}' {{}}", check.display())])

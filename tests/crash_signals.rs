@@ -4,6 +4,8 @@
 
 #[path = "common/signalled.rs"]
 mod signalled;
+#[path = "common/tools.rs"]
+mod tools;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +13,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use minivmm::disk::writelog::format::{FLUSH, Header, Superblock};
-use minivmm::scratch_dir::PREFIX;
+use minivmm_lab::scratch_dir::PREFIX;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use signalled::{Chance, with_default_signals};
 use tempfile::TempDir;
@@ -51,7 +53,7 @@ impl Case {
 
     /// `minivmm crash` with this check, in a process group of its own.
     fn start(&self, check: &str) -> Child {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_minivmm"));
+        let mut command = Command::new(tools::minivmm());
         command.current_dir(self.dir.path()).args(["crash", "x.log", "--base", "base.img", "--jobs", "3"]);
         command.args(["--scratch", "scratch", "--check", check]).env("TMPDIR", self.path("scratch"));
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
@@ -168,7 +170,7 @@ fn what_a_sigkill_leaves_goes_with_the_next_run() {
         let _ = kill_process(Pid::from_raw(left).unwrap(), Signal::KILL);
     }
     // Another run's directory that is in use, and one that is not ours to remove.
-    let used = minivmm::scratch_dir::ScratchDir::new_in(&case.path("scratch"), "used").unwrap();
+    let used = minivmm_lab::scratch_dir::ScratchDir::new_in(&case.path("scratch"), "used").unwrap();
     fs::create_dir(case.path("scratch/other")).unwrap();
     let mut next = case.start("true {}");
     assert_eq!(ended(&mut next).code(), Some(0));

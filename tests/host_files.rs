@@ -7,6 +7,8 @@
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "common/loops.rs"]
 mod loops;
+#[path = "common/tools.rs"]
+mod tools;
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -222,7 +224,7 @@ fn a_bench_report_destroys_neither_image_nor_job_file() {
         (&["bench", "--disk", "a.img", "--json", "hard"][..], "--disk a.img"),
         (&["bench", "--disk", "a.img", "--jobs", "added", "--json", "added"], "--jobs added"),
     ] {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_minivmm-tools"));
+        let mut command = Command::new(tools::minivmm().with_file_name("minivmm-tools"));
         let output = command.current_dir(place.dir.path()).args(args).output().unwrap();
         let told = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.code() == Some(FAILURE) && told.contains(input), "{args:?}: {told}");

@@ -4,10 +4,13 @@
 //! machine whose KVM runs Linux nothing is refused; which of the two this is, `check` says.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
+#[path = "common/tools.rs"]
+mod tools;
+
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
@@ -24,7 +27,7 @@ impl Tree {
         let release = tree.path("target/release");
         fs::create_dir_all(&release).unwrap();
         for name in ["minivmm", "minivmm-tools"] {
-            let built = Path::new(env!("CARGO_BIN_EXE_minivmm")).with_file_name(name);
+            let built = tools::minivmm().with_file_name(name);
             // A link would be resolved: /proc/self/exe has the file's own name.
             fs::hard_link(&built, release.join(name))
                 .or_else(|_| fs::copy(&built, release.join(name)).map(|_| ()))

@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex};
 
 use common::driver::*;
 use common::images::TestImage;
-use minivmm::crash::log::{Entry, WriteLog};
 use minivmm::disk::cache::{Negotiated, WriteCache};
 use minivmm::disk::choice::equip;
 use minivmm::disk::disk_queue::{DiskQueue, Op, RequestId, StableBy};
@@ -20,6 +19,7 @@ use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::disk::options::EngineChoice;
 use minivmm::disk::{DiskOptions, Image};
 use minivmm::mem::{AlignedBuffer, Iov};
+use minivmm_lab::crash::log::{Entry, WriteLog};
 
 const ALL: u64 = F_FLUSH | F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES;
 const BLOCK: usize = 4096;

@@ -6,6 +6,8 @@
 
 #[path = "common/pty.rs"]
 mod pty;
+#[path = "common/tools.rs"]
+mod tools;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -19,8 +21,8 @@ use minivmm::disk::options::HostCache;
 use minivmm::disk::{DiskOptions, Image};
 use minivmm::observe::cache::{Means, Watched};
 use minivmm::observe::control::{self, drop_cache, warm_cache};
+use minivmm::observe::follow;
 use minivmm::observe::limit::{LimitError, MemoryLimit};
-use minivmm::observe::top::follow;
 use minivmm::observe::{Residency, csv};
 use tempfile::TempDir;
 
@@ -286,8 +288,7 @@ fn top_prints_lines_where_there_is_no_terminal_and_ends_with_the_observation() {
     let mut writer = File::create(&path).unwrap();
     assert!(follow::lock_as_writer(&writer).unwrap());
     writer.write_all(OBSERVATION.as_bytes()).unwrap();
-    let top =
-        Command::new(env!("CARGO_BIN_EXE_minivmm")).arg("top").arg(&path).stdout(Stdio::piped()).spawn();
+    let top = Command::new(tools::minivmm()).arg("top").arg(&path).stdout(Stdio::piped()).spawn();
     let mut top = top.unwrap();
     let mut lines = BufReader::new(top.stdout.take().unwrap()).lines();
     let mut next = || lines.next().map(Result::unwrap);
@@ -307,7 +308,7 @@ fn top_prints_lines_where_there_is_no_terminal_and_ends_with_the_observation() {
 #[test]
 fn top_refuses_what_is_no_observation() {
     for (path, word) in [("/nonexistent", "No such file"), ("/proc/self/status", "no observation")] {
-        let output = Command::new(env!("CARGO_BIN_EXE_minivmm")).args(["top", path]).output().unwrap();
+        let output = Command::new(tools::minivmm()).args(["top", path]).output().unwrap();
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(125), "{text}");
         assert!(text.contains(word) && text.contains(path), "{text}");
@@ -325,7 +326,7 @@ fn top_draws_on_a_terminal_until_q_is_pressed() {
         let output = Command::new("tmux").arg("-S").arg(&socket).args(args).output()?;
         Ok::<_, std::io::Error>(String::from_utf8_lossy(&output.stdout).into_owned())
     };
-    let top = format!("{} top {}; echo status $?; sleep 60", env!("CARGO_BIN_EXE_minivmm"), path.display());
+    let top = format!("{} top {}; echo status $?; sleep 60", tools::minivmm().display(), path.display());
     if tmux(&["new", "-d", "-x", "100", "-y", "30", &top]).is_err() {
         println!("skipped: tmux is not installed");
         return;
@@ -361,7 +362,7 @@ fn top_gives_the_terminal_back_while_it_is_stopped() {
     let (user, program) = pty::open();
     let before = pty::Modes::of(&program);
     let io = || Stdio::from(program.try_clone().unwrap());
-    let mut command = Command::new(env!("CARGO_BIN_EXE_minivmm"));
+    let mut command = Command::new(tools::minivmm());
     command.arg("top").arg(&path).env("TERM", "xterm").stdin(io()).stdout(io()).stderr(io());
     // SAFETY: what it calls may be called between fork and exec.
     unsafe { std::os::unix::process::CommandExt::pre_exec(&mut command, pty::take_control) };

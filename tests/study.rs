@@ -8,13 +8,13 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::process::Command;
 
-use minivmm::study::experiment::MODES;
-use minivmm::study::figures::Record;
-use minivmm::study::machine::Machine;
-use minivmm::study::page::page;
-use minivmm::study::report::{Report, Run};
-use minivmm::study::verdict::Outcome;
-use minivmm::study::{EXPERIMENTS, by_id};
+use minivmm_lab::study::experiment::MODES;
+use minivmm_lab::study::figures::Record;
+use minivmm_lab::study::machine::Machine;
+use minivmm_lab::study::page::page;
+use minivmm_lab::study::report::{Report, Run};
+use minivmm_lab::study::verdict::Outcome;
+use minivmm_lab::study::{EXPERIMENTS, by_id};
 
 #[path = "common/host.rs"]
 mod host;
@@ -219,7 +219,7 @@ fn the_json_has_a_version_and_what_the_guide_says() {
 }
 
 fn study(out: &Path, arguments: &[&str]) -> std::process::Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_minivmm"));
+    let mut command = Command::new(host::tools::minivmm());
     command.args(["study", "--quick", "--out"]).arg(out).args(arguments);
     command.output().unwrap()
 }

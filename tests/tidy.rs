@@ -1,5 +1,5 @@
 //! The house rules that a compiler does not know: who may use whom, what a file opens with, what no
-//! file contains (`docs/architecture.md`; the map of the crate is `src/lib.rs`).
+//! file contains (`docs/architecture.md`; the map of a crate is its `lib.rs`).
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
 #[path = "tidy/pages.rs"]
@@ -9,11 +9,33 @@ mod requirements;
 
 use std::path::{Path, PathBuf};
 
-/// Which modules of the crate each module may name. Dependencies point down; a module may always
-/// name itself. `None`: everything.
-const LAYERS: [(&str, Option<&[&str]>); 28] = [
+/// A crate of the workspace.
+struct Crate {
+    /// Its own name in Rust code.
+    name: &'static str,
+    sources: &'static str,
+    /// Which modules each module may name: its crate's, and those of the crates that its crate depends on.
+    /// Dependencies point down; a module may always name itself. `None`: everything.
+    layers: &'static [(&'static str, Option<&'static [&'static str]>)],
+    /// Modules that stand alone, and may be named in `layers`.
+    alone: &'static [&'static str],
+    /// Crates of the workspace that it may name.
+    may_name: &'static [&'static str],
+}
+
+const CRATES: [Crate; 2] = [
+    Crate { name: "minivmm", sources: "src", layers: &LAYERS, alone: &ALONE, may_name: &[] },
+    Crate {
+        name: "minivmm_lab",
+        sources: "crates/minivmm-lab/src",
+        layers: &LAB_LAYERS,
+        alone: &LAB_ALONE,
+        may_name: &["minivmm"],
+    },
+];
+
+const LAYERS: [(&str, Option<&[&str]>); 23] = [
     ("main", None),
-    ("tools", None),
     ("cli", None),
     ("vmm", None),
     ("check", None),
@@ -23,32 +45,7 @@ const LAYERS: [(&str, Option<&[&str]>); 28] = [
     ("vcpu", Some(&["kvm", "bus", "mem", "layout", "ratelimit"])),
     ("kvm", Some(&["bus", "pci", "mem", "layout", "ratelimit"])),
     ("boot", Some(&["mem", "layout"])),
-    (
-        "crash",
-        Some(&["disk", "blk", "files", "mem", "ratelimit", "text", "child", "estimate", "scratch_dir"]),
-    ),
-    ("bench", Some(&["lab", "disk", "explain", "files", "observe", "text", "estimate", "scratch_dir"])),
-    (
-        "study",
-        Some(&[
-            "estimate",
-            "lab",
-            "disk",
-            "blk",
-            "crash",
-            "observe",
-            "explain",
-            "files",
-            "mem",
-            "program",
-            "ratelimit",
-            "text",
-            "child",
-            "scratch_dir",
-        ]),
-    ),
-    ("lab", Some(&["disk", "observe", "explain", "files", "program", "child", "scratch_dir"])),
-    ("observe", Some(&["disk", "explain", "files", "sandbox", "terminal"])),
+    ("observe", Some(&["disk", "explain", "files", "sandbox"])),
     ("explain", Some(&["blk", "virtio", "disk", "files", "mem", "text"])),
     ("blk", Some(&["virtio", "disk", "mem", "ratelimit", "slab", "sandbox"])),
     ("console", Some(&["virtio", "mem", "ratelimit", "sandbox"])),
@@ -63,19 +60,21 @@ const LAYERS: [(&str, Option<&[&str]>); 28] = [
     ("mem", Some(&[])),
     ("terminal", Some(&[])),
 ];
-/// Modules that stand alone and that anybody may have named in [`LAYERS`].
-const ALONE: [&str; 10] = [
-    "layout",
-    "ratelimit",
-    "slab",
-    "text",
-    "program",
-    "child",
-    "mutants",
-    "signals",
-    "scratch_dir",
-    "estimate",
+const ALONE: [&str; 7] = ["layout", "ratelimit", "slab", "text", "program", "mutants", "signals"];
+
+const LAB_LAYERS: [(&str, Option<&[&str]>); 7] = [
+    ("main", None),
+    ("cli", None),
+    ("crash", Some(&["disk", "files", "text", "child", "estimate", "scratch_dir"])),
+    ("bench", Some(&["lab", "disk", "explain", "files", "observe", "text", "estimate", "scratch_dir"])),
+    (
+        "study",
+        Some(&["lab", "crash", "disk", "observe", "files", "program", "child", "estimate", "scratch_dir"]),
+    ),
+    ("lab", Some(&["disk", "observe", "explain", "files", "program", "child", "scratch_dir"])),
+    ("top", Some(&["observe", "terminal"])),
 ];
+const LAB_ALONE: [&str; 3] = ["child", "scratch_dir", "estimate"];
 
 /// Modules that stand alone and that anybody may name: what std and the eventfd crate lack.
 const EVERYWHERE: [&str; 2] = ["sync", "doorbell"];
@@ -159,10 +158,15 @@ fn code(content: &str) -> impl Iterator<Item = (usize, &str)> {
         .filter(|(_, line)| !line.trim().is_empty())
 }
 
-/// The module of the crate's root that a file of `src/` belongs to.
-fn module(path: &str) -> &str {
-    let inside = path.strip_prefix("src/").unwrap();
+/// The module of the crate's root that a file below its `sources` belongs to.
+fn module<'a>(path: &'a str, sources: &str) -> &'a str {
+    let inside = path.strip_prefix(sources).unwrap().trim_start_matches('/');
     inside.split(['/', '.']).next().unwrap()
+}
+
+/// What is shipped of all crates.
+fn sources() -> Vec<(String, String)> {
+    CRATES.iter().flat_map(|member| rust_files(member.sources)).collect()
 }
 
 /// Whether `text` has `word` where no longer identifier contains it.
@@ -174,12 +178,13 @@ fn names(text: &str, word: &str) -> bool {
 }
 
 /// The modules that the paths in a file's code begin with: `crate::a`, `minivmm::a`, and each of
-/// `use crate::{a, b::c}`.
+/// `use crate::{a, b::c}`, of all crates of the workspace.
 fn named_modules(content: &str) -> Vec<(usize, String)> {
     let mut found = Vec::new();
     let text: Vec<(usize, &str)> = code(content).collect();
     for (at, &(number, line)) in text.iter().enumerate() {
-        for (start, prefix) in ["crate::", "minivmm::"].iter().flat_map(|p| line.match_indices(p)) {
+        let prefixes = ["crate::", "minivmm::", "minivmm_lab::"];
+        for (start, prefix) in prefixes.iter().flat_map(|prefix| line.match_indices(prefix)) {
             if line[..start].ends_with(|c: char| c == '$' || c == '_' || c.is_alphanumeric()) {
                 continue;
             }
@@ -234,31 +239,57 @@ fn nothing_is_wrong(wrong: &[String]) {
 #[test]
 fn dependencies_point_down() {
     let mut wrong = Vec::new();
-    for (path, content) in rust_files("src") {
-        let who = module(&path);
-        if who == "lib" {
-            continue;
-        }
-        let nothing: &[&str] = &[];
-        let allowed = match LAYERS.iter().find(|layer| layer.0 == who) {
-            Some((_, None)) => continue,
-            Some((_, Some(allowed))) => *allowed,
-            None if ALONE.contains(&who) || EVERYWHERE.contains(&who) => nothing,
-            None => {
-                wrong.push(format!("{path}: give the module {who} its place in tests/tidy.rs"));
+    for member in &CRATES {
+        for (path, content) in rust_files(member.sources) {
+            let who = module(&path, member.sources);
+            if who == "lib" {
                 continue;
             }
-        };
-        for (line, name) in named_modules(&content) {
-            // A macro at the crate's root is named like a module: it lives in `ratelimit`.
-            let name = if name == "warn_limited" { "ratelimit".to_owned() } else { name };
-            let may_name = [allowed, &EVERYWHERE].concat().contains(&name.as_str());
-            if name != who && !may_name {
-                wrong.push(format!("{path}:{line}: {who} may not use {name}"));
+            let nothing: &[&str] = &[];
+            let allowed = match member.layers.iter().find(|layer| layer.0 == who) {
+                Some((_, None)) => continue,
+                Some((_, Some(allowed))) => *allowed,
+                None if member.alone.contains(&who) || EVERYWHERE.contains(&who) => nothing,
+                None => {
+                    wrong.push(format!("{path}: give the module {who} its place in tests/tidy.rs"));
+                    continue;
+                }
+            };
+            for (line, name) in named_modules(&content) {
+                // A macro at the crate's root is named like a module: it lives in `ratelimit`.
+                let name = if name == "warn_limited" { "ratelimit".to_owned() } else { name };
+                let may_name = [allowed, &EVERYWHERE].concat().contains(&name.as_str());
+                if name != who && !may_name {
+                    wrong.push(format!("{path}:{line}: {who} may not use {name}"));
+                }
             }
         }
     }
     nothing_is_wrong(&wrong);
+}
+
+#[test]
+fn a_crate_names_only_crates_that_it_stands_on() {
+    let mut wrong = Vec::new();
+    for member in &CRATES {
+        let may_name = |name: &str| name == member.name || member.may_name.contains(&name);
+        for (path, content) in rust_files(member.sources) {
+            for other in CRATES.iter().map(|other| other.name).filter(|name| !may_name(name)) {
+                let found = code(&content).filter(|(_, text)| names(text, other));
+                wrong.extend(found.map(|(line, _)| format!("{path}:{line}: may not use {other}")));
+            }
+        }
+    }
+    nothing_is_wrong(&wrong);
+}
+
+#[test]
+fn every_crate_of_the_workspace_is_known_here() {
+    let entries = std::fs::read_dir(root().join("crates")).unwrap();
+    for path in entries.map(|entry| entry.unwrap().path()) {
+        let sources = format!("crates/{}/src", path.file_name().unwrap().to_string_lossy());
+        assert!(CRATES.iter().any(|member| member.sources == sources), "{sources}: add it to CRATES");
+    }
 }
 
 #[test]
@@ -282,7 +313,7 @@ fn a_layer_keeps_its_own_secrets() {
 #[test]
 fn only_the_machine_itself_names_the_kvm_crates() {
     let mut wrong = Vec::new();
-    for (path, content) in rust_files("src") {
+    for (path, content) in sources() {
         if MAY_NAME_KVM.iter().any(|place| path.starts_with(place)) {
             continue;
         }
@@ -298,7 +329,7 @@ fn only_the_machine_itself_names_the_kvm_crates() {
 #[test]
 fn files_are_made_and_emptied_in_one_place() {
     let mut wrong = Vec::new();
-    for (path, content) in rust_files("src") {
+    for (path, content) in sources() {
         if MAY_MAKE.iter().any(|place| path.starts_with(place)) || path.ends_with("/tests.rs") {
             continue;
         }
@@ -315,7 +346,7 @@ fn files_are_made_and_emptied_in_one_place() {
 #[test]
 fn every_file_opens_with_what_it_owns() {
     let mut wrong = Vec::new();
-    for (path, content) in ["src", "tests", "benches", "fuzz"].map(rust_files).concat() {
+    for (path, content) in ["src", "crates", "tests", "benches", "fuzz"].map(rust_files).concat() {
         let first = content.lines().next().unwrap_or_default();
         if !first.starts_with("//! ") {
             wrong.push(format!("{path}: does not open with //! and what it owns"));
@@ -327,7 +358,7 @@ fn every_file_opens_with_what_it_owns() {
 #[test]
 fn nothing_is_left_for_later_and_no_test_is_switched_off() {
     let mut wrong = Vec::new();
-    for (path, content) in ["src", "tests", "benches", "fuzz"].map(rust_files).concat() {
+    for (path, content) in ["src", "crates", "tests", "benches", "fuzz"].map(rust_files).concat() {
         for (line, text) in content.lines().enumerate().map(|(at, line)| (at + 1, line)) {
             for (a, b) in NEVER.iter().filter(|(a, b)| text.contains(&format!("{a}{b}"))) {
                 wrong.push(format!("{path}:{line}: {a}{b}"));
@@ -340,9 +371,13 @@ fn nothing_is_left_for_later_and_no_test_is_switched_off() {
 #[test]
 fn a_file_can_be_read_in_one_sitting() {
     let mut wrong = Vec::new();
-    for (directory, most) in
-        [("src", LINES_MAX), ("tests", TEST_LINES_MAX), ("benches", LINES_MAX), ("fuzz", LINES_MAX)]
-    {
+    for (directory, most) in [
+        ("src", LINES_MAX),
+        ("crates", LINES_MAX),
+        ("tests", TEST_LINES_MAX),
+        ("benches", LINES_MAX),
+        ("fuzz", LINES_MAX),
+    ] {
         for (path, content) in rust_files(directory) {
             let lines = content.lines().count();
             if lines > most {
@@ -385,6 +420,7 @@ fn the_reader_of_use_lines_understands_what_rust_writes() {
         ("pub(crate) use crate::{\n    bus::Bus,\n    layout,\n};", vec!["bus", "layout"]),
         ("let a = crate::disk::Image::open(crate::layout::KIB);", vec!["disk", "layout"]),
         ("use minivmm::vmm::run;", vec!["vmm"]),
+        ("use minivmm_lab::{bench, crash::log};", vec!["bench", "crash"]),
         ("// use crate::vmm;", vec![]),
         ("/// [`crate::disk`]", vec![]),
         ("$crate::warn()", vec![]),

@@ -6,12 +6,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use minivmm::crash::legal::{Pending, StateName};
-use minivmm::crash::log::WriteLog;
-use minivmm::crash::plan::{Breadth, Plan};
-use minivmm::crash::points::{At, points};
-use minivmm::crash::{legal, list};
 use minivmm::disk::writelog::format::{Header, Superblock};
+use minivmm_lab::crash::legal::{Pending, StateName};
+use minivmm_lab::crash::log::WriteLog;
+use minivmm_lab::crash::plan::{Breadth, Plan};
+use minivmm_lab::crash::points::{At, points};
+use minivmm_lab::crash::{legal, list};
 
 use super::input::Input;
 

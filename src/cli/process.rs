@@ -10,32 +10,37 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{Args, ExitStatus};
+use super::{Answer, ExitStatus};
 use crate::signals::Signals;
 
 /// How long a stalled reader of standard error is waited for.
 const READER_MAX: Duration = Duration::from_secs(3);
 
 /// Runs a binary from its first instruction to its exit. Signals are blocked before anything else, so that
-/// each stays pending until it is read. `run` gets the arguments once they are parsed; `last` is called in
-/// every case.
-pub fn begin(run: impl FnOnce(Args, Signals) -> ExitStatus, last: impl FnOnce()) -> ! {
+/// each stays pending until it is read. `run` gets the arguments once `parse` has parsed them; `last` is called
+/// in every case.
+pub fn begin<A>(
+    parse: impl FnOnce() -> Result<A, Answer>,
+    run: impl FnOnce(A, Signals) -> ExitStatus,
+    last: impl FnOnce(),
+) -> ! {
     let signals = Signals::block().context("cannot block signals");
     // A panic has already been reported.
     let status = catch_unwind(AssertUnwindSafe(|| match signals {
-        Ok(signals) => with_args(run, signals),
+        Ok(signals) => with_args(parse, run, signals),
         Err(error) => told(Err(error)),
     }));
     last();
     ended(status.unwrap_or(ExitStatus::Failure))
 }
 
-fn with_args(run: impl FnOnce(Args, Signals) -> ExitStatus, signals: Signals) -> ExitStatus {
-    match Args::of_process() {
-        Ok(args) => {
-            start_logging(args.log_level());
-            run(args, signals)
-        }
+fn with_args<A>(
+    parse: impl FnOnce() -> Result<A, Answer>,
+    run: impl FnOnce(A, Signals) -> ExitStatus,
+    signals: Signals,
+) -> ExitStatus {
+    match parse() {
+        Ok(args) => run(args, signals),
         Err(answer) => {
             signals.release();
             answer.give()

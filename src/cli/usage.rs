@@ -21,7 +21,7 @@ pub struct Answer(clap::Error);
 
 impl Answer {
     /// Creates the answer, with what the user may have meant.
-    pub(super) fn new(error: clap::Error) -> Self {
+    pub fn new(error: clap::Error) -> Self {
         Self(improve(error))
     }
 

@@ -9,13 +9,13 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Arg, Command};
 
-use crate::crash::points::At;
 use crate::disk::{DiskOptions, TransportChoice};
 use crate::hosts::HostChoice;
 use crate::sandbox;
 use crate::vmm::ConsoleTarget;
 
-pub(super) fn cpus(text: &str) -> Result<u8, String> {
+/// Parses a number of guest CPUs.
+pub fn cpus(text: &str) -> Result<u8, String> {
     let wrong = || "it is a number from 1 to 254".to_string();
     text.parse().ok().filter(|count| (1..=254).contains(count)).ok_or_else(wrong)
 }
@@ -39,9 +39,11 @@ pub(super) fn disk() -> impl TypedValueParser<Value = DiskOptions> {
 
 /// An option's values of which shells can complete some, while others are not in any list.
 #[derive(Debug, Clone)]
-pub(super) struct Suggested<T: 'static> {
-    words: &'static [&'static str],
-    parse: fn(&OsStr) -> Result<T, String>,
+pub struct Suggested<T: 'static> {
+    /// What shells complete.
+    pub words: &'static [&'static str],
+    /// Parses any value. The error says what a value is.
+    pub parse: fn(&OsStr) -> Result<T, String>,
 }
 
 impl<T: Clone + Send + Sync + 'static> TypedValueParser for Suggested<T> {
@@ -61,17 +63,11 @@ pub(super) fn console() -> Suggested<ConsoleTarget> {
     Suggested { words: &["stdio", "stderr", "off", "file="], parse: console_target }
 }
 
-pub(super) fn host() -> Suggested<HostChoice> {
+/// Returns the parser of `--host`.
+pub fn host() -> Suggested<HostChoice> {
     Suggested {
         words: &["auto", "direct", "emulated"],
         parse: |text| HostChoice::by_name(&text.to_string_lossy()),
-    }
-}
-
-pub(super) fn at() -> Suggested<At> {
-    Suggested {
-        words: &["flushes", "entries", "sample=", "mark="],
-        parse: |text| text.to_string_lossy().parse(),
     }
 }
 
@@ -87,7 +83,8 @@ fn console_target(text: &OsStr) -> Result<ConsoleTarget, String> {
     }
 }
 
-pub(super) fn seconds(text: &str) -> Result<Duration, String> {
+/// Parses a number of seconds above 0.
+pub fn seconds(text: &str) -> Result<Duration, String> {
     let wrong = || "it is a number of seconds above 0, such as 60 or 0.5".to_string();
     let seconds: f64 = text.parse().map_err(|_| wrong())?;
     match Duration::try_from_secs_f64(seconds) {

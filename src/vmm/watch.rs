@@ -14,10 +14,9 @@ use super::{ObserveTarget, VmmError};
 use crate::console::PortConfig;
 use crate::console::stream::{Sink, Source};
 use crate::files::{Inventory, output};
-use crate::observe::Observer;
 use crate::observe::guest::GuestEnd;
 use crate::observe::sample::Looker;
-use crate::observe::top::follow;
+use crate::observe::{Observer, follow};
 
 /// An observation of this machine.
 pub struct Watch {

@@ -2,6 +2,9 @@
 //! host elsewhere. Chosen once a process, said in one line. An emulated host has one CPU, so tests
 //! that run side by side get one each, at most [`EMULATED_MAX`].
 
+#[path = "tools.rs"]
+pub mod tools;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -94,7 +97,8 @@ fn start_emulated(number: usize) -> Host {
     let dir =
         PathBuf::from(format!("{}/emuhost-{}-{number}", env!("CARGO_TARGET_TMPDIR"), std::process::id()));
     let started = run(Command::new(tree("guest-images/emuhost"))
-        .args(["start", "--binary", env!("CARGO_BIN_EXE_minivmm"), "--memory", "4096"])
+        .args(["start", "--memory", "4096", "--binary"])
+        .arg(tools::minivmm())
         .arg(&dir));
     assert_eq!(started.status, 0, "the emulated host did not start: {}", started.stderr);
     let emulated = Emulated { dir, number };
@@ -176,7 +180,7 @@ impl Place {
     fn command(&self, dir: &str, script: &str, on_terminal: bool) -> Command {
         match self.host {
             Host::Direct => {
-                let binary = Path::new(env!("CARGO_BIN_EXE_minivmm")).parent().unwrap();
+                let binary = tools::minivmm().parent().unwrap();
                 let path = format!("{}:{}", binary.display(), std::env::var("PATH").unwrap());
                 let mut command;
                 if on_terminal {

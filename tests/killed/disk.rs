@@ -9,7 +9,7 @@ use serde_json::Value;
 /// What a loss of power leaves at the worst of the disk whose log this is: all that its last flush, or a
 /// write that was stable by itself, speaks for, and nothing else.
 pub fn after_power_loss(log: &Path, disk: &Path) {
-    let minivmm = || Command::new(env!("CARGO_BIN_EXE_minivmm"));
+    let minivmm = || Command::new(crate::tools::minivmm());
     let listed = minivmm().args(["log", "--json"]).arg(log).output().unwrap();
     assert!(listed.status.success(), "{listed:?}");
     let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();

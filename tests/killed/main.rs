@@ -13,6 +13,8 @@ mod cpio;
 mod disk;
 mod host;
 mod records;
+#[path = "../common/tools.rs"]
+mod tools;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

@@ -1,0 +1,199 @@
+//! Which figures cannot be a disk's: found in the figures themselves, not in what was asked for.
+//!
+//! Owns the table of warnings, with the least of each that is worth a word.
+
+use serde::Serialize;
+
+use super::prepare::Prepared;
+use super::report::{Competing, Ended, JobFigures, Observed, Report};
+use super::{Options, table};
+use crate::lab::host::Meaning;
+use minivmm::disk::cache::CachePolicy;
+
+/// Shares below this are not worth a word.
+const SHARE_MIN: f64 = 0.01;
+/// Rounds that lie further apart than this, least to most over the median, say little.
+const RANGE_MAX: f64 = 0.25;
+/// A guest that is faster than its host by less may just be lucky.
+const FASTER_MIN: f64 = 1.1;
+/// Fewer rounds say nothing of how far they lie apart.
+const ROUNDS_MIN: usize = 3;
+/// Load for each CPU, of others, that disturbs.
+const LOAD_MAX: f64 = 0.5;
+
+/// Something that a reader of the figures has to know.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Warning {
+    /// Which, of [`ABOUT`].
+    pub code: &'static str,
+    /// The job; nothing where it is about all.
+    pub job: Option<String>,
+    /// Who ran it; nothing where it is about all.
+    pub who: Option<String>,
+    /// The figure that it was found in.
+    pub value: Option<f64>,
+    /// The same for people.
+    pub text: String,
+}
+
+/// What each is about, in the order in which they are told.
+pub static ABOUT: [(&str, &str); 15] = [
+    ("stopped", "not everything was measured"),
+    ("emulated", ""),
+    ("virtual", ""),
+    ("host-cache", "reads that the host's page cache served: memory's speed, not the disk's"),
+    ("guest-cache", "reads or writes that never left the guest's own page cache (direct=0)"),
+    ("faster", "faster than the host itself at the very same job: a cache is in the figure"),
+    ("dirty", "written, reported done, and still in nothing but the host's memory when the job had ended"),
+    (
+        "ignored",
+        "FLUSHes that were acknowledged and never done: the guest's last sync, which is to be in the figure, is not",
+    ),
+    (
+        "short",
+        "shorter than the host waits before it writes back by itself: all the writing back was the last sync's, and a \
+         longer run would show another rate",
+    ),
+    ("flush", "whether a FLUSH gets as far as the disk"),
+    ("disk", "the image"),
+    (
+        "spread",
+        "rounds that lie far apart, least to most over the median: take more of them, or a quieter machine",
+    ),
+    ("rounds", ""),
+    ("busy", ""),
+    ("shared", ""),
+];
+
+/// All that there are, in the order of [`ABOUT`].
+pub fn all(options: &Options, prepared: &Prepared, report: &Report) -> Vec<Warning> {
+    let mut found = general(options, prepared, report);
+    for job in &report.jobs {
+        for who in &job.competitors {
+            found.extend(of(job, who, prepared.host.dirty_expire_s));
+        }
+    }
+    let place = |warning: &Warning| ABOUT.iter().position(|about| about.0 == warning.code);
+    found.sort_by_key(place);
+    found
+}
+
+fn whole(code: &'static str, text: impl Into<String>) -> Warning {
+    Warning { code, job: None, who: None, value: None, text: text.into() }
+}
+
+fn general(options: &Options, prepared: &Prepared, report: &Report) -> Vec<Warning> {
+    let mut found = Vec::new();
+    match report.ended {
+        Ended::Whole => {}
+        Ended::Interrupted => found.push(whole("stopped", "it was stopped")),
+        Ended::Failed => found.push(whole("stopped", report.error.clone().unwrap_or_default())),
+    }
+    if let Some(caveat) = report.meaning.caveat() {
+        let code = if report.meaning == Meaning::Counts { "emulated" } else { "virtual" };
+        found.push(whole(code, caveat));
+    }
+    if options.rounds < ROUNDS_MIN {
+        let words = format!("fewer than {ROUNDS_MIN} rounds say nothing of how far rounds lie apart");
+        found.push(Warning { value: Some(options.rounds as f64), ..whole("rounds", words) });
+    }
+    let host = &prepared.host;
+    if let Some(load) = host.load.filter(|&load| load > LOAD_MAX * host.cpus as f64) {
+        let words = format!(
+            "the host was busy when it began (load {load:.1} on {} CPUs): other work is in these figures",
+            host.cpus
+        );
+        found.push(Warning { value: Some(load), ..whole("busy", words) });
+    }
+    let layout = &prepared.layout;
+    if layout.shared_bytes > 0 && report.jobs.iter().any(|job| job.writes) {
+        let words = format!(
+            "{} of the image are shared with another file: the first write to each place copies it",
+            table::bytes(layout.shared_bytes as f64)
+        );
+        found.push(Warning { value: Some(layout.shared_bytes as f64), ..whole("shared", words) });
+    }
+    if layout.encoded_bytes > 0 {
+        let words = format!(
+            "{} of the image are compressed or encrypted by its file system: the disk is read and written otherwise than fio does",
+            table::bytes(layout.encoded_bytes as f64)
+        );
+        found.push(Warning { value: Some(layout.encoded_bytes as f64), ..whole("disk", words) });
+    }
+    for explained in &prepared.explained {
+        let honours = CachePolicy::by_name(explained.cache).is_some_and(|mode| mode.honour_flush);
+        let mut add = |code, text: String| {
+            if honours && !found.iter().any(|known| known.text == text) {
+                found.push(whole(code, text));
+            }
+        };
+        let reach = &explained.flush_reaches_disk;
+        if ["no", "unknown"].contains(&reach.answer) && report.jobs.iter().any(|job| job.writes) {
+            let answer = if reach.answer == "no" { "it does not" } else { "nobody here knows" };
+            add("flush", format!("{answer}: {}", reach.because));
+        }
+        for warning in &explained.warnings {
+            add("disk", warning.clone());
+        }
+    }
+    found
+}
+
+fn of(job: &JobFigures, who: &Competing, dirty_expire_s: Option<f64>) -> Vec<Warning> {
+    let Some(figures) = &who.figures else { return Vec::new() };
+    let mut found = Vec::new();
+    let mut add = |code, value: f64, words: String| {
+        found.push(Warning {
+            code,
+            job: Some(job.name.clone()),
+            who: Some(who.name.clone()),
+            value: Some(value),
+            text: words,
+        });
+    };
+    let share = |figure: fn(&Observed) -> Option<f64>| {
+        who.observed(figure).map(|spread| spread.median).filter(|&share| share >= SHARE_MIN)
+    };
+    // A job that only writes reads no more than a partition table.
+    let reads = who.rounds.iter().any(|run| run.fio.read.is_some());
+    if let Some(share) = share(|observed| observed.host_hit_share).filter(|_| reads) {
+        add("host-cache", share, format!("{} of the bytes read", table::percent(share)));
+    }
+    if let Some(share) = share(|observed| observed.guest_hit_share) {
+        add("guest-cache", share, format!("{} of the bytes read", table::percent(share)));
+    }
+    if let Some(share) = share(|observed| observed.guest_absorbed_share) {
+        add("guest-cache", share, format!("{} of the bytes written", table::percent(share)));
+    }
+    if let Some(over) = who.over_host.filter(|over| over.median >= FASTER_MIN && over.low > 1.0) {
+        add("faster", over.median, format!("{:.2} times", over.median));
+    }
+    if let Some(dirty) = who.observed(|observed| observed.host_dirty_bytes_after) {
+        let most = who.rounds.iter().filter_map(|run| run.fio.write.as_ref()).map(|side| side.bytes as f64);
+        let written = most.fold(0.0, f64::max);
+        if written > 0.0 && dirty.median / written >= SHARE_MIN / 10.0 {
+            add(
+                "dirty",
+                dirty.median,
+                format!("{} of {} written", table::bytes(dirty.median), table::bytes(written)),
+            );
+        }
+    }
+    if let Some(ignored) = who.observed(|observed| observed.flushes_ignored.map(|count| count as f64))
+        && ignored.median > 0.0
+    {
+        add("ignored", ignored.median, format!("{:.0}", ignored.median));
+    }
+    let longest = who.rounds.iter().map(|run| run.fio.seconds).fold(0.0, f64::max);
+    if let Some(expire) = dirty_expire_s.filter(|&expire| longest < expire)
+        && job.writes
+        && !job.syncs
+        && who.waits_in_host
+    {
+        add("short", longest, format!("{longest:.1} s of {expire:.0} s"));
+    }
+    if let Some(range) = figures.iops.relative_range().filter(|&range| range > RANGE_MAX) {
+        add("spread", range, table::percent(range));
+    }
+    found
+}

@@ -1,0 +1,98 @@
+//! Who runs a job: a guest in each mode, and the host, which shows what a guest can have at most.
+//!
+//! Owns the choice of what is compared with what. The host runs the same job on the same image; for a mode
+//! that promises something else than the job asks for, it runs the job with the mode's promise, too.
+
+use super::jobs::Job;
+use minivmm::disk::cache::CachePolicy;
+
+/// The job as it is, on the host.
+pub const HOST: &str = "host";
+
+/// One who runs a job.
+#[derive(Debug, Clone)]
+pub struct Competitor {
+    /// The mode, or `host` and what is other than in the job.
+    pub name: String,
+    /// The mode of a guest's disk; nothing for the host.
+    pub mode: Option<&'static CachePolicy>,
+    /// The job as it runs there.
+    pub job: Job,
+    /// Of a guest: who runs the job on the host with the same promise.
+    pub peer: Option<String>,
+}
+
+/// All who run `job`: the guests first, then the hosts that they are compared with.
+pub fn competitors(job: &Job, modes: &[&'static CachePolicy]) -> Vec<Competitor> {
+    let host = |changes: &[(&str, &str)]| Competitor {
+        name: host_name(changes),
+        mode: None,
+        job: job.with(changes),
+        peer: None,
+    };
+    let mut hosts = vec![host(&[])];
+    let mut all = Vec::new();
+    for &mode in modes {
+        let changes = changes(job, mode);
+        let peer = host_name(&changes);
+        if !hosts.iter().any(|host| host.name == peer) {
+            hosts.push(host(&changes));
+        }
+        all.push(Competitor { name: mode.name.into(), mode: Some(mode), job: job.clone(), peer: Some(peer) });
+    }
+    all.extend(hosts);
+    all
+}
+
+/// What of a job is other on the host, so that it has and promises what the mode does.
+fn changes(job: &Job, mode: &CachePolicy) -> Vec<(&'static str, &'static str)> {
+    let mut changes = Vec::new();
+    if job.is_direct() && !mode.direct {
+        // The mode goes through the host's cache.
+        changes.push(("direct", "0"));
+    }
+    if job.writes() && !job.syncs() && !mode.write_cache {
+        // Each write of the mode is stable when it has ended.
+        changes.push(("sync", "dsync"));
+    }
+    changes
+}
+
+fn host_name(changes: &[(&str, &str)]) -> String {
+    let changes = changes.iter().map(|(name, value)| format!(" {name}={value}"));
+    std::iter::once(HOST.to_owned()).chain(changes).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::jobs;
+
+    #[test]
+    fn each_mode_has_a_peer_that_promises_the_same() {
+        let modes: Vec<_> = ["none", "writeback", "writethrough", "directsync", "unsafe"]
+            .map(|name| CachePolicy::by_name(name).unwrap())
+            .into();
+        let jobs = jobs::read(None, &[]).unwrap();
+        let peers = |job: &str| {
+            let job = jobs.iter().find(|it| it.name == job).unwrap();
+            let all = competitors(job, &modes);
+            let peers: Vec<_> = all.iter().filter_map(|it| it.peer.clone()).collect();
+            let hosts: Vec<_> = all.iter().filter(|it| it.mode.is_none()).map(|it| it.name.clone()).collect();
+            (peers.join(", "), hosts.join(", "))
+        };
+        let cached = "host, host direct=0, host direct=0, host, host direct=0".to_owned();
+        assert_eq!(peers("randread"), (cached.clone(), "host, host direct=0".into()));
+        // A job that syncs itself promises as much in every mode but unsafe, which has none to compare with.
+        assert_eq!(peers("randwrite-sync"), (cached, "host, host direct=0".into()));
+        assert_eq!(
+            peers("randwrite"),
+            (
+                "host, host direct=0, host direct=0 sync=dsync, host sync=dsync, host direct=0".into(),
+                "host, host direct=0, host direct=0 sync=dsync, host sync=dsync".into()
+            )
+        );
+        let cached_in_the_guest = jobs[0].with(&[("direct", "0")]);
+        assert_eq!(competitors(&cached_in_the_guest, &modes).len(), 6);
+    }
+}

@@ -1,0 +1,184 @@
+//! What a campaign has found, as text or JSON.
+//!
+//! Owns the words: points, what was lost, and the command line that tries a state again.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Serialize, Serializer};
+
+use super::campaign::KEPT_MAX;
+use super::check::About;
+use super::legal::{Pending, StateName};
+use super::log::WriteLog;
+use super::plan::Task;
+use minivmm::text::shell_word;
+
+/// The text shows so many failures.
+const SHOWN_MAX: usize = 10;
+/// Of the output of each so many lines, the first ones.
+const OUTPUT_LINES: usize = 6;
+/// How long a check may take, if nobody says.
+pub const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// All that was tried, and what of it was bad.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The write log.
+    #[serde(serialize_with = "minivmm::text::path_as_text")]
+    pub log: PathBuf,
+    /// The disk as it was when it began.
+    #[serde(serialize_with = "minivmm::text::path_as_text")]
+    pub base: PathBuf,
+    /// Entries of the log.
+    pub entries: usize,
+    /// The check's command.
+    pub check: String,
+    /// Points at which the power failed.
+    pub points: usize,
+    /// Different disks that were checked.
+    pub states: u64,
+    /// Those that the check did not find good.
+    pub failures: Vec<Failure>,
+    /// It was ended before all was tried.
+    pub interrupted: bool,
+    /// How long it took.
+    pub seconds: f64,
+    /// Where the images were made.
+    #[serde(serialize_with = "minivmm::text::path_as_text")]
+    pub scratch: PathBuf,
+    /// Checks side by side.
+    pub jobs: usize,
+}
+
+/// A state that is not good.
+#[derive(Debug, Serialize)]
+pub struct Failure {
+    /// How many entries had ended.
+    pub entry: usize,
+    /// Which of the states there.
+    #[serde(serialize_with = "as_text")]
+    pub state: StateName,
+    /// Entries that are not there, or only in part.
+    pub lost: Vec<usize>,
+    /// How the check has ended.
+    pub why: String,
+    /// The end of what it said.
+    pub output: String,
+    /// The image, before the check touched it.
+    #[serde(serialize_with = "optional_path")]
+    pub image: Option<PathBuf>,
+    /// The command line that tries it again.
+    pub repeat: String,
+}
+
+#[allow(clippy::ref_option, reason = "serde asks so")]
+fn optional_path<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+    path.as_ref().map(|path| path.display().to_string()).serialize(serializer)
+}
+
+fn as_text<S: Serializer>(name: &StateName, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(name)
+}
+
+impl Report {
+    /// As JSON.
+    pub fn to_json(&self) -> serde_json::Result<String> {
+        serde_json::to_string_pretty(self)
+    }
+
+    /// For a reader.
+    pub fn to_text(&self) -> String {
+        let mut text = String::new();
+        for failure in self.failures.iter().take(SHOWN_MAX) {
+            // A String takes all that is written to it.
+            let _ = write!(text, "FAILED  entry {}, state {}: {}", failure.entry, failure.state, failure.why);
+            let _ = writeln!(text, "; lost: {}", listed(&failure.lost));
+            let lines = failure.output.lines().filter(|line| !line.trim().is_empty());
+            for line in lines.take(OUTPUT_LINES) {
+                let _ = writeln!(text, "    | {line}");
+            }
+            if let Some(image) = &failure.image {
+                let _ = writeln!(text, "    image:  {}", image.display());
+            }
+            let _ = writeln!(text, "    repeat: {}", failure.repeat);
+        }
+        if self.failures.len() > SHOWN_MAX {
+            let _ = writeln!(
+                text,
+                "and {} more (--json has all of them; images of the first {KEPT_MAX} found are kept)",
+                self.failures.len() - SHOWN_MAX
+            );
+        }
+        let _ = write!(
+            text,
+            "{} states at {} points of {} entries in {:.1} s, {} at a time: {}",
+            self.states,
+            self.points,
+            self.entries,
+            self.seconds,
+            self.jobs,
+            match self.failures.len() {
+                0 => "all good".to_owned(),
+                count => format!("{count} failed"),
+            }
+        );
+        if self.interrupted {
+            text.push_str(" (interrupted: more was to be tried)");
+        }
+        text
+    }
+}
+
+fn listed(entries: &[usize]) -> String {
+    const MOST: usize = 12;
+    if entries.is_empty() {
+        return "nothing".to_owned();
+    }
+    let words: Vec<String> = entries.iter().take(MOST).map(usize::to_string).collect();
+    let more =
+        if entries.len() > MOST { format!(" and {} more", entries.len() - MOST) } else { String::new() };
+    format!("{}{more}", words.join(" "))
+}
+
+/// How things are called.
+pub(super) struct Told;
+
+impl Told {
+    pub(super) fn point(log: &WriteLog, point: usize) -> String {
+        match log.entries.get(point) {
+            Some(entry) => format!("before entry {point} ({}) had ended", entry.kind()),
+            None => "at the end of the log".to_owned(),
+        }
+    }
+
+    pub(super) fn about(log: &WriteLog, task: &Task) -> About {
+        let before = log.entries.get(..task.point).unwrap_or(&log.entries);
+        let mark = before.iter().rev().find_map(|entry| entry.mark.clone());
+        About { entry: task.point, state: task.name.to_string(), mark }
+    }
+
+    pub(super) fn lost(log: &WriteLog, task: &Task) -> Vec<usize> {
+        Pending::at(log, task.point, task.name.is_torn()).lost(task.name)
+    }
+
+    pub(super) fn repeat(
+        log: &Path,
+        base: &Path,
+        check: Option<&str>,
+        limit: Duration,
+        task: &Task,
+    ) -> String {
+        let path = |path: &Path| shell_word(path);
+        let mut line = format!("minivmm crash {} --base {}", path(log), path(base));
+        if let Some(check) = check {
+            let _ = write!(line, " --check {}", shell_word(check));
+        }
+        if limit != CHECK_TIMEOUT {
+            let _ = write!(line, " --check-timeout {}", limit.as_secs_f64());
+        }
+        let _ = write!(line, " --repeat {}:{}", task.point, task.name);
+        line
+    }
+}

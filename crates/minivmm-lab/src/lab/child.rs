@@ -1,0 +1,134 @@
+//! A child process, to its end, its time's end or ours.
+//!
+//! Owns its group, the order to stop (SIGTERM, and SIGKILL when that is not heeded) and what it said.
+
+use std::io::{self, Read};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use crate::child::Group;
+pub use crate::child::How;
+
+/// What is told to end gets so long: a VM drains its disks meanwhile.
+const GRACE: Duration = Duration::from_secs(20);
+
+/// A child that has ended, and what it said.
+#[derive(Debug)]
+pub struct Ended {
+    /// Its exit status, or 128 and the signal that has killed it.
+    pub status: i32,
+    /// What ended it.
+    pub how: How,
+    /// Its standard output.
+    pub stdout: String,
+    /// Its standard error.
+    pub stderr: String,
+    /// Bytes that had to come from a disk for it, as far as the host accounts for them; for whatever else of
+    /// ours has ended meanwhile, too.
+    pub disk_read_bytes: u64,
+}
+
+/// Runs `command` without input, in a process group of its own: a Ctrl-C on our terminal is ours to pass on.
+/// Of its group nothing is left afterwards.
+pub fn run(command: &mut Command, limit: Duration, stop: &AtomicBool) -> io::Result<Ended> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let before = disk_read_bytes();
+    let mut group = Group::start(command)?;
+    let (stdout, stderr) = (group.child().stdout.take(), group.child().stderr.take());
+    std::thread::scope(|scope| {
+        let stdout = scope.spawn(|| read_all(stdout));
+        let stderr = scope.spawn(|| read_all(stderr));
+        let waited = wait(group, limit, stop);
+        let said = |reader: std::thread::ScopedJoinHandle<'_, String>| reader.join().unwrap_or_default();
+        let (stdout, stderr) = (said(stdout), said(stderr));
+        let (status, how) = waited?;
+        let status = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
+        let disk_read_bytes = disk_read_bytes().saturating_sub(before);
+        Ok(Ended { status, how, stdout, stderr, disk_read_bytes })
+    })
+}
+
+/// Of all children that have been waited for (getrusage(2), ru_inblock).
+fn disk_read_bytes() -> u64 {
+    const BLOCK_BYTES: u64 = 512;
+    // SAFETY: rusage is plain numbers, for which all zeroes are valid.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes one rusage to the pointer, which is valid for it.
+    if unsafe { libc::getrusage(libc::RUSAGE_CHILDREN, &raw mut usage) } != 0 {
+        return 0;
+    }
+    u64::try_from(usage.ru_inblock).unwrap_or(0).saturating_mul(BLOCK_BYTES)
+}
+
+/// What cannot be read is not worth losing the rest.
+fn read_all(from: Option<impl Read>) -> String {
+    let mut bytes = Vec::new();
+    if let Some(mut from) = from {
+        let _ = from.read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn wait(group: Group, limit: Duration, stop: &AtomicBool) -> io::Result<(ExitStatus, How)> {
+    let mut how = group.watch(Instant::now() + limit, &[stop]);
+    if !matches!(how, Ok(How::ByItself)) {
+        group.terminate();
+        // Neither a second signal nor another deadline changes why it ends.
+        if let Err(error) = group.watch(Instant::now() + GRACE, &[]) {
+            how = how.and(Err(error));
+        }
+    }
+    Ok((group.end()?, how?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sh(script: &str, limit: Duration, stop: &AtomicBool) -> Ended {
+        run(Command::new("sh").args(["-c", script]), limit, stop).unwrap()
+    }
+
+    #[test]
+    fn what_it_said_and_how_it_ended_is_told() {
+        let never = AtomicBool::new(false);
+        let ended = sh("echo out; echo err >&2; exit 7", Duration::from_secs(60), &never);
+        assert_eq!((ended.status, ended.how), (7, How::ByItself));
+        assert_eq!((ended.stdout.as_str(), ended.stderr.as_str()), ("out\n", "err\n"));
+        let ended = sh("kill -USR1 $$", Duration::from_secs(60), &never);
+        assert_eq!((ended.status, ended.how), (128 + libc::SIGUSR1, How::ByItself));
+    }
+
+    #[test]
+    fn what_came_from_a_disk_for_it_is_counted() {
+        use minivmm::observe::control::{drop_cache, warm_cache};
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, vec![7; 8 << 20]).unwrap();
+        let file = std::fs::File::open(&path).unwrap();
+        let read = || {
+            let script = format!("cat '{}' >/dev/null", path.display());
+            sh(&script, Duration::from_secs(60), &AtomicBool::new(false)).disk_read_bytes
+        };
+        drop_cache(&file).unwrap();
+        let cold = read();
+        assert!(cold >= 8 << 20, "{cold}");
+        warm_cache(&file).unwrap();
+        // Other tests' children end meanwhile, but none of them reads so much.
+        let warm = read();
+        assert!(warm < 4 << 20, "{warm}");
+    }
+
+    #[test]
+    fn it_is_told_to_end_and_what_it_left_running_ends_too() {
+        let never = AtomicBool::new(false);
+        // A child in the background holds the pipes: if it were left, this would last a minute.
+        let script = "trap 'echo told; exit 3' TERM; sleep 60 & echo begun; wait";
+        let ended = sh(script, Duration::from_millis(500), &never);
+        assert_eq!((ended.status, ended.how, ended.stdout.as_str()), (3, How::Late, "begun\ntold\n"));
+        let ended = sh("exec sleep 60", Duration::from_secs(60), &AtomicBool::new(true));
+        assert_eq!((ended.status, ended.how), (128 + libc::SIGTERM, How::Interrupted));
+    }
+}

@@ -1,0 +1,407 @@
+//! A conversation with one guest: its script says what it has done, and asks for what only the host can
+//! do or see, at the very moment at which it matters.
+//!
+//! Owns the words between the two, a line each on the script's standard streams:
+//!
+//! | the guest writes | which means |
+//! |---|---|
+//! | `=NAME VALUE` | a figure |
+//! | `<NAME` ... `>STATUS` | fio's JSON, and its exit status |
+//! | `!WORD ...` | a wish; the host answers `ok` on standard input |
+//!
+//! and the wishes. The command line, and a boot without a conversation, are [`crate::lab::boot`]'s.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Signal, kill_process};
+use serde_json::Value;
+
+use super::figures::Record;
+use super::steps::{Bench, open};
+use crate::child::Group;
+use crate::lab::boot::Files;
+use crate::lab::{Boot, DiskSpec, fio};
+use crate::scratch_dir::ScratchDir;
+use minivmm::disk::cache::CachePolicy;
+use minivmm::files::{Inventory, Output, output};
+use minivmm::observe::cache::Residency;
+use minivmm::observe::control::drop_cache;
+use minivmm::observe::csv::Row;
+use minivmm::observe::host::HostDisk;
+use minivmm::program;
+
+/// Before every script.
+const PRELUDE: &str = r#"
+ask() { echo "!$*"; read -r answer || exit 90; [ "$answer" = ok ] || { echo "the host: $answer" >&2; exit 91; }; }
+put() { echo "=$1 $2"; }
+# What the guest's page cache has, in bytes.
+cached() { awk '/^(Cached|Buffers):/ { sum += $2 } END { printf "%d\n", sum * 1024 }' /proc/meminfo; }
+forget() { echo 3 >/proc/sys/vm/drop_caches; }
+# job NAME DEVICE OPTION...
+job() {
+    name=$1; device=$2; shift 2
+    echo "<$name"
+    fio --name=j --thread --ioengine=psync --filename=/dev/$device --invalidate=0 --output-format=json "$@" 2>/tmp/fio-error
+    status=$?
+    echo; echo ">$status"
+    [ $status = 0 ] || { cat /tmp/fio-error >&2; exit 92; }
+}
+"#;
+/// What the last guest has said, and when, in the directory of the run.
+pub const TRANSCRIPT: &str = "guest.log";
+/// A guest that says nothing for so long has hung.
+const SILENCE: Duration = Duration::from_secs(240);
+/// How often it is looked whether all is to end.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// New statistics are there within this.
+const STATS_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A guest has ended by itself before.
+const LIFE: Duration = Duration::from_secs(1200);
+
+/// An image in a mode, as a disk of the guest.
+pub fn disk(image: PathBuf, mode: &str) -> Result<DiskSpec> {
+    Ok(DiskSpec::new(image, CachePolicy::by_name(mode).with_context(|| format!("there is no mode {mode}"))?))
+}
+
+/// vda, vdb, ...
+pub fn device(at: usize) -> String {
+    let letter = u8::try_from(at).map_or('?', |at| char::from(b'a' + at.min(25)));
+    format!("vd{letter}")
+}
+
+/// A guest, as asked for.
+#[derive(Debug)]
+pub struct Guest {
+    /// vda, vdb, ...
+    pub disks: Vec<DiskSpec>,
+    /// Its memory in MiB.
+    pub memory_mib: u64,
+    /// What it does.
+    pub script: String,
+    /// Between two lines of the observation.
+    pub interval: Duration,
+}
+
+/// What a wish that is no word of the conversation's own does.
+pub type Others<'a> = &'a mut dyn FnMut(&[&str], &mut Record) -> Result<()>;
+
+/// What is left of a guest that has ended well.
+#[derive(Debug)]
+pub struct Left {
+    /// The device's figures (docs/statistics.md).
+    pub stats: Value,
+}
+
+impl Guest {
+    /// Runs it; its figures and curves go into the record.
+    pub fn run(&self, bench: &Bench<'_>, record: &mut Record, others: Others<'_>) -> Result<Left> {
+        let place = ScratchDir::new("study")?;
+        let mut talk = Talk::begin(self, &place, bench)?;
+        let ended = talk.listen(bench, record, others);
+        let status = talk.end(bench, ended.is_err());
+        if let Err(error) = ended {
+            let said = talk.said();
+            return Err(error).with_context(|| format!("the guest{said}"));
+        }
+        let status = status?;
+        if status != 0 {
+            bail!("the guest ended with status {status}{}", talk.said());
+        }
+        talk.curves(record);
+        Ok(Left { stats: talk.files.stats().context("the guest has left no statistics")? })
+    }
+}
+
+/// A time of which curves are wanted.
+#[derive(Debug)]
+struct Span {
+    name: String,
+    device: String,
+    from: f64,
+    to: f64,
+}
+
+struct Talk {
+    /// Nothing once it has ended.
+    group: Option<Group>,
+    lines: Receiver<String>,
+    images: Vec<(String, File)>,
+    disk: Option<HostDisk>,
+    files: Files,
+    said: PathBuf,
+    spans: Vec<Span>,
+    begun: Instant,
+    transcript: File,
+}
+
+impl Talk {
+    fn begin(guest: &Guest, place: &ScratchDir, bench: &Bench<'_>) -> Result<Self> {
+        let dir = place.path();
+        let mut images = Vec::new();
+        for (at, disk) in guest.disks.iter().enumerate() {
+            images.push((device(at), open(&disk.image)?));
+        }
+        let disk = images.first().and_then(|(_, file)| HostDisk::below(file));
+        let boot = Boot {
+            memory_bytes: guest.memory_mib << 20,
+            observe_interval: guest.interval,
+            arguments: vec!["--quiet".into()],
+            timeout: LIFE,
+            ..Boot::new(guest.disks.clone(), format!("{PRELUDE}\n{}", guest.script))
+        };
+        let (mut command, files) = boot.command(&program::beside(program::VMM)?, dir)?;
+        let said = dir.join("said");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(output::make_anew(&said)?);
+        let mut group = Group::start(&mut command).context("cannot start minivmm")?;
+        let (send, lines) = channel();
+        let stdout = BufReader::new(group.child().stdout.take().context("no standard output")?);
+        // It ends with the pipe.
+        std::thread::spawn(move || {
+            for line in stdout.lines().map_while(Result::ok) {
+                if send.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        let spans = Vec::new();
+        let transcript = Output::text("--out", bench.out.join(TRANSCRIPT));
+        let transcript = Inventory::default().open(&transcript)?.file;
+        Ok(Self {
+            group: Some(group),
+            lines,
+            images,
+            disk,
+            files,
+            said,
+            spans,
+            begun: Instant::now(),
+            transcript,
+        })
+    }
+
+    /// The next line; nothing at the end.
+    fn line(&self, bench: &Bench<'_>) -> Result<Option<String>> {
+        let until = Instant::now() + SILENCE;
+        loop {
+            match self.lines.recv_timeout(LOOK_EVERY) {
+                Ok(line) => {
+                    writeln!(&self.transcript, "{:9.3} {line}", self.begun.elapsed().as_secs_f64())?;
+                    return Ok(Some(line));
+                }
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) if bench.stop.load(Ordering::SeqCst) => bail!("was ended"),
+                Err(RecvTimeoutError::Timeout) if Instant::now() > until => {
+                    bail!("has said nothing for {} s", SILENCE.as_secs())
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+
+    fn listen(&mut self, bench: &Bench<'_>, record: &mut Record, others: Others<'_>) -> Result<()> {
+        while let Some(line) = self.line(bench)? {
+            if let Some(figure) = line.strip_prefix('=') {
+                let (name, value) = figure.split_once(' ').context("said a figure without a value")?;
+                record.put(name, value.parse().with_context(|| format!("said {figure}"))?);
+            } else if let Some(name) = line.strip_prefix('<') {
+                self.job(name, bench, record)?;
+            } else if let Some(wish) = line.strip_prefix('!') {
+                let words: Vec<&str> = wish.split_whitespace().collect();
+                self.grant(&words, record, others).with_context(|| format!("asked for {wish}"))?;
+                let stdin = self
+                    .group
+                    .as_mut()
+                    .and_then(|group| group.child().stdin.as_mut())
+                    .context("no standard input")?;
+                stdin.write_all(b"ok\n").and_then(|()| stdin.flush()).context("cannot be answered")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// fio's answer, to its end.
+    fn job(&self, name: &str, bench: &Bench<'_>, record: &mut Record) -> Result<()> {
+        let mut answer = String::new();
+        loop {
+            let line = self.line(bench)?.context("ended within a job")?;
+            if line.starts_with('>') {
+                break;
+            }
+            answer.push_str(&line);
+            answer.push('\n');
+        }
+        for job in fio::parse(&answer).with_context(|| format!("ran the job {name}"))? {
+            record.put(&format!("{name}.iops"), job.iops());
+            record.put(&format!("{name}.mb-s"), job.mb_s());
+            record.put(&format!("{name}.bytes"), job.bytes() as f64);
+            for side in [&job.read, &job.write].into_iter().flatten() {
+                if let Some(latency) = side.latency {
+                    record.put(&format!("{name}.p99-us"), latency.p99_us);
+                    record.put(&format!("{name}.p999-us"), latency.p999_us);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn image(&self, device: &str) -> Result<&File> {
+        let found = self.images.iter().find(|(name, _)| name == device);
+        Ok(&found.with_context(|| format!("there is no disk {device}"))?.1)
+    }
+
+    fn grant(&mut self, words: &[&str], record: &mut Record, others: Others<'_>) -> Result<()> {
+        match *words {
+            ["look", name, device] => self.look(name, device, record),
+            ["drop", device] => Ok(drop_cache(self.image(device)?)?),
+            ["sync", name, device] => {
+                let begun = Instant::now();
+                self.image(device)?.sync_data()?;
+                record.put(&format!("{name}.sync-seconds"), begun.elapsed().as_secs_f64());
+                Ok(())
+            }
+            ["stats", name, device] => self.stats(name, device, record),
+            ["begin", name, device] => {
+                let from = self.observed_until();
+                self.spans.push(Span { name: name.into(), device: device.into(), from, to: f64::MAX });
+                Ok(())
+            }
+            ["end", name] => {
+                let to = self.observed_until();
+                let span = self.spans.iter_mut().rev().find(|span| span.name == name);
+                span.with_context(|| format!("{name} was not begun"))?.to = to;
+                Ok(())
+            }
+            _ => others(words, record),
+        }
+    }
+
+    /// What the host's cache has of the image now, and what its disk has done.
+    fn look(&self, name: &str, device: &str, record: &mut Record) -> Result<()> {
+        let found = Residency::of(self.image(device)?)?;
+        record.put(&format!("{name}.at"), self.begun.elapsed().as_secs_f64());
+        record.put(&format!("{name}.cached"), found.cached_bytes() as f64);
+        for (what, pages) in [("dirty", found.dirty), ("writeback", found.writeback)] {
+            if let Some(pages) = pages {
+                record.put(&format!("{name}.{what}"), found.bytes(pages) as f64);
+            }
+        }
+        if let Some(io) = self.disk.as_ref().and_then(HostDisk::io) {
+            record.put(&format!("{name}.disk-reads"), io.reads as f64);
+            record.put(&format!("{name}.disk-read-bytes"), io.read_bytes as f64);
+            record.put(&format!("{name}.disk-writes"), io.writes as f64);
+            record.put(&format!("{name}.disk-written-bytes"), io.written_bytes as f64);
+            if let Some(flushes) = io.flushes {
+                record.put(&format!("{name}.disk-flushes"), flushes as f64);
+            }
+        }
+        Ok(())
+    }
+
+    /// The device's counters now: minivmm writes them anew when it gets SIGUSR1.
+    fn stats(&self, name: &str, device: &str, record: &mut Record) -> Result<()> {
+        // Figures may be the same as before.
+        let before = self.files.stats_written();
+        kill_process(self.group.as_ref().context("it has ended")?.pid(), Signal::USR1)?;
+        let until = Instant::now() + STATS_PATIENCE;
+        loop {
+            if self.files.stats_written() != before
+                && let Some(stats) = self.files.stats()
+            {
+                put_stats(name, device, &stats, record);
+                return Ok(());
+            }
+            if Instant::now() > until {
+                bail!("no statistics came");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The time of the newest sample of the observation.
+    fn observed_until(&self) -> f64 {
+        self.files.rows().last().and_then(|row| row.number("time_s")).unwrap_or(0.0)
+    }
+
+    /// What was observed during the spans: values over the seconds since their beginning.
+    fn curves(&self, record: &mut Record) {
+        let rows = self.files.rows();
+        for span in &self.spans {
+            let own: Vec<&Row> = rows
+                .iter()
+                .filter(|row| row.text("disk") == span.device)
+                .filter(|row| row.number("time_s").is_some_and(|at| (span.from..=span.to).contains(&at)))
+                .collect();
+            for column in CURVES {
+                let points = own
+                    .iter()
+                    .filter_map(|row| Some((row.number("time_s")? - span.from, row.number(column)?)));
+                record.curves.insert(format!("{}.{column}", span.name), points.collect());
+            }
+        }
+    }
+
+    /// Waits for its end, or brings it about.
+    fn end(&mut self, bench: &Bench<'_>, kill: bool) -> Result<i32> {
+        let mut group = self.group.take().context("it has ended")?;
+        drop(group.child().stdin.take());
+        if !kill {
+            group.watch(Instant::now() + LIFE, &[bench.stop])?;
+        }
+        Ok(group.end()?.code().unwrap_or(-1))
+    }
+
+    /// The end of what it has said on standard error, for a message.
+    fn said(&self) -> String {
+        let mut said = String::new();
+        if let Ok(mut file) = File::open(&self.said) {
+            let _ = file.read_to_string(&mut said);
+        }
+        let last: Vec<&str> = said.trim().lines().rev().take(3).collect();
+        match last.is_empty() {
+            true => String::new(),
+            false => format!(": {}", last.into_iter().rev().collect::<Vec<_>>().join(" / ")),
+        }
+    }
+}
+
+/// Columns of the observation that become curves.
+const CURVES: [&str; 6] = [
+    "host_cached_bytes",
+    "host_dirty_bytes",
+    "guest_cache_growth_bytes",
+    "bytes_at_risk",
+    "writes",
+    "written_bytes",
+];
+
+/// Counters of one disk: `NAME.writes` and so on.
+fn put_stats(name: &str, device: &str, stats: &Value, record: &mut Record) {
+    let disks = stats["disks"].as_array();
+    for disk in disks.into_iter().flatten().filter(|disk| disk["name"] == device) {
+        for (what, value) in [
+            ("reads", &disk["requests"]["read"]),
+            ("writes", &disk["requests"]["write"]),
+            ("flushes", &disk["requests"]["flush"]),
+            ("fdatasyncs", &disk["host_calls"]["fdatasync"]),
+            ("plain-writes", &disk["host_calls"]["pwritev"]),
+            ("dsync-writes", &disk["host_calls"]["pwritev_dsync"]),
+        ] {
+            if let Some(value) = value.as_f64() {
+                record.put(&format!("{name}.{what}"), value);
+            }
+        }
+    }
+}
+
+/// Nothing beyond the conversation's own words.
+pub fn no_others(words: &[&str], _: &mut Record) -> Result<()> {
+    bail!("nobody knows what {} is", words.join(" "))
+}

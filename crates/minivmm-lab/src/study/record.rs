@@ -1,0 +1,221 @@
+//! The record of a run: a line for each finished step, so that one that was ended can go on.
+//!
+//! Owns `steps.jsonl`. Its first line says of which machine and which run the rest is; a run that is not
+//! the same is refused, since its figures would be mixed with another's. A last line that was cut short is
+//! none.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use super::figures::Record;
+use super::machine::Identity;
+use minivmm::files::output;
+
+/// The file's name in the directory of a run.
+pub const FILE: &str = "steps.jsonl";
+
+/// Of what run the steps are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Header {
+    /// Of this file: [`VERSION`].
+    pub version: u32,
+    /// Whether it is a quick run, whose jobs are smaller.
+    pub quick: bool,
+    /// Its experiments.
+    pub experiments: Vec<String>,
+    /// The machine.
+    pub machine: Identity,
+}
+
+/// The form of the lines.
+pub const VERSION: u32 = 1;
+
+/// Why there is no record.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The host refuses.
+    #[error("cannot {what} {path}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// It is another's.
+    #[error(
+        "{path} is of another run, whose figures cannot be mixed with this one's ({differences}): give another --out"
+    )]
+    Other {
+        /// The record.
+        path: PathBuf,
+        /// What differs.
+        differences: String,
+    },
+    /// It is none.
+    #[error("line {line} of {path} is none of a study's: give another --out, or remove it")]
+    Damaged {
+        /// The record.
+        path: PathBuf,
+        /// From 1.
+        line: usize,
+        /// What the reader says.
+        source: serde_json::Error,
+    },
+    /// Two at once.
+    #[error("another study is running in {0}")]
+    Busy(PathBuf),
+}
+
+/// An open record.
+#[derive(Debug)]
+pub struct Journal {
+    file: File,
+    path: PathBuf,
+    /// What is done.
+    pub steps: Vec<Record>,
+}
+
+impl Journal {
+    /// That of `directory`: a new one, or one that goes on.
+    pub fn open(directory: &Path, header: &Header) -> Result<Self, RecordError> {
+        let path = directory.join(FILE);
+        let failed = |what| {
+            let path = path.clone();
+            move |source| RecordError::Host { what, path, source }
+        };
+        let mut file = output::open_record(&path).map_err(failed("open"))?;
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(RecordError::Busy(directory.to_owned()));
+        }
+        let mut text = String::new();
+        file.read_to_string(&mut text).map_err(failed("read"))?;
+        // What was being written when all ended is measured again.
+        let whole = text.rfind('\n').map_or(0, |at| at + 1);
+        if whole < text.len() {
+            file.set_len(whole as u64).map_err(failed("cut"))?;
+            text.truncate(whole);
+        }
+        let mut journal = Self { file, path, steps: Vec::new() };
+        let mut lines = text.lines().enumerate();
+        match lines.next() {
+            None => journal.append(header)?,
+            Some((_, first)) => journal.compare(first, header)?,
+        }
+        for (at, line) in lines {
+            let step = serde_json::from_str(line).map_err(|source| journal.damaged(at, source))?;
+            journal.steps.push(step);
+        }
+        Ok(journal)
+    }
+
+    fn damaged(&self, at: usize, source: serde_json::Error) -> RecordError {
+        RecordError::Damaged { path: self.path.clone(), line: at + 1, source }
+    }
+
+    fn compare(&self, first: &str, now: &Header) -> Result<(), RecordError> {
+        let then: Header = serde_json::from_str(first).map_err(|source| self.damaged(0, source))?;
+        let mut differences = then.machine.differences(&now.machine);
+        for (name, then, now) in [
+            ("form of the record", then.version.to_string(), now.version.to_string()),
+            ("--quick", then.quick.to_string(), now.quick.to_string()),
+            ("experiments", then.experiments.join(" "), now.experiments.join(" ")),
+        ] {
+            if then != now {
+                differences.push(format!("{name}: then {then}, now {now}"));
+            }
+        }
+        match differences.is_empty() {
+            true => Ok(()),
+            false => Err(RecordError::Other { path: self.path.clone(), differences: differences.join("; ") }),
+        }
+    }
+
+    /// One more step is done, and on the disk.
+    pub fn add(&mut self, step: Record) -> Result<(), RecordError> {
+        self.append(&step)?;
+        self.steps.push(step);
+        Ok(())
+    }
+
+    /// Whether the step was done, in this repetition, and well.
+    pub fn has(&self, step: &str, round: u32) -> bool {
+        self.steps.iter().any(|done| done.step == step && done.round == round && done.error.is_none())
+    }
+
+    /// The steps, the last try of each.
+    pub fn newest(&self) -> Vec<Record> {
+        let later = |at: usize, step: &Record| {
+            self.steps.iter().skip(at + 1).any(|other| (&other.step, other.round) == (&step.step, step.round))
+        };
+        let newest = self.steps.iter().enumerate().filter(|(at, step)| !later(*at, step));
+        newest.map(|(_, step)| step.clone()).collect()
+    }
+
+    fn append(&mut self, line: &impl Serialize) -> Result<(), RecordError> {
+        let failed = |source| RecordError::Host { what: "write", path: self.path.clone(), source };
+        let mut text = serde_json::to_string(line).map_err(|error| failed(error.into()))?;
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data()).map_err(failed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(kernel: &str, quick: bool) -> Header {
+        let machine = Identity {
+            minivmm: "1".into(),
+            kernel: kernel.into(),
+            cpu: "1 of x".into(),
+            memory_bytes: Some(5),
+            place: "ext4 on /dev/vda".into(),
+        };
+        Header { version: VERSION, quick, experiments: vec!["T1".into()], machine }
+    }
+
+    #[test]
+    fn a_run_goes_on_where_it_was_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(dir.path(), &header("a", true)).unwrap();
+        assert!(matches!(Journal::open(dir.path(), &header("a", true)), Err(RecordError::Busy(_))));
+        let mut step = Record::new("dirty", 1);
+        step.put("T9.pages", 2048.0);
+        step.put("T9.pages", 2047.0);
+        journal.add(step.clone()).unwrap();
+        journal.add(Record { error: Some("no".into()), ..Record::new("reads", 1) }).unwrap();
+        drop(journal);
+        // Killed in the middle of a line.
+        let path = dir.path().join(FILE);
+        let whole = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, whole.clone() + "{\"step\":\"wri").unwrap();
+        let mut journal = Journal::open(dir.path(), &header("a", true)).unwrap();
+        assert_eq!(journal.steps[0], step);
+        assert!(journal.has("dirty", 1) && !journal.has("dirty", 2) && !journal.has("reads", 1));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), whole);
+        journal.add(Record::new("reads", 1)).unwrap();
+        assert!(journal.has("reads", 1));
+        assert_eq!(journal.newest().len(), 2, "the failed try is gone");
+    }
+
+    #[test]
+    fn another_machines_figures_are_not_mixed_in() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Journal::open(dir.path(), &header("6.12", true)).unwrap());
+        for (other, word) in
+            [(header("6.1", true), "kernel: then 6.12, now 6.1"), (header("6.12", false), "--quick")]
+        {
+            let error = Journal::open(dir.path(), &other).unwrap_err().to_string();
+            assert!(error.contains(word) && error.contains("--out"), "{error}");
+        }
+        std::fs::write(dir.path().join(FILE), "what\n").unwrap();
+        let error = Journal::open(dir.path(), &header("6.12", true)).unwrap_err();
+        assert!(matches!(error, RecordError::Damaged { line: 1, .. }), "{error}");
+    }
+}

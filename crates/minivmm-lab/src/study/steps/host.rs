@@ -1,0 +1,156 @@
+//! Steps that need no guest: the host's own mechanisms, which every mode is made of.
+//!
+//! Owns the calls. The files are the run's own.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use super::{Bench, open};
+use crate::study::figures::Record;
+use crate::study::{t09, t10};
+use minivmm::observe::cache::Residency;
+use minivmm::observe::control::drop_cache;
+use minivmm::observe::host::{DiskIo, HostDisk};
+
+const PAGE: usize = 4096;
+/// O_DIRECT wants memory on such a boundary; no disk wants a larger one.
+const ALIGNMENT: usize = 4096;
+
+/// Memory that O_DIRECT takes.
+pub struct Aligned(Vec<u8>);
+
+impl Aligned {
+    /// So many bytes of that value.
+    pub fn new(bytes: usize, value: u8) -> Self {
+        Self(vec![value; bytes + ALIGNMENT])
+    }
+
+    /// The bytes, on such a boundary.
+    pub fn bytes(&self) -> &[u8] {
+        let start = self.0.as_ptr().align_offset(ALIGNMENT);
+        self.0.get(start..start + self.0.len() - ALIGNMENT).unwrap_or_default()
+    }
+}
+
+/// POSIX_FADV_DONTNEED for all of it.
+fn let_go(file: &File) -> Result<()> {
+    // SAFETY: posix_fadvise takes numbers and touches no memory.
+    let error = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    if error != 0 {
+        bail!("posix_fadvise: {}", std::io::Error::from_raw_os_error(error));
+    }
+    Ok(())
+}
+
+/// T9: pages written and not synced, let go before and after they are on the disk; and clean ones.
+pub fn dirty(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
+    let path = bench.image("dirty", t09::BYTES)?;
+    let file = open(&path)?;
+    let disk = HostDisk::below(&file);
+    let io = || disk.as_ref().and_then(HostDisk::io);
+    let data = vec![0x5a; 1 << 20];
+    for repetition in 0..t09::REPETITIONS {
+        drop_cache(&file)?;
+        let look = |record: &mut Record, stage: &str| -> Result<Residency> {
+            let found = Residency::of(&file)?;
+            record.put(&format!("T9.{stage}.cached"), found.cached as f64);
+            for (what, pages) in [("dirty", found.dirty), ("writeback", found.writeback)] {
+                if let Some(pages) = pages {
+                    record.put(&format!("T9.{stage}.{what}"), pages as f64);
+                }
+            }
+            Ok(found)
+        };
+        // The control: pages that were read only.
+        let mut read = vec![0; data.len()];
+        for at in (0..t09::BYTES).step_by(data.len()) {
+            file.read_exact_at(&mut read, at).context("reading")?;
+        }
+        look(record, "read")?;
+        let_go(&file)?;
+        look(record, "clean")?;
+        let before = io();
+        for at in (0..t09::BYTES).step_by(data.len()) {
+            file.write_all_at(&data, at).context("writing")?;
+        }
+        let written = look(record, "written")?;
+        if written.dirty == Some(0) && repetition == 0 {
+            bail!("the file system keeps no dirty pages of this file (is it tmpfs, or mounted sync?)");
+        }
+        let_go(&file)?;
+        look(record, "let-go")?;
+        put_io(record, "T9.let-go", before, io());
+        file.sync_data().context("fdatasync")?;
+        look(record, "synced")?;
+        let_go(&file)?;
+        look(record, "let-go-again")?;
+    }
+    Ok(())
+}
+
+/// T10: the same sixteen writes by each mechanism.
+pub fn mechanisms(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
+    let path = bench.image("mechanisms", t10::BYTES)?;
+    for _ in 0..t10::REPETITIONS {
+        for mechanism in &t10::MECHANISMS {
+            one_mechanism(&path, mechanism, record)
+                .with_context(|| format!("{} on {}", mechanism.name, path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+fn one_mechanism(path: &Path, mechanism: &t10::Mechanism, record: &mut Record) -> Result<()> {
+    let watched = open(path)?;
+    drop_cache(&watched)?;
+    let disk = HostDisk::below(&watched);
+    let io = || disk.as_ref().and_then(HostDisk::io);
+    let file = File::options().read(true).write(true).custom_flags(mechanism.flags).open(path)?;
+    let data = Aligned::new(PAGE, 0xa5);
+    let before = io();
+    let begun = Instant::now();
+    for at in 0..t10::WRITES {
+        file.write_all_at(data.bytes(), at * t10::STRIDE).context("writing")?;
+    }
+    let named = |what: &str| format!("T10.{}.{what}", mechanism.name);
+    let written = Residency::of(&watched)?;
+    let after = io();
+    record.put(&named("seconds"), begun.elapsed().as_secs_f64());
+    record.put(&named("resident"), written.cached as f64);
+    if let Some(pages) = written.dirty {
+        // What is on its way to the disk is no longer called dirty.
+        record.put(&named("dirty"), (pages + written.writeback.unwrap_or(0)) as f64);
+    }
+    put_io(record, &named("writing"), before, after);
+    if mechanism.then_fsync {
+        file.sync_all().context("fsync")?;
+        put_io(record, &named("fsync"), after, io());
+        let found = Residency::of(&watched)?;
+        if let Some(pages) = found.dirty {
+            record.put(&named("dirty-after-fsync"), (pages + found.writeback.unwrap_or(0)) as f64);
+        }
+    }
+    put_io(record, &named("all"), before, io());
+    Ok(())
+}
+
+/// What the disk has done between the two.
+pub fn put_io(record: &mut Record, name: &str, before: Option<DiskIo>, after: Option<DiskIo>) {
+    let (Some(before), Some(after)) = (before, after) else { return };
+    for (what, from, to) in [
+        ("disk-reads", Some(before.reads), Some(after.reads)),
+        ("disk-read-bytes", Some(before.read_bytes), Some(after.read_bytes)),
+        ("disk-writes", Some(before.writes), Some(after.writes)),
+        ("disk-written-bytes", Some(before.written_bytes), Some(after.written_bytes)),
+        ("disk-flushes", before.flushes, after.flushes),
+    ] {
+        if let (Some(from), Some(to)) = (from, to) {
+            record.put(&format!("{name}.{what}"), to.saturating_sub(from) as f64);
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! The subcommands of minivmm-tools: their names, and what the help says of each.
+//!
+//! Owns the question whether a command line is theirs. Their arguments are minivmm-tools' own.
+
+use std::ffi::OsString;
+
+use clap::Subcommand;
+
+/// A subcommand of minivmm-tools.
+#[derive(Debug, Subcommand)]
+pub(super) enum Tool {
+    /// Show an observation (--observe) as it grows
+    Top,
+    /// List a write log: what a disk was given, and what it has promised to keep
+    Log,
+    /// Check the disks that a loss of power could have left of a write log
+    Crash,
+    /// Measure a disk in cache modes: fio in the guest, beside the same job on this host
+    Bench,
+    /// Measure what was said of disk caching in 2008, claim by claim
+    Study,
+}
+
+/// Returns the subcommand of minivmm-tools that these arguments call, or whose help they ask for. Options come
+/// after a subcommand, never before it.
+pub(super) fn called(mut words: impl Iterator<Item = OsString>) -> Option<String> {
+    let first = words.next()?;
+    let name = if first == "help" { words.next()? } else { first };
+    name.into_string().ok().filter(|name| Tool::has_subcommand(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_the_tools_by_its_first_word_or_by_the_help_that_it_asks_for() {
+        let called = |line: &str| called(line.split_whitespace().map(OsString::from));
+        for line in ["crash", "crash --help", "help crash", "help crash more", "crash x.log --base x.img"] {
+            assert_eq!(called(line).as_deref(), Some("crash"), "{line}");
+        }
+        for line in ["", "help", "help --help", "check", "help check", "-v crash", "-- crash", "crsh"] {
+            assert_eq!(called(line), None, "{line}");
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! minivmm with minivmm-tools beside it, which has `top`, `log`, `crash`, `bench` and `study`.
+//!
+//! cargo builds the binaries of a test's own package only, and minivmm-tools is another package's. Once a process, it
+//! is built here as the sources are now: a test never runs an old one.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::OnceLock;
+
+static BUILT: OnceLock<()> = OnceLock::new();
+
+/// Returns minivmm's path.
+pub fn minivmm() -> &'static Path {
+    let minivmm = Path::new(env!("CARGO_BIN_EXE_minivmm"));
+    BUILT.get_or_init(|| {
+        // Set where cargo runs the test. `tests/as-user` has built minivmm-tools before; its user cannot.
+        if let Some(cargo) = std::env::var_os("CARGO") {
+            build(Command::new(cargo), minivmm);
+        }
+        let tools = minivmm.with_file_name("minivmm-tools");
+        assert!(tools.exists(), "{} is missing: `make build` builds it", tools.display());
+    });
+    minivmm
+}
+
+/// Builds minivmm-tools with the profile, and for the target, of minivmm at `target/[TARGET/]PROFILE/minivmm`.
+fn build(mut cargo: Command, minivmm: &Path) {
+    let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
+    let directory = minivmm.parent().unwrap();
+    let profile = match name(directory) {
+        debug if debug == "debug" => "dev".to_owned(),
+        profile => profile,
+    };
+    cargo.args(["build", "--locked", "--quiet", "--bin", "minivmm-tools", "--profile", &profile]);
+    let above = directory.parent().unwrap();
+    if Some(above) != Path::new(env!("CARGO_TARGET_TMPDIR")).parent() {
+        cargo.args(["--target", &name(above)]);
+    }
+    let built = cargo.current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+    assert!(
+        built.status.success(),
+        "minivmm-tools cannot be built: {}",
+        String::from_utf8_lossy(&built.stderr)
+    );
+}
