@@ -13,6 +13,7 @@ mod pace;
 mod preflight;
 mod running;
 mod stop;
+mod threads;
 mod vanished;
 mod watch;
 mod wiring;

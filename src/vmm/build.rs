@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::hvc::{self, HvcEnd};
 use super::job::{self, JobEnd};
 use super::stop::OpenDisk;
+use super::threads::SandboxedThreads;
 use super::wiring::{self, Wired};
 use super::{Config, ConsoleTarget, VmmError, host, watch};
 use crate::blk::BlockDevice;
@@ -207,7 +208,7 @@ fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
             options.poll_us.get_or_insert(0);
         }
         options.timed = config.stats.is_some();
-        let image = Arc::new(Image::open(&options)?);
+        let image = Arc::new(Image::open(&options)?.with_threads(Arc::new(SandboxedThreads)));
         control::apply(options.host_cache, &image)?;
         log::info!("{}", image.banner());
         for warning in image.warnings() {

@@ -73,7 +73,7 @@ impl BlockDevice {
         disks: Vec<DiskQueue>,
     ) -> io::Result<Self> {
         let queue_sizes = vec![image.queue_size(); disks.len()];
-        let thread = |(index, disk)| WorkerThread::park(format!("{name}-q{index}"), disk);
+        let thread = |(index, disk)| WorkerThread::park(format!("{name}-q{index}"), disk, image.threads());
         let workers = disks.into_iter().enumerate().map(thread).collect::<io::Result<_>>()?;
         Ok(Self { image, cache, queue_sizes, workers, engine: EngineKind::Blocking })
     }

@@ -3,7 +3,7 @@
 //! Owns the observation: which operation it was, when it was submitted and when its completion was seen. It
 //! stands directly around the engine that makes the host's calls, below injected faults. A lost write is
 //! therefore not in the log, and a torn one only as far as it was written. The logged bytes are the written
-//! bytes, because the state machine copies every write of a disk that has a log ([`crate::disk::transfer`]).
+//! bytes, because the state machine copies every write of a disk that has a log (`disk/transfer.rs`).
 
 use std::collections::HashMap;
 use std::io;

@@ -31,6 +31,7 @@ use super::writelog::WriteLog;
 use crate::files::locks;
 use crate::sync::unpoisoned;
 use crate::text::shell_word;
+use crate::threads::{PlainThreads, Threads};
 use fate::Fate;
 use opening::{
     Kind, check_access, check_flock, check_host_use, check_kind, flags_in_words, open_file, open_problem,
@@ -72,6 +73,8 @@ pub struct Image {
     pub monitor: Monitor,
     faults: Option<Arc<Faults>>,
     write_log: Option<WriteLog>,
+    /// Starts the threads of the device that serves the image.
+    threads: Arc<dyn Threads>,
     warnings: Vec<String>,
     fate: Fate,
 }
@@ -80,6 +83,16 @@ impl Image {
     /// Opens, checks, locks and probes the image. Writes nothing to it; a writable image is synced once (E3).
     pub fn open(options: &DiskOptions) -> Result<Self, ImageError> {
         Self::try_open(options).map_err(|reason| ImageError { path: options.path.clone(), reason })
+    }
+
+    /// Lets the device that serves this image start its threads through `threads`, instead of [`PlainThreads`].
+    pub fn with_threads(self, threads: Arc<dyn Threads>) -> Self {
+        Self { threads, ..self }
+    }
+
+    /// Returns what starts the threads of the device.
+    pub fn threads(&self) -> &dyn Threads {
+        &*self.threads
     }
 
     /// Inspects the image that [`Image::open`] would open. It only opens it for reading, without a lock or a
@@ -207,6 +220,7 @@ impl Image {
             monitor: Monitor::default(),
             faults: options.fault.clone().map(|spec| Arc::new(Faults::new(spec))),
             write_log: None,
+            threads: Arc::new(PlainThreads),
             warnings,
             fate,
         }

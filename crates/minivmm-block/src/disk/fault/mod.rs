@@ -3,7 +3,7 @@
 //!
 //! Owns the injection. The state machine above cannot tell it from a host that behaves so, and the write log
 //! below ([`super::writelog`]) sees what was really done. [`plan`] decides which operation is hit, [`spec`]
-//! owns the grammar, [`alarm`] keeps the time.
+//! owns the grammar, `alarm` keeps the time.
 
 mod alarm;
 pub mod plan;
@@ -61,7 +61,7 @@ impl FaultEngine {
             image: Arc::clone(image),
             faults: Arc::clone(faults),
             // Started before the guest runs: afterwards no thread can be started.
-            alarm: faults.may_delay().then(Alarm::start).and_then(Result::ok),
+            alarm: faults.may_delay().then(|| Alarm::start(image.threads())).and_then(Result::ok),
             refused: None,
             held: BinaryHeap::new(),
             ops: HashMap::new(),
@@ -187,7 +187,7 @@ impl FaultEngine {
         let Some(&Reverse((until, _))) = self.held.peek() else { return Ok(()) };
         let alarm = match self.alarm.take() {
             Some(alarm) => alarm,
-            None => Alarm::start()?,
+            None => Alarm::start(self.image.threads())?,
         };
         self.alarm.insert(alarm).set(until, doorbell);
         Ok(())

@@ -507,7 +507,7 @@ fn vectors(iov: &Iov, offset: u64) -> Option<(*const libc::iovec, libc::c_int, i
 }
 
 /// Returns the name of the ring entry for `op`, with the flags that matter. With `buffered`, for the modes that use
-/// the page cache, the name includes the call that [`UringEngine::try_inline`] tries first.
+/// the page cache, the name includes the call that `try_inline` tries first.
 pub fn ring_entry(op: &HostOp, buffered: bool) -> &'static str {
     match op {
         HostOp::Readv { .. } if buffered => "preadv2(RWF_NOWAIT), else IORING_OP_READ",

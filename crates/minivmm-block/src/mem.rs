@@ -56,6 +56,13 @@ impl GuestMemoryBackend for Ram {
 }
 
 impl Ram {
+    /// Makes guest RAM of memory that the embedder has mapped. All of it must be plain memory that the device may
+    /// read and write at any time: no ROM, no device's registers. A process that forks while a request is in
+    /// flight must have excluded it from that (MADV_DONTFORK): O_DIRECT and fork do not mix (open(2)).
+    pub fn from_memory(memory: GuestMemoryMmap<()>) -> Self {
+        Self(Arc::new(Regions { regions: memory, _mappings: Vec::new() }))
+    }
+
     /// Returns the host pointer for `len` bytes at guest address `addr`. The range must lie inside one region
     /// (R3), so it crosses no hole. The pointer is valid as long as any clone of this `Ram` lives.
     pub fn host(&self, addr: u64, len: usize) -> Result<*mut u8, OutsideRam> {

@@ -1,7 +1,7 @@
 //! Split virtqueue, device side (virtio 2.7).
 //!
 //! Owns the checks of a queue's configuration (virtio-queue's own among them), the walk over descriptor chains,
-//! the indices and EVENT_IDX. [`memory`] holds the accesses to the rings, whose addresses are translated once.
+//! the indices and EVENT_IDX. `memory` holds the accesses to the rings, whose addresses are translated once.
 //! Everything read here was written by the guest and is read exactly once (R13). Knows nothing of requests or
 //! files.
 //!

@@ -21,9 +21,9 @@ use crate::disk::engine::Wake;
 use crate::doorbell;
 use crate::mem::{self, Iov, Ram};
 use crate::ratelimit::RateLimit;
-use crate::sandbox::{Role, Ticket};
 use crate::slab::Slab;
 use crate::sync::unpoisoned;
+use crate::threads::{ThreadKind, Threads};
 use crate::virtio::Interrupt;
 use crate::virtio::queue::{Chain, Ring, RingError};
 use crate::warn_limited;
@@ -416,17 +416,16 @@ pub struct WorkerThread {
 pub struct WorkerGone;
 
 impl WorkerThread {
-    /// Starts the thread and parks it.
-    pub fn park(name: String, disk: DiskQueue) -> io::Result<Self> {
+    /// Starts the thread through `threads` and parks it.
+    pub fn park(name: String, disk: DiskQueue, threads: &dyn Threads) -> io::Result<Self> {
         let mailbox = Arc::new(Mailbox { state: Mutex::new(State::Parked), changed: Condvar::new() });
         let theirs = Arc::clone(&mailbox);
         let builder = std::thread::Builder::new().name(name).stack_size(STACK_BYTES);
-        let ticket = Ticket::new(Role::Worker);
-        let thread = builder.spawn(move || {
-            ticket.enter();
+        let body = move || {
             let at_the_end = EndsWithThread(&theirs);
             work(at_the_end.0, disk);
-        })?;
+        };
+        let thread = threads.spawn(ThreadKind::Worker, builder, Box::new(body))?;
         Ok(Self { mailbox, thread: Some(thread) })
     }
 

@@ -1,7 +1,7 @@
 //! The state machine between requests and host operations.
 //!
 //! Owns, for one queue: continuation of short transfers, bounce buffers, stable writes, the use of
-//! the error latch, draining. [`super::transfer`] and [`super::erase`] split a request into host operations;
+//! the error latch, draining. `transfer` and [`super::erase`] split a request into host operations;
 //! [`super::stable`] decides which requests share an fdatasync. A request completes with `Ok` only when every
 //! byte has been moved and, for a stable write or a FLUSH, is stable.
 //!

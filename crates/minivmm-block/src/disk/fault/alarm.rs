@@ -10,8 +10,8 @@ use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::sandbox::{Role, Ticket};
 use crate::sync::unpoisoned;
+use crate::threads::{ThreadKind, Threads};
 
 /// The handle of the alarm's thread.
 pub(super) struct Alarm {
@@ -59,14 +59,11 @@ impl Shared {
 }
 
 impl Alarm {
-    pub(super) fn start() -> io::Result<Self> {
+    pub(super) fn start(threads: &dyn Threads) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let mine = Arc::clone(&shared);
-        let ticket = Ticket::new(Role::Delays);
-        let thread = std::thread::Builder::new().name("fault-delays".into()).spawn(move || {
-            ticket.enter();
-            mine.run();
-        })?;
+        let builder = std::thread::Builder::new().name("fault-delays".into());
+        let thread = threads.spawn(ThreadKind::Delays, builder, Box::new(move || mine.run()))?;
         Ok(Self { shared, thread: Some(thread) })
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Owns the seam that tests of interleavings need, and the handling of a poisoned lock. With the feature
 //! `observed`, which only tests turn on, each type is a wrapper that tells the thread's observer what is about
-//! to happen ([`observed`]). Without it, these are std's types under std's names.
+//! to happen (`sync/observed.rs`). Without it, these are std's types under std's names.
 
 #[cfg(feature = "observed")]
 pub mod observed;
