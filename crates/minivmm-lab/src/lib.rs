@@ -2,7 +2,8 @@
 //! subcommands `top`, `log`, `crash`, `bench` and `study`. Users call `minivmm` with them, which execs it.
 //!
 //! The crate stands on [`minivmm`], whose public parts it uses like any other program: disks, `--explain`, the
-//! observation, the rules for output files. minivmm does not know it, so a VMM is built and runs without it.
+//! observation, the rules for output files. minivmm does not know it, so a VMM is built and runs without it, and without
+//! what draws on a terminal (ratatui, indicatif).
 //!
 //! Dependencies point down the list, never up (`tests/tidy.rs` of the workspace enforces it):
 //!
@@ -10,7 +11,7 @@
 //! |---|---|---|
 //! | [`cli`] | the arguments of the subcommands, and the whole command line with them | |
 //! | [`study`] | claims of 2008 as experiments, with verdicts, as a page and JSON | KVM |
-//! | [`bench`] | fio in a guest beside its host, and which results do not measure a disk | KVM, devices |
+//! | [`mod@bench`] | fio in a guest beside its host, and which results do not measure a disk | KVM, devices |
 //! | [`top`] | an observation as it grows, on a terminal or as lines | guests, disks |
 //! | [`crash`] | write logs, and the disk states that a power loss could have left | guests, KVM |
 //! | [`lab`] | a boot of a real guest as an experiment: images, host description, fio, rounds | KVM, devices |

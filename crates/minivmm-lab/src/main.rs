@@ -31,6 +31,7 @@ fn main() {
 }
 
 fn run(task: Option<Task>, signals: Signals) -> ExitStatus {
+    // minivmm's options, -v and -q among them, exclude a subcommand.
     process::start_logging(log::LevelFilter::Warn);
     let Some(task) = task else {
         let why = "minivmm-tools is for minivmm's own use: call minivmm with these arguments";
