@@ -1,13 +1,13 @@
-//! A1: directsync against none, for a log's appends.
+//! A1: directsync compared with none, for appends to a log.
 //!
-//! Owns the claim, the prediction, the guest's part and the figures' meaning; and the distributions of
-//! latency by mode. Measured in the step of stable writes.
+//! Owns the claim, the prediction, the guest's script and the meaning of the figures, and the distributions of
+//! latency by mode. The step of stable writes measures it.
 
 use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, values};
 use super::plot::{Form, Plot};
 
-/// The two that are compared.
+/// The modes that are compared.
 pub const MODES: [&str; 2] = ["none", "directsync"];
 const CASE: &str = "directsync / none";
 
@@ -85,7 +85,7 @@ pub static EXPERIMENT: Experiment = Experiment {
     plots,
 };
 
-/// The guest's part: so many appends, so often.
+/// Returns the guest's script: a job of `appends` writes, run `times` times.
 pub fn script(mode: &str, device: &str, appends: u64, times: usize) -> String {
     let one = format!(
         "ask stats A1.{mode}.before {device}; ask look A1.{mode}.before {device}
@@ -96,7 +96,7 @@ ask look A1.{mode}.after {device}; ask stats A1.{mode}.after {device}; put A1.{m
     one.repeat(times)
 }
 
-/// The guest's part for the distributions: every fourth write is followed by a sync.
+/// Returns the guest's script for the distributions of latency. A sync follows every fourth write.
 pub fn latency_script(mode: &str, device: &str, blocks: u64) -> String {
     format!(
         "job L.{mode}.job {device} --rw=randwrite --bs=4k --direct=1 --fdatasync=4 --size=16m --io_size={}k\n",
@@ -104,7 +104,7 @@ pub fn latency_script(mode: &str, device: &str, blocks: u64) -> String {
     )
 }
 
-/// How much these have grown for an append, once a repetition.
+/// Returns the growth of these counters per append, for each repetition.
 fn for_each(step: &Record, mode: &str, what: &[&str]) -> Vec<f64> {
     let name = format!("A1.{mode}");
     step.growths_for_each(&name, what, step.all(&format!("{name}.appends")))

@@ -1,7 +1,7 @@
-//! A2: directsync against none, for bulk writes.
+//! A2: directsync compared with none, for bulk writes.
 //!
-//! Owns the claim, the prediction, the guest's part and the figures' meaning. Measured in the step of
-//! stable writes.
+//! Owns the claim, the prediction, the guest's script and the meaning of the figures. The step of stable writes
+//! measures it.
 
 use super::a1::MODES;
 use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
@@ -86,7 +86,7 @@ pub static EXPERIMENT: Experiment = Experiment {
     plots,
 };
 
-/// The guest's part: so many MiB, so often.
+/// Returns the guest's script: a job that writes `mib` MiB, run `times` times.
 pub fn script(mode: &str, device: &str, mib: u64, times: usize) -> String {
     let one = format!(
         "ask stats A2.{mode}.before {device}; ask look A2.{mode}.before {device}
@@ -96,7 +96,7 @@ ask look A2.{mode}.after {device}; ask stats A2.{mode}.after {device}\n"
     one.repeat(times)
 }
 
-/// How much these have grown for each of the guest's writes, once a repetition.
+/// Returns the growth of these counters per write of the guest, for each repetition.
 fn for_each(step: &Record, mode: &str, what: &[&str]) -> Vec<f64> {
     let name = format!("A2.{mode}");
     step.growths_for_each(&name, what, &step.growths(&name, "writes"))

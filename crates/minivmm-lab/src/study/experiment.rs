@@ -1,7 +1,8 @@
-//! What an experiment is: a claim in its author's words, what would make it true, and what was predicted.
+//! What an experiment consists of: a claim in its author's words, what would make the claim true, and what was
+//! predicted.
 //!
-//! Owns the words of the tables; all of it is `const`, so it was written before anything is measured. What
-//! the figures then say is [`super::verdict`]'s.
+//! Owns the texts of the tables. All of them are `const`, so they were written before anything is measured.
+//! [`super::verdict`] decides what the figures then mean.
 
 use std::fmt;
 
@@ -10,19 +11,19 @@ use serde::{Serialize, Serializer};
 use super::figures::{Measured, Record};
 use super::plot::Plot;
 
-/// What somebody has said, word for word.
+/// Something that somebody wrote, word for word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Quote {
     /// The words.
     pub text: &'static str,
-    /// Who.
+    /// Who wrote them.
     pub author: &'static str,
-    /// Where, and when.
+    /// Where and when they were written.
     pub source: &'static str,
 }
 
 impl Quote {
-    /// From the thread of 8 October 2008 on libvir-list, "PATCH: Disable QEMU drive caching".
+    /// Returns a quote from the thread "PATCH: Disable QEMU drive caching" on libvir-list, 8 October 2008.
     pub const fn of_2008(author: &'static str, text: &'static str) -> Self {
         Self {
             text,
@@ -32,31 +33,31 @@ impl Quote {
     }
 }
 
-/// What a figure is, which says on which hosts it means something.
+/// The nature of a figure, which determines on which hosts the figure is meaningful.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
-    /// Operations, requests, lost records.
+    /// Number of operations, requests or lost records.
     Count,
-    /// Bytes in a cache, or given to a disk.
+    /// Bytes in a cache, or bytes written to a disk.
     Bytes,
-    /// One such figure as a part of another.
+    /// A count or a number of bytes divided by another.
     Share,
-    /// One speed by another of the same job in the same guest.
+    /// The ratio of two speeds of the same job in the same guest.
     SpeedRatio,
-    /// Bytes or operations a second, or one of the guest's by one of the host's.
+    /// Bytes or operations per second, or a speed of the guest divided by one of the host.
     Speed,
     /// Seconds.
     Time,
 }
 
 impl Kind {
-    /// Whether the clock has a part in it.
+    /// Returns `true` if the figure depends on a clock.
     pub fn is_timed(self) -> bool {
         matches!(self, Self::SpeedRatio | Self::Speed | Self::Time)
     }
 
-    /// In a word or two.
+    /// Returns the name that the page shows.
     pub fn name(self) -> &'static str {
         match self {
             Self::Count => "count",
@@ -69,24 +70,24 @@ impl Kind {
     }
 }
 
-/// A part of the line of numbers, ends included.
+/// A range of numbers, ends included.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Bound {
-    /// From here up.
+    /// This number or more.
     AtLeast(f64),
-    /// Down from here.
+    /// This number or less.
     AtMost(f64),
-    /// From, to.
+    /// From the first number to the second.
     Between(f64, f64),
 }
 
 impl Bound {
-    /// Around a value: it, less and more the tolerance.
+    /// Returns the range from `value - tolerance` to `value + tolerance`.
     pub const fn about(value: f64, tolerance: f64) -> Self {
         Self::Between(value - tolerance, value + tolerance)
     }
 
-    /// Whether the number is in it.
+    /// Returns `true` if `value` is in the range.
     pub fn contains(self, value: f64) -> bool {
         match self {
             Self::AtLeast(least) => value >= least,
@@ -96,7 +97,7 @@ impl Bound {
     }
 }
 
-/// A number as tables have it: three digits that say something.
+/// Formats a number as the tables show it, with about three significant digits.
 pub fn number(value: f64) -> String {
     let size = value.abs();
     let places = if size >= 100.0 || size == size.round() && size < 1e6 {
@@ -137,73 +138,72 @@ impl Serialize for Bound {
     }
 }
 
-/// What was expected of one case, with its tolerance.
+/// The expected figure of one case, with its tolerance.
 #[derive(Debug, Clone, Copy)]
 pub struct Prediction {
-    /// A mode, or a mode and what is done in it.
+    /// A cache mode, or a mode and what is done in it.
     pub case: &'static str,
-    /// Where the figure will be.
+    /// The range in which the figure is expected.
     pub expected: Bound,
 }
 
-/// A prediction.
+/// Creates a prediction.
 pub const fn expect(case: &'static str, expected: Bound) -> Prediction {
     Prediction { case, expected }
 }
 
-/// What a figure must be for the claim to be true of a case. It is no prediction: it follows from the
-/// claim's words alone.
+/// States which figures make a claim true of a case. A rule is no prediction: it follows from the words of the
+/// claim alone.
 #[derive(Debug, Clone, Copy)]
 pub struct Rule {
-    /// Which of the experiment's claims, from 0.
+    /// Index of the claim in [`Experiment::claims`].
     pub claim: usize,
-    /// The claim is true where the figure is in it.
+    /// The claim is true of a case if the figure is in this range.
     pub is_true: Bound,
-    /// Why here.
+    /// The reason for the range.
     pub why: &'static str,
 }
 
-/// A quantity that is measured, for several cases.
+/// A quantity that is measured for several cases.
 #[derive(Debug, Clone, Copy)]
 pub struct Measure {
-    /// Short, of the experiment alone; a part of the JSON.
+    /// Short name, unique within the experiment. It appears in the JSON.
     pub name: &'static str,
-    /// In words.
+    /// Title that the page shows.
     pub title: &'static str,
-    /// Behind the figures; may be empty.
+    /// Unit that follows the figures; empty if there is none.
     pub unit: &'static str,
-    /// What it is.
+    /// The nature of the figures.
     pub kind: Kind,
-    /// How it is measured.
+    /// How the figures are measured.
     pub how: &'static str,
-    /// What it decides.
+    /// The claims that this quantity decides, and when they are true.
     pub rules: &'static [Rule],
-    /// If a prediction of it fails, the experiment would not have seen what it looks for, and decides
-    /// nothing.
+    /// True if the experiment is blind when a prediction of this measure fails. It then decides nothing.
     pub control: bool,
-    /// Written beforehand.
+    /// Predictions, written before the measurement. They define the cases.
     pub predictions: &'static [Prediction],
 }
 
-/// One experiment.
+/// One experiment of the study.
 pub struct Experiment {
-    /// T1 to T11, A1, A2.
+    /// T1 to T11, A1 or A2.
     pub id: &'static str,
-    /// What it is about.
+    /// What the experiment is about.
     pub title: &'static str,
-    /// What it judges.
+    /// The claims that it judges.
     pub claims: &'static [Quote],
-    /// What is done, in some sentences.
+    /// What is done, in a few sentences.
     pub what: &'static str,
     /// What else could explain the figures.
     pub confounds: &'static str,
-    /// Steps that measure for it ([`super::steps`]).
+    /// Names of the steps that measure for it ([`super::steps`]).
     pub steps: &'static [&'static str],
-    /// What is measured.
+    /// The quantities that are measured.
     pub measures: &'static [Measure],
-    /// The measures' values in a step that was done.
+    /// Computes the values of the measures from the record of one step.
     pub measured: fn(&Record) -> Vec<Measured>,
-    /// Pictures, of all steps that were done.
+    /// Draws the plots from the records of all completed steps.
     pub plots: fn(&[Record]) -> Vec<Plot>,
 }
 
@@ -213,7 +213,7 @@ impl fmt::Debug for Experiment {
     }
 }
 
-/// The modes in the order of every table.
+/// The cache modes, in the order of every table.
 pub const MODES: [&str; 5] = ["none", "directsync", "writethrough", "writeback", "unsafe"];
 
 #[cfg(test)]

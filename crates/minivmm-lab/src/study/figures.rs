@@ -1,67 +1,69 @@
-//! What a step has measured: figures and curves by name, a line of the record each.
+//! The figures and curves that a step has measured, by name. Each step is one line of the run's record.
 //!
-//! Owns the names' form, `EXPERIMENT.CASE.WHAT`, and nothing of their meaning.
+//! Owns the form of the names, `EXPERIMENT.CASE.WHAT`. It knows nothing of their meaning.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// A step that is done.
+/// The result of one run of a step.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// Which.
+    /// Name of the step.
     pub step: String,
-    /// The repetition, from 1.
+    /// Number of the repetition, from 1.
     pub round: u32,
-    /// How long it took.
+    /// Duration of the step.
     pub seconds: f64,
-    /// Why there is nothing, or not all.
+    /// Why figures are missing; `None` if the step succeeded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// Numbers by name. What was measured several times in one step has several.
+    /// Figures by name. A quantity that the step measured several times has several values.
     pub figures: BTreeMap<String, Vec<f64>>,
-    /// Curves by name: points of x and y.
+    /// Curves by name, as points (x, y).
     #[serde(default)]
     pub curves: BTreeMap<String, Vec<(f64, f64)>>,
 }
 
 impl Record {
-    /// Nothing yet.
+    /// Creates a record without figures.
     pub fn new(step: &str, round: u32) -> Self {
         Self { step: step.to_owned(), round, ..Self::default() }
     }
 
-    /// One more figure of this name.
+    /// Adds a figure under this name. A value that is not finite is dropped.
     pub fn put(&mut self, name: &str, value: f64) {
         if value.is_finite() {
             self.figures.entry(name.to_owned()).or_default().push(value);
         }
     }
 
-    /// The first figure of this name.
+    /// Returns the first figure of this name.
     pub fn get(&self, name: &str) -> Option<f64> {
         self.figures.get(name)?.first().copied()
     }
 
-    /// All of them.
+    /// Returns all figures of this name, in the order of measurement.
     pub fn all(&self, name: &str) -> &[f64] {
         self.figures.get(name).map_or(&[], Vec::as_slice)
     }
 
-    /// One figure by another, in their order; nothing where one is missing or would be divided by 0.
+    /// Divides each figure named `above` by the figure of the same position named `below`. A pair is skipped if
+    /// one is missing or the divisor is 0.
     pub fn ratios(&self, above: &str, below: &str) -> Vec<f64> {
         let both = self.all(above).iter().zip(self.all(below));
         both.filter(|(_, below)| **below != 0.0).map(|(above, below)| above / below).collect()
     }
 
-    /// How much NAME.after.WHAT is above NAME.before.WHAT, each time that it was measured.
+    /// Returns NAME.after.WHAT minus NAME.before.WHAT for each time that both were measured.
     pub fn growths(&self, name: &str, what: &str) -> Vec<f64> {
         let [before, after] = ["before", "after"].map(|when| self.all(&format!("{name}.{when}.{what}")));
         before.iter().zip(after).map(|(before, after)| after - before).collect()
     }
 
-    /// How much these have grown together ([`Self::growths`]) for each of what is counted, time by time; nothing
-    /// where one of them was not always measured.
+    /// Divides the summed growth of these quantities ([`Self::growths`]) by the count of the same position.
+    /// Returns nothing if one of the quantities was measured less often than `counted`. A count of 0 is
+    /// skipped.
     pub fn growths_for_each(&self, name: &str, what: &[&str], counted: &[f64]) -> Vec<f64> {
         let mut sums = vec![0.0; counted.len()];
         for what in what {
@@ -75,36 +77,36 @@ impl Record {
         pairs.map(|(sum, counted)| sum / counted).collect()
     }
 
-    /// The mean of all figures of this name.
+    /// Returns the mean of all figures of this name, or `None` if there are none.
     pub fn mean(&self, name: &str) -> Option<f64> {
         let all = self.all(name);
         (!all.is_empty()).then(|| all.iter().sum::<f64>() / all.len() as f64)
     }
 
-    /// How much a figure has grown from one name to another.
+    /// Returns the first figure named `to` minus the first figure named `from`.
     pub fn grown(&self, from: &str, to: &str) -> Option<f64> {
         Some(self.get(to)? - self.get(from)?)
     }
 }
 
-/// A value of a measure.
+/// One value of a measure for one case.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Measured {
-    /// The measure's name.
+    /// Name of the measure.
     pub measure: &'static str,
-    /// The case.
+    /// Name of the case.
     pub case: String,
     /// The value.
     pub value: f64,
 }
 
-/// The value of a measure for a case, if there is one.
+/// Returns the value of a measure for a case, or `None` if there is none or it is not finite.
 pub fn value(measure: &'static str, case: &str, value: Option<f64>) -> Option<Measured> {
     let value = value.filter(|value| value.is_finite())?;
     Some(Measured { measure, case: case.to_owned(), value })
 }
 
-/// Several of them.
+/// Returns several values of a measure for one case.
 pub fn values<'a>(
     measure: &'static str,
     case: &'a str,

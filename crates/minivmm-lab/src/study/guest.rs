@@ -1,15 +1,15 @@
-//! A conversation with one guest: its script says what it has done, and asks for what only the host can
-//! do or see, at the very moment at which it matters.
+//! A conversation with one guest. Its script reports figures, and asks at the right moment for what only the
+//! host can do or see.
 //!
-//! Owns the words between the two, a line each on the script's standard streams:
+//! Owns the protocol: lines on the standard streams of the script, and the requests that the host serves.
 //!
 //! | the guest writes | which means |
 //! |---|---|
 //! | `=NAME VALUE` | a figure |
 //! | `<NAME` ... `>STATUS` | fio's JSON, and its exit status |
-//! | `!WORD ...` | a wish; the host answers `ok` on standard input |
+//! | `!WORD ...` | a request; the host answers `ok` on standard input |
 //!
-//! and the wishes. The command line, and a boot without a conversation, are [`crate::lab::boot`]'s.
+//! [`crate::lab::boot`] builds the command line, and boots guests without a conversation.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -37,7 +37,7 @@ use minivmm::observe::csv::Row;
 use minivmm::observe::host::HostDisk;
 use minivmm::program;
 
-/// Before every script.
+/// Shell functions that precede every script.
 const PRELUDE: &str = r#"
 ask() { echo "!$*"; read -r answer || exit 90; [ "$answer" = ok ] || { echo "the host: $answer" >&2; exit 91; }; }
 put() { echo "=$1 $2"; }
@@ -54,54 +54,54 @@ job() {
     [ $status = 0 ] || { cat /tmp/fio-error >&2; exit 92; }
 }
 "#;
-/// What the last guest has said, and when, in the directory of the run.
+/// File in the directory of the run that receives the output of the last guest, with times.
 pub const TRANSCRIPT: &str = "guest.log";
-/// A guest that says nothing for so long has hung.
+/// A guest that writes nothing for this long is taken to hang.
 const SILENCE: Duration = Duration::from_secs(240);
-/// How often it is looked whether all is to end.
+/// How often a waiting host checks whether the run is interrupted.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// New statistics are there within this.
+/// How long the host waits for new statistics.
 const STATS_PATIENCE: Duration = Duration::from_secs(30);
 
-/// A guest has ended by itself before.
+/// A guest is killed after this time.
 const LIFE: Duration = Duration::from_secs(1200);
 
-/// An image in a mode, as a disk of the guest.
+/// Returns the description of a guest's disk: this image in this cache mode.
 pub fn disk(image: PathBuf, mode: &str) -> Result<DiskSpec> {
     Ok(DiskSpec::new(image, CachePolicy::by_name(mode).with_context(|| format!("there is no mode {mode}"))?))
 }
 
-/// vda, vdb, ...
+/// Returns the guest's name of the disk with this index: vda, vdb, ...
 pub fn device(at: usize) -> String {
     let letter = u8::try_from(at).map_or('?', |at| char::from(b'a' + at.min(25)));
     format!("vd{letter}")
 }
 
-/// A guest, as asked for.
+/// A guest to be run.
 #[derive(Debug)]
 pub struct Guest {
-    /// vda, vdb, ...
+    /// The disks, in the order vda, vdb, ...
     pub disks: Vec<DiskSpec>,
-    /// Its memory in MiB.
+    /// Memory of the guest in MiB.
     pub memory_mib: u64,
-    /// What it does.
+    /// The shell script that the guest runs.
     pub script: String,
-    /// Between two lines of the observation.
+    /// Time between two samples of the observation.
     pub interval: Duration,
 }
 
-/// What a wish that is no word of the conversation's own does.
+/// Serves the requests that are not part of the protocol itself.
 pub type Others<'a> = &'a mut dyn FnMut(&[&str], &mut Record) -> Result<()>;
 
-/// What is left of a guest that has ended well.
+/// What a guest leaves behind when it ended with status 0.
 #[derive(Debug)]
 pub struct Left {
-    /// The device's figures (docs/statistics.md).
+    /// The statistics that minivmm wrote (docs/statistics.md).
     pub stats: Value,
 }
 
 impl Guest {
-    /// Runs it; its figures and curves go into the record.
+    /// Runs the guest, and stores its figures and curves in `record`.
     pub fn run(&self, bench: &Bench<'_>, record: &mut Record, others: Others<'_>) -> Result<Left> {
         let place = ScratchDir::new("study")?;
         let mut talk = Talk::begin(self, &place, bench)?;
@@ -120,7 +120,7 @@ impl Guest {
     }
 }
 
-/// A time of which curves are wanted.
+/// A period of which curves are wanted, in seconds of the observation.
 #[derive(Debug)]
 struct Span {
     name: String,
@@ -130,7 +130,7 @@ struct Span {
 }
 
 struct Talk {
-    /// Nothing once it has ended.
+    /// `None` once the guest has ended.
     group: Option<Group>,
     lines: Receiver<String>,
     images: Vec<(String, File)>,
@@ -163,7 +163,7 @@ impl Talk {
         let mut group = Group::start(&mut command).context("cannot start minivmm")?;
         let (send, lines) = channel();
         let stdout = BufReader::new(group.child().stdout.take().context("no standard output")?);
-        // It ends with the pipe.
+        // The thread ends when the pipe is closed.
         std::thread::spawn(move || {
             for line in stdout.lines().map_while(Result::ok) {
                 if send.send(line).is_err() {
@@ -187,7 +187,7 @@ impl Talk {
         })
     }
 
-    /// The next line; nothing at the end.
+    /// Returns the next line, or `None` at the end of the output.
     fn line(&self, bench: &Bench<'_>) -> Result<Option<String>> {
         let until = Instant::now() + SILENCE;
         loop {
@@ -227,7 +227,7 @@ impl Talk {
         Ok(())
     }
 
-    /// fio's answer, to its end.
+    /// Reads fio's JSON to its end and stores the figures.
     fn job(&self, name: &str, bench: &Bench<'_>, record: &mut Record) -> Result<()> {
         let mut answer = String::new();
         loop {
@@ -283,7 +283,7 @@ impl Talk {
         }
     }
 
-    /// What the host's cache has of the image now, and what its disk has done.
+    /// Stores how much of the image is in the host's page cache now, and the counters of the host's disk.
     fn look(&self, name: &str, device: &str, record: &mut Record) -> Result<()> {
         let found = Residency::of(self.image(device)?)?;
         record.put(&format!("{name}.at"), self.begun.elapsed().as_secs_f64());
@@ -305,9 +305,9 @@ impl Talk {
         Ok(())
     }
 
-    /// The device's counters now: minivmm writes them anew when it gets SIGUSR1.
+    /// Stores the counters of the device. minivmm rewrites its statistics when it receives SIGUSR1.
     fn stats(&self, name: &str, device: &str, record: &mut Record) -> Result<()> {
-        // Figures may be the same as before.
+        // The content of new statistics may equal the old, so the time of writing tells them apart.
         let before = self.files.stats_written();
         kill_process(self.group.as_ref().context("it has ended")?.pid(), Signal::USR1)?;
         let until = Instant::now() + STATS_PATIENCE;
@@ -325,12 +325,12 @@ impl Talk {
         }
     }
 
-    /// The time of the newest sample of the observation.
+    /// Returns the time of the newest sample of the observation.
     fn observed_until(&self) -> f64 {
         self.files.rows().last().and_then(|row| row.number("time_s")).unwrap_or(0.0)
     }
 
-    /// What was observed during the spans: values over the seconds since their beginning.
+    /// Stores what was observed during the spans, over the seconds since their beginning.
     fn curves(&self, record: &mut Record) {
         let rows = self.files.rows();
         for span in &self.spans {
@@ -348,7 +348,8 @@ impl Talk {
         }
     }
 
-    /// Waits for its end, or brings it about.
+    /// Waits until the guest ends, or kills it if `kill` is set. Returns its exit status, or -1 if a signal
+    /// ended it.
     fn end(&mut self, bench: &Bench<'_>, kill: bool) -> Result<i32> {
         let mut group = self.group.take().context("it has ended")?;
         drop(group.child().stdin.take());
@@ -358,7 +359,7 @@ impl Talk {
         Ok(group.end()?.code().unwrap_or(-1))
     }
 
-    /// The end of what it has said on standard error, for a message.
+    /// Returns the last lines of the guest's standard error, to be appended to a message.
     fn said(&self) -> String {
         let mut said = String::new();
         if let Ok(mut file) = File::open(&self.said) {
@@ -382,7 +383,7 @@ const CURVES: [&str; 6] = [
     "written_bytes",
 ];
 
-/// Counters of one disk: `NAME.writes` and so on.
+/// Stores the counters of one disk as `NAME.writes` and so on.
 fn put_stats(name: &str, device: &str, stats: &Value, record: &mut Record) {
     let disks = stats["disks"].as_array();
     for disk in disks.into_iter().flatten().filter(|disk| disk["name"] == device) {
@@ -401,7 +402,7 @@ fn put_stats(name: &str, device: &str, stats: &Value, record: &mut Record) {
     }
 }
 
-/// Nothing beyond the conversation's own words.
+/// Refuses every request that is not part of the protocol itself.
 pub fn no_others(words: &[&str], _: &mut Record) -> Result<()> {
     bail!("nobody knows what {} is", words.join(" "))
 }

@@ -1,6 +1,6 @@
-//! The machine that a study is of, and how two runs know that theirs is the same.
+//! The machine that a study measures, and how to recognize a record of the same machine.
 //!
-//! Owns the words of the page's table of facts; the looking is [`crate::lab::host`]'s.
+//! Owns the texts of the page's table of facts. [`crate::lab::host`] inspects the machine.
 
 use std::io;
 use std::path::Path;
@@ -12,36 +12,36 @@ use crate::lab::Host;
 /// The machine.
 #[derive(Debug, Clone, Serialize)]
 pub struct Machine {
-    /// All that is known of it.
+    /// Everything known about it.
     pub host: Host,
-    /// Which of its figures mean something, in words; nothing where all do.
+    /// Which of its figures are meaningful, in words; `None` if all are.
     pub caveat: Option<String>,
 }
 
-/// What must be the same for figures to belong together.
+/// The properties that must be equal for figures to be combined.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
-    /// The program's version.
+    /// Version of minivmm.
     pub minivmm: String,
-    /// The host's kernel.
+    /// Version of the host's kernel.
     pub kernel: String,
-    /// Its CPU, and how many.
+    /// Number and name of the CPUs.
     pub cpu: String,
-    /// Its memory in bytes.
+    /// Size of the memory.
     pub memory_bytes: Option<u64>,
-    /// File system and disk of the images.
+    /// File system and disk that hold the images.
     pub place: String,
 }
 
 impl Machine {
-    /// This machine; the images lie in `directory`.
+    /// Inspects this machine. `directory` holds the images.
     pub fn look(directory: &Path) -> io::Result<Self> {
         let host = Host::look(directory)?;
         let caveat = host.figures_that_mean_something().caveat().map(str::to_owned);
         Ok(Self { host, caveat })
     }
 
-    /// What makes it this one.
+    /// Returns the properties that identify the machine.
     pub fn identity(&self) -> Identity {
         let host = &self.host;
         Identity {
@@ -53,7 +53,7 @@ impl Machine {
         }
     }
 
-    /// What the page tells of it: names and facts.
+    /// Returns the names and facts that the page shows.
     pub fn facts(&self) -> Vec<(&'static str, String)> {
         let host = &self.host;
         let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
@@ -90,9 +90,9 @@ impl Machine {
 }
 
 impl Identity {
-    /// What differs, in words.
+    /// Describes how the machines differ; empty if they are the same.
     pub fn differences(&self, other: &Self) -> Vec<String> {
-        // A kernel finds some pages more or less from boot to boot.
+        // The memory that a kernel reports varies by some pages from boot to boot.
         let same_memory = match (self.memory_bytes, other.memory_bytes) {
             (Some(then), Some(now)) => then.abs_diff(now) <= then / 100,
             (then, now) => then == now,

@@ -1,11 +1,12 @@
-//! `minivmm study`: what was said of disk caching on libvir-list in 2008, as experiments.
+//! `minivmm study` repeats what was said about disk caching on libvir-list in 2008 as experiments.
 //!
-//! Each experiment is a file of its own (`t01.rs` to `t11.rs`, `a1.rs`, `a2.rs`) with the claim in its author's
-//! words, the prediction with its tolerance, and what the figures mean. [`steps`] measures, several
-//! experiments in one boot where they do not disturb each other; [`run`] repeats the steps, [`record`] keeps
-//! them, [`verdict`] judges them all by the same rules, [`report`] is the JSON and [`page`] shows it.
+//! Each experiment is a file of its own (`t01.rs` to `t11.rs`, `a1.rs`, `a2.rs`). It holds the claim in its
+//! author's words, the prediction with its tolerance, and what the figures mean. [`steps`] measures;
+//! experiments that do not disturb each other share one boot. [`run`] repeats the steps, [`record`] stores
+//! their figures, [`verdict`] judges all experiments by the same rules, [`report`] writes the JSON and [`page`]
+//! displays it.
 //!
-//! Runs guests as child processes; knows nothing of KVM (docs/study.md).
+//! Runs guests as child processes and uses no KVM itself (docs/study.md).
 
 pub mod experiment;
 pub mod figures;
@@ -52,7 +53,7 @@ pub static EXPERIMENTS: [&Experiment; 13] = [
     &a2::EXPERIMENT,
 ];
 
-/// The experiment of that name.
+/// Returns the experiment with this id, in upper or lower case.
 pub fn by_id(id: &str) -> Option<&'static Experiment> {
     EXPERIMENTS.iter().find(|experiment| experiment.id.eq_ignore_ascii_case(id)).copied()
 }

@@ -1,6 +1,6 @@
-//! A picture as data: what is drawn, not how (`page::svg` draws it).
+//! A plot as data: what is drawn. `page::svg` decides how.
 //!
-//! Owns its kinds. Plots are a part of the JSON.
+//! Owns the kinds of plots. Plots are part of the JSON.
 
 use serde::Serialize;
 
@@ -10,46 +10,46 @@ use serde::Serialize;
 pub enum Form {
     /// By straight lines.
     Lines,
-    /// As steps: a value holds until the next.
+    /// As steps: a value holds until the next one.
     Steps,
-    /// Parts of events that took no longer: y from 0 to 1.
+    /// As a cumulative distribution: y is the share of events that took at most x.
     Distribution,
-    /// Bars in groups: x is the number of the group.
+    /// As bars in groups: x is the index of the group.
     Bars,
 }
 
-/// One curve, or one bar of each group.
+/// One curve, or one bar in each group.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Series {
-    /// What it is; a mode's name gives it the mode's colour.
+    /// Name in the legend. The name of a cache mode selects the colour of that mode.
     pub name: String,
-    /// In the order of x.
+    /// The points, in the order of x.
     pub points: Vec<(f64, f64)>,
 }
 
-/// One picture.
+/// One plot.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Plot {
-    /// Above it.
+    /// Title above the plot.
     pub title: String,
-    /// How.
+    /// How the points are joined.
     pub form: Form,
-    /// Below the axis, with its unit.
+    /// Label of the x axis, with its unit.
     pub x: String,
-    /// Beside the axis, with its unit.
+    /// Label of the y axis, with its unit.
     pub y: String,
-    /// Whether x grows by powers of ten.
+    /// True if the x axis is logarithmic.
     pub log_x: bool,
     /// Names of the groups of bars.
     pub groups: Vec<String>,
-    /// What is drawn.
+    /// The curves or bars.
     pub series: Vec<Series>,
-    /// What must be known to read it.
+    /// What a reader must know to understand the plot.
     pub note: String,
 }
 
 impl Plot {
-    /// Curves over x.
+    /// Creates an empty plot of curves.
     pub fn lines(title: &str, x: &str, y: &str) -> Self {
         Self {
             title: title.to_owned(),
@@ -63,23 +63,23 @@ impl Plot {
         }
     }
 
-    /// Bars, a group for each of these names.
+    /// Creates an empty plot of bars with these groups.
     pub fn bars(title: &str, y: &str, groups: impl IntoIterator<Item = impl Into<String>>) -> Self {
         let groups = groups.into_iter().map(Into::into).collect();
         Self { form: Form::Bars, groups, ..Self::lines(title, "", y) }
     }
 
-    /// The same in another form.
+    /// Changes how the points are joined.
     pub fn form(self, form: Form) -> Self {
         Self { form, ..self }
     }
 
-    /// With a note.
+    /// Sets the note.
     pub fn note(self, note: &str) -> Self {
         Self { note: note.to_owned(), ..self }
     }
 
-    /// With one more curve, if it has any points.
+    /// Adds a curve, unless it has no finite points.
     pub fn with(mut self, name: impl Into<String>, points: impl IntoIterator<Item = (f64, f64)>) -> Self {
         let finite = |point: &(f64, f64)| point.0.is_finite() && point.1.is_finite();
         let points: Vec<_> = points.into_iter().filter(finite).collect();
@@ -89,7 +89,7 @@ impl Plot {
         self
     }
 
-    /// Whether there is anything in it.
+    /// Returns `true` if there is nothing to draw.
     pub fn is_empty(&self) -> bool {
         self.series.is_empty()
     }

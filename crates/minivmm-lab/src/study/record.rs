@@ -1,8 +1,7 @@
-//! The record of a run: a line for each finished step, so that one that was ended can go on.
+//! The record of a run, one line for each finished step, so that an interrupted run can be continued.
 //!
-//! Owns `steps.jsonl`. Its first line says of which machine and which run the rest is; a run that is not
-//! the same is refused, since its figures would be mixed with another's. A last line that was cut short is
-//! none.
+//! Owns `steps.jsonl`. Its first line describes the machine and the run. A record of another machine or run is
+//! refused, because the figures would be mixed. An incomplete last line is discarded.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -15,74 +14,75 @@ use super::figures::Record;
 use super::machine::Identity;
 use minivmm::files::output;
 
-/// The file's name in the directory of a run.
+/// Name of the file in the directory of a run.
 pub const FILE: &str = "steps.jsonl";
 
-/// Of what run the steps are.
+/// The first line of a record, which identifies the run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Header {
-    /// Of this file: [`VERSION`].
+    /// Format of the file, [`VERSION`].
     pub version: u32,
-    /// Whether it is a quick run, whose jobs are smaller.
+    /// True for a quick run, whose jobs are smaller.
     pub quick: bool,
-    /// Its experiments.
+    /// Ids of the experiments.
     pub experiments: Vec<String>,
-    /// The machine.
+    /// The machine that was measured.
     pub machine: Identity,
 }
 
-/// The form of the lines.
+/// The current format of the file.
 pub const VERSION: u32 = 1;
 
-/// Why there is no record.
+/// Why a record cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
-    /// The host refuses.
+    /// The host reports an error.
     #[error("cannot {what} {path}")]
     Host {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// On which file.
+        /// The file that it was tried on.
         path: PathBuf,
-        /// The host's answer.
+        /// The error that the host reported.
         source: io::Error,
     },
-    /// It is another's.
+    /// The record belongs to another run.
     #[error(
         "{path} is of another run, whose figures cannot be mixed with this one's ({differences}): give another --out"
     )]
     Other {
         /// The record.
         path: PathBuf,
-        /// What differs.
+        /// How the runs differ.
         differences: String,
     },
-    /// It is none.
+    /// A line of the record cannot be parsed.
     #[error("line {line} of {path} is none of a study's: give another --out, or remove it")]
     Damaged {
         /// The record.
         path: PathBuf,
-        /// From 1.
+        /// Number of the line, from 1.
         line: usize,
-        /// What the reader says.
+        /// The error of the JSON parser.
         source: serde_json::Error,
     },
-    /// Two at once.
+    /// Another study runs in this directory.
     #[error("another study is running in {0}")]
     Busy(PathBuf),
 }
 
-/// An open record.
+/// An open and locked record.
 #[derive(Debug)]
 pub struct Journal {
     file: File,
     path: PathBuf,
-    /// What is done.
+    /// The steps that were run, failed attempts included.
     pub steps: Vec<Record>,
 }
 
 impl Journal {
-    /// That of `directory`: a new one, or one that goes on.
+    /// Opens the record in `directory`, or creates one. Fails if its run is not the one that `header`
+    /// describes.
     pub fn open(directory: &Path, header: &Header) -> Result<Self, RecordError> {
         let path = directory.join(FILE);
         let failed = |what| {
@@ -95,7 +95,8 @@ impl Journal {
         }
         let mut text = String::new();
         file.read_to_string(&mut text).map_err(failed("read"))?;
-        // What was being written when all ended is measured again.
+        // An incomplete line is from a step that was being recorded when the process died. That step is
+        // measured again.
         let whole = text.rfind('\n').map_or(0, |at| at + 1);
         if whole < text.len() {
             file.set_len(whole as u64).map_err(failed("cut"))?;
@@ -136,19 +137,19 @@ impl Journal {
         }
     }
 
-    /// One more step is done, and on the disk.
+    /// Appends a step, and returns once the file is synced.
     pub fn add(&mut self, step: Record) -> Result<(), RecordError> {
         self.append(&step)?;
         self.steps.push(step);
         Ok(())
     }
 
-    /// Whether the step was done, in this repetition, and well.
+    /// Returns `true` if the step succeeded in this repetition.
     pub fn has(&self, step: &str, round: u32) -> bool {
         self.steps.iter().any(|done| done.step == step && done.round == round && done.error.is_none())
     }
 
-    /// The steps, the last try of each.
+    /// Returns the last attempt of each step and repetition.
     pub fn newest(&self) -> Vec<Record> {
         let later = |at: usize, step: &Record| {
             self.steps.iter().skip(at + 1).any(|other| (&other.step, other.round) == (&step.step, step.round))
@@ -191,7 +192,7 @@ mod tests {
         journal.add(step.clone()).unwrap();
         journal.add(Record { error: Some("no".into()), ..Record::new("reads", 1) }).unwrap();
         drop(journal);
-        // Killed in the middle of a line.
+        // The writer was killed in the middle of a line.
         let path = dir.path().join(FILE);
         let whole = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, whole.clone() + "{\"step\":\"wri").unwrap();

@@ -1,7 +1,8 @@
-//! The study as one document: machine, claims, predictions, figures, verdicts, pictures.
+//! The study as one document: machine, claims, predictions, figures, verdicts and plots.
 //!
-//! Owns the schema and its version (docs/reference/study-json.md lists the fields). The page shows this and nothing else.
-//! Fields may be added under the same version; whoever removes one or changes what it means raises it.
+//! Owns the schema and its version (docs/reference/study-json.md lists the fields). The page shows only what is
+//! in this document. Fields may be added under the same version. Removing a field or changing its meaning
+//! requires a new version.
 
 use serde::Serialize;
 
@@ -14,113 +15,113 @@ use super::verdict::{Answer, Outcome, Spread, Verdict, judge, within};
 /// The version of the schema.
 pub const SCHEMA_VERSION: u32 = 1;
 
-/// All of it.
+/// The whole document.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
     /// Always "minivmm-study".
     pub schema: &'static str,
     /// [`SCHEMA_VERSION`].
     pub version: u32,
-    /// The program's.
+    /// Version of minivmm.
     pub minivmm: &'static str,
-    /// Where it was measured.
+    /// The machine that was measured.
     pub machine: Machine,
-    /// Whether this was a quick run.
+    /// True for a quick run.
     pub quick: bool,
-    /// Repetitions that are whole.
+    /// Number of complete repetitions.
     pub rounds: u32,
-    /// Whether steps are missing.
+    /// True if at least one repetition is complete and the run was not interrupted.
     pub complete: bool,
-    /// Time that all steps took together, in seconds.
+    /// Sum of the durations of all steps.
     pub seconds: f64,
-    /// The experiments.
+    /// The experiments, judged.
     pub experiments: Vec<Judged>,
-    /// The steps, with their figures.
+    /// The steps with their figures.
     pub steps: Vec<Record>,
 }
 
-/// One experiment.
+/// One judged experiment.
 #[derive(Debug, Clone, Serialize)]
 pub struct Judged {
-    /// T1 to T11, A1, A2.
+    /// T1 to T11, A1 or A2.
     pub id: &'static str,
-    /// What it is about.
+    /// What the experiment is about.
     pub title: &'static str,
     /// What is done.
     pub what: &'static str,
     /// What else could explain the figures.
     pub confounds: &'static str,
-    /// Claims, and what becomes of them.
+    /// The claims and their verdicts.
     pub claims: Vec<JudgedClaim>,
-    /// Quantities.
+    /// The measured quantities.
     pub measures: Vec<JudgedMeasure>,
-    /// Pictures.
+    /// The plots that have content.
     pub plots: Vec<Plot>,
-    /// Why something is missing.
+    /// Why figures are missing.
     pub problems: Vec<String>,
 }
 
-/// One claim.
+/// One claim and its verdict.
 #[derive(Debug, Clone, Serialize)]
 pub struct JudgedClaim {
-    /// The words, and who has said them.
+    /// The claim in its author's words.
     #[serde(flatten)]
     pub quote: Quote,
-    /// What becomes of it.
+    /// The verdict.
     pub verdict: Verdict,
 }
 
-/// One quantity.
+/// One measured quantity.
 #[derive(Debug, Clone, Serialize)]
 pub struct JudgedMeasure {
-    /// Its name.
+    /// Short name of the measure.
     pub name: &'static str,
-    /// In words.
+    /// Title that the page shows.
     pub title: &'static str,
-    /// Its unit.
+    /// Unit of the figures; empty if there is none.
     pub unit: &'static str,
-    /// What kind of figure it is.
+    /// The nature of the figures.
     pub kind: Kind,
-    /// How it is measured.
+    /// How the figures are measured.
     pub how: &'static str,
-    /// Whether such a figure means something on this host.
+    /// False if such figures are meaningless on this host: times and speeds on an emulated one.
     pub means_something: bool,
-    /// Whether nothing is decided if it is not as predicted.
+    /// True if nothing is decided when a prediction of this measure fails.
     pub control: bool,
-    /// When a claim is true.
+    /// Which figures make a claim true of a case.
     pub rules: Vec<ToldRule>,
-    /// Cases.
+    /// The cases.
     pub cases: Vec<JudgedCase>,
 }
 
-/// When a claim is true of a case.
+/// States which figures make a claim true of a case.
 #[derive(Debug, Clone, Serialize)]
 pub struct ToldRule {
-    /// Which claim, from 0.
+    /// Index of the claim in [`Judged::claims`].
     pub claim: usize,
-    /// It is where the figure is within.
+    /// The claim is true of a case if the figure is in this range.
     pub is_true: Bound,
-    /// Why.
+    /// The reason for the range.
     pub why: &'static str,
 }
 
-/// One case of a quantity.
+/// One case of a measured quantity.
 #[derive(Debug, Clone, Serialize)]
 pub struct JudgedCase {
-    /// A mode, mostly.
+    /// A cache mode, or a mode and what is done in it.
     pub case: &'static str,
     /// The prediction.
     pub expected: Bound,
-    /// The figures.
+    /// The figures; `None` if nothing was measured.
     pub found: Option<Spread>,
-    /// Whether the prediction has held.
+    /// Whether the prediction was right.
     pub prediction: Answer,
     /// For each rule, whether the claim is true of this case.
     pub claims: Vec<Answer>,
 }
 
 impl Report {
-    /// Judges what was measured.
+    /// Judges the figures of these steps.
     pub fn of(experiments: &[&'static Experiment], machine: Machine, steps: Vec<Record>, run: &Run) -> Self {
         let judged = experiments.iter().map(|experiment| judged(experiment, &steps, &machine)).collect();
         Self {
@@ -137,7 +138,7 @@ impl Report {
         }
     }
 
-    /// Why steps have failed, each error once; their experiments are not decided.
+    /// Returns the errors of the failed steps, each once.
     pub fn failures(&self) -> Vec<&str> {
         let mut failures: Vec<&str> = Vec::new();
         for error in self.steps.iter().filter_map(|step| step.error.as_deref()) {
@@ -148,12 +149,12 @@ impl Report {
         failures
     }
 
-    /// As JSON.
+    /// Returns the document as JSON.
     pub fn to_json(&self) -> serde_json::Result<String> {
         serde_json::to_string_pretty(self)
     }
 
-    /// For the terminal: a line a claim.
+    /// Returns the verdicts for the terminal, one line per claim.
     pub fn to_text(&self) -> String {
         let mut text = String::new();
         for experiment in &self.experiments {
@@ -175,16 +176,16 @@ impl Report {
 /// How the run went.
 #[derive(Debug, Clone, Copy)]
 pub struct Run {
-    /// Whether it was a quick one.
+    /// True for a quick run.
     pub quick: bool,
-    /// Repetitions that are whole.
+    /// Number of complete repetitions.
     pub rounds: u32,
-    /// Whether nothing is missing.
+    /// True if at least one repetition is complete and the run was not interrupted.
     pub complete: bool,
 }
 
 impl Judged {
-    /// Predictions that have not held.
+    /// Returns the predictions that were wrong, as measure and case.
     pub fn failed(&self) -> impl Iterator<Item = String> + '_ {
         self.measures.iter().flat_map(|measure| {
             let failed = measure.cases.iter().filter(|case| case.prediction == Answer::No);
@@ -266,7 +267,7 @@ fn judged_measure(
     }
 }
 
-/// What all measures say of one claim.
+/// Collects the answers of all measures for one claim.
 fn answers(measures: &[JudgedMeasure], claim: usize) -> Vec<(String, Answer)> {
     let mut answers = Vec::new();
     for measure in measures {
@@ -280,7 +281,7 @@ fn answers(measures: &[JudgedMeasure], claim: usize) -> Vec<(String, Answer)> {
 }
 
 impl Outcome {
-    /// As a class of the style sheet.
+    /// Returns the name of the CSS class.
     pub fn class(self) -> &'static str {
         match self {
             Self::Confirmed => "confirmed",

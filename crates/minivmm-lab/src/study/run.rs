@@ -1,7 +1,7 @@
-//! The order of a run: which steps, how often, how long yet, and what is left when it is ended.
+//! The course of a run: which steps are run, how often, how much time is left, and what is written at the end.
 //!
-//! Owns repetitions and the budget. The first repetition is always whole; what a quick run has no time
-//! for are further ones.
+//! Owns the repetitions and the time budget. The first repetition is always complete. A quick run omits later
+//! repetitions if time is short.
 
 use std::fmt;
 use std::fs;
@@ -24,31 +24,31 @@ use super::{EXPERIMENTS, by_id};
 use crate::estimate::Clock;
 use minivmm::files::{Output, output};
 
-/// A full run repeats each step so often.
+/// Number of repetitions of a full run.
 pub const ROUNDS: u32 = 5;
-/// A quick one at most so often,
+/// Most repetitions of a quick run.
 const QUICK_ROUNDS: u32 = 3;
-/// and begins no repetition that would not end by then.
+/// A quick run begins no repetition that would probably end after this time.
 const QUICK_BUDGET: Duration = Duration::from_secs(8 * 60);
-/// The documents' names.
+/// Name of the HTML page.
 pub const PAGE: &str = "study.html";
-/// The same for programs.
+/// Name of the JSON document.
 pub const JSON: &str = "study.json";
 
-/// What is asked for.
+/// What the user asked for.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Where everything goes.
+    /// Directory that receives all files.
     pub out: PathBuf,
-    /// Smaller jobs, and few repetitions.
+    /// True for smaller jobs and fewer repetitions.
     pub quick: bool,
-    /// So many repetitions.
+    /// Number of repetitions; `None` for the default.
     pub rounds: Option<u32>,
-    /// These experiments alone; all where there are none.
+    /// Ids of the experiments to run; empty for all.
     pub only: Vec<String>,
 }
 
-/// Runs what is asked for, as far as `stop` lets it, and leaves page and JSON.
+/// Runs the experiments until they are done or `stop` is set, and writes the page and the JSON.
 pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report> {
     let experiments = wanted(&options.only)?;
     fs::create_dir_all(&options.out).with_context(|| format!("cannot make {}", options.out.display()))?;
@@ -80,7 +80,7 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report> {
     Ok(report)
 }
 
-/// Refuses a name that no experiment has.
+/// Returns an error if a name is not the id of an experiment.
 pub fn check_names(only: &[String]) -> Result<()> {
     if let Some(id) = only.iter().find(|id| by_id(id).is_none()) {
         let all: Vec<_> = EXPERIMENTS.iter().map(|experiment| experiment.id).collect();
@@ -89,7 +89,7 @@ pub fn check_names(only: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Whether any of these experiments, or of all where none is named, boots a guest.
+/// Returns `true` if one of these experiments boots a guest. An empty list stands for all experiments.
 pub fn boots_guests(only: &[String]) -> bool {
     wanted(only).is_ok_and(|experiments| steps::of(&experiments).iter().any(|step| step.boots))
 }
@@ -123,7 +123,7 @@ fn measure(
             }
             progress.begin(step.name, round, rounds);
             let record = one(bench, step, round);
-            // What was ended in its middle is measured again.
+            // The step was interrupted, so its figures are not recorded and it is measured again.
             if bench.stop.load(Ordering::SeqCst) {
                 return Ok(());
             }
@@ -139,7 +139,7 @@ fn measure(
     Ok(())
 }
 
-/// A step that fails is told as such; the others go on.
+/// Runs one step. An error is stored in its record, so that the other steps still run.
 fn one(bench: &Bench<'_>, step: &Step, round: u32) -> Record {
     let begun = Instant::now();
     let mut record = Record::new(step.name, round);
@@ -150,8 +150,8 @@ fn one(bench: &Bench<'_>, step: &Step, round: u32) -> Record {
     record
 }
 
-/// Steps and time left: a bar on a terminal, elsewhere a line a step. The time is what the steps that were
-/// done now took; those that were done before say nothing of this hour.
+/// Shows the number of steps and the time left, as a bar on a terminal and as one line per step elsewhere. The
+/// estimate uses only the steps that this process ran, because the recorded ones may have run under other load.
 struct Progress {
     bar: ProgressBar,
     is_terminal: bool,
@@ -167,7 +167,7 @@ impl Progress {
         let bar = ProgressBar::with_draw_target(Some(steps), target);
         if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} steps, {left}: {msg}") {
             let clock = clock.clone();
-            // Asked anew at each tick: what was estimated when a step began would stand still.
+            // The estimate is computed at each tick; otherwise it would not change while a step runs.
             let left = move |_: &ProgressState, out: &mut dyn fmt::Write| {
                 let _ = out.write_str(&clock.left());
             };

@@ -1,12 +1,13 @@
 //! T1: what the guest has read is in memory twice.
 //!
-//! Owns the claim, the prediction, the guest's part and the figures' meaning. Measured in the step of reads.
+//! Owns the claim, the prediction, the guest's script and the meaning of the figures. The step of reads
+//! measures it.
 
 use super::experiment::{Bound, Experiment, Kind, MODES, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, value};
 use super::plot::Plot;
 
-/// The disk is read in so many pieces, with a look at both caches after each.
+/// Number of pieces in which the disk is read. Both caches are measured after each.
 const PIECES: u64 = 8;
 const MIB: f64 = (1u64 << 20) as f64;
 
@@ -66,8 +67,7 @@ pub static EXPERIMENT: Experiment = Experiment {
     plots,
 };
 
-/// The guest's part with one disk of so many MiB, of which it leaves out the last eighth: read-ahead has
-/// room there.
+/// Returns the guest's script for one disk of `mib` MiB, all of which it reads.
 pub fn script(mode: &str, device: &str, mib: u64) -> String {
     let piece = mib / PIECES;
     format!(

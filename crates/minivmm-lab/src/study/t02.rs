@@ -1,33 +1,33 @@
-//! T2: a crash of the host costs what the guest has written, and its file system.
+//! T2: a crash of the host loses what the guest has written, and its file system.
 //!
-//! Owns the claims, the predictions and the figures' meaning; the guest's work and the write logs are
-//! `steps::crash`'s.
+//! Owns the claims, the predictions and the meaning of the figures. `steps::crash` owns the guest's work and
+//! the write logs.
 
 use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, value};
 use super::plot::Plot;
 
-/// Records between two syncs.
+/// Number of records between two syncs.
 pub const GROUP: u64 = 4;
 
-/// A disk.
+/// One disk of the guest.
 #[derive(Debug)]
 pub struct Case {
-    /// On the page.
+    /// Name of the case on the page.
     pub name: &'static str,
-    /// In the record.
+    /// Name of the case in the record.
     pub slug: &'static str,
-    /// Its mode.
+    /// Its cache mode.
     pub mode: &'static str,
-    /// The guest is told not to send any FLUSH.
+    /// True if the guest is told to send no FLUSH.
     pub no_flush: bool,
-    /// An ext4 is tried too.
+    /// True if an ext4 is tested as well.
     pub file_system: bool,
 }
 
 const NO_FLUSH: &str = "writeback, guest sends no FLUSH";
 
-/// All of them.
+/// All cases.
 pub const CASES: [Case; 6] = [
     Case { name: "none", slug: "none", mode: "none", no_flush: false, file_system: true },
     Case { name: "directsync", slug: "directsync", mode: "directsync", no_flush: false, file_system: false },
@@ -200,7 +200,8 @@ mod tests {
     use crate::crash::log::WriteLog;
     use minivmm::disk::writelog::format::{FLUSH, FUA, Header, Superblock};
 
-    /// A log of 64 records, with those flags, and flushes where `flush` says so.
+    /// Returns a log of 64 records with these flags. A FLUSH follows each record for which `flush` returns
+    /// `true`.
     fn log(flags: u64, flush: impl Fn(u64) -> bool) -> WriteLog {
         let mut bytes = Vec::new();
         let mut entries = 0u64;
@@ -238,7 +239,7 @@ mod tests {
         assert!(good[2] > 0.0, "{good:?}");
         let none = found(&log(0, |_| false));
         assert_eq!(none[0], 60.0, "{none:?}");
-        // A sync that came one record too late.
+        // Each sync comes one record too late.
         let late = found(&log(0, |record| record % GROUP == 0 && record > 0));
         assert!(late[0] > 0.0, "{late:?}");
         assert_eq!(found(&log(FUA, |_| false)), [0.0, 0.0, 0.0]);

@@ -1,18 +1,18 @@
-//! T3: what a benchmark in a guest writes sits in the host's memory.
+//! T3: what a benchmark in a guest writes stays in the host's memory.
 //!
-//! Owns the claim, the prediction, the guest's part and the figures' meaning. Measured in the step of
-//! writes, which T11 shares.
+//! Owns the claim, the prediction, the guest's script and the meaning of the figures. The step of writes
+//! measures it, also for T11.
 
 use super::experiment::{Bound, Experiment, Kind, MODES, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, value, values};
 use super::plot::Plot;
 use super::steps::writes::Size;
 
-/// No sync at all,
+/// The case without any sync.
 pub const NO_SYNC: &str = "no sync";
-/// one at the end,
+/// The case with one sync at the end.
 pub const END: &str = "sync at the end";
-/// one after each write.
+/// The case with a sync after each write.
 pub const EACH: &str = "sync after each";
 const SYNCS: [&str; 3] = [NO_SYNC, END, EACH];
 
@@ -106,7 +106,7 @@ pub static EXPERIMENT: Experiment = Experiment {
     plots,
 };
 
-/// The guest's part with one disk.
+/// Returns the guest's script for one disk.
 pub fn script(mode: &str, device: &str, size: Size) -> String {
     let mut script = String::new();
     for (sync, option, blocks) in [
@@ -115,7 +115,7 @@ pub fn script(mode: &str, device: &str, size: Size) -> String {
         (EACH, "--fdatasync=1", size.synced_blocks),
     ] {
         let name = format!("T3.{mode}.{}", slug(sync));
-        // What the last one has left dirty is not to be this one's.
+        // The cache is dropped first, so that dirty pages of the previous job do not count for this one.
         let one = format!(
             "ask drop {device}; ask look {name}.before {device}
 job {name} {device} --rw=randwrite --bs=4k --direct=1 --size=48m --io_size={}k {option}
@@ -127,12 +127,12 @@ ask look {name}.after {device}; ask sync {name} {device}\n",
     script
 }
 
-/// A name without blanks.
+/// Replaces blanks in a name.
 pub fn slug(name: &str) -> String {
     name.replace(' ', "-")
 }
 
-/// Bytes that the disk was given, by the bytes that fio wrote: once a repetition.
+/// Returns the bytes that the host's disk has written divided by the bytes that fio wrote, for each repetition.
 fn on_disk(step: &Record, mode: &str, sync: &str) -> Vec<f64> {
     let name = format!("T3.{mode}.{}", slug(sync));
     let all = |what: &str| step.all(&format!("{name}.{what}")).to_vec();

@@ -1,7 +1,7 @@
 //! T4: without the host's cache guests are much slower.
 //!
-//! Owns the claim, the prediction, the guest's part and the figures' meaning. Measured in the step of
-//! writes; the writes without and with syncs are T3's jobs.
+//! Owns the claim, the prediction, the guest's script and the meaning of the figures. The step of writes
+//! measures it. The writes with and without syncs are the jobs of T3.
 
 use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, values};
@@ -54,7 +54,7 @@ pub static EXPERIMENT: Experiment = Experiment {
     plots,
 };
 
-/// The guest's part with one disk.
+/// Returns the guest's script for one disk.
 pub fn script(mode: &str, device: &str, size: Size) -> String {
     let kib = size.blocks * 4;
     let mut script =

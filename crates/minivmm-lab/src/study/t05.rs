@@ -1,15 +1,15 @@
 //! T5: without the host's cache a guest's performance is steadier.
 //!
-//! Owns the claims, the predictions and the figures' meaning. Measured in the step of memory pressure,
-//! which T8 shares.
+//! Owns the claims, the predictions and the meaning of the figures. The step of memory pressure measures it,
+//! also for T8.
 
 use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, value};
 use super::plot::Plot;
 
-/// Those that are compared: vda and vdb.
+/// The modes that are compared, on vda and vdb.
 pub const MODES: [&str; 2] = ["none", "writeback"];
-/// Without anybody beside the guest, and with.
+/// The phases: without and with a process that takes memory.
 pub const PHASES: [&str; 2] = ["idle", "pressed"];
 
 const IDLE: &str = "memory to spare";
@@ -81,7 +81,7 @@ pub static EXPERIMENT: Experiment = Experiment {
     plots,
 };
 
-/// A figure in writeback by the same in none.
+/// Divides a figure in writeback by the same figure in none.
 pub fn by_none(step: &Record, phase: &str, what: &str) -> Option<f64> {
     let of = |mode: &str| step.get(&format!("P.{mode}.{phase}.{what}")).filter(|figure| *figure > 0.0);
     Some(of("writeback")? / of("none")?)

@@ -1,6 +1,7 @@
 //! T6: with an empty host cache that has room, guests are fast.
 //!
-//! Owns the claim, the prediction, the guest's part and the figures' meaning. Measured in the step of reads.
+//! Owns the claim, the prediction, the guest's script and the meaning of the figures. The step of reads
+//! measures it.
 
 use super::experiment::{Bound, Experiment, Kind, MODES, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, value};
@@ -78,10 +79,10 @@ pub static EXPERIMENT: Experiment = Experiment {
     plots,
 };
 
-/// The readings, and whether both caches are dropped before.
+/// The readings, and whether the host's cache is dropped before. The guest's cache always is.
 const READINGS: [(&str, bool); 2] = [("cold", true), ("again", false)];
 
-/// The guest's part with one disk.
+/// Returns the guest's script for one disk.
 pub fn script(mode: &str, device: &str, mib: u64) -> String {
     let one = |(name, both): (&str, bool)| {
         let drop = if both { format!("ask drop {device}; ") } else { String::new() };

@@ -1,12 +1,13 @@
-//! T7: past the page cache the host cannot read ahead.
+//! T7: if the host's page cache is bypassed, the host cannot read ahead.
 //!
-//! Owns the claim, the prediction, the guest's part and the figures' meaning. Measured in the step of reads.
+//! Owns the claim, the prediction, the guest's script and the meaning of the figures. The step of reads
+//! measures it.
 
 use super::experiment::{Bound, Experiment, Kind, MODES, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, value};
 use super::plot::Plot;
 
-/// So much is read, from the disk's beginning on.
+/// Amount that is read, from the start of the disk.
 const KIB: u64 = 512;
 
 const DIRECT: &str = "direct";
@@ -115,23 +116,23 @@ pub static EXPERIMENT: Experiment = Experiment {
     plots,
 };
 
-/// The guest's part with one disk.
+/// Returns the guest's script for one disk.
 pub fn script(mode: &str, device: &str) -> String {
     let one = |way: &str, direct: u8| {
         let name = format!("T7.{mode}.{way}");
-        // Read-ahead that is under way when the last read ends comes to its end.
+        // The pause lets read-ahead finish that is under way when the last read returns.
         format!(
             "forget; ask drop {device}; ask look {name}.before {device}
 job {name} {device} --rw=read --bs=4k --direct={direct} --size={KIB}k
 sleep 0.2; ask look {name}.after {device}\n"
         )
     };
-    // How the guest's own read-ahead looks from the host is no matter of the mode beyond these.
+    // The guest's own read-ahead does not depend on the mode, so three modes are enough to show it.
     let buffered = if BUFFERED_MODES.contains(&mode) { one(BUFFERED, 0) } else { String::new() };
     one(DIRECT, 1) + &buffered
 }
 
-/// KiB of a read of the host's disk meanwhile.
+/// Returns the mean size in KiB of the reads of the host's disk.
 fn size(step: &Record, mode: &str, way: &str) -> Option<f64> {
     let grown = |what: &str| {
         let name = format!("T7.{mode}.{way}");
@@ -147,7 +148,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     for mode in MODES {
         let cached = step.get(&format!("T7.{mode}.{DIRECT}.after.cached"));
         found.extend(value("ahead", mode, cached.map(|bytes| (bytes / 1024.0 - KIB as f64).max(0.0))));
-        // The measures have the cases that they name; others are passed over.
+        // This also yields cases that a measure has no prediction for. They are ignored.
         for measure in ["size", "cached-size"] {
             found.extend(value(measure, mode, size(step, mode, DIRECT)));
         }

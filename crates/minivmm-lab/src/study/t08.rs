@@ -1,7 +1,7 @@
-//! T8: a host cache that is full costs all guests their performance; or it makes them no slower than
-//! without one.
+//! T8: a full host cache ruins the performance of all guests, or it makes them no slower than guests without
+//! it.
 //!
-//! Owns the claims, the predictions and the figures' meaning. Measured in the step of memory pressure.
+//! Owns the claims, the predictions and the meaning of the figures. The step of memory pressure measures it.
 
 use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, value};

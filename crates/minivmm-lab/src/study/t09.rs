@@ -1,14 +1,14 @@
 //! T9: dirty pages cannot be reclaimed until they are on the disk.
 //!
-//! Owns the claim, the prediction and the figures' meaning; `steps::host::dirty` does the calls.
+//! Owns the claim, the prediction and the meaning of the figures. `steps::host::dirty` makes the system calls.
 
 use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, value};
 use super::plot::Plot;
 
-/// As much is written.
+/// Number of bytes that are written.
 pub const BYTES: u64 = 8 << 20;
-/// So often in one step.
+/// Number of repetitions in one step.
 pub const REPETITIONS: u32 = 3;
 const PAGES: f64 = 2048.0;
 const PAGE: f64 = 4096.0;
@@ -41,8 +41,9 @@ pub static EXPERIMENT: Experiment = Experiment {
                   stayed is in the picture; on a fast disk some are written, and go, while the request is carried out.)",
             rules: &[],
             control: false,
-            // How many stay of those that are dirty depends on the disk: told to let go, the kernel begins to
-            // write them, and lets go of each that is written by the time it looks. `unwritten` judges that.
+            // No prediction says how many dirty pages stay, because that depends on the disk.
+            // POSIX_FADV_DONTNEED starts their writeback, and the kernel drops those that are written by the
+            // time it looks. The measure `unwritten` judges this.
             predictions: &[expect(SYNCED, Bound::AtMost(0.02))],
         },
         Measure {
@@ -92,7 +93,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     for (measure, case, stage) in [("kept", SYNCED, "let-go-again"), ("clean", "read only", "clean")] {
         found.extend(shares(stage).iter().filter_map(|&share| value(measure, case, Some(share))));
     }
-    // Disk and cache of the same repetition.
+    // Both series are in the order of the repetitions.
     let written = all("let-go", "disk-written-bytes");
     let gone = all("let-go", "cached").into_iter().zip(written);
     let unwritten = gone.map(|(cached, written)| (PAGES - cached - written / PAGE).max(0.0) / PAGES);
@@ -101,7 +102,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     found
 }
 
-/// The stages in their order, as they are named in the record and on the page.
+/// The stages in order: name in the record, and name on the page.
 const STAGES: [(&str, &str); 6] = [
     ("read", "read"),
     ("clean", "let go"),
@@ -134,7 +135,7 @@ mod tests {
     #[test]
     fn shares_are_of_what_was_written() {
         let mut step = Record::new("dirty", 1);
-        // Once all stay, once half of them go: first with, then without having been written.
+        // All pages stay; then half of them go after they were written; then half of them go unwritten.
         for (left, written) in [(2048.0, 0.0), (1024.0, 1024.0 * PAGE), (1024.0, 0.0)] {
             step.put("T9.let-go.cached", left);
             step.put("T9.let-go.disk-written-bytes", written);

@@ -1,29 +1,29 @@
 //! T10: O_DIRECT, O_SYNC and fsync are different mechanisms.
 //!
-//! Owns the claim, the prediction and the figures' meaning. The host's half is `steps::host::mechanisms`;
-//! what the modes make of them is seen in the step of writes.
+//! Owns the claim, the prediction and the meaning of the figures. `steps::host::mechanisms` measures the
+//! mechanisms on the host. The step of writes measures what the modes make of them.
 
 use super::experiment::{Bound, Experiment, Kind, MODES, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, value};
 use super::plot::Plot;
 
-/// The file's size.
+/// Size of the file.
 pub const BYTES: u64 = 4 << 20;
-/// So many writes of a page each,
+/// Number of writes, each of one page.
 pub const WRITES: u64 = 16;
-/// so far apart that no two of them are merged.
+/// Distance between two writes, so large that they are not merged.
 pub const STRIDE: u64 = 256 << 10;
-/// So often in one step.
+/// Number of repetitions in one step.
 pub const REPETITIONS: u32 = 3;
 
-/// A way to write.
+/// A way to write to a file.
 #[derive(Debug)]
 pub struct Mechanism {
-    /// On the page, and in the record.
+    /// Name on the page and in the record.
     pub name: &'static str,
     /// Flags of open(2).
     pub flags: i32,
-    /// Whether one fsync follows the writes.
+    /// True if an fsync follows the writes.
     pub then_fsync: bool,
 }
 
@@ -33,7 +33,7 @@ const SYNC: &str = "O_SYNC";
 const DIRECT_SYNC: &str = "O_DIRECT and O_SYNC";
 const FSYNC: &str = "fsync";
 
-/// All of them.
+/// All mechanisms.
 pub const MECHANISMS: [Mechanism; 5] = [
     Mechanism { name: PLAIN, flags: 0, then_fsync: false },
     Mechanism { name: DIRECT, flags: libc::O_DIRECT, then_fsync: false },
@@ -42,7 +42,7 @@ pub const MECHANISMS: [Mechanism; 5] = [
     Mechanism { name: FSYNC, flags: 0, then_fsync: true },
 ];
 
-/// Two that are compared.
+/// The pairs that are compared, with the name of the case.
 const PAIRS: [(&str, &str, &str); 3] = [
     ("O_DIRECT / O_SYNC", DIRECT, SYNC),
     ("O_DIRECT / fsync", DIRECT, FSYNC),
@@ -185,7 +185,7 @@ pub static EXPERIMENT: Experiment = Experiment {
     plots,
 };
 
-/// The guest's part with one disk.
+/// Returns the guest's script for one disk.
 pub fn script(mode: &str, device: &str) -> String {
     let around = |name: &str, work: &str| {
         format!(
@@ -227,7 +227,7 @@ fn measured(step: &Record) -> Vec<Measured> {
         }
     }
     for (pair, one, other) in PAIRS {
-        // The answers of one repetition: in the cache? still to be written?
+        // Whether pages are in the cache, and whether pages are still to be written, for each repetition.
         let answers = |name: &str| {
             let both = all(name, "resident").into_iter().zip(all(name, "dirty"));
             both.map(|(resident, dirty)| [resident > 0.0, dirty > 0.0]).collect::<Vec<_>>()

@@ -1,7 +1,7 @@
-//! T11: the speed of a cached disk is an illusion, for which somebody pays later.
+//! T11: the speed of a cached disk is an illusion that somebody pays for later.
 //!
-//! Owns the claim, the prediction and the figures' meaning. Measured in the step of writes, by T3's job
-//! without a sync.
+//! Owns the claim, the prediction and the meaning of the figures. The step of writes measures it, with the job
+//! of T3 that does not sync.
 
 use super::experiment::{Bound, Experiment, Kind, MODES, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, value, values};
@@ -77,7 +77,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     found
 }
 
-/// Of the curves of the step only those that are drawn are kept.
+/// Removes the curves that are not drawn.
 pub fn trim(step: &mut Record) {
     step.curves
         .retain(|name, _| [".bytes_at_risk", ".host_dirty_bytes"].iter().any(|end| name.ends_with(end)));

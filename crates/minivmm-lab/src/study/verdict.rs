@@ -1,13 +1,13 @@
-//! What the figures say of a claim.
+//! Decides what the figures say about a claim.
 //!
 //! Owns the rules of judging, which are the same for all experiments:
 //!
-//! - A figure's place is not its median alone but where it was found: from the least to the greatest value,
-//!   or from the first to the third quartile where there are [`QUARTILES_FROM`] values. All of that must
-//!   be on one side.
-//! - Where the host is emulated, a time or a speed decides nothing. A ratio of speeds decides only if it
-//!   clears its bound [`MARGIN`] times, there and where there are fewer than [`FEW`] values; where both is so
-//!   it decides nothing.
+//! - A figure is judged by its spread and not by its median alone. The spread reaches from the least to the
+//!   greatest value, or from the first to the third quartile if there are [`QUARTILES_FROM`] values or more.
+//!   All of it must be on one side of the bound.
+//! - On an emulated host a time or a speed decides nothing. There, and if there are fewer than [`FEW`] values,
+//!   a ratio of speeds decides only if it clears its bound by a factor of [`MARGIN`]. If both are so, it
+//!   decides nothing.
 //! - If a control fails, nothing is decided.
 
 use serde::Serialize;
@@ -15,28 +15,28 @@ use serde::Serialize;
 use super::experiment::{Bound, Kind};
 use crate::lab;
 
-/// From so many values on, quartiles stand for them.
+/// With this many values or more, the spread is given by their quartiles.
 pub const QUARTILES_FROM: usize = 5;
-/// What a ratio of speeds must clear its bound by where it is worth less.
+/// Factor by which a ratio of speeds must clear its bound on an emulated host or with few values.
 pub const MARGIN: f64 = 2.0;
-/// Fewer values of a speed than these say nothing of its spread.
+/// With fewer values than this, the spread of a speed is unknown.
 pub const FEW: usize = 3;
 
-/// Several values of one figure.
+/// Several values of one figure, and their spread.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Spread {
-    /// In the order of measuring.
+    /// The values in the order of measurement.
     pub values: Vec<f64>,
-    /// Half are not above.
+    /// The median of the values.
     pub median: f64,
-    /// Where they were found.
+    /// The lower end of the spread.
     pub low: f64,
-    /// Up to here.
+    /// The upper end of the spread.
     pub high: f64,
 }
 
 impl Spread {
-    /// Of these values; `None` without any.
+    /// Computes the spread of these values; `None` if there are none.
     pub fn of(values: &[f64]) -> Option<Self> {
         let found = lab::Spread::of(values.iter().copied())?;
         let (low, high) = match found.count >= QUARTILES_FROM {
@@ -47,26 +47,27 @@ impl Spread {
     }
 }
 
-/// Whether something is so.
+/// Whether a statement is true of a case.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "is", content = "why")]
 pub enum Answer {
-    /// It is.
+    /// The statement is true.
     Yes,
-    /// It is not.
+    /// The statement is false.
     No,
-    /// Not to be told here, for this reason.
+    /// It cannot be decided here, for this reason.
     Open(String),
 }
 
-/// Whether values of this kind are within the bound.
+/// Decides whether figures of this kind are within `bound`.
 pub fn within(found: Option<&Spread>, bound: Bound, kind: Kind, emulated: bool) -> Answer {
     let open = |why: &str| Answer::Open(why.to_owned());
     let Some(found) = found else { return open("not measured") };
     let few = found.values.len() < FEW;
     match kind {
         Kind::Speed | Kind::Time if emulated => return open("a time, and the host is emulated"),
-        // Seen there: the same ratio ten times as large in another run, with other work on the machine.
+        // Two runs on an emulated host differed by a factor of ten in the same ratio, because the machine had
+        // other work.
         Kind::SpeedRatio if emulated && few => {
             return open("a ratio of speeds from few runs, and the host is emulated");
         }
@@ -86,7 +87,7 @@ pub fn within(found: Option<&Spread>, bound: Bound, kind: Kind, emulated: bool) 
     }
 }
 
-/// Whether all of it is inside, and whether all of it is outside.
+/// Returns whether all of the spread is inside the bound, and whether all of it is outside.
 fn sides(found: &Spread, bound: Bound) -> (bool, bool) {
     let (low, high) = (found.low, found.high);
     let inside = bound.contains(low) && bound.contains(high);
@@ -103,42 +104,42 @@ fn sides_with_margin(found: &Spread, bound: Bound) -> (bool, bool) {
     match bound {
         Bound::AtLeast(least) => (low >= least * MARGIN, high < least / MARGIN),
         Bound::AtMost(most) => (high <= most / MARGIN, low > most * MARGIN),
-        // Nothing is that far inside of both ends.
+        // No value can clear both ends of a range from inside by this factor.
         Bound::Between(least, most) => (false, high < least / MARGIN || low > most * MARGIN),
     }
 }
 
-/// What becomes of a claim.
+/// The result for a claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
-    /// True of every case that could be decided, and there was none that could not.
+    /// True of every case, and every case could be decided.
     Confirmed,
-    /// True of none.
+    /// False of every case, and every case could be decided.
     Refuted,
-    /// True of some.
+    /// True of some cases and false of others.
     InPart,
-    /// Not to be told here.
+    /// Not decided here.
     Inconclusive,
 }
 
-/// A claim judged.
+/// A judged claim.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Verdict {
-    /// What becomes of it.
+    /// The result.
     pub outcome: Outcome,
-    /// In words.
+    /// The result as the page and the terminal show it.
     pub words: String,
-    /// Cases of which it is true.
+    /// Cases of which the claim is true.
     pub true_of: Vec<String>,
-    /// Of which it is not.
+    /// Cases of which the claim is false.
     pub false_of: Vec<String>,
-    /// That could not be decided.
+    /// Cases that could not be decided.
     pub open: Vec<String>,
 }
 
-/// Judges a claim by the answers for its cases, several a case where several measures decide.
-/// `blind`: controls that have failed.
+/// Judges a claim by the answers for its cases. A case has several answers if several measures decide it.
+/// `blind` names the controls that failed.
 pub fn judge(answers: &[(String, Answer)], blind: &[String]) -> Verdict {
     let mut cases: Vec<&String> = Vec::new();
     for (case, _) in answers {
@@ -149,7 +150,7 @@ pub fn judge(answers: &[(String, Answer)], blind: &[String]) -> Verdict {
     let (mut true_of, mut false_of, mut open) = (Vec::new(), Vec::new(), Vec::new());
     for case in cases {
         let mut of_case = answers.iter().filter(|(name, _)| name == case).map(|(_, answer)| answer);
-        // What is once not so is not so.
+        // One `No` is enough to make the claim false of the case.
         let list = if of_case.clone().any(|answer| *answer == Answer::No) {
             &mut false_of
         } else if of_case.all(|answer| *answer == Answer::Yes) {
@@ -217,16 +218,16 @@ mod tests {
     fn a_figure_decides_only_where_its_kind_means_something() {
         use Bound::{AtLeast, AtMost, Between};
         for (values, bound, kind, emulated, expected) in [
-            // Counts and residencies decide anywhere, and once is enough.
+            // Counts and shares decide on any host, and one value is enough.
             (vec![1.0], AtLeast(0.5), Kind::Share, true, "yes"),
             (vec![0.1], AtLeast(0.5), Kind::Share, true, "no"),
             (vec![0.4, 0.6], AtLeast(0.5), Kind::Share, false, "open"),
             (vec![5.0], Between(1.0, 4.0), Kind::Count, false, "no"),
-            // Times do not where the host is emulated, and not from few runs.
+            // Times decide neither on an emulated host nor from few values.
             (vec![1.0, 1.0, 1.0], AtMost(2.0), Kind::Time, true, "open"),
             (vec![1.0, 1.0], AtMost(2.0), Kind::Time, false, "open"),
             (vec![1.0, 1.0, 1.0], AtMost(2.0), Kind::Time, false, "yes"),
-            // Ratios of speeds have to be plain there.
+            // Ratios of speeds must clear their bound by a margin there.
             (vec![1.3, 1.3, 1.3], AtLeast(1.2), Kind::SpeedRatio, false, "yes"),
             (vec![1.3, 1.3, 1.3], AtLeast(1.2), Kind::SpeedRatio, true, "open"),
             (vec![2.5, 2.5, 2.5], AtLeast(1.2), Kind::SpeedRatio, true, "yes"),
@@ -258,7 +259,7 @@ mod tests {
             (vec![("a", Answer::No), ("b", open())], "", Outcome::Inconclusive),
             (vec![], "", Outcome::Inconclusive),
             (vec![("a", Answer::Yes)], "control", Outcome::Inconclusive),
-            // Two measures of one case: both must say so.
+            // Two measures of one case must agree that the claim is true.
             (vec![("a", Answer::Yes), ("a", Answer::No)], "", Outcome::Refuted),
             (vec![("a", Answer::Yes), ("a", open())], "", Outcome::Inconclusive),
             (vec![("a", open()), ("a", Answer::No)], "", Outcome::Refuted),

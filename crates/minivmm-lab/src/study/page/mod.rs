@@ -1,6 +1,6 @@
-//! The page: one HTML file that needs nothing else, for phones and screens, in the light and in the dark.
+//! The page: one self-contained HTML file for phones and screens, with a light and a dark theme.
 //!
-//! Owns the layout. It shows what is in the [`Report`] and computes nothing.
+//! Owns the layout. It shows what is in the [`Report`] and judges nothing itself.
 
 mod svg;
 
@@ -14,7 +14,7 @@ use super::verdict::{Answer, FEW, MARGIN, QUARTILES_FROM};
 const STYLE: &str = include_str!("style.css");
 const SCRIPT: &str = include_str!("copy.js");
 
-/// Text within HTML, between tags or in an attribute.
+/// Escapes text for use between HTML tags or in an attribute.
 pub fn escape(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for letter in text.chars() {
@@ -30,7 +30,7 @@ pub fn escape(text: &str) -> String {
     safe
 }
 
-/// All of it.
+/// Returns the whole page.
 pub fn page(report: &Report) -> String {
     let mut html = format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
@@ -85,7 +85,7 @@ fn summary(html: &mut String, report: &Report) {
     html.push_str("</tbody></table></div>");
 }
 
-/// The first words of a claim.
+/// Returns the first words of a claim.
 fn beginning(text: &str) -> String {
     const LETTERS: usize = 60;
     match text.char_indices().skip(LETTERS).find(|(_, letter)| *letter == ' ') {

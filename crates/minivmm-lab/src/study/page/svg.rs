@@ -1,7 +1,7 @@
-//! Plots as SVG within the page: axes, ticks, curves, bars, a legend. No script, no picture of others.
+//! Draws plots as inline SVG: axes, ticks, curves, bars and a legend. Uses no script and no external image.
 //!
-//! Owns the drawing. Colours are classes of the style sheet, so that they follow light and dark; every
-//! curve has a dash pattern too, for those who see no colours.
+//! Owns the drawing. Colours are classes of the style sheet, so that they follow the theme. Every curve has a
+//! dash pattern too, for readers who cannot tell the colours apart.
 
 use std::fmt::Write;
 
@@ -9,18 +9,18 @@ use super::escape;
 use crate::study::experiment::number;
 use crate::study::plot::{Form, Plot};
 
-/// The picture's size in its own units; the page scales it.
+/// Width of the picture in SVG units. The page scales it.
 const WIDTH: f64 = 400.0;
 const TOP: f64 = 12.0;
 const LEFT: f64 = 52.0;
 const RIGHT: f64 = 12.0;
 const INNER_HEIGHT: f64 = 170.0;
-/// A line of the legend.
+/// Height of a line in the legend.
 const LEGEND_LINE: f64 = 16.0;
-/// About the width of a letter.
+/// Approximate width of a letter.
 const LETTER: f64 = 6.0;
 
-/// An axis: from where to where, and where it has ticks.
+/// An axis: its range and its ticks.
 struct Axis {
     from: f64,
     to: f64,
@@ -29,7 +29,7 @@ struct Axis {
 }
 
 impl Axis {
-    /// From 0 to the next round number.
+    /// Returns a linear axis from 0 to a round number that is at least `most`, or nearly.
     fn linear(most: f64) -> Self {
         let most = if most > 0.0 { most } else { 1.0 };
         let rough = most / 4.0;
@@ -46,7 +46,7 @@ impl Axis {
         Self { from: 0.0, to: count * step, log: false, ticks }
     }
 
-    /// Powers of ten around these.
+    /// Returns a logarithmic axis between powers of ten that enclose both values.
     fn logarithmic(least: f64, most: f64) -> Self {
         let from = least.max(1e-9).log10().floor();
         let to = most.max(1e-9).log10().ceil().max(from + 1.0);
@@ -59,7 +59,7 @@ impl Axis {
         Self { from, to, log: true, ticks }
     }
 
-    /// Where a value is, from 0 to 1.
+    /// Returns the position of a value on the axis, from 0 to 1.
     fn place(&self, value: f64) -> f64 {
         let value = if self.log { value.max(1e-9).log10() } else { value };
         ((value - self.from) / (self.to - self.from)).clamp(0.0, 1.0)
@@ -79,7 +79,7 @@ fn tick(value: f64) -> String {
     }
 }
 
-/// The class of a series: its mode's, or one by its place.
+/// Returns the CSS class of a series: that of its cache mode, or one chosen by its index.
 fn class(name: &str, at: usize) -> String {
     let mode = super::MODES.iter().find(|mode| name == **mode || name.starts_with(&format!("{mode} ")));
     mode.map_or_else(|| format!("c{}", at % 6), |mode| format!("m-{mode}"))
@@ -118,7 +118,7 @@ impl Frame {
     }
 }
 
-/// The picture.
+/// Returns the plot as SVG.
 pub fn draw(plot: &Plot) -> String {
     let frame = Frame::of(plot);
     let bottom = TOP + INNER_HEIGHT;
@@ -224,7 +224,7 @@ fn bars(svg: &mut String, plot: &Plot, frame: &Frame) {
         for &(group, value) in &series.points {
             let x = LEFT + room * (group + 0.1) + each * at as f64;
             let y = frame.y(value);
-            // Alone in its group, a bar has its group's colour.
+            // If there is only one series, each bar has the colour of its group.
             let alone = plot.groups.get(plot.series.len() - 1).filter(|_| plot.series.len() == 1);
             let name = match alone {
                 Some(_) => {
@@ -249,7 +249,7 @@ fn bars(svg: &mut String, plot: &Plot, frame: &Frame) {
     }
 }
 
-/// The legend's SVG below `top`, and its number of lines. One series needs none.
+/// Returns the SVG of the legend below `top`, and its number of lines. A single series needs no legend.
 fn legend(plot: &Plot, top: f64) -> (String, usize) {
     if plot.series.len() < 2 {
         return (String::new(), 0);

@@ -1,8 +1,8 @@
-//! The step of crashes: write logs of one guest's disks, and what a loss of power could have left of them,
-//! for T2.
+//! The step of crashes, for T2: takes write logs of one guest's disks, and determines what a loss of power
+//! could have left of them.
 //!
-//! Owns the guest's work and the reading of the logs; which states are legal is [`crate::crash::legal`]'s,
-//! which are tried and how they are judged [`crate::crash::campaign`]'s.
+//! Owns the guest's work and the evaluation of the logs. [`crate::crash::legal`] decides which states are
+//! legal. [`crate::crash::campaign`] chooses states and checks them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,17 +24,17 @@ use crate::study::guest::{Guest, device, disk, no_others};
 use crate::study::t02::{CASES, Case, GROUP};
 use minivmm::files::output;
 
-/// A record's size, and how many.
+/// Size of a record in bytes.
 const RECORD: u64 = 4096;
 const RECORDS: u64 = 64;
 const IMAGE_MIB: u64 = 4;
 const EXT4_MIB: u64 = 24;
-/// mkfs takes less than a second, and some on a disk that is busy.
+/// Time limit of mkfs. It takes less than a second, but longer on a busy disk.
 const MKFS_MAX: Duration = Duration::from_secs(120);
-/// States by chance at one point are looked at so often.
+/// Most random states that are examined at one point.
 const STATES: usize = 32;
 
-/// Does it.
+/// Runs the step.
 pub fn crash(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     let place = ScratchDir::new_in(&bench.images, "crash")?;
     let base = ext4(bench)?;
@@ -71,7 +71,7 @@ pub fn crash(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-/// An ext4 that a crash is to be survived by; nothing where the host has no mkfs.ext4.
+/// Returns an image with an empty ext4, or `None` if the host has no mkfs.ext4.
 fn ext4(bench: &Bench<'_>) -> Result<Option<PathBuf>> {
     let path = bench.images.join("crash-ext4.img");
     if path.exists() {
@@ -104,7 +104,7 @@ fn copied(from: &Path, to: &Path) -> Result<PathBuf> {
     Ok(to.to_owned())
 }
 
-/// Records one behind the other, with a sync after each group; behind the last group there is none.
+/// Returns a script that writes the records in order, with a sync between two groups and none after the last.
 fn records(case: &Case, device: &str) -> String {
     format!(
         "job T2.{}.job {device} --rw=write --bs={RECORD} --direct=1 --fdatasync={GROUP} --size={}k\n",
@@ -113,7 +113,7 @@ fn records(case: &Case, device: &str) -> String {
     )
 }
 
-/// Files that are written, synced and renamed into place, directories that come and go.
+/// Returns a script that writes, syncs and renames files, and makes and removes directories.
 fn files(device: &str) -> String {
     format!(
         "mkdir -p /mnt; mount -t ext4 /dev/{device} /mnt || exit 94
@@ -130,7 +130,7 @@ umount /mnt || exit 96\n"
     )
 }
 
-/// What could be lost of the records, over all points at which the power may fail.
+/// Determines which records could be lost, over all points at which the power may fail.
 pub fn judge_records(case: &Case, log: &WriteLog, record: &mut Record) -> Result<()> {
     let number = |entry: usize| log.entries.get(entry).map_or(0, |entry| entry.offset / RECORD);
     let changes: Vec<usize> = (0..log.entries.len())
@@ -141,8 +141,8 @@ pub fn judge_records(case: &Case, log: &WriteLog, record: &mut Record) -> Result
     }
     let (mut acknowledged_lost, mut open_lost, mut out_of_order) = (0, 0, 0u64);
     for point in 0..=log.entries.len() {
-        // The newest record that had ended. Its group was begun when the sync behind the one before had
-        // been acknowledged.
+        // A group begins once the sync after the previous group was acknowledged. So all records before the
+        // group of the newest completed record are synced.
         let newest = changes.iter().filter(|&&entry| entry < point).map(|&entry| number(entry)).max();
         let acknowledged = newest.map_or(0, |newest| newest / GROUP * GROUP);
         let pending = Pending::at(log, point, false);
@@ -163,7 +163,7 @@ pub fn judge_records(case: &Case, log: &WriteLog, record: &mut Record) -> Result
     Ok(())
 }
 
-/// How many of the disks that could be left e2fsck cannot make good.
+/// Counts the possible disks that e2fsck cannot repair.
 fn judge_files(bench: &Bench<'_>, case: &Case, log: &Path, base: &Path, record: &mut Record) -> Result<()> {
     let options = Options {
         log: log.to_owned(),

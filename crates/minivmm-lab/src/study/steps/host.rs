@@ -1,6 +1,6 @@
-//! Steps that need no guest: the host's own mechanisms, which every mode is made of.
+//! Steps that need no guest. They measure the host mechanisms that the cache modes are built from.
 //!
-//! Owns the calls. The files are the run's own.
+//! Owns the system calls. The files belong to the run.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -18,26 +18,26 @@ use minivmm::observe::control::drop_cache;
 use minivmm::observe::host::{DiskIo, HostDisk};
 
 const PAGE: usize = 4096;
-/// O_DIRECT wants memory on such a boundary; no disk wants a larger one.
+/// Alignment of the buffers for O_DIRECT. No disk needs more.
 const ALIGNMENT: usize = 4096;
 
-/// Memory that O_DIRECT takes.
+/// A buffer that is aligned for O_DIRECT.
 pub struct Aligned(Vec<u8>);
 
 impl Aligned {
-    /// So many bytes of that value.
+    /// Creates a buffer of this many bytes, all with this value.
     pub fn new(bytes: usize, value: u8) -> Self {
         Self(vec![value; bytes + ALIGNMENT])
     }
 
-    /// The bytes, on such a boundary.
+    /// Returns the aligned bytes.
     pub fn bytes(&self) -> &[u8] {
         let start = self.0.as_ptr().align_offset(ALIGNMENT);
         self.0.get(start..start + self.0.len() - ALIGNMENT).unwrap_or_default()
     }
 }
 
-/// POSIX_FADV_DONTNEED for all of it.
+/// Asks the kernel to drop the whole file from its page cache (POSIX_FADV_DONTNEED).
 fn let_go(file: &File) -> Result<()> {
     // SAFETY: posix_fadvise takes numbers and touches no memory.
     let error = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
@@ -47,7 +47,8 @@ fn let_go(file: &File) -> Result<()> {
     Ok(())
 }
 
-/// T9: pages written and not synced, let go before and after they are on the disk; and clean ones.
+/// The step of dirty pages, for T9: asks the kernel to drop clean pages, dirty pages, and the same pages after
+/// a sync.
 pub fn dirty(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     let path = bench.image("dirty", t09::BYTES)?;
     let file = open(&path)?;
@@ -66,7 +67,7 @@ pub fn dirty(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
             }
             Ok(found)
         };
-        // The control: pages that were read only.
+        // The control: pages that were only read are dropped.
         let mut read = vec![0; data.len()];
         for at in (0..t09::BYTES).step_by(data.len()) {
             file.read_exact_at(&mut read, at).context("reading")?;
@@ -93,7 +94,7 @@ pub fn dirty(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-/// T10: the same sixteen writes by each mechanism.
+/// The step of mechanisms, for T10: makes the same sixteen writes with each mechanism.
 pub fn mechanisms(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     let path = bench.image("mechanisms", t10::BYTES)?;
     for _ in 0..t10::REPETITIONS {
@@ -123,7 +124,7 @@ fn one_mechanism(path: &Path, mechanism: &t10::Mechanism, record: &mut Record) -
     record.put(&named("seconds"), begun.elapsed().as_secs_f64());
     record.put(&named("resident"), written.cached as f64);
     if let Some(pages) = written.dirty {
-        // What is on its way to the disk is no longer called dirty.
+        // A page under writeback no longer counts as dirty, but it has not reached the disk either.
         record.put(&named("dirty"), (pages + written.writeback.unwrap_or(0)) as f64);
     }
     put_io(record, &named("writing"), before, after);
@@ -139,7 +140,7 @@ fn one_mechanism(path: &Path, mechanism: &t10::Mechanism, record: &mut Record) -
     Ok(())
 }
 
-/// What the disk has done between the two.
+/// Stores the growth of the disk's counters between two readings.
 pub fn put_io(record: &mut Record, name: &str, before: Option<DiskIo>, after: Option<DiskIo>) {
     let (Some(before), Some(after)) = (before, after) else { return };
     for (what, from, to) in [

@@ -1,7 +1,7 @@
-//! The steps of a run: what is done once a repetition, for several experiments together where they do not
+//! The steps of a run. A step runs once per repetition, and measures for several experiments if they do not
 //! disturb each other.
 //!
-//! Owns the list, and what all steps have at hand. What each experiment wants of a step is in its own file.
+//! Owns the list of steps and what all of them share. The file of an experiment says what it needs of a step.
 
 pub mod crash;
 pub mod host;
@@ -20,17 +20,17 @@ use super::experiment::Experiment;
 use super::figures::Record;
 use crate::lab::image;
 
-/// One of them.
+/// One step.
 pub struct Step {
-    /// Its name in the record.
+    /// Name of the step in the record.
     pub name: &'static str,
-    /// Whether it boots guests.
+    /// True if the step boots a guest.
     pub boots: bool,
-    /// Does it.
+    /// Runs the step.
     pub run: fn(&Bench<'_>, &mut Record) -> Result<()>,
 }
 
-/// All, in their order.
+/// All steps, in the order in which they run.
 static STEPS: [Step; 7] = [
     Step { name: "dirty", boots: false, run: host::dirty },
     Step { name: "mechanisms", boots: false, run: host::mechanisms },
@@ -41,7 +41,7 @@ static STEPS: [Step; 7] = [
     Step { name: "pressure", boots: true, run: pressure::pressure },
 ];
 
-/// Those that these experiments need.
+/// Returns the steps that these experiments need.
 pub fn of(experiments: &[&Experiment]) -> Vec<&'static Step> {
     let is_needed = |step: &&Step| experiments.iter().any(|experiment| experiment.steps.contains(&step.name));
     STEPS.iter().filter(is_needed).collect()
@@ -50,37 +50,38 @@ pub fn of(experiments: &[&Experiment]) -> Vec<&'static Step> {
 /// What a step works with.
 #[derive(Debug)]
 pub struct Bench<'a> {
-    /// Where everything goes.
+    /// Directory that receives the results.
     pub out: PathBuf,
-    /// Where images lie.
+    /// Directory that holds the images.
     pub images: PathBuf,
-    /// Whether jobs are to be small.
+    /// True for smaller jobs.
     pub quick: bool,
-    /// The experiments that are wanted.
+    /// Ids of the experiments that are wanted.
     experiments: Vec<String>,
-    /// All is to end.
+    /// Set when the run is interrupted.
     pub stop: &'a AtomicBool,
 }
 
 impl<'a> Bench<'a> {
-    /// In the directory of a run.
+    /// Prepares the directory of a run.
     pub fn new(out: &Path, quick: bool, experiments: Vec<String>, stop: &'a AtomicBool) -> Result<Self> {
         let images = out.join("images");
         fs::create_dir_all(&images).with_context(|| format!("cannot make {}", images.display()))?;
         Ok(Self { out: out.to_owned(), images, quick, experiments, stop })
     }
 
-    /// Whether the experiment is wanted.
+    /// Returns `true` if this experiment is wanted.
     pub fn wants(&self, id: &str) -> bool {
         self.experiments.iter().any(|wanted| wanted == id)
     }
 
-    /// One number in a quick run, another in a full one.
+    /// Returns the first value in a quick run and the second in a full one.
     pub fn pick<T>(&self, quick: T, full: T) -> T {
         if self.quick { quick } else { full }
     }
 
-    /// An image of that size, all of it written: without holes, and with none of it in the host's cache.
+    /// Prepares an image of this size. All of it is written, so it has no holes, and none of it is in the
+    /// host's page cache.
     pub fn image(&self, name: &str, bytes: u64) -> Result<PathBuf> {
         let path = self.images.join(format!("{name}.img"));
         image::ready(&path, bytes, &mut |_| (), self.stop)?;
@@ -89,7 +90,7 @@ impl<'a> Bench<'a> {
     }
 }
 
-/// Opens for reading and writing.
+/// Opens a file for reading and writing.
 pub fn open(path: &Path) -> Result<File> {
     let opened = File::options().read(true).write(true).open(path);
     opened.with_context(|| format!("cannot open {}", path.display()))

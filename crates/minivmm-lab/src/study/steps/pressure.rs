@@ -1,8 +1,8 @@
-//! The step of memory pressure: a guest that may have little of the host's memory for its page cache, and
-//! somebody beside it who takes that away, for T5 and T8.
+//! The step of memory pressure, for T5 and T8: limits the host memory for a guest's page cache, and runs a
+//! process beside it that takes memory away.
 //!
-//! Owns the cgroup, the hog and the order of the jobs. Everything is in one cgroup v2 with a limit, this
-//! process too while the step lasts: a small host within the host, which nobody else notices.
+//! Owns the cgroup, the hog and the order of the jobs. A cgroup v2 with a limit contains the guest and, while
+//! the step runs, this process. It acts as a small host within the host, so that nothing else is disturbed.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -23,16 +23,16 @@ use minivmm::observe::limit::MemoryLimit;
 
 const MIB: usize = 1 << 20;
 const GUEST_MIB: u64 = 160;
-/// What the limit leaves for page cache, hog and us.
+/// Memory that the limit leaves for page cache, the hog and this process.
 const REST_MIB: u64 = 112;
-/// More than that.
+/// Size of the file that fills the page cache: more than `REST_MIB`.
 const FILL_MIB: u64 = 160;
-/// As much is taken, held and given back by turns.
+/// Memory that the hog repeatedly takes, holds and frees.
 const HOG_MIB: usize = 72;
 const HELD: Duration = Duration::from_millis(500);
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// Does it.
+/// Runs the step.
 pub fn pressure(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     let seconds: u64 = bench.pick(10, 60);
     let image_mib = bench.pick(192, 768);
@@ -40,7 +40,7 @@ pub fn pressure(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     for mode in MODES {
         disks.push(disk(bench.image(&format!("pressure-{mode}"), image_mib << 20)?, mode)?);
     }
-    // The disk of the guest's other job, past the cache.
+    // The guest's second job writes to this disk, bypassing the page cache.
     disks.push(disk(bench.image("pressure-beside", image_mib << 20)?, "none")?);
     let guest = Guest {
         disks,
@@ -55,7 +55,8 @@ pub fn pressure(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     let filler = bench.images.join("pressure-fill.img");
     let mut hog: Option<Hog> = None;
     let mut others = |words: &[&str], record: &mut Record| match *words {
-        // Read by us, in the group: a host's cache that is full, of pages that nobody needs.
+        // This process reads the file within the cgroup, which fills the page cache with pages that nobody
+        // needs.
         ["fill"] => fill(&filler),
         ["hog", "on", name] => {
             record.put(&format!("{name}.limit-hits.before"), limit_hits(&group));
@@ -71,7 +72,7 @@ pub fn pressure(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
         _ => bail!("nobody knows what {} is", words.join(" ")),
     };
     let done = guest.run(bench, record, &mut others);
-    // Whatever has happened, the memory is given back, and this process leaves the group.
+    // Even after an error the memory is freed and this process leaves the cgroup.
     drop(hog.take().map(Hog::stop));
     drop(limit);
     done?;
@@ -102,7 +103,7 @@ fn script(bench: &Bench<'_>, seconds: u64, image_mib: u64) -> String {
         script += &format!("ask drop {device}\n");
     }
     if bench.wants("T8") {
-        // The job in none beside a writer in another mode, under pressure both times.
+        // The same job in none, beside a writer in writeback and beside one in none. Both run under pressure.
         for (beside, device) in [("writeback", "vdb"), ("none", "vdc")] {
             let name = format!("P.victim.{beside}");
             script += &format!(
@@ -117,7 +118,7 @@ ask fill; ask hog on {name}; sleep 1\n{}ask hog off {name}; wait; ask drop {devi
     script
 }
 
-/// Reads all of it through the page cache, as far as that has room.
+/// Reads the whole file, so that it fills the page cache.
 fn fill(path: &Path) -> Result<()> {
     let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let mut piece = vec![0; MIB];
@@ -131,22 +132,21 @@ fn fill(path: &Path) -> Result<()> {
     }
 }
 
-/// How often something in the group had to wait for the limit, or reclaim for it.
+/// Returns how often the cgroup was about to exceed its limit (`max` in memory.events).
 fn limit_hits(group: &Path) -> f64 {
     let events = fs::read_to_string(group.join("memory.events")).unwrap_or_default();
     let max = events.lines().find_map(|line| line.strip_prefix("max "));
     max.and_then(|count| count.trim().parse().ok()).unwrap_or(0.0)
 }
 
-/// For each phase how much the rate of one moment differs from that of the next: the coefficient of
-/// variation of the observed rates, and their curve.
+/// Stores, for each mode and phase, the curve of the observed write rate and its coefficient of variation.
 fn steadiness(record: &mut Record) {
     for mode in MODES {
         for phase in PHASES {
             let name = format!("P.{mode}.{phase}");
             let Some(points) = record.curves.get(&format!("{name}.writes")) else { continue };
             let rates = rates(points);
-            // The first moments are the job's start, the last its end.
+            // The first and the last interval contain the start and the end of the job.
             let inner = rates.iter().skip(1).take(rates.len().saturating_sub(2));
             let variation = Spread::of(inner.map(|(_, rate)| *rate)).and_then(|spread| spread.variation);
             if let Some(variation) = variation {
@@ -159,14 +159,14 @@ fn steadiness(record: &mut Record) {
     record.curves.retain(|name, _| keep.iter().any(|end| name.ends_with(end)));
 }
 
-/// What a count has grown by in a second, at the end of each interval.
+/// Returns the growth of a counter per second, at the end of each interval.
 fn rates(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let pairs = points.iter().zip(points.iter().skip(1));
     let grown = pairs.filter(|(before, after)| after.0 > before.0);
     grown.map(|(before, after)| (after.0, (after.1 - before.1) / (after.0 - before.0))).collect()
 }
 
-/// Takes memory, holds it and gives it back, again and again.
+/// A thread that repeatedly takes memory, holds it and frees it.
 struct Hog {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Vec<f64>>,
@@ -185,7 +185,7 @@ impl Hog {
                     if stopped.load(Ordering::SeqCst) {
                         return times;
                     }
-                    // Each page is touched.
+                    // Writing to the memory makes the kernel allocate every page.
                     pieces.push(std::hint::black_box(vec![1u8; MIB]));
                 }
                 times.push(begun.elapsed().as_secs_f64());
@@ -198,7 +198,7 @@ impl Hog {
         Self { stop, thread }
     }
 
-    /// The seconds that it took to get the memory, each time.
+    /// Stops the thread. Returns how many seconds each allocation took.
     fn stop(self) -> Vec<f64> {
         self.stop.store(true, Ordering::SeqCst);
         self.thread.join().unwrap_or_default()

@@ -1,7 +1,7 @@
-//! The step of reads: one guest with a disk in each mode, for T1, T6 and T7.
+//! The step of reads, for T1, T6 and T7: one guest with a disk in each mode.
 //!
-//! Owns its size and order. What each experiment does with a disk is in its own file; they leave both
-//! caches empty behind them.
+//! Owns the size and the order. The file of an experiment says what it does with a disk. Both caches are
+//! emptied before each experiment and at the end.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::study::figures::Record;
 use crate::study::guest::{Guest, device, disk, no_others};
 use crate::study::{t01, t06, t07};
 
-/// Does it.
+/// Runs the step.
 pub fn reads(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     let mib: u64 = bench.pick(8, 256);
     let mut disks = Vec::new();
@@ -21,7 +21,7 @@ pub fn reads(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     for (at, mode) in MODES.into_iter().enumerate() {
         disks.push(disk(bench.image(&format!("read-{mode}"), mib << 20)?, mode)?);
         let device = device(at);
-        // The guest's kernel forgets a device's pages when nobody has it open any more.
+        // The guest's kernel drops the pages of a device when its last descriptor is closed.
         script += &format!("exec 3</dev/{device}\n");
         let clean = format!("forget; ask drop {device}\n");
         for (id, part) in [

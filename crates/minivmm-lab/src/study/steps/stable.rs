@@ -1,6 +1,7 @@
-//! The step of stable writes: one guest with disks of their own for each job, for A1, A2 and the latencies.
+//! The step of stable writes, for A1, A2 and the latencies: one guest with a disk of its own for each job.
 //!
-//! Owns its size and order. Disks of their own because the device's figures are of all that a disk has done.
+//! Owns the size and the order. Jobs do not share a disk, because the device's statistics cover everything that
+//! a disk has done.
 
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use crate::study::{a1, a2};
 
 const IMAGE_MIB: u64 = 32;
 
-/// Does it.
+/// Runs the step.
 pub fn stable(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     let mut disks = Vec::new();
     let mut script = String::new();
@@ -53,7 +54,8 @@ pub fn stable(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-/// Quantiles of a request's whole time, as a curve of microseconds and parts.
+/// Stores the quantiles of the total latency as a curve: microseconds, and the share of requests that took no
+/// longer.
 fn put_latencies(name: &str, latencies: &Value, record: &mut Record) {
     const QUANTILES: [(&str, f64); 9] = [
         ("min", 0.0),

@@ -1,6 +1,6 @@
-//! The step of writes: one guest with a disk in each mode, for T3, T4, T10 and T11.
+//! The step of writes, for T3, T4, T10 and T11: one guest with a disk in each mode.
 //!
-//! Owns its size and order, and the host's own figure that T3 compares with.
+//! Owns the size and the order, and the host's own figure with which T3 compares.
 
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
@@ -15,22 +15,22 @@ use crate::study::figures::Record;
 use crate::study::guest::{Guest, device, disk, no_others};
 use crate::study::{t03, t04, t10, t11};
 
-/// Each image.
+/// Size of each image.
 const IMAGE_MIB: u64 = 64;
 const BLOCK: usize = 4096;
 
-/// What the jobs are like.
+/// The size of the jobs.
 #[derive(Debug, Clone, Copy)]
 pub struct Size {
-    /// Each job is repeated so often in one step.
+    /// Number of times that a step repeats each job.
     pub times: u32,
-    /// Blocks of 4 KiB that a job writes or reads.
+    /// Number of blocks of 4 KiB that a job writes or reads.
     pub blocks: u64,
-    /// The same where each is followed by a sync.
+    /// The same for a job that syncs after each block.
     pub synced_blocks: u64,
 }
 
-/// Does it.
+/// Runs the step.
 pub fn writes(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     let size = bench.pick(
         Size { times: 1, blocks: 256, synced_blocks: 32 },
@@ -47,7 +47,7 @@ pub fn writes(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
         }
         disks.push(disk(image, mode)?);
         let device = device(at);
-        // A curve of the whole is cut out of the observation.
+        // The observation of the whole period becomes a curve.
         script += &format!("exec 3</dev/{device}; ask begin W.{mode} {device}\n");
         for (ids, part) in [
             (&["T10"][..], t10::script(mode, &device)),
@@ -66,14 +66,15 @@ pub fn writes(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-/// The host's own figure: the same blocks, one at a time, O_DIRECT, on the image that a guest gets in none.
+/// Measures the host itself: the same blocks, one at a time and with O_DIRECT, in the image that the guest gets
+/// in mode none.
 fn natively(path: &Path, size: Size, record: &mut Record) -> Result<()> {
     let mut options = std::fs::File::options();
     let file = options.write(true).custom_flags(libc::O_DIRECT).open(path);
     let file = file.with_context(|| format!("cannot open {} with O_DIRECT", path.display()))?;
     let data = Aligned::new(BLOCK, 0x33);
     let blocks = (IMAGE_MIB << 20) / BLOCK as u64;
-    // Far from its neighbours, and no block twice: an odd step visits every block of a power of two.
+    // An odd step visits every block of a power of two once, and leaves a distance between successive blocks.
     let place = |number: u64| number.wrapping_mul(7919) % blocks * BLOCK as u64;
     for (sync, count) in
         [(t03::NO_SYNC, size.blocks), (t03::END, size.blocks), (t03::EACH, size.synced_blocks)]
