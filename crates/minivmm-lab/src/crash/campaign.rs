@@ -1,8 +1,8 @@
-//! `minivmm crash`: states made and checked, side by side.
+//! `minivmm crash`: makes the possible states and checks them, several at a time.
 //!
-//! Owns the order of the work and what is kept of failures. Which states there are is
-//! [`super::plan`]'s, how an image comes about [`super::scratch`]'s, how it is judged
-//! [`super::check`]'s, how all that is told [`super::report`]'s.
+//! Owns the order of the work, and what is kept of failures. [`super::plan`] chooses the states,
+//! [`super::scratch`] makes their images, [`super::check`] judges an image and [`super::report`] prints the
+//! result.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -24,37 +24,37 @@ use crate::scratch_dir::{ScratchDir, remove_abandoned};
 use minivmm::files::{Input, Output, OutputRefused, output};
 use minivmm::sync::unpoisoned;
 
-/// Images of so many failures are kept, the first ones.
+/// Number of failures whose images are kept. The first that are found are kept.
 pub const KEPT_MAX: usize = 16;
 
-/// What is asked for.
+/// What the user asked for.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// The write log.
     pub log: PathBuf,
     /// The disk as it was when the log began.
     pub base: PathBuf,
-    /// Where the power fails.
+    /// The points at which the power fails.
     pub at: Vec<At>,
-    /// How many states, and which.
+    /// How many states are tried, and which.
     pub breadth: Breadth,
-    /// This state alone.
+    /// Try only this state, at this point; `None` tries all that `at` and `breadth` select.
     pub repeat: Option<(usize, StateName)>,
-    /// A command of the shell; by default what suits the base.
+    /// A shell command that checks an image; `None` chooses e2fsck if the base holds an ext4.
     pub check: Option<String>,
-    /// For one image.
+    /// Time limit for the check of one image.
     pub check_timeout: Duration,
-    /// Checks side by side; by default one a CPU.
+    /// Number of checks that run at once; `None` for one per CPU.
     pub jobs: Option<usize>,
-    /// Where images of failures go; by default LOG.failed.
+    /// Directory that receives the images of failures; `None` for LOG.failed.
     pub keep: Option<PathBuf>,
-    /// Where images are made; by default in memory, or where temporary files are.
+    /// Directory in which images are made; `None` for memory or the directory of temporary files.
     pub scratch: Option<PathBuf>,
-    /// Only write the image there.
+    /// Only write the image to this file, without a check.
     pub write: Option<PathBuf>,
 }
 
-/// Why there is no answer.
+/// Why there is no result.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "each is its source's, or says it")]
 pub enum CrashError {
@@ -91,7 +91,7 @@ pub enum CrashError {
 }
 
 impl CrashError {
-    /// Whether other arguments would help, for the same log and the same base.
+    /// Returns `true` if other arguments would help with the same log and the same base.
     pub fn is_usage(&self) -> bool {
         match self {
             Self::Point(point) => *point != NoPoint::NothingChanges,
@@ -101,7 +101,7 @@ impl CrashError {
     }
 }
 
-/// Makes the one image that is meant at `out`, and tells which it is.
+/// Writes the one image that the options select to `out`, and returns which one it is.
 pub fn write_image(options: &Options, out: &Path) -> Result<String, CrashError> {
     let log = WriteLog::open(&options.log)?;
     let base = Base::open(&options.base, &log)?;
@@ -116,7 +116,8 @@ pub fn write_image(options: &Options, out: &Path) -> Result<String, CrashError> 
     Ok(format!("{}: {}, state {}", out.display(), Told::point(&log, task.point), task.name))
 }
 
-/// An older image of this disk may be replaced, and nothing else; never the base or the log.
+/// Returns an error unless `out` may be written: it must be new or an older image of this disk, and neither the
+/// base nor the log.
 fn may_be_made(options: &Options, option: &'static str, out: &Path, bytes: u64) -> Result<(), OutputRefused> {
     let input = |option, path: &Path| Input { option, path: path.to_owned() };
     let inputs = vec![input("--base", &options.base), input("the log", &options.log)];
@@ -124,7 +125,7 @@ fn may_be_made(options: &Options, option: &'static str, out: &Path, bytes: u64) 
     output::may_become_image(&out, inputs, bytes)
 }
 
-/// Tries all that is asked for. Ends early, with what it has found, when `stop` is set.
+/// Checks every state that the options select. If `stop` is set, it ends early and reports what it has found.
 pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report, CrashError> {
     let log = WriteLog::open(&options.log)?;
     let base = Base::open(&options.base, &log)?;
@@ -163,7 +164,7 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report, CrashError> {
         return Err(error);
     }
     let mut failures = found.failures;
-    // Those first whose images are kept.
+    // Failures whose images are kept come first.
     failures.sort_by_key(|failure| (failure.image.is_none(), failure.entry, failure.state.to_string()));
     Ok(Report {
         log: options.log.clone(),
@@ -198,7 +199,8 @@ fn choose_check(options: &Options, base: &Base) -> Result<Check, CrashError> {
 }
 
 fn scratch_directory(options: &Options, needed_bytes: u64) -> Result<ScratchDir, CrashError> {
-    // What a killed run has left may be in the way in memory, wherever the images are made this time.
+    // Images that a killed run left behind may occupy memory that is needed now, wherever images are made this
+    // time.
     for place in [Path::new("/dev/shm"), &std::env::temp_dir()] {
         remove_abandoned(place);
     }
@@ -207,7 +209,7 @@ fn scratch_directory(options: &Options, needed_bytes: u64) -> Result<ScratchDir,
         .map_err(|source| CrashError::Place { place: place.display().to_string(), source })
 }
 
-/// On a terminal; elsewhere nothing.
+/// Returns a progress bar. It is visible only on a terminal.
 fn bar(states: u64) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(states), ProgressDrawTarget::stderr_with_hz(5));
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} states, {msg}, {left}");
@@ -218,13 +220,13 @@ fn bar(states: u64) -> ProgressBar {
         };
         bar.set_style(style.with_key("left", left));
     }
-    // A check that takes long shows, too.
+    // The estimate must be updated even while a check takes long.
     bar.enable_steady_tick(Duration::from_secs(1));
     bar.set_message("0 failed");
     bar
 }
 
-/// What the workers have in common.
+/// What the workers share.
 struct Shared<'a> {
     options: &'a Options,
     log: &'a WriteLog,
@@ -233,17 +235,17 @@ struct Shared<'a> {
     scratch: &'a Path,
     stop: &'a AtomicBool,
     bar: ProgressBar,
-    /// Those that are left.
+    /// Number of points that were not yet reached.
     points: AtomicUsize,
     plan: Mutex<Plan<'a>>,
     found: Mutex<Found>,
-    /// Images of failures that are kept.
+    /// Number of failures whose images were kept.
     kept: AtomicUsize,
-    /// One of us has given up.
+    /// Set when a worker failed, so that the others end.
     ended: AtomicBool,
 }
 
-/// Tells the other workers to end when its own panics.
+/// Makes the other workers end if its own worker panics.
 struct EndsOthers<'a>(&'a AtomicBool);
 
 impl Drop for EndsOthers<'_> {
@@ -267,7 +269,7 @@ impl Shared<'_> {
     }
 
     fn work(&self, number: usize) {
-        // One that panics ends the others, too.
+        // Sets the flag if this worker panics.
         let _panicking = EndsOthers(&self.ended);
         if let Err(error) = self.work_on(number) {
             self.ended.store(true, Ordering::Relaxed);
@@ -305,13 +307,14 @@ impl Shared<'_> {
         let mut plan = unpoisoned(self.plan.lock());
         let (task, points) = (plan.next(), plan.points());
         if points != self.points.swap(points, Ordering::Relaxed) {
-            // Some states of the point before were the same disk: fewer are left than it seemed.
+            // States of the previous point that were the same disk were skipped, so fewer are left than
+            // estimated.
             self.bar.set_length(plan.given() + plan.at_most());
         }
         task
     }
 
-    /// The image as it was before the check, which may have repaired it, and what the check said.
+    /// Records a failure. Keeps the image as it was before the check, because the check may have repaired it.
     fn failed(
         &self,
         stage: &Stage<'_>,
@@ -342,7 +345,7 @@ impl Shared<'_> {
         })
     }
 
-    /// The command line that tries this state again.
+    /// Returns the command line that tries this state again.
     fn repeat(&self, task: &Task) -> String {
         let Options { log, base, check, check_timeout, .. } = self.options;
         Told::repeat(log, base, check.as_deref(), *check_timeout, task)

@@ -1,8 +1,7 @@
-//! The check of one image: a command, in a process group of its own, for a limited time.
+//! The check of one image: a command in a process group of its own, with a time limit.
 //!
-//! Owns how it is started, ended and judged. By default an ext4 is recovered as at a boot, by
-//! `e2fsck -p`, which replays the journal and deletes what nobody has open any more, and then `e2fsck -fn`
-//! must find nothing to complain about.
+//! Owns how the check is started, ended and judged. By default an ext4 is recovered as at a boot: `e2fsck -p`
+//! replays the journal and deletes orphaned inodes. Then `e2fsck -fn` must find nothing wrong.
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
@@ -16,67 +15,67 @@ use crate::child::{Group, How};
 use minivmm::files::output;
 use minivmm::text::shell_word;
 
-/// So much of a check's output is kept: its end.
+/// Bytes of a check's output that are kept, from its end.
 const OUTPUT_MAX: u64 = 64 << 10;
 
-/// What is run on each image.
+/// The command that is run on each image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Check {
-    /// A command of the shell, in which `{}` is the image.
+    /// A shell command, in which `{}` stands for the image.
     Shell(String),
-    /// e2fsck, this one.
+    /// The path of e2fsck.
     Ext4(PathBuf),
 }
 
-/// Which state it is that is checked, for the check's environment.
+/// The state that is checked, as the environment of the check describes it.
 #[derive(Debug, Clone, Default)]
 pub struct About {
-    /// How many entries had ended.
+    /// Number of entries that had completed.
     pub entry: usize,
-    /// The state's name.
+    /// Name of the state.
     pub state: String,
-    /// The last mark before it.
+    /// The last mark before the crash; `None` if there is none.
     pub mark: Option<String>,
 }
 
-/// What a check has found.
+/// The result of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// Nothing wrong.
+    /// The image is good.
     Good,
-    /// This.
+    /// The image is bad, or the check failed.
     Bad {
-        /// How the command has ended.
+        /// How the command ended.
         why: String,
-        /// What it said last.
+        /// The end of its output.
         output: String,
     },
-    /// It was not heard to the end.
+    /// The check was interrupted.
     Interrupted,
 }
 
-/// Why no check is possible at all.
+/// Why no image can be checked.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckError {
-    /// The shell, or e2fsck.
+    /// The command cannot be started.
     #[error("cannot run the check {command}")]
     Start {
-        /// What was to be run.
+        /// The command.
         command: String,
-        /// The host's answer.
+        /// The error that the host reported.
         source: io::Error,
     },
-    /// The shell's own answers 126 and 127, which say nothing about the image.
+    /// The shell returned 126 or 127, so it could not run the command. That says nothing about the image.
     #[error("the check cannot be run (status {status}): {output}")]
     NotFound {
-        /// The shell's.
+        /// The exit status of the shell.
         status: i32,
-        /// What it said.
+        /// The output of the shell.
         output: String,
     },
 }
 
-/// e2fsck, wherever the administrator's programs are.
+/// Returns the path of e2fsck. It is looked for in PATH and where system administration programs usually are.
 pub fn find_e2fsck() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let places = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
@@ -84,7 +83,7 @@ pub fn find_e2fsck() -> Option<PathBuf> {
 }
 
 impl Check {
-    /// The commands, one after the other, and the highest exit status of each that is good.
+    /// Returns the commands in order, each with the highest exit status that means success.
     fn steps(&self, image: &Path) -> Vec<(Command, i32)> {
         match self {
             Self::Shell(command) => {
@@ -102,7 +101,7 @@ impl Check {
         }
     }
 
-    /// Runs it on `image`. Its output goes to `output`, a file that is made anew.
+    /// Runs the check on `image`. The file `output` is replaced and receives the output of the command.
     pub fn run(
         &self,
         image: &Path,
@@ -114,7 +113,7 @@ impl Check {
         let started = |source| CheckError::Start { command: self.to_string(), source };
         let deadline = Instant::now() + limit;
         for (mut command, good) in self.steps(image) {
-            // What a command said that was content is not kept.
+            // The output of a command that succeeded is discarded.
             let said = output::make_anew(output).map_err(started)?;
             command.env("MINIVMM_CRASH_ENTRY", about.entry.to_string());
             command.env("MINIVMM_CRASH_STATE", &about.state);
@@ -146,7 +145,7 @@ impl std::fmt::Display for Check {
     }
 }
 
-/// How a command has ended.
+/// How a command ended.
 enum End {
     Status(i32),
     Signal(i32),
@@ -154,7 +153,8 @@ enum End {
     Interrupted,
 }
 
-/// Until it has ended, the time is over, or all is to stop. Nothing of its group is left then.
+/// Waits until the command ends, the deadline passes or a stop is requested. No process of the group is left
+/// afterwards.
 fn wait(group: Group, deadline: Instant, stops: &[&AtomicBool]) -> io::Result<End> {
     let ended = group.watch(deadline, stops);
     let status = group.end()?;
@@ -166,7 +166,7 @@ fn wait(group: Group, deadline: Instant, stops: &[&AtomicBool]) -> io::Result<En
     })
 }
 
-/// The end of what it said.
+/// Returns the end of the output.
 fn tail(output: &Path) -> String {
     let read = || -> io::Result<Vec<u8>> {
         let mut said = File::open(output)?;
@@ -176,6 +176,6 @@ fn tail(output: &Path) -> String {
         said.take(OUTPUT_MAX).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    // What cannot be read is not worth losing the verdict.
+    // An unreadable output is no reason to lose the verdict.
     String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
 }

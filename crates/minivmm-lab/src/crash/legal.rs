@@ -1,11 +1,12 @@
-//! Which disks a loss of power may leave at one point of a log.
+//! Determines which disks a loss of power may leave at one point of a log.
 //!
-//! Owns the rule. What a flush has spoken for is there. Of what ended after it each write may be there
-//! or not, whole, or torn at its sectors; a write that was stable by itself is there. Of several to
-//! the same sector the last one that is there counts. A sector is never torn itself.
+//! Owns the rule. Everything that a flush has covered is on the disk, and so is each write that was stable by
+//! itself. Each other write that completed after the last flush may be there or not, whole or torn between
+//! sectors. If several writes touch the same sector, the last one that is there counts. A sector is never torn.
 //!
-//! A state has a name, from which it can be made again without anything else: `none`, `all`, `x1f` (bit n:
-//! the nth that may be there is), `s5eed` (by chance, from this number); with `t` before it, torn.
+//! A state has a name, from which it can be made again: `none`, `all`, `x1f` (if bit n is set, the nth
+//! uncertain write is there) or `s5eed` (chosen at random with this seed). A `t` before `x` or `s` means that
+//! writes are torn.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,73 +16,73 @@ use std::str::FromStr;
 use super::log::{Entry, WriteLog};
 use minivmm::disk::fault::plan::mix;
 
-/// A write is torn at no more places than this; a larger one in pieces of several sectors.
+/// Most pieces into which a write is torn. The pieces of a larger write are several sectors long.
 const SLICES_MAX: u64 = 2048;
 
-/// One of the states that a point may leave.
+/// The name of one of the states that a point may leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StateName {
-    /// Only what is stable.
+    /// Only what is stable is there.
     None,
-    /// All that had ended.
+    /// Everything that had completed is there.
     All,
-    /// Those whose bits are set.
+    /// The writes whose bits are set are there.
     Mask {
-        /// Bits stand for sectors, not for writes.
+        /// True if bits stand for pieces of writes.
         torn: bool,
-        /// The first write is the lowest bit.
+        /// The lowest bit stands for the first write.
         bits: u64,
     },
-    /// By chance.
+    /// The writes that are there are chosen at random.
     Seeded {
-        /// Writes may be there in part.
+        /// True if writes may be there in part.
         torn: bool,
-        /// Where chance begins.
+        /// Seed of the random choice.
         seed: u64,
     },
 }
 
-/// So much of an entry's content lies there on the disk.
+/// A range of the disk that holds content of one entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Extent {
-    /// On the disk, in bytes.
+    /// Offset on the disk in bytes.
     pub offset: u64,
-    /// How much, in bytes.
+    /// Length in bytes.
     pub bytes: u64,
-    /// Whose content.
+    /// Index of the entry.
     pub entry: usize,
-    /// From which byte of it on.
+    /// Offset of the range in the content of the entry, in bytes.
     pub skip: u64,
 }
 
-/// What a loss of power at one point leaves to chance.
+/// The changes at one point that a loss of power may or may not leave on the disk.
 #[derive(Debug)]
 pub struct Pending<'a> {
     entries: &'a [Entry],
-    /// All entries before this one are there.
+    /// Index of the first entry that is not certainly there. All entries before it are.
     pub settled: usize,
     writes: Vec<Write>,
-    /// Whether writes can be there in part.
+    /// True if writes may be there in part.
     torn: bool,
 }
 
-/// A change that no flush has spoken for.
+/// A change that no flush has covered.
 #[derive(Debug)]
 struct Write {
     entry: usize,
-    /// It was stable when it ended.
+    /// True if the write was stable when it completed.
     stable: bool,
-    /// It can be torn at multiples of this, in bytes.
+    /// Size in bytes of the pieces into which the write can be torn.
     slice: u64,
-    /// Into so many.
+    /// Number of these pieces; 1 if the write cannot be torn.
     slices: usize,
 }
 
 impl<'a> Pending<'a> {
-    /// When so many entries of the log had ended.
+    /// Returns the changes that are uncertain when the first `point` entries of the log have completed.
     pub fn at(log: &'a WriteLog, point: usize, torn: bool) -> Self {
         let entries = log.entries.get(..point).unwrap_or(&log.entries);
-        // What comes with a flush is written behind it.
+        // The flush covers what came before it. Data that the same entry writes is written after the flush.
         let settled = entries.iter().rposition(Entry::is_flush).unwrap_or(0);
         let sector = u64::from(log.sector_bytes);
         let open = entries.iter().enumerate().skip(settled).filter(|(_, entry)| entry.changes());
@@ -89,13 +90,13 @@ impl<'a> Pending<'a> {
         Self { entries, settled, writes, torn }
     }
 
-    /// How many things may be there or not: writes, or, where they can be torn, pieces of them.
+    /// Returns the number of things that may be there or not: writes, or their pieces if they can be torn.
     pub fn choices(&self) -> usize {
         self.free().map(|write| write.slices).sum()
     }
 
-    /// The names of its states, the extreme ones first: all there are, if that is no more than `most`;
-    /// else without end, by chance. Some may be the same disk.
+    /// Returns the names of the states, with the two extremes first. If there are at most `most` states, all
+    /// are named. Otherwise random states follow without end. Several names may mean the same disk.
     pub fn names(&self, most: usize, seed: u64) -> Box<dyn Iterator<Item = StateName> + Send> {
         let (torn, choices) = (self.torn, self.choices());
         let extremes = [StateName::None, StateName::All];
@@ -115,13 +116,13 @@ impl<'a> Pending<'a> {
         }
     }
 
-    /// What lies on the disk in that state besides what is settled: extents that do not overlap, in the
-    /// order of the disk. `None` where there is no such state.
+    /// Returns what the state has on the disk besides the settled entries: extents in the order of the disk
+    /// that do not overlap. Returns `None` if there is no such state.
     pub fn extents(&self, name: StateName) -> Option<Vec<Extent>> {
         let chosen = self.chosen(name)?;
         let mut disk = BTreeMap::new();
         let mut rest = chosen.as_slice();
-        // The last one that is there counts.
+        // The last write to a sector counts, so it is placed first and the earlier ones fill the gaps.
         for write in self.writes.iter().rev() {
             let entry = self.entries.get(write.entry)?;
             if write.stable {
@@ -135,7 +136,7 @@ impl<'a> Pending<'a> {
         Some(joined(disk))
     }
 
-    /// Entries of which something is not there in that state.
+    /// Returns the entries that the state lacks at least in part.
     pub fn lost(&self, name: StateName) -> Vec<usize> {
         let chosen = self.chosen(name).unwrap_or_default();
         let mut rest = chosen.as_slice();
@@ -154,7 +155,7 @@ impl<'a> Pending<'a> {
         self.writes.iter().filter(|write| !write.stable)
     }
 
-    /// For each choice whether it is there.
+    /// Returns for each choice whether it is there; `None` if there is no such state.
     fn chosen(&self, name: StateName) -> Option<Vec<bool>> {
         let choices = self.choices();
         match name {
@@ -188,7 +189,7 @@ impl<'a> Pending<'a> {
     }
 }
 
-/// Some of so many: about half, all but a few, a few, or about as many as chance says.
+/// Selects some of `count` things: about half, all but a few, a few, or a random share.
 fn some_of(count: usize, chance: &mut Chance) -> Vec<bool> {
     if count == 0 {
         return Vec::new();
@@ -211,7 +212,7 @@ fn some_of(count: usize, chance: &mut Chance) -> Vec<bool> {
     }
 }
 
-/// A beginning of it, an end of it, or pieces.
+/// Selects pieces of a torn write: its beginning, its end, or any pieces.
 fn torn(slices: usize, chance: &mut Chance) -> Vec<bool> {
     let cut = chance.below(slices + 1);
     match chance.below(3) {
@@ -228,12 +229,12 @@ impl Write {
             true => entry.bytes.div_ceil(SLICES_MAX).next_multiple_of(sector),
             false => entry.bytes,
         };
-        // At most SLICES_MAX.
+        // The number is at most SLICES_MAX, because `slice` is large enough.
         let slices = usize::try_from(entry.bytes.div_ceil(slice.max(1))).unwrap_or(1);
         Self { entry: number, stable, slice, slices }
     }
 
-    /// Puts the pieces that are there below what lies there already.
+    /// Places the pieces that are there, wherever no later write lies.
     fn lay(&self, disk: &mut BTreeMap<u64, Extent>, entry: &Entry, there: &[bool]) {
         let mut skip = 0;
         for run in there.chunk_by(|a, b| a == b) {
@@ -246,7 +247,7 @@ impl Write {
     }
 }
 
-/// Puts `new` where nothing lies yet.
+/// Places `new` wherever nothing lies yet.
 fn lay(disk: &mut BTreeMap<u64, Extent>, new: Extent) {
     let end = new.offset + new.bytes;
     let before = disk.range(..=new.offset).next_back();
@@ -269,7 +270,7 @@ fn lay(disk: &mut BTreeMap<u64, Extent>, new: Extent) {
     }
 }
 
-/// Extents that go on from one another are one.
+/// Joins extents that continue one another.
 fn joined(disk: BTreeMap<u64, Extent>) -> Vec<Extent> {
     let mut joined: Vec<Extent> = Vec::new();
     for next in disk.into_values() {
@@ -287,7 +288,7 @@ fn joined(disk: BTreeMap<u64, Extent>) -> Vec<Extent> {
     joined
 }
 
-/// What tells states of one log apart.
+/// Returns a hash that tells different states of one log apart.
 pub fn fingerprint(settled: usize, extents: &[Extent]) -> u128 {
     let half = |salt: u8| {
         let mut hasher = DefaultHasher::new();
@@ -297,7 +298,8 @@ pub fn fingerprint(settled: usize, extents: &[Extent]) -> u128 {
     half(0) << 64 | half(1)
 }
 
-/// Numbers that look like chance; the same ones from the same beginning, in every version.
+/// A generator of pseudorandom numbers. A seed gives the same numbers in every version, because names of states
+/// contain seeds.
 struct Chance {
     seed: u64,
     count: u64,
@@ -308,11 +310,11 @@ impl Chance {
         Self { seed, count: 0 }
     }
 
-    /// One of 0 to `limit` - 1.
+    /// Returns a number from 0 to `limit` - 1.
     fn below(&mut self, limit: usize) -> usize {
         self.count += 1;
         let wide = u128::from(mix(self.seed, self.count)) * limit as u128;
-        // Less than `limit`.
+        // The high half of the product is less than `limit`.
         usize::try_from(wide >> 64).unwrap_or(0)
     }
 }
@@ -348,7 +350,7 @@ impl FromStr for StateName {
 }
 
 impl StateName {
-    /// Whether it is about parts of writes.
+    /// Returns `true` if the name is about pieces of writes.
     pub fn is_torn(self) -> bool {
         matches!(self, Self::Mask { torn: true, .. } | Self::Seeded { torn: true, .. })
     }

@@ -1,6 +1,6 @@
-//! `minivmm log`: a write log as a table or as JSON.
+//! `minivmm log`: prints a write log as a table or as JSON.
 //!
-//! Owns the two forms; reading is [`super::log`]'s business.
+//! Owns the two formats. [`super::log`] reads the log.
 
 use std::fmt::Write;
 
@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::log::{Entry, WriteLog};
 
-/// A log, as it is told.
+/// The JSON form of a log.
 #[derive(Debug, Serialize)]
 struct Told<'a> {
     log: String,
@@ -29,7 +29,7 @@ struct ToldEntry<'a> {
     mark: Option<&'a str>,
 }
 
-/// As JSON: an object with a list of entries.
+/// Returns the log as JSON: an object with a list of entries.
 pub fn to_json(log: &WriteLog) -> serde_json::Result<String> {
     let told = |(entry, it): (usize, &Entry)| ToldEntry {
         entry,
@@ -46,13 +46,13 @@ pub fn to_json(log: &WriteLog) -> serde_json::Result<String> {
     serde_json::to_string_pretty(&Told { log: log.path().display().to_string(), sector_bytes, entries })
 }
 
-/// As a table, a line an entry, and a line about all of them.
+/// Returns the log as a table with one line per entry, and a summary.
 pub fn to_text(log: &WriteLog) -> String {
     let mut text = String::from(" entry  kind                  sector  sectors\n");
     for (number, entry) in log.entries.iter().enumerate() {
         let unit = u64::from(log.sector_bytes);
         let (sector, sectors) = (entry.offset / unit, entry.bytes / unit);
-        // A String takes all that is written to it.
+        // Writing to a String cannot fail.
         let _ = match (&entry.mark, entry.bytes) {
             (Some(mark), _) => writeln!(text, "{number:6}  {:<18} {mark}", entry.kind()),
             (None, 0) => writeln!(text, "{number:6}  {}", entry.kind()),

@@ -1,7 +1,7 @@
-//! Reading a write log: its entries, and where the data of each lies.
+//! Reads a write log: its entries, and where the data of each entry lies.
 //!
-//! Owns the checks that make a log out of bytes. Entries are kept in memory, some 64 bytes each; their
-//! data stays in the file. The format is [`minivmm::disk::writelog::format`]'s.
+//! Owns the checks that the bytes must pass. The entries are kept in memory, about 64 bytes each; their data
+//! stays in the file. [`minivmm::disk::writelog::format`] defines the format.
 
 use std::fs::File;
 use std::io;
@@ -15,74 +15,74 @@ use minivmm::disk::writelog::format::{
 /// Why a log cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// The host refuses.
+    /// The host reports an error.
     #[error("cannot read the write log {path}")]
     Read {
         /// The log.
         path: String,
-        /// The host's answer.
+        /// The error that the host reported.
         source: io::Error,
     },
-    /// It is something else.
+    /// The file is not a write log.
     #[error("{0} is no write log: it does not begin as those of dm-log-writes do")]
     NotALog(String),
-    /// A sector size that no log has.
+    /// The superblock contains a sector size that is not allowed.
     #[error("the write log {path} has sectors of {bytes} bytes: it is damaged")]
     SectorSize {
         /// The log.
         path: String,
-        /// As it says.
+        /// The size in the superblock.
         bytes: u32,
     },
-    /// An entry that cannot be.
+    /// An entry is not valid.
     #[error("entry {number} of the write log {path} is damaged: {what}")]
     Damaged {
         /// The log.
         path: String,
-        /// Which, from 0.
+        /// Index of the entry, from 0.
         number: u64,
         /// What is wrong.
         what: &'static str,
     },
 }
 
-/// An entry.
+/// One entry of a log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Where on the disk, in bytes.
+    /// Offset on the disk in bytes.
     pub offset: u64,
-    /// How much, in bytes.
+    /// Length in bytes.
     pub bytes: u64,
-    /// What the format calls flags.
+    /// The flags of the format.
     pub flags: u64,
-    /// Where its data is in the log, in bytes, if it has any.
+    /// Offset of the data in the log in bytes; `None` if the entry has no data.
     pub data_at: Option<u64>,
-    /// The text of a mark.
+    /// The text of a mark; `None` for other entries.
     pub mark: Option<String>,
 }
 
 impl Entry {
-    /// All before it was stable when it ended.
+    /// Returns `true` if everything before the entry was stable when it completed.
     pub fn is_flush(&self) -> bool {
         self.flags & FLUSH != 0
     }
 
-    /// It was stable itself when it ended.
+    /// Returns `true` if the entry was stable itself when it completed.
     pub fn is_fua(&self) -> bool {
         self.flags & FUA != 0
     }
 
-    /// It takes content away.
+    /// Returns `true` if the entry discards content.
     pub fn is_discard(&self) -> bool {
         self.flags & DISCARD != 0
     }
 
-    /// Whether it changes the disk.
+    /// Returns `true` if the entry changes the disk.
     pub fn changes(&self) -> bool {
         self.bytes > 0 && self.mark.is_none()
     }
 
-    /// In words: write, discard, flush, mark, with what goes with it.
+    /// Describes the entry, for example `write+fua`, `discard` or `flush`.
     pub fn kind(&self) -> String {
         let mut words = Vec::new();
         if self.is_flush() {
@@ -105,14 +105,14 @@ impl Entry {
     }
 }
 
-/// A log that has been read.
+/// A log whose entries have been read.
 #[derive(Debug)]
 pub struct WriteLog {
     file: File,
     path: PathBuf,
-    /// The log's sector, in bytes.
+    /// Size of a sector in bytes.
     pub sector_bytes: u32,
-    /// In the order of the log.
+    /// The entries, in the order of the log.
     pub entries: Vec<Entry>,
 }
 
@@ -142,12 +142,13 @@ impl WriteLog {
         Ok(log)
     }
 
-    /// Its path.
+    /// Returns the path of the log.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Fills `buffer` from the data of `entry`, from its byte `skip` on.
+    /// Fills `buffer` from the data of `entry`, starting `skip` bytes into it. The data of an entry without
+    /// data is zeroes.
     pub fn read_data(&self, entry: &Entry, skip: u64, buffer: &mut [u8]) -> Result<(), LogError> {
         let at = entry.data_at.and_then(|at| at.checked_add(skip));
         let read = match at {
@@ -160,7 +161,7 @@ impl WriteLog {
         read.map_err(|source| LogError::Read { path: self.path.display().to_string(), source })
     }
 
-    /// The entry at this place, and where the next one is.
+    /// Reads the entry at offset `at`. Returns it and the offset of the next entry.
     fn read_entry(&self, number: u64, at: u64) -> Result<(Entry, u64), LogError> {
         let sector_bytes = u64::from(self.sector_bytes);
         let damaged = |what| LogError::Damaged { path: self.path.display().to_string(), number, what };
@@ -180,7 +181,7 @@ impl WriteLog {
         let data_at = at + sector_bytes;
         let next = if header.has_data() { data_at + bytes } else { data_at };
         if header.has_data() {
-            // Its last byte is there.
+            // Reading the last byte of the data shows that the log is not cut off.
             self.file.read_exact_at(&mut [0], next - 1).map_err(failed)?;
         }
         let data_at = header.has_data().then_some(data_at);

@@ -1,9 +1,9 @@
-//! Write logs read again, and the disks that a loss of power could have left of them.
+//! Reads write logs, and tries the disks that a loss of power could have left.
 //!
-//! [`log`] reads what `log-writes=`, the kernel's dm-log-writes and QEMU's blklogwrites have recorded
-//! (`minivmm log`, [`list`]). [`points`] says where the power may fail, [`legal`] which disks that may leave,
-//! [`plan`] which of them are tried; [`scratch`] makes them, [`check`] judges each, [`campaign`] does all of that
-//! (`minivmm crash`), [`report`] tells it.
+//! [`log`] reads what `log-writes=`, the kernel's dm-log-writes and QEMU's blklogwrites record, and [`list`]
+//! prints it (`minivmm log`). [`points`] determines where the power may fail, [`legal`] which disks that may
+//! leave, and [`plan`] which of them are tried. [`scratch`] makes their images, [`check`] judges each,
+//! [`campaign`] runs all of this (`minivmm crash`) and [`report`] prints the result.
 //!
 //! Knows nothing of guests or KVM.
 

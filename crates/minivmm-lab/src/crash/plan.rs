@@ -1,33 +1,33 @@
-//! Which states are tried, in which order.
+//! Chooses which states are tried, and in which order.
 //!
-//! Owns the walk over points and their states, and that no disk is tried twice: within the reach of one
-//! flush different points and names can mean the same one. Points go forward, so that a worker's copy
-//! only has to go forward too.
+//! Owns the walk over the points and their states. No disk is tried twice: until the next flush, different
+//! points and names can mean the same disk. Points ascend, so that a worker's copy of the disk never has to go
+//! back.
 
 use std::collections::HashSet;
 
 use super::legal::{Extent, Pending, StateName, fingerprint};
 use super::log::WriteLog;
 
-/// What of the writes that no flush has spoken for is there.
+/// Which of the writes that no flush has covered are lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lose {
     /// Any of them, or none.
     Any,
-    /// None of them: the worst that can happen to a promise.
+    /// All of them, which is the worst case.
     All,
-    /// All of them: only the host has crashed, the disk's own cache has survived.
+    /// None of them: the host crashed, but the disk kept its volatile cache.
     Nothing,
 }
 
-/// How many states, and of which kind.
+/// How many states are tried, and which.
 #[derive(Debug, Clone, Copy)]
 pub struct Breadth {
-    /// At most so many a point.
+    /// Most states per point.
     pub states: usize,
-    /// Where chance begins.
+    /// Seed of the random choices.
     pub seed: u64,
-    /// Writes may be there in part.
+    /// True if writes may be there in part.
     pub torn: bool,
     /// Which writes may be lost.
     pub lose: Lose,
@@ -39,45 +39,46 @@ impl Default for Breadth {
     }
 }
 
-/// A state to be tried.
+/// A state that is to be tried.
 #[derive(Debug, Clone)]
 pub struct Task {
-    /// Entries that had ended.
+    /// Number of entries that had completed.
     pub point: usize,
-    /// Entries that are there for certain.
+    /// Number of entries that are certainly on the disk.
     pub settled: usize,
-    /// What it is called.
+    /// Name of the state.
     pub name: StateName,
-    /// What is there besides.
+    /// What is on the disk besides the settled entries.
     pub extents: Vec<Extent>,
 }
 
-/// All tasks of a campaign, one after the other.
+/// All tasks of a campaign, in order.
 pub struct Plan<'a> {
     log: &'a WriteLog,
     breadth: Breadth,
     points: std::vec::IntoIter<usize>,
-    /// No more states than this come of them.
+    /// Upper bound of the number of states of the remaining points.
     ahead: u64,
     here: Option<Here<'a>>,
-    /// The only one.
+    /// The only task, if a single state is repeated; `None` otherwise or once it was returned.
     alone: Option<Task>,
     seen: HashSet<u128>,
 }
 
-/// The point at which we are.
+/// The current point.
 struct Here<'a> {
     point: usize,
     pending: Pending<'a>,
     names: Box<dyn Iterator<Item = StateName> + Send>,
-    /// States that it may still give.
+    /// Number of states that this point may still yield.
     left: usize,
-    /// Names that may still be looked at: chance finds the last few states of a point late or never.
+    /// Number of names that may still be tried. Random choices find the last few states of a point late or
+    /// never.
     looks: usize,
 }
 
 impl<'a> Plan<'a> {
-    /// Over these points, which ascend.
+    /// Creates a plan for these points, which must ascend.
     pub fn new(log: &'a WriteLog, points: Vec<usize>, breadth: Breadth) -> Self {
         let points = points.into_iter();
         let mut plan = Self { log, breadth, points, ahead: 0, here: None, alone: None, seen: HashSet::new() };
@@ -85,28 +86,28 @@ impl<'a> Plan<'a> {
         plan
     }
 
-    /// This one state, and no other.
+    /// Creates a plan of this one task.
     pub fn of_one(log: &'a WriteLog, task: Task) -> Self {
         Self { alone: Some(task), ..Self::new(log, Vec::new(), Breadth::default()) }
     }
 
-    /// Points that have not been reached yet.
+    /// Returns the number of points that were not yet reached.
     pub fn points(&self) -> usize {
         self.points.len() + usize::from(self.alone.is_some())
     }
 
-    /// States that have come.
+    /// Returns the number of states that were returned so far.
     pub fn given(&self) -> u64 {
         self.seen.len() as u64
     }
 
-    /// No more than so many states come.
+    /// Returns an upper bound of the number of states still to come.
     pub fn at_most(&self) -> u64 {
         let here = self.here.as_ref().map_or(0, |here| here.left as u64);
         u64::from(self.alone.is_some()) + here + self.ahead
     }
 
-    /// No more than so many at this point.
+    /// Returns an upper bound of the number of states of this point.
     fn most_at(&self, point: usize) -> u64 {
         let choices = Pending::at(self.log, point, self.breadth.torn).choices();
         let all = u32::try_from(choices).ok().and_then(|choices| 1u64.checked_shl(choices));
@@ -159,7 +160,7 @@ impl Iterator for Plan<'_> {
     }
 }
 
-/// The one state of that name.
+/// Returns the task for the state of this name; `None` if there is no such point or state.
 pub fn one(log: &WriteLog, point: usize, name: StateName) -> Option<Task> {
     if point > log.entries.len() {
         return None;

@@ -1,7 +1,7 @@
-//! Where in a log the power may fail.
+//! Determines where in a log the power may fail.
 //!
-//! Owns the words of `--at` and what they mean in a log. A point is a number of entries: so many, from
-//! the first one on, had ended, and nothing behind them.
+//! Owns the syntax of `--at` and its meaning in a log. A point is a number of entries: that many entries from
+//! the beginning of the log had completed, and no others.
 
 use std::collections::BTreeSet;
 use std::str::FromStr;
@@ -12,38 +12,38 @@ use minivmm::disk::fault::plan::mix;
 /// Where the power fails.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum At {
-    /// Just before each flush and each stable write has ended, and at the end of the log.
+    /// Just before each flush and each stable write completes, and at the end of the log.
     Flushes,
     /// After every entry that changes something.
     Entries,
-    /// At so many of those, by chance.
+    /// After this many of those entries, chosen at random.
     Sample(usize),
-    /// Just before this entry has ended.
+    /// Just before the entry with this index completes.
     Entry(usize),
-    /// At the marks of this name.
+    /// At the marks with this text.
     Mark(String),
 }
 
-/// A place that the log does not have.
+/// Why there is no such point.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum NoPoint {
-    /// An entry behind the end.
+    /// The log has fewer entries.
     #[error("there is no entry {entry}: the log has {entries} (`minivmm log` lists them)")]
     Entry {
-        /// As asked.
+        /// The entry that was asked for.
         entry: usize,
-        /// As many as there are.
+        /// Number of entries in the log.
         entries: usize,
     },
-    /// A name that no mark has.
+    /// No mark has this text.
     #[error("there is no mark {name}: {there}")]
     Mark {
-        /// As asked.
+        /// The text that was asked for.
         name: String,
-        /// The marks that the log has.
+        /// The marks that the log has, in words.
         there: String,
     },
-    /// Whatever fails, nothing is lost.
+    /// The log changes nothing, so a loss of power loses nothing.
     #[error("the log changes nothing")]
     NothingChanges,
 }
@@ -67,7 +67,7 @@ impl FromStr for At {
     }
 }
 
-/// The points that are meant, in the order of the log.
+/// Returns the points that are asked for, in the order of the log. `seed` chooses the sample.
 pub fn points(entries: &[Entry], places: &[At], seed: u64) -> Result<Vec<usize>, NoPoint> {
     let mut found = BTreeSet::new();
     for place in places {
@@ -87,8 +87,8 @@ pub fn points(entries: &[Entry], places: &[At], seed: u64) -> Result<Vec<usize>,
     if found.is_empty() { Err(NoPoint::NothingChanges) } else { Ok(found.into_iter().collect()) }
 }
 
-/// Before each promise, and at the end. Whatever a point between two of these may leave, the second of
-/// them may leave too. Those between which nothing changes are one.
+/// Returns the points before each promise and at the end. Every state of a point between two of these is also a
+/// state of the second. Points without a change between them are one point.
 fn flushes(entries: &[Entry]) -> Vec<usize> {
     let mut found = Vec::new();
     let mut changed = false;

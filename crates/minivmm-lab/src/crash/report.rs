@@ -1,6 +1,6 @@
-//! What a campaign has found, as text or JSON.
+//! Prints what a campaign has found, as text or JSON.
 //!
-//! Owns the words: points, what was lost, and the command line that tries a state again.
+//! Owns the wording of points and lost entries, and the command line that tries a state again.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -15,61 +15,61 @@ use super::log::WriteLog;
 use super::plan::Task;
 use minivmm::text::shell_word;
 
-/// The text shows so many failures.
+/// Most failures that the text shows.
 const SHOWN_MAX: usize = 10;
-/// Of the output of each so many lines, the first ones.
+/// Lines of output that the text shows for each failure, from its beginning.
 const OUTPUT_LINES: usize = 6;
-/// How long a check may take, if nobody says.
+/// Default time limit of a check.
 pub const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// All that was tried, and what of it was bad.
+/// What was tried, and what was bad.
 #[derive(Debug, Serialize)]
 pub struct Report {
     /// The write log.
     #[serde(serialize_with = "minivmm::text::path_as_text")]
     pub log: PathBuf,
-    /// The disk as it was when it began.
+    /// The disk as it was when the log began.
     #[serde(serialize_with = "minivmm::text::path_as_text")]
     pub base: PathBuf,
-    /// Entries of the log.
+    /// Number of entries in the log.
     pub entries: usize,
-    /// The check's command.
+    /// The command of the check.
     pub check: String,
-    /// Points at which the power failed.
+    /// Number of points at which the power failed.
     pub points: usize,
-    /// Different disks that were checked.
+    /// Number of different disks that were checked.
     pub states: u64,
-    /// Those that the check did not find good.
+    /// The disks that the check did not find good.
     pub failures: Vec<Failure>,
-    /// It was ended before all was tried.
+    /// True if the campaign was interrupted before everything was tried.
     pub interrupted: bool,
-    /// How long it took.
+    /// Duration of the campaign.
     pub seconds: f64,
-    /// Where the images were made.
+    /// Directory in which the images were made.
     #[serde(serialize_with = "minivmm::text::path_as_text")]
     pub scratch: PathBuf,
-    /// Checks side by side.
+    /// Number of checks that ran at once.
     pub jobs: usize,
 }
 
 /// A state that is not good.
 #[derive(Debug, Serialize)]
 pub struct Failure {
-    /// How many entries had ended.
+    /// Number of entries that had completed.
     pub entry: usize,
-    /// Which of the states there.
+    /// Name of the state.
     #[serde(serialize_with = "as_text")]
     pub state: StateName,
-    /// Entries that are not there, or only in part.
+    /// The entries that the state lacks at least in part.
     pub lost: Vec<usize>,
-    /// How the check has ended.
+    /// How the check ended.
     pub why: String,
-    /// The end of what it said.
+    /// The end of its output.
     pub output: String,
-    /// The image, before the check touched it.
+    /// The image as it was before the check; `None` if it was not kept.
     #[serde(serialize_with = "optional_path")]
     pub image: Option<PathBuf>,
-    /// The command line that tries it again.
+    /// The command line that tries the state again.
     pub repeat: String,
 }
 
@@ -83,16 +83,16 @@ fn as_text<S: Serializer>(name: &StateName, serializer: S) -> Result<S::Ok, S::E
 }
 
 impl Report {
-    /// As JSON.
+    /// Returns the report as JSON.
     pub fn to_json(&self) -> serde_json::Result<String> {
         serde_json::to_string_pretty(self)
     }
 
-    /// For a reader.
+    /// Returns the report as text.
     pub fn to_text(&self) -> String {
         let mut text = String::new();
         for failure in self.failures.iter().take(SHOWN_MAX) {
-            // A String takes all that is written to it.
+            // Writing to a String cannot fail.
             let _ = write!(text, "FAILED  entry {}, state {}: {}", failure.entry, failure.state, failure.why);
             let _ = writeln!(text, "; lost: {}", listed(&failure.lost));
             let lines = failure.output.lines().filter(|line| !line.trim().is_empty());
@@ -142,7 +142,7 @@ fn listed(entries: &[usize]) -> String {
     format!("{}{more}", words.join(" "))
 }
 
-/// How things are called.
+/// Texts that describe points and tasks.
 pub(super) struct Told;
 
 impl Told {

@@ -1,9 +1,9 @@
-//! Images of states, made fast.
+//! Makes the images of states quickly.
 //!
-//! Owns where they are and how they come about. A worker has a *stage*, a copy of the base with all that
-//! is settled, which only goes forward; each state is a new file: a copy of the stage with the state's
-//! extents. So whatever a check writes to its image, and whoever still has it open, no later state sees
-//! it. Copies are reflinks where the file system has them, else of the data alone, without the holes.
+//! Owns where the images are and how they are made. Each worker has a *stage*, a copy of the base with all
+//! settled entries, which never goes back. Each state is a new file: a copy of the stage with the extents of
+//! the state. So nothing that a check writes to its image, even later, can change another state. Copies are
+//! reflinks if the file system supports them; otherwise only data is copied and holes stay holes.
 
 use std::fs::File;
 use std::io;
@@ -17,49 +17,49 @@ use super::legal::Extent;
 use super::log::{LogError, WriteLog};
 use minivmm::files::output;
 
-/// Bytes that are moved at once.
+/// Number of bytes that are copied at once.
 const CHUNK: u64 = 1 << 20;
-/// Zeroes of this size, at such places, become holes.
+/// Size of the aligned pieces that become holes if they are all zeroes.
 const PIECE: usize = 64 << 10;
 static ZEROES: [u8; PIECE] = [0; PIECE];
-/// The kernel's number for tmpfs.
+/// The kernel's magic number of tmpfs.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// Why an image cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ScratchError {
-    /// The base.
+    /// The base cannot be read.
     #[error("cannot read the base {path}")]
     Base {
-        /// As given.
+        /// The base.
         path: String,
-        /// The host's answer.
+        /// The error that the host reported.
         source: io::Error,
     },
-    /// An image, or the directory of all of them.
+    /// An image or a directory cannot be made.
     #[error("cannot make {path}")]
     Make {
-        /// Which.
+        /// The image or directory.
         path: String,
-        /// The host's answer.
+        /// The error that the host reported.
         source: io::Error,
     },
-    /// The log.
+    /// The log cannot be read.
     #[error(transparent)]
     Log(#[from] LogError),
-    /// Base and log do not belong together.
+    /// The base is smaller than the disk of the log.
     #[error(
         "entry {entry} of the log reaches byte {end}, but {path} has {bytes} bytes: the base is the disk as it was \
          when the log began"
     )]
     TooSmall {
-        /// From 0.
+        /// Index of the entry, from 0.
         entry: usize,
-        /// Behind its last byte.
+        /// End of the entry on the disk, in bytes.
         end: u64,
         /// The base.
         path: String,
-        /// Its size.
+        /// Size of the base in bytes.
         bytes: u64,
     },
 }
@@ -69,14 +69,14 @@ pub enum ScratchError {
 pub struct Base {
     file: File,
     path: PathBuf,
-    /// Its size.
+    /// Size in bytes.
     pub bytes: u64,
-    /// What of it is no hole, about.
+    /// Approximate number of bytes that are not in holes.
     pub data_bytes: u64,
 }
 
 impl Base {
-    /// A file or a block device, which is only read; checked to hold all that the log writes.
+    /// Opens a file or a block device for reading only. Fails if the log changes bytes beyond its end.
     pub fn open(path: &Path, log: &WriteLog) -> Result<Self, ScratchError> {
         let name = || path.display().to_string();
         let failed = |source: io::Error| ScratchError::Base { path: name(), source };
@@ -92,7 +92,7 @@ impl Base {
         Ok(Self { file, path: path.to_owned(), bytes, data_bytes })
     }
 
-    /// Whether an ext2, ext3 or ext4 begins there.
+    /// Returns `true` if the base begins with an ext2, ext3 or ext4.
     pub fn is_ext4(&self) -> bool {
         let mut magic = [0; 2];
         self.file.read_exact_at(&mut magic, 1024 + 56).is_ok() && u16::from_le_bytes(magic) == 0xef53
@@ -104,8 +104,8 @@ impl Base {
     }
 }
 
-/// Where images are made if nobody says: in memory where there is plenty, because a check syncs what
-/// it repairs; else where temporary files are.
+/// Returns the default directory for images: memory if twice the needed space is free there, because a check
+/// syncs what it repairs, and the directory of temporary files otherwise.
 pub fn default_place(needed_bytes: u64) -> PathBuf {
     let memory = Path::new("/dev/shm");
     let has_room = statfs(memory).is_ok_and(|found| {
@@ -115,7 +115,7 @@ pub fn default_place(needed_bytes: u64) -> PathBuf {
     if has_room { memory.to_owned() } else { std::env::temp_dir() }
 }
 
-/// The base with the first entries of the log.
+/// A copy of the base with the first entries of the log.
 #[derive(Debug)]
 pub struct Stage<'a> {
     log: &'a WriteLog,
@@ -125,15 +125,15 @@ pub struct Stage<'a> {
 }
 
 impl<'a> Stage<'a> {
-    /// A new copy of the base at `path`.
+    /// Copies the base to a new file at `path`.
     pub fn new(log: &'a WriteLog, base: &Base, path: &Path) -> Result<Self, ScratchError> {
-        // Each has its own place in the file.
+        // Workers copy at the same time, and each needs a file position of its own.
         let from = base.reopened()?;
         let file = copied(&from, base.bytes, path, copy_sparsely).map_err(making(path))?;
         Ok(Self { log, file, bytes: base.bytes, applied: 0 })
     }
 
-    /// Goes on until the first `settled` entries are in it. It never goes back.
+    /// Applies entries until the first `settled` ones are in it. The stage never goes back.
     pub fn advance(&mut self, settled: usize) -> Result<(), ScratchError> {
         while self.applied < settled {
             if let Some(entry) = self.log.entries.get(self.applied).filter(|entry| entry.changes()) {
@@ -145,7 +145,7 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
-    /// A new file at `path`, in the place of an older one: this, and over it these extents.
+    /// Makes a file at `path` with the content of the stage and these extents. An older file is replaced.
     pub fn make(&self, extents: &[Extent], path: &Path) -> Result<(), ScratchError> {
         let file = copied(&self.file, self.bytes, path, copy_range).map_err(making(path))?;
         extents.iter().try_for_each(|&extent| apply(self.log, &file, extent))
@@ -157,7 +157,7 @@ fn making(path: &Path) -> impl Fn(io::Error) -> ScratchError {
     move |source| ScratchError::Make { path: path.clone(), source }
 }
 
-/// Writes an extent's content. Zeroes become holes.
+/// Writes the content of an extent. Zeroes become holes.
 fn apply(log: &WriteLog, file: &File, extent: Extent) -> Result<(), ScratchError> {
     let failed = |source| ScratchError::Make { path: "an image of a state".to_owned(), source };
     let Some(entry) = log.entries.get(extent.entry) else { return Ok(()) };
@@ -201,12 +201,13 @@ fn is_zero(bytes: &[u8]) -> bool {
     bytes.chunks(PIECE).all(|piece| ZEROES.starts_with(piece))
 }
 
-/// How the bytes from the first place to the second come into a new file.
+/// Copies the bytes from offset `start` to `end` into a new file.
 type Mover = fn(from: &File, to: &File, start: u64, end: u64) -> io::Result<()>;
 
-/// A new file at `path` with the same content: a reflink, or all that is no hole moved by `mover`.
+/// Makes a new file at `path` with the same content, by a reflink, or by copying with `mover` everything that
+/// is not a hole.
 fn copied(from: &File, bytes: u64, path: &Path, mover: Mover) -> io::Result<File> {
-    // Whoever still has the old one open keeps it for himself.
+    // The old file is unlinked and not overwritten, because a process may still have it open.
     let to = output::make_anew(path)?;
     if ioctl_ficlone(&to, from).is_ok() && to.metadata()?.len() == bytes {
         return Ok(to);
@@ -216,7 +217,7 @@ fn copied(from: &File, bytes: u64, path: &Path, mover: Mover) -> io::Result<File
     while at < bytes {
         let start = match seek(from, SeekFrom::Data(at)) {
             Ok(start) => start,
-            // Only a hole is left.
+            // Nothing but a hole is left.
             Err(Errno::NXIO) => break,
             // A block device has no holes.
             Err(Errno::INVAL) => at,
@@ -241,15 +242,16 @@ fn copy_range(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
         match copy_file_range(from, Some(&mut source), to, Some(&mut target), bytes) {
             Ok(moved) if moved > 0 => at += moved as u64,
             Err(Errno::INTR) => {}
-            // On old kernels.
+            // Old kernels cannot copy between some files.
             _ => return copy_sparsely(from, to, at, end),
         }
     }
     Ok(())
 }
 
-/// By hand, across file systems and from devices too; zeroes become holes, which costs once and saves at
-/// every copy of the copy: an image whose journal was zeroed is mostly that.
+/// Copies by reading and writing, which also works across file systems and from devices. Zeroes become holes:
+/// finding them costs time once, and each later copy is cheaper, because an image with a freshly zeroed journal
+/// is mostly zeroes.
 fn copy_sparsely(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
     let mut at = start;
     let mut buffer = Vec::new();
