@@ -1,74 +1,74 @@
-//! fio's job files, as far as a job of theirs can run in a guest and on its host alike.
+//! Reads fio job files, as far as their jobs can run alike in a guest and on its host.
 //!
-//! Owns the table of options that are taken. One that is not in it is refused: what it would do to the
-//! figures, or to other files, is not known here. Each section is a job of its own, and runs alone.
+//! Owns the table of accepted options. Any other option is refused, because its effect on the figures or on
+//! other files is not known here. Each section is a job of its own and runs alone.
 
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
-/// The jobs where there is no file.
+/// The built-in jobs, which run if there is no job file.
 pub const BUILT_IN: &str = include_str!("default.fio");
-/// A longer file is no job file.
+/// Largest size of a job file.
 const FILE_BYTES_MAX: u64 = 1 << 20;
-/// How long a job runs where nothing says otherwise, in seconds.
+/// Default duration of a job in seconds.
 const SECONDS: u64 = 10;
-/// A job that ends by itself, by an amount that it says, has so long.
+/// Time limit in seconds of a job that ends after an amount of I/O and not after a time.
 const SECONDS_MAX: u64 = 6 * 3600;
 
-/// One section, with what `[global]` says.
+/// One section of a job file, with the options of `[global]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Job {
-    /// Its name.
+    /// Name of the section.
     pub name: String,
-    /// fio's options and their values, none twice, in the order in which they were first named.
+    /// The options of fio and their values. Each occurs once, in the order of first mention.
     options: Vec<(String, String)>,
 }
 
-/// Why a job file is not taken.
+/// Why a job file is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
-    /// It cannot be read.
+    /// The file cannot be read.
     #[error("cannot read the job file {path}")]
     Read {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// The host's answer.
+        /// The error that the host reported.
         source: std::io::Error,
     },
-    /// A line makes no sense, or is not taken.
+    /// A line is not valid or not accepted.
     #[error("{file}, line {line}: {why}")]
     Line {
-        /// Which file.
+        /// The file.
         file: String,
-        /// Its line, from 1.
+        /// Number of the line, from 1.
         line: usize,
-        /// What is wrong, and what is right.
+        /// What is wrong, and what is accepted.
         why: String,
     },
-    /// There is nothing to run.
+    /// The file has no job.
     #[error("{0} has no job: a section [NAME] with at least rw=, besides [global]")]
     Empty(String),
-    /// A name is there twice.
+    /// Two jobs have the same name.
     #[error("{file} has two jobs of the name {name}: the figures of each go by its name")]
     Twice {
-        /// Which file.
+        /// The file.
         file: String,
         /// The name.
         name: String,
     },
-    /// A name that was asked for is not there.
+    /// There is no job of a name that was asked for.
     #[error("there is no job {name}: the jobs are {known}")]
     Unknown {
-        /// As asked for.
+        /// The name that was asked for.
         name: String,
-        /// All of them.
+        /// The names of all jobs.
         known: String,
     },
 }
 
-/// Options that change nothing of the protocol.
+/// Accepted options. They do not interfere with the protocol.
 const TAKEN: [&str; 59] = [
     "rw",
     "bs",
@@ -130,9 +130,9 @@ const TAKEN: [&str; 59] = [
     "nonvectored",
     "iomem_align",
 ];
-/// Engines that the test guest's fio has, too.
+/// Accepted engines. The fio of the test guest has them too.
 const ENGINES: [&str; 8] = ["psync", "sync", "vsync", "pvsync", "pvsync2", "libaio", "io_uring", "posixaio"];
-/// Other names of options.
+/// Aliases of options.
 const ALIASES: [(&str, &str); 7] = [
     ("readwrite", "rw"),
     ("blocksize", "bs"),
@@ -142,10 +142,10 @@ const ALIASES: [(&str, &str); 7] = [
     ("iodepth_batch", "iodepth_batch_submit"),
     ("iodepth_batch_complete", "iodepth_batch_complete_min"),
 ];
-/// Sections run alone anyway; these say nothing more.
+/// Options that are accepted and ignored, because sections run alone anyway.
 const DROPPED: [&str; 4] = ["stonewall", "wait_for_previous", "new_group", "description"];
 
-/// Options, and why they are refused.
+/// Refused options, and why.
 static REFUSED: [(&[&str], &str); 8] = [
     (
         &[
@@ -237,7 +237,7 @@ static REFUSED: [(&[&str], &str); 8] = [
     (&["buffered"], "say it as direct=0"),
 ];
 
-/// The jobs of a file, or those that there are without one; of these the ones that are asked for.
+/// Reads the jobs of a file, or the built-in jobs without one. If `only` is not empty, it selects jobs by name.
 pub fn read(file: Option<&Path>, only: &[String]) -> Result<Vec<Job>, JobError> {
     let jobs = match file {
         None => parse(BUILT_IN, "the built-in job file")?,
@@ -253,7 +253,8 @@ pub fn read(file: Option<&Path>, only: &[String]) -> Result<Vec<Job>, JobError> 
     Ok(jobs.into_iter().filter(|job| only.is_empty() || only.contains(&job.name)).collect())
 }
 
-/// The text of a file, or of a pipe. One that has no end is not read to it.
+/// Reads a file or a pipe. Fails if it is longer than [`FILE_BYTES_MAX`], so an endless one is not read for
+/// ever.
 fn read_text(path: &Path) -> io::Result<String> {
     let mut text = String::new();
     let count = File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)?;
@@ -313,7 +314,7 @@ fn set(options: &mut Vec<(String, String)>, name: &str, value: String) {
     }
 }
 
-/// `NAME=VALUE`, or `NAME` for 1, if it is taken.
+/// Parses `NAME=VALUE`, or `NAME`, which means 1. Returns why the option is refused if it is.
 fn option(content: &str) -> Result<(String, String), String> {
     let (name, value) = content.split_once('=').unwrap_or((content, "1"));
     let (name, value) = (name.trim().to_lowercase(), value.trim());
@@ -352,12 +353,12 @@ fn option(content: &str) -> Result<(String, String), String> {
 }
 
 impl Job {
-    /// The value of one of its options.
+    /// Returns the value of an option.
     pub fn option(&self, name: &str) -> Option<&str> {
         self.options.iter().find(|option| option.0 == name).map(|option| option.1.as_str())
     }
 
-    /// Its options as they were given.
+    /// Returns the options of the job file.
     pub fn options(&self) -> &[(String, String)] {
         &self.options
     }
@@ -370,22 +371,22 @@ impl Job {
         self.option("rw").unwrap_or_default().split(':').next().unwrap_or_default()
     }
 
-    /// Whether it writes to the disk.
+    /// Returns `true` if the job writes to the disk.
     pub fn writes(&self) -> bool {
         !matches!(self.rw(), "read" | "randread")
     }
 
-    /// Whether it goes past the page cache of whoever runs it.
+    /// Returns `true` if the job bypasses the page cache of the system that runs it.
     pub fn is_direct(&self) -> bool {
         self.is_on("direct")
     }
 
-    /// Whether it makes its own writes stable, each or every some.
+    /// Returns `true` if the job makes its own writes stable, each of them or every few.
     pub fn syncs(&self) -> bool {
         ["fsync", "fdatasync", "sync"].iter().any(|name| self.is_on(name))
     }
 
-    /// The same with other values.
+    /// Returns the job with these options changed.
     pub fn with(&self, changes: &[(&str, &str)]) -> Self {
         let mut job = self.clone();
         for (name, value) in changes {
@@ -394,7 +395,7 @@ impl Job {
         job
     }
 
-    /// With the length that the protocol gives it: what was asked for, what its file says, or ten seconds.
+    /// Returns the job with a duration: `seconds`, else what the job file says, else ten seconds.
     pub fn timed(&self, seconds: Option<u64>) -> Self {
         let says =
             ["runtime", "io_size", "number_ios", "loops"].iter().any(|name| self.option(name).is_some());
@@ -404,20 +405,20 @@ impl Job {
         }
     }
 
-    /// How long it is to run, as far as it says so.
+    /// Returns the duration of the job in seconds; `None` if it is not set or has a unit other than seconds.
     pub fn seconds(&self) -> Option<u64> {
         self.option("runtime")?.trim_end_matches('s').parse().ok()
     }
 
-    /// Longer it cannot take, with whatever the last sync takes.
+    /// Returns a time limit for the job in seconds, with ample room for its last sync.
     pub fn seconds_max(&self) -> u64 {
         self.seconds().map_or(SECONDS_MAX, |seconds| (4 * seconds + 600).min(SECONDS_MAX))
     }
 
-    /// The job file of this job on `target`, with what the protocol adds.
+    /// Returns a job file that runs this job on `target`, with the options that the protocol adds.
     pub fn file(&self, target: &str) -> String {
         let mut text = format!("[{}]\nfilename={target}\n", self.name);
-        // No file is made, no cache changed by fio; figures of all of the job's processes together.
+        // fio must not make a file or drop a cache, and it must report all processes of the job together.
         text += "allow_file_create=0\ninvalidate=0\ngroup_reporting=1\npercentile_list=50:99:99.9\n";
         if self.writes() {
             text += "end_fsync=1\n";
@@ -428,7 +429,7 @@ impl Job {
         text
     }
 
-    /// In a line, for people.
+    /// Returns the job as one line for people.
     pub fn in_words(&self) -> String {
         let words = self.options.iter().filter(|option| !["time_based"].contains(&option.0.as_str()));
         words.map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")

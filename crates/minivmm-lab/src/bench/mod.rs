@@ -1,9 +1,9 @@
-//! `minivmm bench`: fio in a guest in several cache modes, beside the same job on the host, so that the
-//! figures are a disk's or are said not to be (docs/benchmarking.md).
+//! `minivmm bench`: runs fio in a guest in several cache modes and the same job on the host, so that the report
+//! can tell which figures are really those of the disk (docs/benchmarking.md).
 //!
-//! Owns the protocol: which jobs it takes ([`jobs`]), who runs them ([`who`]), what is refused before anything
-//! runs ([`prepare`]), in which order and state all runs ([`run`]), which figures cannot be a disk's
-//! ([`warn`]), and how it is told ([`report`], [`table`]).
+//! Owns the protocol: which jobs are accepted ([`jobs`]), who runs them ([`who`]), what is refused before
+//! anything runs ([`prepare`]), the order and the state in which they run ([`run`]), which figures cannot be
+//! those of a disk ([`warn`]), and how the result is printed ([`report`], [`table`]).
 
 pub mod jobs;
 mod prepare;
@@ -27,41 +27,42 @@ pub use prepare::PrepareError;
 pub use report::Report;
 pub use run::BenchError;
 
-/// What is asked for.
+/// What the user asked for.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The image, and what its keys mean.
+    /// The image with its parsed keys.
     pub disk: DiskOptions,
-    /// The same keys as they were given, for minivmm.
+    /// The same keys as the user gave them, to be passed to minivmm.
     pub keys: Vec<String>,
     /// The cache modes.
     pub modes: Vec<&'static CachePolicy>,
-    /// A job file of fio's; ours where there is none.
+    /// A job file of fio; `None` for the built-in jobs.
     pub jobs: Option<PathBuf>,
-    /// Only the jobs of these names; all where there are none.
+    /// Names of the jobs to run; empty for all.
     pub only: Vec<String>,
-    /// How large the image is to be where there is none yet.
+    /// Size of the image to create if it does not exist.
     pub size_bytes: Option<u64>,
-    /// Gaps of the image may be written to, with the zeroes that they read as.
+    /// True if gaps of the image may be filled with the zeroes that they read as.
     pub fill: bool,
-    /// Jobs may write over what is in the image.
+    /// True if jobs may overwrite the content of the image.
     pub destroy: bool,
-    /// How often everything runs.
+    /// Number of rounds.
     pub rounds: usize,
-    /// How long a job runs, in seconds; what the job file says where not given, or ten.
+    /// Duration of a job in seconds; `None` for what the job file says, or else ten.
     pub seconds: Option<u64>,
-    /// What the host's cache has of the image before each run.
+    /// What the host's page cache holds of the image before each run.
     pub host_cache: HostCache,
-    /// The guest's memory.
+    /// Memory of the guest.
     pub memory_bytes: u64,
-    /// Its CPUs.
+    /// Number of CPUs of the guest.
     pub cpus: u8,
-    /// Where the report goes as JSON, besides.
+    /// File that also receives the report as JSON.
     pub json: Option<PathBuf>,
 }
 
 impl Options {
-    /// Refuses a name that no built-in job has. (A job file may be a pipe, and is read once, later.)
+    /// Returns an error if a name is not that of a built-in job. The names of a job file are checked later,
+    /// because it may be a pipe and can be read only once.
     pub fn check_names(&self) -> Result<(), JobError> {
         if self.jobs.is_none() {
             jobs::read(None, &self.only)?;
@@ -69,12 +70,12 @@ impl Options {
         Ok(())
     }
 
-    /// The report as a file.
+    /// Returns the file that receives the report.
     pub fn report(&self) -> Option<Output> {
         self.json.as_ref().map(|path| Output::text("--json", path))
     }
 
-    /// All files that the command names.
+    /// Returns all files that the command names.
     pub fn files(&self) -> Inventory {
         let disk = Input { option: "--disk", path: self.disk.path.clone() };
         let jobs = self.jobs.iter().map(|path| Input { option: "--jobs", path: path.clone() });

@@ -1,7 +1,7 @@
-//! What is seen to before anything runs: the jobs, the consent to write, an image that is a disk's, modes that
-//! can be had.
+//! Prepares a bench: reads the jobs, checks that writing is allowed, completes the image, and checks that the
+//! modes are available.
 //!
-//! Owns the refusals. Nothing of an image that was there before is written over without a word for it.
+//! Owns the refusals. An existing image is overwritten only if the user has allowed it.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -15,15 +15,15 @@ use minivmm::disk::cache::CachePolicy;
 use minivmm::disk::{DiskOptions, ImageError};
 use minivmm::explain::{self, Explanation};
 
-/// All that is needed to begin.
+/// What a bench needs to begin.
 pub struct Prepared {
-    /// What runs.
+    /// The jobs that run.
     pub jobs: Vec<Job>,
-    /// How the image lies.
+    /// How the image is laid out on the disk.
     pub layout: Layout,
     /// The machine.
     pub host: Host,
-    /// What each mode's disk is.
+    /// The explanation of the disk in each mode.
     pub explained: Vec<Explanation>,
 }
 
@@ -58,8 +58,8 @@ pub enum PrepareError {
     Mode { mode: &'static str, image: PathBuf, source: ImageError },
 }
 
-/// Sees to it, or says what is in the way. `written` is told of the bytes that are written, and first of how
-/// many there are to be.
+/// Prepares the bench or returns why it cannot run. `written` is called first with the number of bytes that
+/// will be written to the image, and then as they are written.
 pub fn prepare(
     options: &Options,
     written: &mut dyn FnMut(Written),
@@ -95,18 +95,18 @@ pub fn prepare(
     Ok(Prepared { jobs, layout, host, explained })
 }
 
-/// The disk in a mode, as the guest gets it.
+/// Returns the options of the disk that the guest gets in a mode.
 pub fn disk(options: &Options, mode: &'static CachePolicy, readonly: bool) -> DiskOptions {
     let disk = DiskOptions { cache: mode, host_cache: options.host_cache, readonly, ..options.disk.clone() };
     disk.for_cpus(options.cpus)
 }
 
-/// How far the writing of an image is.
+/// The progress of writing an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Written {
-    /// So many bytes are to be.
+    /// This many bytes will be written.
     Of(u64),
-    /// So many more are.
+    /// This many more bytes were written.
     More(u64),
 }
 
@@ -191,7 +191,7 @@ mod tests {
         (options.size_bytes, options.fill) = (None, true);
         assert!(prepared(&options).unwrap().layout.is_written());
         assert!(std::fs::read(&path).unwrap().iter().all(|&byte| byte == 0));
-        // Without a word for it nothing that writes begins, whatever else was said.
+        // Without permission no writing job begins, even if others only read.
         options.only = vec!["seqread".into(), "randwrite".into()];
         let consent = refused(&options);
         assert!(
@@ -200,7 +200,7 @@ mod tests {
         );
         options.destroy = true;
         assert_eq!(prepared(&options).unwrap().jobs.len(), 2);
-        // A new one is its own consent.
+        // Creating an image needs no permission.
         let new = dir.path().join("new.img");
         let fresh =
             Options { disk: DiskOptions::new(&new), size_bytes: Some(1 << 20), destroy: false, ..options };

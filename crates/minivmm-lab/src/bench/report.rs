@@ -1,7 +1,7 @@
 //! Everything that was measured, and what follows from it.
 //!
-//! Owns the schema of `--json` and its version (docs/reference/bench-json.md). Fields may be added under the same
-//! version; whoever removes one or changes what it means raises it.
+//! Owns the schema of `--json` and its version (docs/reference/bench-json.md). Fields may be added under the
+//! same version. Removing a field or changing its meaning requires a new version.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -23,176 +23,178 @@ use minivmm::observe::Residency;
 /// The version of the schema.
 pub const SCHEMA_VERSION: u32 = 1;
 
-/// All of a bench.
+/// The result of a bench.
 #[derive(Debug, Serialize)]
 pub struct Report {
     schema: &'static str,
     version: u32,
     /// The machine.
     pub host: Host,
-    /// Which of its figures mean something.
+    /// Which figures of this machine are meaningful.
     pub meaning: Meaning,
     /// The image.
     pub image: ImageFigures,
-    /// What was the same for all.
+    /// The settings that were the same for all runs.
     pub protocol: Protocol,
     /// The jobs, in order.
     pub jobs: Vec<JobFigures>,
-    /// Which figures cannot be a disk's, and why.
+    /// The figures that cannot be those of a disk, and why.
     pub warnings: Vec<Warning>,
-    /// How it ended.
+    /// How the bench ended.
     pub ended: Ended,
-    /// What failed.
+    /// The error that ended the bench; `None` if there was none.
     pub error: Option<String>,
-    /// From the first run to the last.
+    /// Time from the first run to the end of the last.
     pub seconds: f64,
 }
 
-/// How a bench ends.
+/// How a bench ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Ended {
-    /// All runs are there.
+    /// All runs were made.
     Whole,
-    /// The user has stopped it.
+    /// The user interrupted it.
     Interrupted,
-    /// Something failed.
+    /// An error ended it.
     Failed,
 }
 
-/// The image.
+/// The image that was measured.
 #[derive(Debug, Serialize)]
 pub struct ImageFigures {
-    /// As given.
+    /// The path as the user gave it.
     #[serde(serialize_with = "minivmm::text::path_as_text")]
     pub path: PathBuf,
-    /// How it lies.
+    /// How the image is laid out on the disk.
     #[serde(flatten)]
     pub layout: Layout,
 }
 
-/// What was the same for all runs.
+/// The settings that were the same for all runs.
 #[derive(Debug, Serialize)]
 pub struct Protocol {
-    /// How often everything was to run.
+    /// Number of rounds that were planned.
     pub rounds: usize,
-    /// `drop` or `warm`: the host's cache of the image before each run.
+    /// `drop` or `warm`: what the host's page cache held of the image before each run.
     pub host_cache: &'static str,
-    /// The guest's memory.
+    /// Memory of the guest.
     pub guest_memory_bytes: u64,
-    /// Its CPUs.
+    /// Number of CPUs of the guest.
     pub guest_cpus: u8,
-    /// Keys of the disk besides the mode.
+    /// Keys of the disk besides the cache mode.
     pub disk_keys: Vec<String>,
 }
 
-/// One job by everybody.
+/// The figures of one job.
 #[derive(Debug, Serialize)]
 pub struct JobFigures {
-    /// Its name.
+    /// Name of the job.
     pub name: String,
-    /// fio's options, without what the protocol adds.
+    /// The options of fio, without those that the protocol adds.
     pub options: BTreeMap<String, String>,
-    /// In a line.
+    /// The job as one line for people.
     #[serde(skip)]
     pub in_words: String,
-    /// Whether it writes.
+    /// True if the job writes.
     pub writes: bool,
-    /// Whether each of its writes, or every some, are made stable.
+    /// True if the job makes its own writes stable, each of them or every few.
     pub syncs: bool,
-    /// Who ran it.
+    /// Everybody who ran the job.
     pub competitors: Vec<Competing>,
 }
 
-/// One who ran a job.
+/// The figures of one competitor: a guest in one mode, or the host.
 #[derive(Debug, Serialize)]
 pub struct Competing {
-    /// The mode, or `host` with what is other than in the job.
+    /// The cache mode; or `host` and the options that differ from the job.
     pub name: String,
-    /// The cache mode of a guest's disk.
+    /// Cache mode of the guest's disk; `None` for the host.
     pub mode: Option<&'static str>,
-    /// Whether that is with O_DIRECT.
+    /// True if that mode uses O_DIRECT.
     #[serde(skip)]
     pub direct: bool,
-    /// Whether a write of it can wait in a cache of the host's for a sync.
+    /// True if a write can wait in a cache of the host until a sync.
     #[serde(skip)]
     pub waits_in_host: bool,
-    /// Of a guest: who runs the job on the host with the same promise.
+    /// For a guest, the name of the host's competitor that gives the same promise.
     pub peer: Option<String>,
-    /// A run each.
+    /// One run per round.
     pub rounds: Vec<Run>,
-    /// Over the rounds.
+    /// The figures over all rounds; `None` if there was no run.
     pub figures: Option<Figures>,
-    /// I/Os a second over the host's at the very same job.
+    /// IOPS relative to the host's at the same job.
     pub over_host: Option<Ratio>,
-    /// The same over the peer's.
+    /// IOPS relative to the peer's.
     pub over_peer: Option<Ratio>,
 }
 
-/// Over all rounds.
+/// Figures over all rounds.
 #[derive(Debug, Clone, Serialize)]
 pub struct Figures {
-    /// I/Os a second, the last sync in their time.
+    /// I/Os per second. The time includes the last sync.
     pub iops: Spread,
-    /// Megabytes (10^6) a second.
+    /// Megabytes (10^6 bytes) per second.
     pub mb_s: Spread,
-    /// Of each kind of request that there was.
+    /// Latencies of each kind of request that occurred.
     pub latencies: Vec<Latencies>,
 }
 
-/// How long one kind of request took, over all rounds, in microseconds.
+/// Latency of one kind of request over all rounds, in microseconds.
 #[derive(Debug, Clone, Serialize)]
 pub struct Latencies {
     /// "read", "write" or "sync".
     pub of: &'static str,
-    /// Half are faster.
+    /// The median.
     pub p50_us: Spread,
-    /// One in a hundred is slower.
+    /// The 99th percentile.
     pub p99_us: Spread,
-    /// One in a thousand is slower.
+    /// The 99.9th percentile.
     pub p999_us: Spread,
 }
 
-/// One run.
+/// One run of a job.
 #[derive(Debug, Clone, Serialize)]
 pub struct Run {
-    /// Its round, from 0.
+    /// Number of the round, from 0.
     pub round: usize,
-    /// From the start to the end, a guest's boot included.
+    /// Duration of the run. That of a guest includes its boot.
     pub seconds: f64,
-    /// What fio says.
+    /// What fio reported.
     pub fio: Summary,
-    /// What the caches did.
+    /// What the caches did; `None` if it was not observed.
     pub observed: Option<Observed>,
-    /// Of a guest: the device's own figures (`disks[0]` of docs/statistics.md).
+    /// For a guest, the statistics of the device (`disks[0]` of docs/statistics.md).
     pub device: Option<Value>,
 }
 
-/// What the caches did in a run.
+/// What the caches did during a run.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Observed {
-    /// Of the image in the host's cache when guest or fio started.
+    /// Bytes of the image in the host's page cache when the guest or fio started.
     pub host_cached_bytes_before: Option<f64>,
-    /// When the job had ended.
+    /// Bytes of the image in the host's page cache when the job had ended.
     pub host_cached_bytes_after: Option<f64>,
-    /// Of those, newer than the disk, or on their way there.
+    /// Bytes of those that were dirty or under writeback.
     pub host_dirty_bytes_after: Option<f64>,
-    /// Of the bytes that were read of the image, the share that the host had in its cache.
+    /// Share of the bytes read from the image that the host's page cache supplied.
     pub host_hit_share: Option<f64>,
-    /// Of a guest: of the bytes that fio read, the share that never reached the device: the guest had them.
+    /// For a guest, the share of the bytes read by fio that never reached the device, because the guest had
+    /// them cached.
     pub guest_hit_share: Option<f64>,
-    /// Of the bytes that fio wrote, the share that never reached the device: overwritten in the guest's cache.
+    /// For a guest, the share of the bytes written by fio that never reached the device, because they were
+    /// overwritten in the guest's cache.
     pub guest_absorbed_share: Option<f64>,
-    /// FLUSHes that reached the device.
+    /// Number of FLUSHes that reached the device.
     pub flushes: Option<u64>,
-    /// FLUSHes of those that were acknowledged and not done (unsafe).
+    /// Number of FLUSHes that were acknowledged but not carried out (mode unsafe).
     pub flushes_ignored: Option<u64>,
-    /// FLUSHes of the host's disk for each of the guest's.
+    /// Number of FLUSHes of the host's disk per FLUSH of the guest.
     pub flush_amplification: Option<f64>,
 }
 
 impl Observed {
-    /// Of a guest's run.
+    /// Returns what was observed during a guest's run.
     pub fn of(outcome: &Outcome, fio: &Summary) -> Self {
         let (first, last) = (outcome.rows_of("vda").next(), outcome.rows_of("vda").next_back());
         let end = |column: &str| last.and_then(|row| row.number(column));
@@ -217,7 +219,8 @@ impl Observed {
 }
 
 impl Observed {
-    /// Of a run on the host, of whose reads so many bytes had to come from a disk.
+    /// Returns what was observed during a run on the host. `disk_read_bytes` is what its reads took from a
+    /// disk.
     pub fn on_host(
         before: Option<Residency>,
         after: Option<Residency>,
@@ -239,7 +242,7 @@ impl Observed {
 }
 
 impl JobFigures {
-    /// Nothing has run yet.
+    /// Creates the figures of a job that has not run yet.
     pub fn new(job: &Job, who: &[Competitor]) -> Self {
         Self {
             name: job.name.clone(),
@@ -267,7 +270,7 @@ impl Competing {
         }
     }
 
-    /// What was observed, over its rounds, where it was.
+    /// Returns one observed figure over the rounds that have it.
     pub fn observed(&self, figure: impl Fn(&Observed) -> Option<f64>) -> Option<Spread> {
         Spread::of(self.rounds.iter().filter_map(|run| figure(run.observed.as_ref()?)))
     }
@@ -281,7 +284,7 @@ impl Competing {
     }
 }
 
-/// Of one kind of request.
+/// Selects the latency of one kind of request.
 type Which = fn(&Summary) -> Option<Latency>;
 
 impl Figures {
@@ -311,7 +314,7 @@ impl Figures {
 }
 
 impl Report {
-    /// Nothing has run yet.
+    /// Creates a report without runs.
     pub fn new(options: &Options, prepared: &Prepared, jobs: impl Iterator<Item = JobFigures>) -> Self {
         Self {
             schema: "minivmm-bench",
@@ -334,14 +337,14 @@ impl Report {
         }
     }
 
-    /// A run by the competitor of this place at the job of that place.
+    /// Adds a run of the competitor with index `place` at the job with index `job`.
     pub fn add(&mut self, job: usize, place: usize, run: Run) {
         if let Some(who) = self.jobs.get_mut(job).and_then(|job| job.competitors.get_mut(place)) {
             who.rounds.push(run);
         }
     }
 
-    /// What follows from the runs.
+    /// Computes the figures and ratios from the runs.
     pub fn conclude(&mut self) {
         for job in &mut self.jobs {
             let runs: Vec<(String, Vec<Run>)> =
@@ -357,17 +360,17 @@ impl Report {
         }
     }
 
-    /// Whether anything was measured.
+    /// Returns `true` if anything was measured.
     pub fn has_figures(&self) -> bool {
         self.jobs.iter().any(|job| job.competitors.iter().any(|who| !who.rounds.is_empty()))
     }
 
-    /// As JSON.
+    /// Returns the report as JSON.
     pub fn to_json(&self) -> serde_json::Result<String> {
         serde_json::to_string_pretty(self)
     }
 
-    /// As a table, and what is to be said of it.
+    /// Returns the report as a table with notes.
     pub fn to_text(&self) -> String {
         table::text(self)
     }

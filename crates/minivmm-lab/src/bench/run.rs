@@ -1,7 +1,8 @@
-//! The runs: every job by everybody in every round, in turn.
+//! The runs of a bench: in every round each competitor runs each job in turn.
 //!
-//! Owns the order and the state of the host's cache before each run. A guest is booted for one job alone, so
-//! that its counters are the job's; on the host the image is locked as a VM would lock it.
+//! Owns the order, and the state of the host's page cache before each run. A guest is booted for each single
+//! job, so that its counters are those of the job. While the host runs a job, the image is locked as a VM would
+//! lock it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -22,12 +23,12 @@ use minivmm::disk::{DiskOptions, Image};
 use minivmm::files::output;
 use minivmm::observe::Residency;
 
-/// Where the job file is in the guest.
+/// Path of the job file in the guest.
 const GUEST_FILE: &str = "/tmp/bench.fio";
-/// The disk in the guest.
+/// Path of the disk in the guest.
 const GUEST_DISK: &str = "/dev/vda";
 
-/// Why it came to an end too early. What was measured before is in the report.
+/// Why a bench ended early. The report contains what was measured before.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "each says it, or is its source's")]
 pub enum BenchError {
@@ -56,13 +57,13 @@ pub enum BenchError {
 }
 
 impl BenchError {
-    /// Whether other arguments would help, for the same job file.
+    /// Returns `true` if other arguments would help with the same job file.
     pub fn is_usage(&self) -> bool {
         matches!(self, Self::Prepare(PrepareError::Job(JobError::Unknown { .. })))
     }
 }
 
-/// Runs everything. What went wrong in its midst is in the report; before it, an error.
+/// Runs the bench. An error before the first run is returned; a later one is in the report.
 pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report, BenchError> {
     if let Some(verdict) = boot::why_no_linux(stop)? {
         return Err(BenchError::NoLinux(verdict));
@@ -98,13 +99,13 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
 }
 
-/// The places of all competitors in their order of a round: neighbours in time are compared, and nobody is
-/// always the first.
+/// Returns the indices of all competitors in their order in this round. Neighbours in time are compared, and
+/// alternating the direction keeps any one of them from always being first.
 fn places(count: usize, round: usize) -> impl Iterator<Item = usize> {
     (0..count).map(move |step| if round.is_multiple_of(2) { step } else { count - 1 - step })
 }
 
-/// What a round measures, in its order.
+/// Returns the names of the runs of a round, in order.
 fn order(plan: &[(Job, Vec<Competitor>)], round: usize) -> Vec<String> {
     let of = |(job, who): &(Job, Vec<Competitor>)| {
         let names = places(who.len(), round).filter_map(|place| who.get(place));
@@ -225,7 +226,7 @@ fn failed(job: &Job, who: &str, source: FioError) -> BenchError {
 
 fn on_host(options: &Options, competitor: &Competitor, stop: &AtomicBool) -> Result<Run, BenchError> {
     let job = &competitor.job;
-    // No VM can have the image now, and none has.
+    // The open image locks out every VM, and fails if a VM has it locked.
     let buffered = CachePolicy::by_name("writeback").unwrap_or(options.disk.cache);
     let disk = DiskOptions {
         cache: buffered,
@@ -236,7 +237,7 @@ fn on_host(options: &Options, competitor: &Competitor, stop: &AtomicBool) -> Res
     let locked = Image::open(&disk)?;
     let before = image::settle(&options.disk.path, options.host_cache)?;
     let dir = ScratchDir::new("bench")?;
-    // A name without characters that mean something to fio.
+    // The link gives the image a name without characters that are special to fio.
     let (link, file) = (dir.path().join("image"), dir.path().join("bench.fio"));
     std::os::unix::fs::symlink(std::path::absolute(&options.disk.path)?, &link)?;
     output::write_anew(&file, job.file(&link.display().to_string()))?;
@@ -258,13 +259,13 @@ fn on_host(options: &Options, competitor: &Competitor, stop: &AtomicBool) -> Res
     Ok(Run { round: 0, seconds, fio: summary, observed: Some(observed), device: None })
 }
 
-/// On a terminal; elsewhere nothing.
+/// Returns a progress bar. It is visible only on a terminal.
 fn bar() -> ProgressBar {
     ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(5))
 }
 
-/// It is known how much there is to do. `left` says in words how long that takes, from what is done and all of
-/// it; it is asked at each tick, so that the answer never stands still.
+/// Starts the bar once the amount of work is known. `left` gets the amounts done and in total, and returns the
+/// time left in words. It is called at each tick, so that the estimate changes while a step runs.
 fn begin(
     bar: &ProgressBar,
     length: u64,

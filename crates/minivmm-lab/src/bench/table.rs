@@ -1,6 +1,6 @@
-//! The report for a terminal: a table, and what is to be said of it.
+//! Prints the report for a terminal: a table and notes.
 //!
-//! Owns the words and the columns; figures and warnings are made elsewhere.
+//! Owns the texts and the columns. Figures and warnings are computed elsewhere.
 
 use std::fmt::Write;
 
@@ -10,10 +10,10 @@ use crate::lab::{Ratio, Spread};
 use minivmm::text::hang;
 
 const HEAD: [&str; 9] = ["by", "IOPS", "spread", "MB/s", "p50", "p99", "of host", "of its peer", "see"];
-/// Figures stand to the right, words to the left.
+/// Indices of the columns with words, which are aligned left. Figures are aligned right.
 const IS_WORDS: [usize; 2] = [0, 8];
 
-/// All of it.
+/// Returns the whole text.
 pub fn text(report: &Report) -> String {
     let mut text = String::new();
     let image = &report.image;
@@ -44,7 +44,7 @@ pub fn text(report: &Report) -> String {
     text.push('\n');
     let jobs: Vec<(&JobFigures, Vec<[String; 9]>)> =
         report.jobs.iter().map(|job| (job, rows(job, report))).filter(|(_, rows)| !rows.is_empty()).collect();
-    // A column that says nothing is not there.
+    // An empty column is omitted.
     let width = |column: usize| {
         let cells = jobs.iter().flat_map(|(_, rows)| rows).filter_map(|row| row.get(column));
         let widest = cells.map(|cell| cell.chars().count()).max().filter(|&widest| widest > 0)?;
@@ -68,7 +68,7 @@ fn plural(count: u64) -> &'static str {
     if count == 1 { "" } else { "s" }
 }
 
-/// Of which requests the latencies are.
+/// Returns which kinds of requests the latencies are of.
 fn latencies(job: &JobFigures) -> String {
     let Some(figures) = job.competitors.iter().find_map(|who| who.figures.as_ref()) else {
         return String::new();
@@ -87,7 +87,7 @@ fn row(job: &JobFigures, who: &Competing, report: &Report) -> Option<[String; 9]
         let medians = figures.latencies.iter().map(|latencies| time(which(latencies).median));
         medians.collect::<Vec<_>>().join(" + ")
     };
-    // Where the peer does just the job, one column says it.
+    // If the peer runs the unchanged job, both ratios are equal and one column is enough.
     let has_peer = who.peer.as_deref().is_some_and(|peer| peer != super::who::HOST);
     let mut codes: Vec<&str> = Vec::new();
     for warning in &report.warnings {
@@ -132,7 +132,7 @@ fn legend(report: &Report) -> String {
         text += &hang("spread       ", "from the least to the most IOPS of a round, over the median");
     }
     let interval = match sure {
-        // One round has none.
+        // One round gives no interval.
         None | Some(0.0) => String::new(),
         Some(sure) => format!(
             ": the median of the rounds' ratios, and where the true one is with {} certainty",
@@ -154,7 +154,7 @@ fn legend(report: &Report) -> String {
     text
 }
 
-/// Of one kind together: what it is, and where.
+/// Returns the notes. Warnings with the same code share one note.
 fn notes(report: &Report) -> String {
     let width = ABOUT.iter().map(|about| about.0.len()).max().unwrap_or(0);
     let mut text = String::new();
@@ -187,7 +187,7 @@ fn ratio(ratio: Option<Ratio>) -> String {
     }
 }
 
-/// Three digits.
+/// Formats a number with three digits.
 fn count(value: f64) -> String {
     match value {
         v if v >= 999_500.0 => format!("{}M", digits(v / 1e6)),
@@ -204,7 +204,7 @@ fn digits(value: f64) -> String {
     }
 }
 
-/// Of microseconds.
+/// Formats a time that is given in microseconds.
 fn time(us: f64) -> String {
     match us {
         v if v >= 999_500.0 => format!("{} s", digits(v / 1e6)),
@@ -213,7 +213,7 @@ fn time(us: f64) -> String {
     }
 }
 
-/// For people.
+/// Formats a number of bytes for people.
 pub fn bytes(bytes: f64) -> String {
     let units = [(f64::from(1 << 30), "GiB"), (f64::from(1 << 20), "MiB"), (1024.0, "KiB")];
     match units.into_iter().find(|unit| bytes >= unit.0) {
@@ -226,7 +226,7 @@ pub fn bytes(bytes: f64) -> String {
     }
 }
 
-/// Of a share.
+/// Formats a share as a percentage.
 pub fn percent(share: f64) -> String {
     match share * 100.0 {
         whole if whole >= 10.0 => format!("{whole:.0} %"),

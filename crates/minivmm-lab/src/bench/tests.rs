@@ -1,4 +1,4 @@
-//! What follows from figures: ratios, warnings, the table; over figures made up for it.
+//! Ratios, warnings and the table, computed from made-up figures.
 
 use std::path::Path;
 
@@ -33,7 +33,7 @@ fn options(rounds: usize, modes: &[&str]) -> Options {
     }
 }
 
-/// On a machine whose figures mean all that they can.
+/// Returns a prepared bench on a machine without any caveat.
 fn prepared(options: &Options) -> Prepared {
     let mut host = Host::look(Path::new("/")).unwrap();
     (host.hypervisor, host.emulated, host.load, host.dirty_expire_s) = (None, false, Some(0.0), Some(30.0));
@@ -54,7 +54,8 @@ fn run(round: usize, fio: Summary, observed: Option<Observed>) -> Run {
     Run { round, seconds: 12.0, fio, observed, device: None }
 }
 
-/// A report over what `figures` says of each job, competitor and round; no figures, no run.
+/// Returns a report with the figures that `figures` gives for each job, competitor and round. `None` stands for
+/// no run.
 fn report(
     options: &Options,
     prepared: &Prepared,
@@ -78,7 +79,7 @@ fn report(
     report
 }
 
-/// (code, job, who) of each warning.
+/// Returns (code, job, who) of each warning.
 fn told(report: &Report) -> Vec<(&'static str, &str, &str)> {
     let warnings = report.warnings.iter();
     warnings
@@ -99,7 +100,7 @@ fn figures_of_a_disk_are_told_without_a_word() {
     assert!(!text.contains("want a word") && text.contains("0.90 (0.90-0.90)"), "{text}");
     assert!(text.contains("1 GiB, every byte written, in 1 extent;"), "{text}");
     assert!(text.lines().all(|line| line.chars().count() <= 110), "{text}");
-    // Both ran in the same rounds, so the ratio is of each.
+    // Both ran in the same rounds, so there is one ratio per round.
     let none = &report.jobs[0].competitors[0];
     let over = none.over_host.unwrap();
     assert_eq!((over.count, over.sure), (3, 0.75));
@@ -118,7 +119,7 @@ fn each_way_to_fool_oneself_is_found_in_the_figures() {
             ("randread", "writeback") => {
                 (iops, observed.host_hit_share) = (50_000.0, Some(0.98));
             }
-            // Of a partition table: no figure of the job's.
+            // This job reads only a partition table, so its hits are no figure of the job.
             ("randwrite", "writeback") => observed.host_hit_share = Some(1.0),
             ("randwrite", "unsafe") => {
                 (observed.host_dirty_bytes_after, observed.flushes_ignored) = (Some(4e6), Some(1));
@@ -149,7 +150,7 @@ fn each_way_to_fool_oneself_is_found_in_the_figures() {
     let text = report.to_text();
     let row = text.lines().find(|line| line.starts_with("  unsafe") && line.contains("dirty")).unwrap();
     assert!(row.ends_with("dirty ignored short"), "{text}");
-    // What is said of one kind is said once, with where it is.
+    // Warnings of one kind are told together, with where each was found.
     let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
     for phrase in [
         "memory's speed, not the disk's: randread writeback 98 % of the bytes read",
@@ -175,7 +176,7 @@ fn what_is_wrong_with_machine_image_or_run_is_said_first() {
     let codes: Vec<_> = told(&report).iter().map(|it| it.0).collect();
     assert_eq!(codes, ["stopped", "emulated", "disk", "rounds", "busy", "shared"]);
     let text = report.to_text();
-    // Of one round there is neither spread nor interval, and of jobs that did not run no line.
+    // One round has neither a spread nor an interval, and jobs that did not run have no line.
     assert!(!text.contains("certainty") && !text.contains("from the least"), "{text}");
     assert!(text.contains("randread:") && !text.contains("seqread:"), "{text}");
     assert!(report.jobs[0].competitors[0].over_host.is_none());
@@ -190,7 +191,7 @@ fn what_is_wrong_with_machine_image_or_run_is_said_first() {
     assert_eq!(json["warnings"][0]["code"], "stopped");
 }
 
-/// Every name of a field in `value`, but below what other pages tell of.
+/// Collects the names of all fields in `value`, except below those that other pages describe.
 fn fields(value: &serde_json::Value, names: &mut Vec<String>) {
     match value {
         serde_json::Value::Object(fields_of) => {

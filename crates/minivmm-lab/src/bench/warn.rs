@@ -1,6 +1,6 @@
-//! Which figures cannot be a disk's: found in the figures themselves, not in what was asked for.
+//! Finds figures that cannot be those of a disk. It judges the figures themselves and not what was asked for.
 //!
-//! Owns the table of warnings, with the least of each that is worth a word.
+//! Owns the table of warnings, and the threshold of each.
 
 use serde::Serialize;
 
@@ -10,33 +10,33 @@ use super::{Options, table};
 use crate::lab::host::Meaning;
 use minivmm::disk::cache::CachePolicy;
 
-/// Shares below this are not worth a word.
+/// A smaller share is not mentioned.
 const SHARE_MIN: f64 = 0.01;
-/// Rounds that lie further apart than this, least to most over the median, say little.
+/// Largest acceptable distance between the rounds: the range of their values divided by the median.
 const RANGE_MAX: f64 = 0.25;
-/// A guest that is faster than its host by less may just be lucky.
+/// A smaller advantage of a guest over its host may be chance.
 const FASTER_MIN: f64 = 1.1;
-/// Fewer rounds say nothing of how far they lie apart.
+/// With fewer rounds, the distance between the rounds is unknown.
 const ROUNDS_MIN: usize = 3;
-/// Load for each CPU, of others, that disturbs.
+/// Load per CPU from which other work disturbs the figures.
 const LOAD_MAX: f64 = 0.5;
 
-/// Something that a reader of the figures has to know.
+/// Something that a reader of the figures must know.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Warning {
-    /// Which, of [`ABOUT`].
+    /// The kind of warning, from [`ABOUT`].
     pub code: &'static str,
-    /// The job; nothing where it is about all.
+    /// The job; `None` if the warning is about all jobs.
     pub job: Option<String>,
-    /// Who ran it; nothing where it is about all.
+    /// The competitor; `None` if the warning is about all of them.
     pub who: Option<String>,
-    /// The figure that it was found in.
+    /// The figure that caused the warning.
     pub value: Option<f64>,
-    /// The same for people.
+    /// The text for people.
     pub text: String,
 }
 
-/// What each is about, in the order in which they are told.
+/// The codes and what they mean, in the order in which they are printed.
 pub static ABOUT: [(&str, &str); 15] = [
     ("stopped", "not everything was measured"),
     ("emulated", ""),
@@ -65,7 +65,7 @@ pub static ABOUT: [(&str, &str); 15] = [
     ("shared", ""),
 ];
 
-/// All that there are, in the order of [`ABOUT`].
+/// Returns all warnings, in the order of [`ABOUT`].
 pub fn all(options: &Options, prepared: &Prepared, report: &Report) -> Vec<Warning> {
     let mut found = general(options, prepared, report);
     for job in &report.jobs {

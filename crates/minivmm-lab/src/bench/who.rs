@@ -1,28 +1,28 @@
-//! Who runs a job: a guest in each mode, and the host, which shows what a guest can have at most.
+//! Who runs a job: a guest in each mode, and the host, which shows the best that a guest can reach.
 //!
-//! Owns the choice of what is compared with what. The host runs the same job on the same image; for a mode
-//! that promises something else than the job asks for, it runs the job with the mode's promise, too.
+//! Owns the choice of what is compared with what. The host runs the same job on the same image. If a mode gives
+//! another promise than the job asks for, the host also runs the job with the promise of the mode.
 
 use super::jobs::Job;
 use minivmm::disk::cache::CachePolicy;
 
-/// The job as it is, on the host.
+/// Name of the host's competitor that runs the job unchanged.
 pub const HOST: &str = "host";
 
-/// One who runs a job.
+/// Somebody who runs a job.
 #[derive(Debug, Clone)]
 pub struct Competitor {
-    /// The mode, or `host` and what is other than in the job.
+    /// The cache mode; or `host` and the options that differ from the job.
     pub name: String,
-    /// The mode of a guest's disk; nothing for the host.
+    /// Cache mode of the guest's disk; `None` for the host.
     pub mode: Option<&'static CachePolicy>,
-    /// The job as it runs there.
+    /// The job, with the changes for this competitor.
     pub job: Job,
-    /// Of a guest: who runs the job on the host with the same promise.
+    /// For a guest, the name of the host's competitor that gives the same promise.
     pub peer: Option<String>,
 }
 
-/// All who run `job`: the guests first, then the hosts that they are compared with.
+/// Returns everybody who runs `job`: first the guests, then the hosts that they are compared with.
 pub fn competitors(job: &Job, modes: &[&'static CachePolicy]) -> Vec<Competitor> {
     let host = |changes: &[(&str, &str)]| Competitor {
         name: host_name(changes),
@@ -44,15 +44,15 @@ pub fn competitors(job: &Job, modes: &[&'static CachePolicy]) -> Vec<Competitor>
     all
 }
 
-/// What of a job is other on the host, so that it has and promises what the mode does.
+/// Returns how the host's job must change to use the caches of the mode and give its promise.
 fn changes(job: &Job, mode: &CachePolicy) -> Vec<(&'static str, &'static str)> {
     let mut changes = Vec::new();
     if job.is_direct() && !mode.direct {
-        // The mode goes through the host's cache.
+        // The mode uses the host's page cache.
         changes.push(("direct", "0"));
     }
     if job.writes() && !job.syncs() && !mode.write_cache {
-        // Each write of the mode is stable when it has ended.
+        // In this mode each write is stable when it completes.
         changes.push(("sync", "dsync"));
     }
     changes
@@ -83,7 +83,8 @@ mod tests {
         };
         let cached = "host, host direct=0, host direct=0, host, host direct=0".to_owned();
         assert_eq!(peers("randread"), (cached.clone(), "host, host direct=0".into()));
-        // A job that syncs itself promises as much in every mode but unsafe, which has none to compare with.
+        // A job that syncs gives the same promise in every mode but unsafe, for which the host has no
+        // equivalent.
         assert_eq!(peers("randwrite-sync"), (cached, "host, host direct=0".into()));
         assert_eq!(
             peers("randwrite"),
