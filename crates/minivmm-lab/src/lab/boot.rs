@@ -1,8 +1,8 @@
-//! One boot of the test guest under minivmm, with a script as its only job.
+//! Boots the test guest once under minivmm, with a script as its only job.
 //!
-//! Owns the command line of it and the gathering of what came out: the script's output, what was observed
-//! (`--observe`), the device's own figures (`--stats`). The VM is a child process: one that hangs is
-//! ended, and what it has of the host goes with it.
+//! Owns the command line, and collects the results: the output of the script, the observation (`--observe`) and
+//! the statistics of the device (`--stats`). The VM is a child process. If it hangs it is killed, which frees
+//! all that it holds of the host.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -23,36 +23,37 @@ use minivmm::files::output;
 use minivmm::observe::csv::Row;
 use minivmm::program;
 
-/// Where the script is in the guest.
+/// Path of the script in the guest.
 const SCRIPT: &str = "/tmp/job";
-/// The guest has ended by then, or is ended by us.
+/// Time that minivmm has after its own timeout before it is stopped.
 const BEYOND: Duration = Duration::from_secs(15);
 
-/// `minivmm check` takes less than a second, and an emulated one a few.
+/// Time limit of `minivmm check`. It takes less than a second, and a few seconds on an emulated host.
 const CHECK_MAX: Duration = Duration::from_secs(60);
-/// Its exit status where Linux guests do not run.
+/// Exit status of `minivmm check` if no Linux guest runs here.
 const CHECK_SAYS_NO: i32 = 1;
 
-/// A disk of the guest: vda, vdb, ... in their order.
+/// A disk of the guest.
 #[derive(Debug, Clone)]
 pub struct DiskSpec {
     /// The image.
     pub image: PathBuf,
     /// The cache mode.
     pub mode: &'static CachePolicy,
-    /// What the host's cache has of it when the guest starts.
+    /// What the host's page cache holds of the image when the guest starts.
     pub host_cache: HostCache,
-    /// More keys of `--disk`, `KEY=VALUE` each.
+    /// More keys of `--disk`, as `KEY=VALUE`.
     pub keys: Vec<String>,
 }
 
 impl DiskSpec {
-    /// The image in that mode, the host's cache dropped.
+    /// Creates a disk with this image and mode. Its image is dropped from the host's page cache before the
+    /// start.
     pub fn new(image: impl Into<PathBuf>, mode: &'static CachePolicy) -> Self {
         Self { image: image.into(), mode, host_cache: HostCache::Drop, keys: Vec::new() }
     }
 
-    /// The argument of `--disk`. (A comma in a path is written twice.)
+    /// Returns the argument of `--disk`. A comma in the path is doubled.
     fn argument(&self) -> OsString {
         let mut text = doubled_commas(&self.image);
         text.push(format!(",cache={},host-cache={}", self.mode.name, self.host_cache.name()));
@@ -71,31 +72,32 @@ fn doubled_commas(path: &Path) -> OsString {
     )
 }
 
-/// A boot, as asked for.
+/// The description of a boot.
 #[derive(Debug, Clone)]
 pub struct Boot {
-    /// The guest's disks.
+    /// The disks of the guest, in the order vda, vdb, ...
     pub disks: Vec<DiskSpec>,
-    /// Its memory in bytes.
+    /// Memory of the guest.
     pub memory_bytes: u64,
-    /// Its CPUs.
+    /// Number of CPUs of the guest.
     pub cpus: u8,
-    /// What minivmm, the guest's memory and its page cache may have of the host's memory together.
+    /// Limit of the host's memory for minivmm, the guest's memory and the page cache together; `None` for no
+    /// limit.
     pub host_memory_limit: Option<u64>,
-    /// Between two looks at the caches.
+    /// Time between two samples of the caches.
     pub observe_interval: Duration,
-    /// What the guest does: a script for its /bin/sh.
+    /// The shell script that the guest runs.
     pub script: String,
-    /// What it needs besides: files of the host, and where they are in the guest.
+    /// Files of the host, and their paths in the guest.
     pub files: Vec<(PathBuf, String)>,
     /// More arguments of minivmm, such as `--transport` and `mmio`.
     pub arguments: Vec<String>,
-    /// From the start of minivmm to its end; the guest is told to end by then.
+    /// Time limit, from the start of minivmm. minivmm stops the guest when it is reached.
     pub timeout: Duration,
 }
 
 impl Boot {
-    /// A guest of 512 MiB and one CPU with these disks, for ten minutes at most.
+    /// Creates a boot with these disks, 512 MiB, one CPU, and a time limit of ten minutes.
     pub fn new(disks: Vec<DiskSpec>, script: impl Into<String>) -> Self {
         Self {
             disks,
@@ -111,62 +113,62 @@ impl Boot {
     }
 }
 
-/// What came out of a boot.
+/// The results of a boot.
 #[derive(Debug)]
 pub struct Outcome {
-    /// The script's exit status, or minivmm's (docs/running-commands.md).
+    /// Exit status of the script, or of minivmm (docs/running-commands.md).
     pub status: i32,
-    /// Why the VM has ended.
+    /// Why the VM ended.
     pub how: How,
-    /// What the script said.
+    /// Standard output of the script.
     pub stdout: String,
-    /// What it, and minivmm, said on standard error.
+    /// Standard error of the script and of minivmm.
     pub stderr: String,
-    /// What was observed: a row for each disk and moment.
+    /// The observation, one row for each disk and sample.
     pub rows: Vec<Row>,
-    /// The device's figures (docs/statistics.md); null where minivmm has not come so far.
+    /// The statistics (docs/statistics.md); null if minivmm wrote none.
     pub stats: Value,
-    /// From the start of minivmm to its end.
+    /// Duration of the run of minivmm.
     pub seconds: f64,
 }
 
 impl Outcome {
-    /// The rows of one disk, `vda` for example.
+    /// Returns the rows of one disk, for example `vda`.
     pub fn rows_of<'a>(&'a self, disk: &'a str) -> impl DoubleEndedIterator<Item = &'a Row> {
         self.rows.iter().filter(move |row| row.text("disk") == disk)
     }
 
-    /// Whether the script ran to its end and was content.
+    /// Returns `true` if the script ended by itself with status 0.
     pub fn is_good(&self) -> bool {
         self.how == How::ByItself && self.status == 0
     }
 }
 
-/// Why there was no boot at all. How a guest ended is no error.
+/// Why there was no boot. A guest that fails is not an error.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// minivmm.
+    /// minivmm cannot be started.
     #[error("cannot start {program}")]
     Start {
-        /// Where it is looked for.
+        /// The program.
         program: PathBuf,
-        /// The host's answer.
+        /// The error that the host reported.
         source: io::Error,
     },
-    /// Temporary files.
+    /// Temporary files cannot be used.
     #[error("cannot keep the guest's script and figures in a temporary directory ($TMPDIR, else /tmp)")]
     Files(#[source] io::Error),
 }
 
 impl Boot {
-    /// Runs it, until the guest has ended, `stop` is set or the time is over.
+    /// Runs the boot until the guest ends, `stop` is set or the time limit is reached.
     pub fn run(&self, stop: &AtomicBool) -> Result<Outcome, BootError> {
         let program = program::beside(program::VMM);
         let found = |source| BootError::Start { program: program::VMM.into(), source };
         self.run_by(&program.map_err(found)?, stop)
     }
 
-    /// The same by this minivmm.
+    /// Runs the boot with this minivmm.
     pub fn run_by(&self, program: &Path, stop: &AtomicBool) -> Result<Outcome, BootError> {
         let dir = ScratchDir::new("lab").map_err(BootError::Files)?;
         let (mut command, files) = self.command(program, dir.path()).map_err(BootError::Files)?;
@@ -186,7 +188,8 @@ impl Boot {
         })
     }
 
-    /// The command line of this minivmm, with the script and what is gathered in `dir`.
+    /// Returns the command line for this minivmm, and the files that it writes. The script and these files are
+    /// in `dir`.
     pub fn command(&self, program: &Path, dir: &Path) -> io::Result<(Command, Files)> {
         let script = dir.join("job");
         let files = Files { observed: dir.join("observed.csv"), stats: dir.join("stats.json") };
@@ -195,7 +198,7 @@ impl Boot {
         for disk in &self.disks {
             command.arg("--disk").arg(disk.argument());
         }
-        // Where guests run was decided when the tool began.
+        // This process already runs on the host that was chosen for guests, so minivmm must not choose another.
         command.arg("--host=direct");
         command.args(["--memory", &self.memory_bytes.to_string(), "--cpus", &self.cpus.to_string()]);
         if let Some(bytes) = self.host_memory_limit {
@@ -215,7 +218,7 @@ impl Boot {
     }
 }
 
-/// What minivmm writes meanwhile.
+/// The files that minivmm writes while it runs.
 #[derive(Debug)]
 pub struct Files {
     observed: PathBuf,
@@ -223,27 +226,29 @@ pub struct Files {
 }
 
 impl Files {
-    /// What was observed so far; a VM that was killed may have left half a line.
+    /// Returns what was observed so far. An incomplete last line, left by a VM that was killed, is skipped.
     pub fn rows(&self) -> Vec<Row> {
         let text = std::fs::read_to_string(&self.observed).unwrap_or_default();
         let (header, lines) = text.split_once('\n').unwrap_or_default();
         lines.lines().filter_map(|line| Row::parse(header, line)).collect()
     }
 
-    /// The statistics that were told last, if any were: read under the lock that minivmm writes them with.
+    /// Returns the latest statistics; `None` if there are none. The file is read under the lock that minivmm
+    /// holds while it writes.
     pub fn stats(&self) -> Option<Value> {
         let file = File::open(&self.stats).ok()?;
         flock(&file, FlockOperation::LockShared).ok()?;
         serde_json::from_reader(io::BufReader::new(file)).ok()
     }
 
-    /// Differs from what it was when they have been told anew.
+    /// Returns when the statistics were last written. It changes with each new report.
     pub fn stats_written(&self) -> Option<SystemTime> {
         std::fs::metadata(&self.stats).ok()?.modified().ok()
     }
 }
 
-/// Why no Linux guest runs here, if none does: a boot would only be waited for. As `minivmm check` says it.
+/// Asks `minivmm check` whether Linux guests run here. Returns its reason if they do not, so that no boot is
+/// tried in vain.
 pub fn why_no_linux(stop: &AtomicBool) -> Result<Option<String>, BootError> {
     let name = program::beside(program::VMM).unwrap_or_else(|_| program::VMM.into());
     let mut command = Command::new(&name);
@@ -266,7 +271,7 @@ mod tests {
 
     use super::*;
 
-    /// Something that takes a minivmm's arguments.
+    /// Makes a program that takes the arguments of minivmm and runs `script`.
     fn fake(dir: &Path, script: &str) -> PathBuf {
         let path = dir.join("minivmm");
         std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();

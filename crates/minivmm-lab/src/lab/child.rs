@@ -1,6 +1,6 @@
-//! A child process, to its end, its time's end or ours.
+//! Runs a child process until it ends, its time limit is reached or a stop is requested.
 //!
-//! Owns its group, the order to stop (SIGTERM, and SIGKILL when that is not heeded) and what it said.
+//! Owns the process group, the way to stop it (SIGTERM, and SIGKILL if it does not react) and its output.
 
 use std::io::{self, Read};
 use std::os::unix::process::ExitStatusExt;
@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use crate::child::Group;
 pub use crate::child::How;
 
-/// What is told to end gets so long: a VM drains its disks meanwhile.
+/// Time that a process has to end after SIGTERM. A VM drains its disks meanwhile.
 const GRACE: Duration = Duration::from_secs(20);
 
-/// A child that has ended, and what it said.
+/// A child that has ended, and its output.
 #[derive(Debug)]
 pub struct Ended {
-    /// Its exit status, or 128 and the signal that has killed it.
+    /// Exit status, or 128 plus the number of the signal that killed the child.
     pub status: i32,
     /// What ended it.
     pub how: How,
@@ -25,13 +25,13 @@ pub struct Ended {
     pub stdout: String,
     /// Its standard error.
     pub stderr: String,
-    /// Bytes that had to come from a disk for it, as far as the host accounts for them; for whatever else of
-    /// ours has ended meanwhile, too.
+    /// Bytes that were read from a disk on its behalf, as far as the host accounts for them. Other children of
+    /// this process that ended meanwhile are included.
     pub disk_read_bytes: u64,
 }
 
-/// Runs `command` without input, in a process group of its own: a Ctrl-C on our terminal is ours to pass on.
-/// Of its group nothing is left afterwards.
+/// Runs `command` without input, in a process group of its own, so that a Ctrl-C on our terminal reaches it
+/// only if we pass it on. No process of the group is left afterwards.
 pub fn run(command: &mut Command, limit: Duration, stop: &AtomicBool) -> io::Result<Ended> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let before = disk_read_bytes();
@@ -50,7 +50,7 @@ pub fn run(command: &mut Command, limit: Duration, stop: &AtomicBool) -> io::Res
     })
 }
 
-/// Of all children that have been waited for (getrusage(2), ru_inblock).
+/// Returns the bytes read from disks by all children that were waited for (`ru_inblock`, getrusage(2)).
 fn disk_read_bytes() -> u64 {
     const BLOCK_BYTES: u64 = 512;
     // SAFETY: rusage is plain numbers, for which all zeroes are valid.
@@ -62,7 +62,7 @@ fn disk_read_bytes() -> u64 {
     u64::try_from(usage.ru_inblock).unwrap_or(0).saturating_mul(BLOCK_BYTES)
 }
 
-/// What cannot be read is not worth losing the rest.
+/// An unreadable stream is no reason to lose the other results.
 fn read_all(from: Option<impl Read>) -> String {
     let mut bytes = Vec::new();
     if let Some(mut from) = from {
@@ -75,7 +75,7 @@ fn wait(group: Group, limit: Duration, stop: &AtomicBool) -> io::Result<(ExitSta
     let mut how = group.watch(Instant::now() + limit, &[stop]);
     if !matches!(how, Ok(How::ByItself)) {
         group.terminate();
-        // Neither a second signal nor another deadline changes why it ends.
+        // The reason for the stop stays the same, whether or not the process ends in time.
         if let Err(error) = group.watch(Instant::now() + GRACE, &[]) {
             how = how.and(Err(error));
         }
@@ -116,7 +116,7 @@ mod tests {
         let cold = read();
         assert!(cold >= 8 << 20, "{cold}");
         warm_cache(&file).unwrap();
-        // Other tests' children end meanwhile, but none of them reads so much.
+        // Children of other tests may end meanwhile, but they do not read that much.
         let warm = read();
         assert!(warm < 4 << 20, "{warm}");
     }
@@ -124,7 +124,7 @@ mod tests {
     #[test]
     fn it_is_told_to_end_and_what_it_left_running_ends_too() {
         let never = AtomicBool::new(false);
-        // A child in the background holds the pipes: if it were left, this would last a minute.
+        // A background process holds the pipes. If it were not killed, the test would take a minute.
         let script = "trap 'echo told; exit 3' TERM; sleep 60 & echo begun; wait";
         let ended = sh(script, Duration::from_millis(500), &never);
         assert_eq!((ended.status, ended.how, ended.stdout.as_str()), (3, How::Late, "begun\ntold\n"));

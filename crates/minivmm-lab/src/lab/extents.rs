@@ -1,7 +1,7 @@
-//! How a file lies on its disk: what of it is written, what is a hole, what is only reserved.
+//! How a file is laid out on its disk: which parts are written, which are holes and which are only reserved.
 //!
-//! Owns FIEMAP, and SEEK_HOLE where a file system has none. Reading a hole reads no disk, and a first
-//! write to one allocates: a benchmark of such a file measures the file system.
+//! Owns FIEMAP, and SEEK_HOLE for file systems without it. Reading a hole reads no disk, and the first write to
+//! one allocates space, so a benchmark of such a file measures the file system.
 
 use std::fs::File;
 use std::io;
@@ -14,7 +14,7 @@ use serde::Serialize;
 
 /// _IOWR('f', 11, struct fiemap).
 const FS_IOC_FIEMAP: libc::c_ulong = 0xc020_660b;
-/// What is dirty is written first, so that it has its place.
+/// Makes the kernel write dirty data first, so that its place is allocated.
 const FLAG_SYNC: u32 = 0x1;
 const EXTENT_LAST: u32 = 0x1;
 const EXTENT_ENCODED: u32 = 0x8;
@@ -22,30 +22,31 @@ const EXTENT_UNWRITTEN: u32 = 0x800;
 const EXTENT_SHARED: u32 = 0x2000;
 const EXTENTS: usize = 256;
 
-/// How all of a file lies.
+/// The layout of a file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Layout {
-    /// Its size.
+    /// Size of the file.
     pub bytes: u64,
-    /// Places without data: (from, to), in bytes, in order. Reserved ones (unwritten extents) are among them.
+    /// Ranges without data as (start, end), in order. Reserved but unwritten ranges are included.
     #[serde(skip)]
     pub gaps: Vec<(u64, u64)>,
     /// Bytes in holes.
     pub hole_bytes: u64,
-    /// Bytes that are reserved and not written (fallocate): they read as zeroes without the disk.
+    /// Bytes that are reserved and not written (fallocate). Reading them returns zeroes without reading the
+    /// disk.
     pub unwritten_bytes: u64,
-    /// Bytes that another file has too (a reflink): the first write to each copies it elsewhere.
+    /// Bytes that are shared with another file (reflink). The first write to each copies it elsewhere.
     pub shared_bytes: u64,
-    /// Bytes that are compressed or encrypted: the disk reads another number of them.
+    /// Bytes that are compressed or encrypted. The disk transfers a different number of bytes for them.
     pub encoded_bytes: u64,
-    /// Pieces on the disk; not known by SEEK_HOLE.
+    /// Number of extents; `None` if SEEK_HOLE was used.
     pub extents: Option<u64>,
-    /// Who has told: "fiemap", "seek" or "device".
+    /// Source of the information: "fiemap", "seek" or "device".
     pub told_by: &'static str,
 }
 
 impl Layout {
-    /// Of a file or a block device, which has no holes that could be seen.
+    /// Returns the layout of a file or block device. A block device shows no holes.
     pub fn of(file: &File) -> io::Result<Self> {
         let found = file.metadata()?;
         if found.file_type().is_block_device() {
@@ -63,12 +64,12 @@ impl Layout {
         }
     }
 
-    /// Whether every byte has its place on the disk, and is written.
+    /// Returns `true` if every byte is allocated on the disk and written.
     pub fn is_written(&self) -> bool {
         self.bytes > 0 && self.gaps.is_empty()
     }
 
-    /// Bytes that are not.
+    /// Returns the number of bytes that are not.
     pub fn gap_bytes(&self) -> u64 {
         self.hole_bytes + self.unwritten_bytes
     }
@@ -129,7 +130,7 @@ fn by_fiemap(file: &File, bytes: u64) -> io::Result<Layout> {
         let found = map.extents.iter().take(usize::try_from(map.mapped_extents).unwrap_or(0));
         let mut last = true;
         for extent in found {
-            // One that began before what was asked for is told from its beginning.
+            // The kernel reports an extent that begins before the requested range from its beginning.
             let (from, to) =
                 (extent.logical.max(at), extent.logical.saturating_add(extent.length).min(bytes));
             layout.add_gap(at, from, false);
@@ -152,14 +153,14 @@ fn by_fiemap(file: &File, bytes: u64) -> io::Result<Layout> {
     Ok(layout)
 }
 
-/// What is reserved and not written looks like a hole, or on some file systems like data.
+/// Finds the layout with SEEK_HOLE. Reserved ranges look like holes, or on some file systems like data.
 fn by_seek(file: &File, bytes: u64) -> io::Result<Layout> {
     let mut layout = Layout { bytes, told_by: "seek", ..Layout::default() };
     let mut at = 0;
     while at < bytes {
         let data = match seek(file, SeekFrom::Data(at)) {
             Ok(data) => data,
-            // Only a hole is left.
+            // Nothing but a hole is left.
             Err(Errno::NXIO) => bytes,
             Err(errno) => return Err(errno.into()),
         };

@@ -1,6 +1,6 @@
-//! fio: on the host as a child, in a guest as the command; and what it says.
+//! Runs fio on the host as a child, and reads the JSON that fio prints on the host or in a guest.
 //!
-//! Owns the reading of its JSON. Which options a job has is the caller's business.
+//! Owns the parsing of the JSON. The caller decides on the options of a job.
 
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
@@ -14,111 +14,111 @@ use super::child::{self, How};
 /// Why there are no figures.
 #[derive(Debug, thiserror::Error)]
 pub enum FioError {
-    /// It is not there.
+    /// fio cannot be started.
     #[error("fio cannot be started on this host: install it (Debian's package fio)")]
     Start(#[source] std::io::Error),
-    /// It says why.
+    /// fio ended with an error.
     #[error("fio failed with status {status}: {said}")]
     Failed {
-        /// Its own.
+        /// Its exit status.
         status: i32,
-        /// Its words.
+        /// The beginning of its output.
         said: String,
     },
-    /// Its time was over.
+    /// fio reached its time limit, in seconds.
     #[error("fio had not ended after {0} s")]
     Late(u64),
-    /// All was to stop.
+    /// A stop was requested.
     #[error("stopped")]
     Interrupted,
-    /// No JSON, or an unusual one.
+    /// The output is not JSON or not as expected.
     #[error("fio's answer cannot be understood ({why}): {answer}")]
     Answer {
         /// What is wrong with it.
         why: String,
-        /// Its beginning.
+        /// The beginning of the output.
         answer: String,
     },
-    /// An I/O error within the job.
+    /// The job met an I/O error.
     #[error("fio's job {job} met error {errno} ({message})")]
     Job {
-        /// Its name.
+        /// Name of the job.
         job: String,
-        /// As fio tells it.
+        /// The error number from fio.
         errno: i64,
-        /// The same in words.
+        /// The error number in words.
         message: String,
     },
 }
 
-/// Completion latencies, in microseconds.
+/// Latencies in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Latency {
-    /// Of all.
+    /// The mean.
     pub mean_us: f64,
-    /// Half are faster.
+    /// The median.
     pub p50_us: f64,
-    /// One in a hundred is slower.
+    /// The 99th percentile.
     pub p99_us: f64,
-    /// One in a thousand is slower.
+    /// The 99.9th percentile.
     pub p999_us: f64,
-    /// The slowest.
+    /// The longest.
     pub max_us: f64,
 }
 
-/// Reads, or writes.
+/// The reads or the writes of a job.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Direction {
-    /// How many.
+    /// Number of I/Os.
     pub ios: u64,
-    /// Their bytes.
+    /// Number of bytes.
     pub bytes: u64,
-    /// How long the job ran, a last sync (end_fsync) included, in seconds.
+    /// Duration of the job in seconds, including a last sync (end_fsync).
     pub seconds: f64,
-    /// I/Os a second of that time.
+    /// I/Os per second of that time.
     pub iops: f64,
-    /// Megabytes (10^6) a second of that time.
+    /// Megabytes (10^6 bytes) per second of that time.
     pub mb_s: f64,
-    /// From the submission to the end of each; nothing where fio was not to measure it.
+    /// Completion latencies; `None` if fio did not measure them.
     pub latency: Option<Latency>,
 }
 
-/// fsync and fdatasync of the job; a last one (end_fsync) is not counted by fio.
+/// The fsyncs and fdatasyncs of a job. fio does not count the last one (end_fsync).
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Syncs {
-    /// How many.
+    /// Number of syncs.
     pub count: u64,
-    /// Of each.
+    /// Their latencies; `None` if fio did not measure them.
     pub latency: Option<Latency>,
 }
 
-/// One job, or one group of jobs.
+/// The figures of one job, or of one group of jobs.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Summary {
-    /// Its name.
+    /// Name of the job.
     pub name: String,
-    /// How long it ran by the clock, in seconds.
+    /// Duration in seconds.
     pub seconds: f64,
-    /// Where it has read.
+    /// The reads; `None` if there were none.
     pub read: Option<Direction>,
-    /// Where it has written.
+    /// The writes; `None` if there were none.
     pub write: Option<Direction>,
-    /// Where it has synced.
+    /// The syncs; `None` if there were none.
     pub syncs: Option<Syncs>,
 }
 
 impl Summary {
-    /// I/Os a second, reads and writes together.
+    /// Returns I/Os per second, reads and writes together.
     pub fn iops(&self) -> f64 {
         self.directions().map(|direction| direction.iops).sum()
     }
 
-    /// Megabytes (10^6) a second, together.
+    /// Returns megabytes (10^6 bytes) per second, reads and writes together.
     pub fn mb_s(&self) -> f64 {
         self.directions().map(|direction| direction.mb_s).sum()
     }
 
-    /// Bytes, together.
+    /// Returns bytes, reads and writes together.
     pub fn bytes(&self) -> u64 {
         self.directions().map(|direction| direction.bytes).sum()
     }
@@ -128,12 +128,12 @@ impl Summary {
     }
 }
 
-/// Runs fio on the host with these arguments; a summary for each job. JSON is asked for here.
+/// Runs fio on the host with these arguments, and returns a summary for each job. Adds the option for JSON.
 pub fn on_host(arguments: &[String], limit: Duration, stop: &AtomicBool) -> Result<Vec<Summary>, FioError> {
     Ok(on_host_counted(arguments, limit, stop)?.0)
 }
 
-/// The same, and the bytes that had to come from a disk for all of it.
+/// Like [`on_host`], but also returns the bytes that were read from a disk.
 pub fn on_host_counted(
     arguments: &[String],
     limit: Duration,
@@ -153,13 +153,13 @@ pub fn on_host_counted(
     }
 }
 
-/// The summaries in fio's answer (`--output-format=json`), which may begin with words of warning.
+/// Parses the output of `fio --output-format=json`, which may begin with warnings.
 pub fn parse(answer: &str) -> Result<Vec<Summary>, FioError> {
     let unusual = |why: String| FioError::Answer { why, answer: shortened(answer) };
-    // Words of warning have braces too, but not at the beginning of a line.
+    // Warnings may contain braces too, but not at the beginning of a line.
     let at = if answer.starts_with('{') { Some(0) } else { answer.find("\n{") };
     let json = at.and_then(|at| answer.get(at..)).ok_or_else(|| unusual("no JSON".into()))?;
-    // Behind it there may be more.
+    // More text may follow the JSON.
     let first = serde_json::Deserializer::from_str(json).into_iter::<Value>().next();
     let report = match first {
         Some(Ok(report)) => report,
@@ -186,7 +186,7 @@ fn summary(job: &Value, unusual: &dyn Fn(String) -> FioError) -> Result<Summary,
     };
     let (read, write) = (of("read")?, of("write")?);
     let seconds = job["job_runtime"].as_f64().unwrap_or_default() / 1000.0;
-    // `total_ios` is there too, and 0 in fio 3.33.
+    // The field `total_ios` exists too, but fio 3.33 sets it to 0.
     let syncs = job["sync"]["lat_ns"]["N"].as_u64().filter(|&count| count > 0);
     let syncs = syncs.map(|count| Syncs { count, latency: latency(&job["sync"]["lat_ns"]) });
     Ok(Summary {
@@ -201,13 +201,14 @@ fn summary(job: &Value, unusual: &dyn Fn(String) -> FioError) -> Result<Summary,
 fn direction(side: &Value) -> Option<Direction> {
     let (ios, bytes) = (side["total_ios"].as_u64()?, side["io_bytes"].as_u64()?);
     let seconds = side["runtime"].as_f64()? / 1000.0;
-    // Of what fio tells itself a short run's rate is rounded.
+    // fio rounds the rates of a short run in its own fields.
     let rate = |amount: u64| if seconds > 0.0 { amount as f64 / seconds } else { 0.0 };
     let latency = latency(&side["clat_ns"]).or_else(|| latency(&side["lat_ns"]));
     Some(Direction { ios, bytes, seconds, iops: rate(ios), mb_s: rate(bytes) / 1e6, latency })
 }
 
-/// fio leaves out the percentiles of what has not happened, or was not to be measured.
+/// Returns `None` if there are no percentiles. fio omits them if nothing happened or if it was told not to
+/// measure.
 fn latency(value: &Value) -> Option<Latency> {
     let us = |value: &Value| value.as_f64().map(|ns| ns / 1e3);
     let at = |name: &str| us(&value["percentile"][name]);

@@ -1,6 +1,6 @@
-//! What machine a figure is of, and which of its figures mean something.
+//! Describes the machine on which figures were measured, and which of them are meaningful.
 //!
-//! Owns the description: figures without it mean nothing.
+//! Owns the description. Figures without it mean nothing.
 
 use std::fs::{self, File};
 use std::io;
@@ -14,51 +14,52 @@ use serde::Serialize;
 use minivmm::explain::{Layer, Place, below_device};
 use minivmm::files::Device;
 
-/// The machine, and what is below a place on it.
+/// The machine, and the storage below a path on it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Host {
-    /// This program's version.
+    /// Version of minivmm.
     pub minivmm: &'static str,
     /// The host's kernel: release and version.
     pub kernel: String,
-    /// The CPU's name.
+    /// Model name of the CPU.
     pub cpu: String,
-    /// How many of them this process may use.
+    /// Number of CPUs that this process may use.
     pub cpus: usize,
-    /// Its memory in bytes.
+    /// Size of the memory; `None` if unknown.
     pub memory_bytes: Option<u64>,
-    /// What it runs under: nothing where it is no virtual machine.
+    /// Name of the hypervisor that the machine runs under; `None` if it is not a virtual machine.
     pub hypervisor: Option<String>,
-    /// Whether its CPU is emulated, one instruction after the other.
+    /// True if the CPU is emulated instruction by instruction.
     pub emulated: bool,
-    /// Where the images lie.
+    /// The file system of the images.
     pub place: Place,
-    /// The disks below, and what they say of their write caches.
+    /// The disks below it, and what they say about their write caches.
     pub disks: Vec<Layer>,
-    /// Dirty pages older than this are written back, in seconds (vm.dirty_expire_centisecs).
+    /// Age in seconds from which dirty pages are written back (vm.dirty_expire_centisecs); `None` if unknown.
     pub dirty_expire_s: Option<f64>,
-    /// fio's version, where there is one.
+    /// Version of fio; `None` if fio is not installed.
     pub fio: Option<String>,
-    /// When it was looked at: seconds since 1970, UTC.
+    /// Time of the inspection, in seconds since 1970 UTC.
     pub unix_time: u64,
-    /// Load of the last minute then: what else was going on.
+    /// Load average of the minute before the inspection: what else was running.
     pub load: Option<f64>,
 }
 
-/// Which figures of a machine mean something beyond it.
+/// Which figures of a machine are meaningful beyond this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Meaning {
-    /// All of them.
+    /// All figures.
     All,
-    /// A virtual machine: its disk is a hypervisor's, and what else runs there cannot be seen.
+    /// Ratios, because the machine is virtual: its disk belongs to a hypervisor, and the other work there is
+    /// invisible.
     Relative,
-    /// Emulated: counts, residencies and ratios; times are those of the emulator.
+    /// Counts, cache contents and ratios, because the machine is emulated: times are those of the emulator.
     Counts,
 }
 
 impl Meaning {
-    /// The same in words; nothing where there is nothing to be said.
+    /// Returns the caveat for readers; `None` if there is none.
     pub fn caveat(self) -> Option<&'static str> {
         match self {
             Self::All => None,
@@ -75,8 +76,8 @@ impl Meaning {
 }
 
 impl Host {
-    /// This machine, and what is below `path`: an image, a directory for images, or a block device, whose file
-    /// system is only that of its node.
+    /// Inspects this machine and what is below `path`: an image, a directory for images or a block device. The
+    /// file system of a block device is only that of its node.
     pub fn look(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         let (found, place) = (file.metadata()?, Place::of_file(&file));
@@ -109,7 +110,7 @@ impl Host {
         })
     }
 
-    /// Which of its figures mean something.
+    /// Returns which figures are meaningful.
     pub fn figures_that_mean_something(&self) -> Meaning {
         match (self.emulated, &self.hypervisor) {
             (true, _) => Meaning::Counts,
@@ -118,7 +119,7 @@ impl Host {
         }
     }
 
-    /// In one line.
+    /// Returns the description as one line.
     pub fn in_words(&self) -> String {
         let under = match (&self.hypervisor, self.emulated) {
             (Some(name), true) => format!(" emulated ({name})"),
@@ -151,7 +152,7 @@ fn read(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }
 
-/// The first line `name: value`.
+/// Returns the value of the first line `name: value`.
 fn field(text: &str, name: &str) -> Option<String> {
     let line = text.lines().find(|line| line.starts_with(name))?;
     Some(line.split_once(':')?.1.trim().to_owned())
@@ -161,7 +162,7 @@ fn kib(text: &str) -> Option<u64> {
     text.strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// What a hypervisor calls itself (CPUID leaf 0x40000000), if the CPU says that there is one.
+/// Returns the name of the hypervisor (CPUID leaf 0x40000000) if the CPU reports one.
 fn hypervisor() -> Option<String> {
     const PRESENT: u32 = 1 << 31;
     #[allow(unused_unsafe, reason = "newer compilers know it to be safe")]
@@ -176,7 +177,7 @@ fn hypervisor() -> Option<String> {
     Some(known(&printed).to_owned())
 }
 
-/// Some names are meant for programs.
+/// Replaces signatures that are meant for programs.
 fn known(signature: &str) -> &str {
     match signature {
         "KVMKVMKVM" => "KVM",

@@ -1,7 +1,7 @@
-//! Images whose figures are a disk's: every byte has its place on the host's disk, and was written there.
+//! Images whose figures are those of a disk: every byte is allocated on the host's disk and was written there.
 //!
-//! Owns the making of one, and the filling of one with holes. Never changes a byte that can be read of an
-//! image that was there before: filling a hole writes the zeroes that it reads as.
+//! Owns the creation of such images, and the filling of images with holes. It never changes a byte that can be
+//! read from an existing image: filling a hole writes the zeroes that it reads as.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,25 +17,25 @@ use minivmm::files::output;
 use minivmm::observe::Residency;
 use minivmm::observe::control::{ControlProblem, drop_cache, warm_cache};
 
-/// So much is written at once.
+/// Number of bytes that are written at once.
 const CHUNK: usize = 1 << 20;
-/// O_DIRECT wants memory and sizes in these.
+/// Alignment of memory, offsets and sizes for O_DIRECT.
 const ALIGNMENT: usize = 4096;
 
-/// Why an image is not to be had.
+/// Why an image cannot be provided.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// A call has failed.
+    /// A system call failed.
     #[error("cannot {what} {path}")]
     Host {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
         /// The image.
         path: PathBuf,
-        /// The host's answer.
+        /// The error that the host reported.
         source: io::Error,
     },
-    /// Nothing is written over.
+    /// The image exists with another size. It is not overwritten.
     #[error(
         "{path} has {found} bytes and not {wanted}; it may be somebody's data, so it is not replaced: give another path, or \
          remove it"
@@ -43,12 +43,12 @@ pub enum ImageError {
     OtherSize {
         /// The image.
         path: PathBuf,
-        /// Its size.
+        /// Size of the image.
         found: u64,
-        /// What was wished for.
+        /// The size that was asked for.
         wanted: u64,
     },
-    /// The file system makes holes of what is written.
+    /// The file system leaves holes in what was written.
     #[error(
         "{path} was written from end to end, and its file system has no place on the disk for {gaps} bytes of it \
          (compression, or zeroes that become holes): put it on another file system, or turn that off for it"
@@ -56,13 +56,13 @@ pub enum ImageError {
     StillGaps {
         /// The image.
         path: PathBuf,
-        /// Bytes without a place.
+        /// Number of bytes that are not allocated.
         gaps: u64,
     },
-    /// It cannot be had, or a VM has it.
+    /// The image cannot be opened, or a VM has it locked.
     #[error("it cannot be filled")]
     Disk(#[from] minivmm::disk::ImageError),
-    /// All was to stop.
+    /// A stop was requested while this image was written.
     #[error("stopped while {0} was written; what there is of it is not whole")]
     Interrupted(PathBuf),
 }
@@ -71,18 +71,17 @@ fn host<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Ima
     move |source| ImageError::Host { what, path: path.to_owned(), source }
 }
 
-/// Told how many bytes more are written.
+/// Called with the number of bytes that were written since the last call.
 pub type Progress<'a> = &'a mut dyn FnMut(u64);
 
-/// How the image at `path` lies.
+/// Returns the layout of the image at `path`.
 pub fn look(path: &Path) -> Result<Layout, ImageError> {
     let file = File::open(path).map_err(host("open", path))?;
     Layout::of(&file).map_err(host("find the extents of", path))
 }
 
-/// The image at `path`: made where there is none, of incompressible bytes, every one of them written and
-/// synced; reused where there is one of that size that is written from end to end; with its gaps filled
-/// ([`fill`]) where it has some, since whoever asks for an image of this size here has made it by us.
+/// Provides an image of this size at `path`. A missing image is made ([`make`]) and a complete one is reused.
+/// The gaps of any other are filled ([`fill`]): an image of this size in this place was made by this tool.
 pub fn ready(
     path: &Path,
     bytes: u64,
@@ -99,7 +98,8 @@ pub fn ready(
     make(path, bytes, progress, stop)
 }
 
-/// A new image at `path`, where there is nothing.
+/// Makes a new image at `path` of incompressible bytes, all of them written and synced. Fails if the path
+/// exists.
 pub fn make(
     path: &Path,
     bytes: u64,
@@ -109,17 +109,17 @@ pub fn make(
     let file = output::make_new(path).map_err(host("create", path))?;
     let made = write(path, &file, &[(0, bytes)], Content::Random, progress, stop);
     if made.is_err() {
-        // Half an image is nobody's data.
+        // An incomplete image is of no use to anybody.
         let _ = std::fs::remove_file(path);
     }
     made
 }
 
-/// Gives every gap of the image at `path` its place on the disk. What can be read of it stays as it is. It is
-/// locked meanwhile: what a VM wrote to a gap would be lost.
+/// Writes zeroes to every gap of the image at `path`, so that it is allocated. What can be read from the image
+/// does not change. The image is locked meanwhile, because what a VM wrote to a gap would be lost.
 pub fn fill(path: &Path, progress: Progress<'_>, stop: &AtomicBool) -> Result<Layout, ImageError> {
     let mut disk = DiskOptions::new(path);
-    // Whatever it holds stays as it is.
+    // The format does not matter, because no content changes.
     disk.force_raw = true;
     disk.cache = CachePolicy::by_name("writeback").unwrap_or(disk.cache);
     let _locked = Image::open(&disk)?;
@@ -129,8 +129,8 @@ pub fn fill(path: &Path, progress: Progress<'_>, stop: &AtomicBool) -> Result<La
     write(path, &file, &layout.gaps, Content::Zeroes, progress, stop)
 }
 
-/// Brings the host's cache of the image at `path` into that state, verified; what it has then, where that can be
-/// seen.
+/// Brings the host's page cache of the image at `path` into this state and verifies it. Returns what the cache
+/// then holds, or `None` if that cannot be seen.
 pub fn settle(path: &Path, wish: HostCache) -> Result<Option<Residency>, SettleError> {
     let failed = |problem| SettleError { wish, path: path.to_owned(), source: problem };
     let opening = |source| failed(ControlProblem::Host { what: "opening it", source });
@@ -144,7 +144,7 @@ pub fn settle(path: &Path, wish: HostCache) -> Result<Option<Residency>, SettleE
     Ok(Residency::of(&file).ok())
 }
 
-/// Why the host's cache of an image is not as it was wished.
+/// Why the host's page cache of an image is not in the state that was asked for.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot bring the host's cache of {path} to '{}'", wish.name())]
 pub struct SettleError {
@@ -168,7 +168,7 @@ fn write(
     stop: &AtomicBool,
 ) -> Result<Layout, ImageError> {
     let failed = || host("write", path);
-    // Past the cache where that is possible: it is not to be full of this.
+    // O_DIRECT, if the file system supports it, keeps these writes from filling the page cache.
     let direct = OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(path).ok();
     let mut random = Random(places.iter().map(|place| place.1).sum());
     let mut memory = vec![0u8; CHUNK + ALIGNMENT];
@@ -205,7 +205,7 @@ fn is_aligned(at: u64, bytes: usize) -> bool {
     at.is_multiple_of(ALIGNMENT as u64) && bytes.is_multiple_of(ALIGNMENT)
 }
 
-/// Bytes that nothing below can make smaller (splitmix64), the same for the same seed.
+/// Generates bytes that cannot be compressed (splitmix64). A seed always gives the same bytes.
 struct Random(u64);
 
 impl Random {
@@ -236,7 +236,7 @@ mod tests {
         let dir = place();
         let path = dir.path().join("a,b:c.img");
         let mut told = 0;
-        // Not a multiple of what is written at once, nor of what O_DIRECT wants.
+        // The size is a multiple neither of CHUNK nor of ALIGNMENT.
         let bytes = 3 * MIB + 512;
         let made = ready(&path, bytes, &mut |more| told += more, &NEVER).unwrap();
         assert!(made.is_written() && made.bytes == bytes && told == bytes, "{made:?}, {told}");

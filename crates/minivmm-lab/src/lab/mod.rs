@@ -1,8 +1,8 @@
-//! What an experiment with real guests needs: a boot with its figures, images that measure honestly, the
-//! machine told, fio's figures, and what several rounds say together.
+//! What an experiment with real guests needs: boots and their figures, images that measure honestly, a
+//! description of the machine, the figures of fio, and statistics over rounds.
 //!
-//! Owns one boot ([`boot`]) under minivmm as a child process, on the machine where the tool itself runs;
-//! which boots make an experiment is `bench`'s and `study`'s. Part of minivmm-tools, of no VMM.
+//! Owns a single boot ([`boot`]) under minivmm as a child process, on the machine where the tool runs. `bench`
+//! and `study` decide which boots make an experiment. Part of minivmm-tools and of no VMM.
 
 pub mod boot;
 pub mod child;

@@ -1,34 +1,34 @@
-//! What several rounds say together: a median and how far the rounds lie apart; a ratio of two that ran
-//! in the same rounds.
+//! Statistics over several rounds: a median and the distance between rounds, and the ratio of two figures that
+//! were measured in the same rounds.
 //!
-//! Owns the arithmetic. Nothing is assumed of how figures are distributed.
+//! Owns the arithmetic. It assumes nothing about the distribution of the figures.
 
 use serde::Serialize;
 
-/// An interval is to cover the true median so surely, where there are rounds enough.
+/// Confidence level of the interval, if there are enough rounds.
 const SURE: f64 = 0.95;
 
-/// A figure over rounds.
+/// The distribution of a figure over rounds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Spread {
-    /// How many rounds.
+    /// Number of rounds.
     pub count: usize,
-    /// The middle one; of an even number the mean of the two in the middle.
+    /// The median. For an even number of values it is the mean of the two in the middle.
     pub median: f64,
-    /// The smallest.
+    /// The smallest value.
     pub min: f64,
-    /// A quarter is below.
+    /// The first quartile.
     pub lower_quartile: f64,
-    /// A quarter is above.
+    /// The third quartile.
     pub upper_quartile: f64,
-    /// The largest.
+    /// The largest value.
     pub max: f64,
-    /// Standard deviation over mean: the coefficient of variation. Nothing of one round, or of a mean of 0.
+    /// Coefficient of variation: standard deviation divided by mean. `None` for one round or a mean of 0.
     pub variation: Option<f64>,
 }
 
 impl Spread {
-    /// Of these; nothing of none.
+    /// Computes the distribution of these values; `None` if there are none.
     pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
@@ -44,14 +44,14 @@ impl Spread {
         })
     }
 
-    /// The distance between least and most, over the median.
+    /// Returns the range divided by the median; `None` if the median is 0.
     pub fn relative_range(&self) -> Option<f64> {
         (self.median != 0.0).then(|| (self.max - self.min) / self.median)
     }
 }
 
-/// What so many quarters are below: linear between the two neighbours, of sorted values of which there is
-/// one at least.
+/// Returns the value below which this many quarters of the values lie, interpolated linearly between two
+/// neighbours. `sorted` must not be empty.
 fn quantile(sorted: &[f64], quarters: usize) -> f64 {
     let place = quarters * (sorted.len() - 1);
     let at = |place: usize| sorted.get(place).copied().unwrap_or_default();
@@ -68,31 +68,32 @@ fn variation(values: &[f64]) -> Option<f64> {
     Some((squares / (values.len() - 1) as f64).sqrt() / mean.abs())
 }
 
-/// One figure over another of the same round, over all rounds that have both.
+/// One figure divided by another of the same round, over all rounds that have both.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Ratio {
-    /// How many rounds.
+    /// Number of rounds.
     pub count: usize,
-    /// The median of the rounds' ratios: what disturbs a round disturbs both of its figures.
+    /// The median of the rounds' ratios. A disturbance of a round affects both of its figures.
     pub median: f64,
-    /// Where the interval begins.
+    /// Lower end of the interval.
     pub low: f64,
-    /// Where it ends.
+    /// Upper end of the interval.
     pub high: f64,
-    /// How surely the interval has the true median in it, whatever the distribution (order statistics).
-    /// Below 0.95 there were too few rounds for more, and the interval is all of them.
+    /// Confidence that the interval contains the true median, for any distribution (order statistics). If it is
+    /// below 0.95 there were too few rounds, and the interval covers all of them.
     pub sure: f64,
 }
 
 impl Ratio {
-    /// Of pairs (over, under); those under 0 or below have no ratio.
+    /// Computes the ratios of pairs (dividend, divisor). A pair whose divisor is 0 or less is skipped. Returns
+    /// `None` without a pair.
     pub fn of(pairs: impl IntoIterator<Item = (f64, f64)>) -> Option<Self> {
         let ratios = pairs.into_iter().filter(|pair| pair.1 > 0.0).map(|(over, under)| over / under);
         let mut ratios: Vec<f64> = ratios.collect();
         ratios.sort_by(f64::total_cmp);
         let count = ratios.len();
         let spread = Spread::of(ratios.iter().copied())?;
-        // The narrowest interval between two of them, the same number left out at either end.
+        // Find the narrowest interval that leaves out the same number of ratios at both ends.
         let mut out = 0;
         while out + 1 < count.div_ceil(2) && covers(count, out + 1) >= SURE {
             out += 1;
@@ -108,11 +109,12 @@ impl Ratio {
     }
 }
 
-/// The chance that the median of the distribution lies between the smallest and largest of `count` values,
-/// `out` left out at either end: at least out + 1 must lie below, and as many above.
+/// Returns the probability that the median of the distribution lies between the smallest and the largest of
+/// `count` values after `out` values are left out at each end. At least out + 1 of all values must lie below
+/// the median, and as many above.
 fn covers(count: usize, out: usize) -> f64 {
     let mut outside = 0.0;
-    // Of the binomial distribution with a chance of one half.
+    // Terms of the binomial distribution with probability one half.
     let mut term = 0.5f64.powi(i32::try_from(count).unwrap_or(i32::MAX));
     for below in 0..=out {
         outside += 2.0 * term;
@@ -141,12 +143,12 @@ mod tests {
 
     #[test]
     fn a_ratio_is_paired_and_says_how_sure_it_is() {
-        // Both fell to a half in one round: the ratio did not.
+        // Both figures fell to a half in one round, and the ratio did not.
         let ratio = Ratio::of([(100.0, 200.0), (50.0, 100.0), (101.0, 200.0)]).unwrap();
         assert_eq!((ratio.median, ratio.low, ratio.high, ratio.count), (0.5, 0.5, 0.505, 3));
         assert_eq!(ratio.sure, 0.75);
         assert_eq!(Ratio::of([(1.0, 0.0)]), None);
-        // Tables of order statistics: six rounds reach 95 % with all of them, nine leave one out at either end.
+        // Tables of order statistics: six rounds reach 95 % with all of them, nine leave out one at each end.
         for (count, out, sure) in [(1, 0, 0.0), (5, 0, 0.9375), (6, 0, 0.96875), (9, 1, 0.9609375)] {
             let ratio = Ratio::of((1..=count).map(|value| (f64::from(value), 1.0))).unwrap();
             let expected = (1.0 + f64::from(out), f64::from(count - out), sure);
