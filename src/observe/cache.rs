@@ -1,7 +1,8 @@
-//! What the host's page cache holds of a file: cachestat(2), or mincore(2) where that is missing.
+//! Measures what the host's page cache holds of a file: with cachestat(2), or with mincore(2) if that is
+//! missing.
 //!
-//! Owns the two system calls and the search for the file below an overlay, whose own pages are the upper
-//! or lower file's. Changes nothing: looking brings no page in and pushes none out.
+//! Owns the two system calls, and the search for the file below an overlay, because the pages belong to the
+//! upper or lower file. Measuring neither brings pages into the cache nor evicts any.
 
 use std::borrow::Borrow;
 use std::ffi::OsString;
@@ -14,12 +15,12 @@ use std::path::{Path, PathBuf};
 
 use crate::explain::Place;
 
-/// cachestat(2), the same number on every architecture (Linux 6.5).
+/// Number of cachestat(2), which is the same on every architecture (Linux 6.5).
 const SYS_CACHESTAT: libc::c_long = 451;
-/// mincore is asked for so many bytes at once: a byte of answer a page.
+/// Bytes that one mincore(2) call covers. It returns one byte per page.
 const WINDOW_BYTES: u64 = 1 << 30;
 
-/// struct cachestat_range of the kernel. A length of 0 is to the end of the file.
+/// struct cachestat_range of the kernel. Length 0 means to the end of the file.
 #[repr(C)]
 struct Range {
     offset: u64,
@@ -37,81 +38,83 @@ struct Found {
     recently_evicted: u64,
 }
 
-/// Who has told of a cache.
+/// The system call that supplied the figures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Means {
-    /// cachestat(2): all figures.
+    /// cachestat(2), which supplies all figures.
     Cachestat,
-    /// mincore(2): cached pages alone.
+    /// mincore(2), which supplies only the number of cached pages.
     Mincore,
 }
 
-/// Pages of a file in the host's page cache. What the host cannot tell is `None`, never 0.
+/// The pages of a file in the host's page cache. A figure that the host cannot supply is `None`, never 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Residency {
-    /// Bytes of a page.
+    /// Size of a page in bytes.
     pub page_bytes: u64,
-    /// Pages that are in the cache.
+    /// Number of pages in the cache.
     pub cached: u64,
-    /// Of those, pages that are newer than the disk.
+    /// Number of those that are dirty: newer than the disk.
     pub dirty: Option<u64>,
-    /// Of those, pages on their way to the disk.
+    /// Number of those that are under writeback.
     pub writeback: Option<u64>,
-    /// Pages that were in the cache, and of which the kernel still knows.
+    /// Number of pages that were evicted, as far as the kernel still remembers them.
     pub evicted: Option<u64>,
-    /// Of those, pages evicted so lately that bringing them back would show a cache that is too small.
+    /// Number of those that were evicted so recently that bringing them back would mean that the cache is too
+    /// small.
     pub recently_evicted: Option<u64>,
-    /// Who has told.
+    /// The system call that supplied the figures.
     pub means: Means,
 }
 
-/// Why a cache cannot be looked at.
+/// Why a cache cannot be measured.
 #[derive(Debug, thiserror::Error)]
 pub enum CacheError {
-    /// cachestat(2) is there, and refuses.
+    /// cachestat(2) exists but refuses.
     #[error(
         "cachestat(2) of {path} is refused: only whoever owns a file or may write it is told of its cache"
     )]
     Refused {
         /// The file.
         path: PathBuf,
-        /// As the kernel says it.
+        /// The error that the kernel reported.
         source: io::Error,
     },
-    /// mincore(2), which tells whoever may not write a file that all of it is there.
+    /// mincore(2) cannot be used. It reports every page as resident to a process that may not write the file.
     #[error("this kernel has no cachestat(2) (Linux 6.5 has it), and mincore(2) of {path} tells nothing")]
     Mincore {
         /// The file.
         path: PathBuf,
-        /// As the kernel says it.
+        /// The error that the kernel reported.
         source: io::Error,
     },
 }
 
 impl Residency {
-    /// Of all of `file`, a regular file or a block device. On an overlay it is of the file below.
+    /// Measures the whole of `file`, a regular file or a block device. On an overlay the file below is
+    /// measured.
     pub fn of(file: &File) -> Result<Self, CacheError> {
         Watched::new(file).look()
     }
 
-    /// Bytes in the cache.
+    /// Returns the number of bytes in the cache.
     pub fn cached_bytes(&self) -> u64 {
         self.bytes(self.cached)
     }
 
-    /// So many pages in bytes.
+    /// Converts a number of pages to bytes.
     pub fn bytes(&self, pages: u64) -> u64 {
         pages.saturating_mul(self.page_bytes)
     }
 }
 
-/// A file whose cache is looked at again and again: what is below an overlay is found once.
+/// A file that is measured repeatedly. The file below an overlay is looked up only once.
 #[derive(Debug)]
 pub struct Watched<F> {
     file: F,
     path: PathBuf,
     below: Below,
-    /// Whether mincore(2) tells this process the truth.
+    /// True if mincore(2) tells this process the truth.
     is_told: bool,
 }
 
@@ -119,15 +122,15 @@ pub struct Watched<F> {
 enum Below {
     /// The file has pages of its own.
     Own,
-    /// On an overlay, and this is the file that has them.
+    /// The file is on an overlay, and this file has its pages.
     File(File),
-    /// On an overlay, and the file that has them is out of reach. A mapping of the overlay's file is
-    /// one of that file, so that mincore(2) sees it.
+    /// The file is on an overlay, and the file that has its pages cannot be opened. mincore(2) still works,
+    /// because a mapping of the overlay's file maps that file.
     OutOfReach,
 }
 
 impl<F: Borrow<File>> Watched<F> {
-    /// `file`, and what has its pages.
+    /// Prepares `file`, and finds the file that has its pages.
     pub fn new(file: F) -> Self {
         let own = file.borrow();
         let link = format!("/proc/self/fd/{}", own.as_raw_fd());
@@ -142,12 +145,12 @@ impl<F: Borrow<File>> Watched<F> {
         Self { file, path, below, is_told }
     }
 
-    /// All of it.
+    /// Measures the whole file.
     pub fn look(&self) -> Result<Residency, CacheError> {
         self.look_at(0, 0)
     }
 
-    /// `length` bytes from `offset` on; to the end where `length` is 0.
+    /// Measures `length` bytes from `offset` on. Length 0 means to the end of the file.
     pub fn look_at(&self, offset: u64, length: u64) -> Result<Residency, CacheError> {
         let asked = match &self.below {
             Below::Own => Some(self.file.borrow()),
@@ -173,7 +176,7 @@ impl<F: Borrow<File>> Watched<F> {
     }
 }
 
-/// The kernel is too old, or a filter of system calls does not know this one.
+/// Returns `true` if the kernel is too old for the system call, or a seccomp filter does not know it.
 fn is_missing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EOPNOTSUPP))
 }
@@ -186,8 +189,8 @@ fn page_bytes() -> u64 {
 fn cachestat(file: &File, offset: u64, length: u64) -> io::Result<Residency> {
     let range = Range { offset, length };
     let mut found = Found::default();
-    // SAFETY: the kernel reads one range and writes one answer, both as its header lays them out, and
-    // both live for the length of the call.
+    // SAFETY: the kernel reads one range and writes one answer. Both have the layout of its header and live
+    // until the call returns.
     let result =
         unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut found, 0u32) };
     if result != 0 {
@@ -204,7 +207,7 @@ fn cachestat(file: &File, offset: u64, length: u64) -> io::Result<Residency> {
     })
 }
 
-/// A mapping that nobody reads.
+/// A mapping that is never read or written.
 struct Mapping {
     at: *mut libc::c_void,
     bytes: usize,
@@ -213,7 +216,7 @@ struct Mapping {
 impl Mapping {
     fn new(file: &File, offset: u64, bytes: usize) -> io::Result<Self> {
         let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: a new mapping at a place of the kernel's choice, of a descriptor that is open.
+        // SAFETY: this makes a new mapping of an open descriptor, at an address that the kernel chooses.
         let at = unsafe {
             let flags = libc::MAP_SHARED;
             libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_NONE, flags, file.as_raw_fd(), offset)
@@ -224,7 +227,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, of this length, and nobody has a pointer into it.
+        // SAFETY: the mapping is ours and has this length, and nobody has a pointer into it.
         unsafe { libc::munmap(self.at, self.bytes) };
     }
 }
@@ -259,15 +262,16 @@ fn mincore(file: &File, offset: u64, length: u64) -> io::Result<Residency> {
     })
 }
 
-/// Since Linux 5.2 mincore says "there" of every page to whoever neither owns the file nor may write it.
+/// Returns `true` if mincore(2) tells this process the truth. Since Linux 5.2 it reports every page as resident
+/// to a process that neither owns the file nor may write it.
 fn may_be_told(file: &File) -> io::Result<bool> {
-    // SAFETY: geteuid cannot fail, and touches no memory.
+    // SAFETY: geteuid cannot fail and touches no memory.
     let me = unsafe { libc::geteuid() };
     if me == 0 || file.metadata()?.uid() == me {
         return Ok(true);
     }
     let path = std::ffi::CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-    // SAFETY: `path` is a string with its terminator, which the kernel only reads.
+    // SAFETY: `path` is a string with its terminator, and the kernel only reads it.
     Ok(unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::W_OK, libc::AT_EACCESS) } == 0)
 }
 
@@ -275,19 +279,20 @@ fn is_regular(file: &File) -> bool {
     file.metadata().is_ok_and(|found| found.is_file())
 }
 
-/// Bytes of a file or a block device.
+/// Returns the size of a file or block device in bytes.
 pub(super) fn size(file: &File) -> io::Result<u64> {
     let found = file.metadata()?;
     if found.is_file() {
         return Ok(found.len());
     }
-    // SAFETY: lseek touches no memory. A device's offset is nobody's: images are read and written at
-    // offsets of each call's own.
+    // SAFETY: lseek touches no memory. Nobody uses the file offset of a device, because every call that reads
+    // or writes an image gives its own.
     let end = unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_END) };
     u64::try_from(end).map_err(|_| io::Error::last_os_error())
 }
 
-/// The upper file, or the one of the first lower layer that has it, if it can be opened and is the same.
+/// Opens the file that an overlay file stands for: the upper file, or that of the first lower layer that has
+/// it. Returns `None` if it cannot be opened or is not the same file.
 fn below_overlay(file: &File, path: &Path, place: &Place) -> Option<File> {
     let inside = path.strip_prefix(&place.mount_point).ok()?;
     let option = |name: &str| place.options.iter().filter_map(|option| option.strip_prefix(name)).collect();
@@ -299,7 +304,7 @@ fn below_overlay(file: &File, path: &Path, place: &Place) -> Option<File> {
     let own = file.metadata().ok()?;
     for layer in layers {
         let candidate = Path::new(&unescape(layer)).join(inside);
-        // Neither a device nor a FIFO is opened by mistake.
+        // A device or FIFO must not be opened by mistake.
         let Some(found) = fs::symlink_metadata(&candidate).ok().filter(fs::Metadata::is_file) else {
             continue;
         };
@@ -312,7 +317,7 @@ fn below_overlay(file: &File, path: &Path, place: &Place) -> Option<File> {
     None
 }
 
-/// overlay's options have backslashes before colons and commas.
+/// Removes the backslashes that the options of an overlay have before colons and commas.
 fn unescape(text: &str) -> OsString {
     let mut bytes = Vec::with_capacity(text.len());
     let mut from = text.bytes().peekable();

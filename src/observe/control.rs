@@ -1,7 +1,7 @@
-//! `host-cache=drop|warm`: what the host's cache has of an image when the guest starts.
+//! `host-cache=drop|warm`: brings the host's page cache of an image into a known state before the guest starts.
 //!
-//! Owns the doing and its proof. Nothing is lost: what is dirty is written first, and pages that cannot
-//! be had, or cannot be let go, are an error that says so.
+//! Owns the operations and their verification. No data is lost, because dirty pages are written first. If pages
+//! cannot be loaded or dropped, an error says so.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -13,13 +13,13 @@ use super::cache::{self, CacheError, Residency};
 use crate::disk::Image;
 use crate::disk::options::HostCache;
 
-/// Pages that are busy for a moment (a readahead in flight, a CPU's own list) are tried so often.
+/// Number of attempts. Pages may be busy for a moment, for example with readahead, or in a list of one CPU.
 const TRIES: usize = 20;
 const PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
-/// Warming reads so much at once.
+/// Number of bytes that warming reads at once.
 const CHUNK: usize = 1 << 20;
 
-/// Why a cache is not as it was wished.
+/// Why a cache is not in the state that was asked for.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot apply host-cache={} to {path}", wish.name())]
 pub struct ControlError {
@@ -28,49 +28,49 @@ pub struct ControlError {
     source: ControlProblem,
 }
 
-/// What was in the way.
+/// What went wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlProblem {
-    /// A call has failed.
+    /// A system call failed.
     #[error("{what} failed")]
     Host {
-        /// Which.
+        /// The call.
         what: &'static str,
-        /// The kernel's answer.
+        /// The error that the kernel reported.
         source: io::Error,
     },
-    /// It cannot be seen, so it cannot be verified.
+    /// The cache cannot be measured, so the result cannot be verified.
     #[error("the result cannot be verified")]
     Unseen(#[from] CacheError),
-    /// Memory is all there is.
+    /// The file lies in memory, so it cannot be dropped.
     #[error("it lies on tmpfs, where the cache is the file itself (use a file on ext4 or xfs)")]
     Memory,
-    /// Something holds pages.
+    /// Something keeps this many bytes in the cache.
     #[error(
         "{0} bytes of it stay in the cache: another process maps the file or is using it (fuser -v names it), or \
          has locked it in memory"
     )]
     Stays(u64),
-    /// tmpfs holds no pages for holes.
+    /// The file has this many bytes in holes, for which tmpfs has no pages.
     #[error(
         "it lies on tmpfs, where holes are in no cache, and {0} of its bytes are holes (fallocate -l SIZE FILE fills \
          them; what it holds is in memory already)"
     )]
     Holes(u64),
-    /// It cannot fit, and reading it would only drive everything else out.
+    /// The file is larger than the memory. Reading it would only evict everything else.
     #[error("its {wanted} bytes are more than the {memory} bytes of this host's memory")]
     LargerThanMemory {
-        /// All of it.
+        /// Size of the file.
         wanted: u64,
-        /// What the host has.
+        /// Size of the host's memory.
         memory: u64,
     },
-    /// Not all fits.
+    /// The file does not fit into free memory.
     #[error("of {wanted} bytes only {found} stay in the cache: the host has too little free memory for it")]
     TooLarge {
-        /// All of it.
+        /// Size of the file, rounded up to pages.
         wanted: u64,
-        /// What is there.
+        /// Number of bytes that stayed in the cache.
         found: u64,
     },
 }
@@ -79,7 +79,7 @@ fn host(what: &'static str) -> impl FnOnce(io::Error) -> ControlProblem {
     move |source| ControlProblem::Host { what, source }
 }
 
-/// Makes the host's cache of `image` what is wished, and verifies it.
+/// Brings the host's page cache of `image` into this state and verifies it.
 pub fn apply(wish: HostCache, image: &Image) -> Result<(), ControlError> {
     let done = match wish {
         HostCache::Keep => Ok(()),
@@ -95,11 +95,11 @@ pub fn apply(wish: HostCache, image: &Image) -> Result<(), ControlError> {
     done.map_err(|source| ControlError { wish, path: image.path().to_owned(), source })
 }
 
-/// Writes what is dirty, then lets go of every page of `file`; afterwards none is in the cache.
+/// Writes the dirty pages of `file` and drops all its pages. When this succeeds, none is in the cache.
 pub fn drop_cache(file: &File) -> Result<(), ControlProblem> {
     let mut stays = 0;
     for _ in 0..TRIES {
-        // Dirty pages are not let go: first they are written (POSIX_FADV_DONTNEED alone leaves them).
+        // POSIX_FADV_DONTNEED leaves dirty pages in the cache, so they are written first.
         file.sync_data().map_err(host("fdatasync"))?;
         // SAFETY: posix_fadvise takes numbers and touches no memory.
         let error = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
@@ -115,7 +115,7 @@ pub fn drop_cache(file: &File) -> Result<(), ControlProblem> {
     Err(ControlProblem::Stays(stays))
 }
 
-/// All the memory of this host, in bytes; as much as there can be where it does not tell.
+/// Returns the size of the host's memory in bytes, or the largest number if it is unknown.
 fn host_memory() -> u64 {
     // SAFETY: sysconf takes a number and touches no memory.
     let ask = |name| u64::try_from(unsafe { libc::sysconf(name) });
@@ -125,9 +125,10 @@ fn host_memory() -> u64 {
     }
 }
 
-/// Reads all of `file` through the cache; afterwards every page is there.
+/// Reads all of `file` through the page cache. When this succeeds, every page is in the cache.
 pub fn warm_cache(file: &File) -> Result<(), ControlProblem> {
-    // A descriptor of its own without O_DIRECT. The image's lock goes with its own descriptor (OFD).
+    // A second descriptor has no O_DIRECT. The image's lock is not affected, because it belongs to the first
+    // one (an OFD lock).
     let buffered = OpenOptions::new()
         .read(true)
         .open(format!("/proc/self/fd/{}", file.as_raw_fd()))

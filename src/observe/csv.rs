@@ -1,7 +1,7 @@
-//! The file of an observation: a header, then a line for each disk and moment.
+//! The file of an observation: a header, and one line for each disk and sample.
 //!
-//! Owns the columns and their order, which docs/reference/observe-csv.md explains, and the reading of such a file.
-//! No value has a comma or a quote, so none is quoted; what is not known is empty, never 0.
+//! Owns the columns and their order, which docs/reference/observe-csv.md explains, and the parser of such a
+//! file. No value contains a comma or a quote, so none is quoted. An unknown value is empty, never 0.
 
 use std::collections::HashMap;
 use std::fmt::Display;
@@ -10,10 +10,10 @@ use super::cache::Residency;
 use super::sample::{DiskSample, Sample};
 use crate::files::Content;
 
-/// A column: its name, and its value.
+/// A column: its name, and the function that formats its value.
 type Column = (&'static str, fn(&Sample, &DiskSample) -> String);
 
-/// As a file that is written anew: an older observation may be replaced, and nothing else.
+/// The content of the file for the checks before it is written: only an older observation may be replaced.
 pub const CONTENT: Content =
     Content { name: "an older observation (CSV)", is_older: |first| first.starts_with(b"time_s,disk,") };
 
@@ -29,7 +29,7 @@ fn share(value: Option<f64>) -> String {
     value.map(|value| format!("{value:.4}")).unwrap_or_default()
 }
 
-/// All of them, in order.
+/// All columns, in order.
 static COLUMNS: [Column; 36] = [
     ("time_s", |sample, _| format!("{:.3}", sample.at.as_secs_f64())),
     ("disk", |_, disk| disk.name.clone()),
@@ -75,17 +75,17 @@ static COLUMNS: [Column; 36] = [
     ("flush_amplification", |_, disk| share(disk.flush_amplification)),
 ];
 
-/// The names of all columns, in order.
+/// Returns the names of all columns, in order.
 pub fn columns() -> impl Iterator<Item = &'static str> {
     COLUMNS.iter().map(|(name, _)| *name)
 }
 
-/// The first line.
+/// Returns the first line.
 pub fn header() -> String {
     columns().collect::<Vec<_>>().join(",") + "\n"
 }
 
-/// The lines of a sample, one a disk.
+/// Returns the lines of a sample, one per disk.
 pub fn lines(sample: &Sample) -> String {
     let line = |disk: &DiskSample| {
         COLUMNS.iter().map(|(_, value)| value(sample, disk)).collect::<Vec<_>>().join(",") + "\n"
@@ -93,12 +93,12 @@ pub fn lines(sample: &Sample) -> String {
     sample.disks.iter().map(line).collect()
 }
 
-/// One line, read again: values by their columns.
+/// A parsed line: values by the names of their columns.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Row(HashMap<String, String>);
 
 impl Row {
-    /// The line below such a header.
+    /// Parses a line that stands below `header`. Returns `None` if their numbers of fields differ.
     pub fn parse(header: &str, line: &str) -> Option<Self> {
         let names = header.trim_end().split(',');
         let values: Vec<&str> = line.trim_end().split(',').collect();
@@ -107,12 +107,12 @@ impl Row {
         (names.count() == values.len()).then_some(Self(row))
     }
 
-    /// The text of a column; empty where it is not known.
+    /// Returns the text of a column; empty if it is unknown or missing.
     pub fn text(&self, column: &str) -> &str {
         self.0.get(column).map_or("", String::as_str)
     }
 
-    /// The number in a column, if it is known.
+    /// Returns the number in a column; `None` if it is unknown or not a number.
     pub fn number(&self, column: &str) -> Option<f64> {
         self.text(column).parse().ok()
     }

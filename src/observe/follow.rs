@@ -1,7 +1,7 @@
-//! An observation's file, read while it grows.
+//! Reads the file of an observation while it grows.
 //!
-//! Owns what is a whole line, and whether more may come: the writer holds a lock on the file
-//! (flock(2)) as long as it lives, whatever becomes of it.
+//! Owns the division into complete lines, and the question whether more may come: the writer holds a lock on
+//! the file (flock(2)) as long as it lives, however it ends.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -9,15 +9,16 @@ use std::os::fd::AsRawFd;
 
 use super::csv::{self, Row};
 
-/// A first line that is longer is none of ours: nothing more is read of such a file, which may have no end.
+/// Most bytes of a first line. A file with a longer one is not an observation. It may have no end, so no more
+/// of it is read.
 const HEADER_BYTES_MAX: usize = 64 * 1024;
 
-/// The first line is not one of ours.
+/// The first line of the file is not that of an observation.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("its first line is not that of a file of --observe")]
 pub struct NotAnObservation;
 
-/// Reads rows as they come.
+/// Reads rows as they are appended.
 #[derive(Debug)]
 pub struct Follower {
     file: File,
@@ -25,7 +26,7 @@ pub struct Follower {
     header: Option<String>,
 }
 
-/// The lock of whoever writes an observation; whether it could be had.
+/// Takes the lock of a writer. Returns `false` if another writer holds it.
 pub fn lock_as_writer(file: &File) -> io::Result<bool> {
     // SAFETY: flock takes two numbers.
     if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
@@ -38,19 +39,19 @@ pub fn lock_as_writer(file: &File) -> io::Result<bool> {
 }
 
 impl Follower {
-    /// From the beginning of `file`.
+    /// Follows `file` from its beginning.
     pub fn new(file: File) -> Self {
         Self { file, waiting: Vec::new(), header: None }
     }
 
-    /// Whether somebody has it open for more.
+    /// Returns `true` if a writer still holds its lock.
     pub fn is_written(&self) -> bool {
         let fd = self.file.as_raw_fd();
-        // SAFETY: flock takes two numbers. The lock that it may give is given back at once.
+        // SAFETY: flock takes two numbers. A lock that the first call takes is released at once.
         unsafe { libc::flock(fd, libc::LOCK_SH | libc::LOCK_NB) != 0 || libc::flock(fd, libc::LOCK_UN) != 0 }
     }
 
-    /// The rows that have come since.
+    /// Returns the rows that were appended since the last call.
     pub fn read(&mut self) -> io::Result<Result<Vec<Row>, NotAnObservation>> {
         if self.header.is_none() && !self.read_header()? {
             return Ok(Err(NotAnObservation));
@@ -63,7 +64,7 @@ impl Follower {
         Ok(Ok(text.lines().filter_map(|line| Row::parse(&header, line)).collect()))
     }
 
-    /// Reads the first line, if all of it has come; false: it is not one of ours.
+    /// Reads the first line if it is complete. Returns `false` if the file is not an observation.
     fn read_header(&mut self) -> io::Result<bool> {
         let room = HEADER_BYTES_MAX.saturating_sub(self.waiting.len());
         self.file.by_ref().take(room as u64).read_to_end(&mut self.waiting)?;
@@ -72,7 +73,7 @@ impl Follower {
         };
         let line: Vec<u8> = self.waiting.drain(..=end).collect();
         let line = String::from_utf8_lossy(&line).trim_end().to_owned();
-        // The columns that a view needs; others may be more or fewer.
+        // A view needs these two columns. The others may differ between versions.
         let first_two = [line.split(',').next(), line.split(',').nth(1)];
         let is_ours = csv::columns().take(2).eq(first_two.into_iter().flatten());
         self.header = is_ours.then_some(line);

@@ -1,70 +1,69 @@
-//! The guest's own view of its caches and disks, through a port of the console device.
+//! The guest's own view of its caches and disks, received through a port of the console device.
 //!
-//! Owns what is asked and how the answer reads; the port itself is `vmm`'s. In the test guest
-//! `minivmm-observe` (guest-images/guest/observe.c) answers. Other guests do not, and nothing waits for
-//! them: a view is there or it is not.
+//! Owns the protocol; `vmm` owns the port. In the test guest `minivmm-observe` (guest-images/guest/observe.c)
+//! answers. Other guests do not, and nothing depends on an answer.
 //!
-//! One byte asks. The answer is a line: `cached KIB buffers KIB shmem KIB dirty KIB writeback KIB`, and
-//! for each disk `disk NAME READS SECTORS WRITES SECTORS FLUSHES`.
+//! The question is one byte. The answer is a line: `cached KIB buffers KIB shmem KIB dirty KIB writeback KIB`,
+//! and for each disk `disk NAME READS SECTORS WRITES SECTORS FLUSHES`.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-/// What asks.
+/// The question.
 const QUESTION: &[u8] = b"?";
-/// A line that grows longer is none of ours.
+/// Most bytes of an answer. A longer line is discarded.
 const LINE_BYTES_MAX: usize = 64 * 1024;
 const SECTOR_BYTES: u64 = 512;
 
-/// What a guest says of itself.
+/// What a guest reports about itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GuestView {
-    /// Cached of /proc/meminfo: pages of files, also of those that lie in memory.
+    /// Cached in /proc/meminfo: pages of files, including files in memory.
     pub cached_bytes: u64,
-    /// Buffers: pages of block devices themselves.
+    /// Buffers in /proc/meminfo: pages of block devices.
     pub buffers_bytes: u64,
-    /// Shmem: of `cached_bytes`, what lies in memory for good (tmpfs).
+    /// Shmem in /proc/meminfo: the part of `cached_bytes` that belongs to files in memory (tmpfs).
     pub shmem_bytes: u64,
-    /// Dirty.
+    /// Dirty in /proc/meminfo.
     pub dirty_bytes: u64,
-    /// Writeback.
+    /// Writeback in /proc/meminfo.
     pub writeback_bytes: u64,
-    /// Its virtio disks.
+    /// The virtio disks.
     pub disks: Vec<GuestDisk>,
 }
 
-/// /sys/block/NAME/stat in the guest.
+/// Counters of one disk, from /sys/block/NAME/stat in the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GuestDisk {
-    /// vda, vdb, ...
+    /// Name of the disk: vda, vdb, ...
     pub name: String,
-    /// Reads that have ended.
+    /// Number of completed reads.
     pub reads: u64,
-    /// Their bytes.
+    /// Bytes of those.
     pub read_bytes: u64,
-    /// Writes that have ended.
+    /// Number of completed writes.
     pub writes: u64,
-    /// Their bytes.
+    /// Bytes of those.
     pub written_bytes: u64,
-    /// FLUSHes that have ended: field 16, of kernels from 5.5 on.
+    /// Number of completed FLUSHes (field 16); `None` on kernels before Linux 5.5.
     pub flushes: Option<u64>,
 }
 
 impl GuestView {
-    /// Pages of files and devices, without those that lie in memory for good. What an initramfs has
-    /// unpacked is among them: only the difference of two views is of disks.
+    /// Returns the pages of files and devices in bytes, without files in memory. The unpacked initramfs may
+    /// still count, so only the difference between two views is due to disks.
     pub fn page_cache_bytes(&self) -> u64 {
         (self.cached_bytes + self.buffers_bytes).saturating_sub(self.shmem_bytes)
     }
 
-    /// The disk of that name.
+    /// Returns the disk with this name.
     pub fn disk(&self, name: &str) -> Option<&GuestDisk> {
         self.disks.iter().find(|disk| disk.name == name)
     }
 
-    /// A line as the guest writes it. The guest is not to be trusted: anything else is no view.
+    /// Parses a line from the guest. The guest is not trusted: any line that is not valid gives `None`.
     pub fn parse(line: &str) -> Option<Self> {
         let mut words = line.split_whitespace();
         let mut view = Self::default();
@@ -81,7 +80,7 @@ impl GuestView {
                 "writeback" => &mut view.writeback_bytes,
                 _ => return None,
             };
-            // No guest has more bytes than these.
+            // No guest has that much memory, and the shift must not overflow.
             let kib: u64 = words.next()?.parse().ok().filter(|kib| *kib < 1 << 50)?;
             *field = kib << 10;
         }
@@ -99,12 +98,12 @@ fn disk<'a>(words: &mut impl Iterator<Item = &'a str>) -> Option<GuestDisk> {
         read_bytes: read.saturating_mul(SECTOR_BYTES),
         writes,
         written_bytes: written.saturating_mul(SECTOR_BYTES),
-        // A hyphen where the kernel does not count them.
+        // The guest writes a hyphen if its kernel does not count FLUSHes.
         flushes: words.next().and_then(|word| word.parse().ok()),
     })
 }
 
-/// Our end of the port: questions go out, lines come in.
+/// The host's end of the port. Questions go out and lines come in.
 #[derive(Debug)]
 pub struct GuestEnd {
     questions: File,
@@ -115,15 +114,15 @@ pub struct GuestEnd {
 }
 
 impl GuestEnd {
-    /// Over the two pipes of a port.
+    /// Creates the end from the two pipes of a port.
     pub fn new(questions: File, answers: File) -> Self {
         Self { questions, answers, line: Vec::new(), asked: false, last: None }
     }
 
-    /// Asks, and waits so long for the answer. The newest view, and how old it is.
+    /// Asks the guest and waits at most `patience` for the answer. Returns the newest view and its age.
     pub fn look(&mut self, patience: Duration) -> Option<(GuestView, Duration)> {
         if !self.asked {
-            // One byte at a time is on its way, so the pipe has room.
+            // At most one byte is unread, so the pipe has room.
             self.asked = self.questions.write_all(QUESTION).is_ok();
         }
         let until = Instant::now() + patience;
@@ -136,7 +135,7 @@ impl GuestEnd {
         self.newest()
     }
 
-    /// The newest view, without asking, and how old it is.
+    /// Returns the newest view and its age, without asking.
     pub fn newest(&self) -> Option<(GuestView, Duration)> {
         self.last.as_ref().map(|(view, at)| (view.clone(), at.elapsed()))
     }
@@ -145,7 +144,7 @@ impl GuestEnd {
         let left = until.saturating_duration_since(Instant::now());
         let timeout_ms = libc::c_int::try_from(left.as_millis()).unwrap_or(libc::c_int::MAX);
         let mut asked = libc::pollfd { fd: self.answers.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one valid pollfd.
+        // SAFETY: the pointer is to one valid pollfd.
         let ready = unsafe { libc::poll(&raw mut asked, 1, timeout_ms) };
         ready > 0 && asked.revents & libc::POLLIN != 0
     }
@@ -209,14 +208,14 @@ mod tests {
         }
         let mut bytes = [0; 16];
         assert_eq!(asked.read(&mut bytes).unwrap(), 1, "one question");
-        // In two pieces.
+        // The answer arrives in two pieces.
         answer.write_all(b"cached 8 dirt").unwrap();
         assert_eq!(end.look(Duration::from_millis(1)), None);
         answer.write_all(b"y 4\n").unwrap();
         let (view, age) = end.look(Duration::from_secs(60)).unwrap();
         assert_eq!((view.cached_bytes, view.dirty_bytes), (8192, 4096));
         assert!(age < Duration::from_secs(30), "it did not wait for more: {age:?}");
-        // The next look asks again, and has the old view meanwhile.
+        // The next look asks again, and returns the old view meanwhile.
         assert!(end.look(Duration::from_millis(1)).is_some());
         assert_eq!(asked.read(&mut bytes).unwrap(), 1);
     }

@@ -1,8 +1,8 @@
-//! What the host's disk below an image does, and what this process makes it do.
+//! What the host's disk below an image does, and what this process makes disks do.
 //!
-//! Owns the reading of /sys/dev/block/MAJ:MIN/stat (Documentation/block/stat.rst) and /proc/self/io.
-//! The first counts for everybody on that disk, the second for all disks of this VM: neither is one
-//! image's alone, and docs/observing.md says what that means.
+//! Owns the parsing of the disk's stat file in sysfs (Documentation/block/stat.rst) and of /proc/self/io. The
+//! first counts for everybody who uses that disk, and the second for all disks of this VM. Neither is about one
+//! image alone; docs/observing.md explains what follows.
 
 use std::fs::File;
 use std::io;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use crate::disk::Image;
 use crate::explain::{Layer, Place, below, below_device};
 
-/// A sector of stat's, whatever the disk's own is.
+/// Size of a sector in the stat file, whatever the sector size of the disk is.
 const SECTOR_BYTES: u64 = 512;
 
 /// The disk of the host on which an image lies.
@@ -22,25 +22,25 @@ pub struct HostDisk {
     stat: Arc<File>,
 }
 
-/// What a disk has done since it was there: I/Os that have ended.
+/// Counters of a disk since it appeared: completed I/Os.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DiskIo {
-    /// Reads, after merging.
+    /// Number of reads, after merging.
     pub reads: u64,
-    /// Their bytes.
+    /// Bytes of those.
     pub read_bytes: u64,
-    /// Writes, after merging.
+    /// Number of writes, after merging.
     pub writes: u64,
-    /// Their bytes.
+    /// Bytes of those.
     pub written_bytes: u64,
-    /// FLUSHes, which concurrent syncs share. `None` before Linux 5.5. A disk without a write cache is
-    /// sent none, and stays at 0.
+    /// Number of FLUSHes, each of which may serve several concurrent syncs. `None` before Linux 5.5. Stays 0
+    /// for a disk without a write cache, because the kernel sends it none.
     pub flushes: Option<u64>,
 }
 
 impl HostDisk {
-    /// The disk below `image`: the whole disk where it is on a partition. Below device-mapper and md,
-    /// which count no FLUSHes, the first disk that does; of a mirror that is one leg.
+    /// Finds the disk below `image`. For a partition it is the whole disk. device-mapper and md count no
+    /// FLUSHes, so the first other disk below them is taken, which of a mirror is one half.
     pub fn of(image: &Image) -> Option<Self> {
         Self::lowest(&below(image, &Place::of(image)))
     }
@@ -48,22 +48,22 @@ impl HostDisk {
     fn lowest(layers: &[Layer]) -> Option<Self> {
         let real = |layer: &&Layer| !["dm-", "md"].iter().any(|prefix| layer.name.starts_with(prefix));
         let name = layers.iter().find(real).or(layers.first())?.name.clone();
-        // Opened once: with the sandbox nothing can be opened later.
+        // The file is opened now, because the sandbox does not allow that later.
         let stat = Arc::new(File::open(format!("/sys/block/{name}/stat")).ok()?);
         Some(Self { stat, name })
     }
 
-    /// The same below a file that is no open image.
+    /// Finds the disk below a file that is not an open image.
     pub fn below(file: &File) -> Option<Self> {
         Self::lowest(&below_device(Place::of_file(file).device?))
     }
 
-    /// Its name in the kernel.
+    /// Returns the kernel's name of the disk.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// What it has done so far.
+    /// Returns the counters of the disk.
     pub fn io(&self) -> Option<DiskIo> {
         parse_stat(&anew(&self.stat).ok()?)
     }
@@ -81,32 +81,32 @@ fn parse_stat(text: &str) -> Option<DiskIo> {
     })
 }
 
-/// What this process has caused, all disks and files together.
+/// I/O that this process has caused, on all disks and files together.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ProcessIo {
-    /// Bytes that had to come from a disk, read-ahead included. What the page cache had is not in it.
+    /// Bytes that were read from a disk, including read-ahead. What the page cache supplied does not count.
     pub read_bytes: u64,
-    /// Bytes of pages made dirty, and of O_DIRECT writes.
+    /// Bytes of pages that were made dirty, and of O_DIRECT writes.
     pub written_bytes: u64,
 }
 
-/// Where the kernel accounts for this process.
+/// The I/O accounting of this process.
 #[derive(Debug)]
 pub struct Accounts(File);
 
 impl Accounts {
-    /// This process's; nothing where the kernel does not account for it (CONFIG_TASK_IO_ACCOUNTING).
+    /// Opens the accounting; `None` if the kernel has none (CONFIG_TASK_IO_ACCOUNTING).
     pub fn of_this_process() -> Option<Self> {
         File::open("/proc/self/io").ok().map(Self)
     }
 
-    /// Until now.
+    /// Returns the I/O that this process has caused so far.
     pub fn now(&self) -> Option<ProcessIo> {
         parse_io(&anew(&self.0).ok()?)
     }
 }
 
-/// A small file of the kernel's, which it writes anew for everybody who reads from its beginning.
+/// Reads a small file of procfs or sysfs again. The kernel generates it for each read from its beginning.
 fn anew(file: &File) -> io::Result<String> {
     let mut bytes = [0; 1024];
     let mut used = 0;

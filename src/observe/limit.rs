@@ -1,34 +1,34 @@
-//! A memory limit for experiments: a cgroup v2 of this process's own, with memory.max.
+//! A memory limit for experiments: puts this process into a cgroup v2 of its own with memory.max.
 //!
-//! Owns its making, its filling and its end. The limit is on everything that the process uses: guest
-//! memory that has been touched, and the page cache that it brings in.
+//! Owns the creation of the cgroup, the move into it and its removal. The limit covers all memory that the
+//! process uses: guest memory that was touched, and the page cache that it fills.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
-/// Why there is no limit.
+/// Why no limit can be set.
 #[derive(Debug, thiserror::Error)]
 pub enum LimitError {
-    /// No cgroup v2, or one without this controller.
+    /// There is no cgroup v2, or it has no memory controller.
     #[error(
         "this host has no cgroup v2 with a memory controller (cgroup v1 has it, or the kernel was built without; \
          systemd.unified_cgroup_hierarchy=1 on the kernel's command line gives it to v2)"
     )]
     NoController,
-    /// It is there, and this process may not use it.
+    /// This process may not use the controller.
     #[error(
         "cannot {what} {path} (as root it can be; or start minivmm by `systemd-run --user --scope -p Delegate=yes`)"
     )]
     Refused {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// On which file.
+        /// The file.
         path: PathBuf,
-        /// The kernel's answer.
+        /// The error that the kernel reported.
         source: io::Error,
     },
-    /// Nowhere can a child have the controller.
+    /// No cgroup can give this controller to a child.
     #[error(
         "cgroup {0} has processes of its own and gives its children no memory controller (cgroup v2: no internal \
          processes); start minivmm by `systemd-run --user --scope -p Delegate=yes`"
@@ -36,33 +36,35 @@ pub enum LimitError {
     NoPlace(PathBuf),
 }
 
-/// This process in a cgroup of its own, until dropped.
+/// A cgroup of its own for this process, until it is dropped.
 #[derive(Debug)]
 pub struct MemoryLimit {
     group: PathBuf,
-    /// cgroup.procs of the group that we come from: with the sandbox nothing can be opened at the end.
+    /// cgroup.procs of the cgroup that this process came from. It is opened at the start, because the sandbox
+    /// does not allow that at the end.
     back: Option<File>,
     remover: Option<Remover>,
 }
 
-/// A process of its own, outside the group, that removes it when we are gone, however we go.
+/// A process outside the cgroup that removes it when we have ended, even if we are killed.
 #[derive(Debug)]
 struct Remover {
     process: libc::pid_t,
-    /// Its other end is readable, and at its end, when we let go of it or are killed.
+    /// Our end of a pipe. The remover sees the end of the pipe when we drop it or are killed.
     alive: Option<PipeWriter>,
 }
 
 impl MemoryLimit {
-    /// Limits this process, and its children from now on, to so many bytes of memory. Swap is not used
-    /// instead, where that can be said.
+    /// Limits this process, and the children that it starts later, to `bytes` of memory. Swap is disabled if
+    /// the kernel allows it.
     pub fn of_this_process(bytes: u64) -> Result<Self, LimitError> {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let (root, before) = own_group(&mounts, &own).ok_or(LimitError::NoController)?;
         let parent = find_parent(&root, &before)?;
         let group = parent.join(format!("minivmm-{}", std::process::id()));
-        // One of a process that had our number and was killed; it has no processes.
+        // A process with our number may have been killed and left its cgroup behind, which then has no
+        // processes.
         let _ = fs::remove_dir(&group);
         fs::create_dir(&group).map_err(refused("make the cgroup", &group))?;
         let back = OpenOptions::new().write(true).open(before.join("cgroup.procs")).ok();
@@ -76,7 +78,7 @@ impl MemoryLimit {
         Ok(limit)
     }
 
-    /// The cgroup: memory.current, memory.stat and memory.pressure in it tell how it is used.
+    /// Returns the path of the cgroup. Its memory.current, memory.stat and memory.pressure describe its use.
     pub fn group(&self) -> &Path {
         &self.group
     }
@@ -89,7 +91,7 @@ impl MemoryLimit {
 
 impl Drop for MemoryLimit {
     fn drop(&mut self) {
-        // A group with processes cannot be removed; one that stays behind limits nobody.
+        // A cgroup with processes cannot be removed, so we leave it first. A cgroup that remains limits nobody.
         if let Some(back) = &mut self.back {
             let _ = back.write_all(std::process::id().to_string().as_bytes());
         }
@@ -97,22 +99,22 @@ impl Drop for MemoryLimit {
     }
 }
 
-/// How often the group is looked at while it still has a process that ends.
+/// Pause between two attempts to remove the cgroup while a process in it still exits.
 const LOOK: std::time::Duration = std::time::Duration::from_millis(10);
 const LOOKS_MAX: u32 = 1000;
 
 impl Remover {
-    /// Starts it, with a copy of this thread alone.
+    /// Starts the remover, as a copy of this thread alone.
     fn start(group: &Path) -> io::Result<Self> {
         let (ours, alive) = io::pipe()?;
-        // SAFETY: what the copy does until its end takes no lock that another thread may have had: it reads,
-        // removes a directory, sleeps.
+        // SAFETY: the copy only reads, removes a directory and sleeps until it exits. None of this takes a lock
+        // that another thread may have held.
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),
             0 => {
                 drop(alive);
                 remove_when_ended(ours, group);
-                // SAFETY: ends the copy, without what our own end would do.
+                // SAFETY: ends the copy without running the destructors and exit handlers of this process.
                 unsafe { libc::_exit(0) }
             }
             process => Ok(Self { process, alive: Some(alive) }),
@@ -121,7 +123,8 @@ impl Remover {
 }
 
 fn remove_when_ended(mut alive: PipeReader, group: &Path) {
-    // Nothing is ever written: it comes to its end. A signal is no end.
+    // Nothing is ever written to the pipe, so this returns when it is closed. read_exact repeats a read that a
+    // signal interrupts.
     let _ = alive.read_exact(&mut [0]);
     for _ in 0..LOOKS_MAX {
         match fs::remove_dir(group) {
@@ -134,7 +137,7 @@ fn remove_when_ended(mut alive: PipeReader, group: &Path) {
 impl Drop for Remover {
     fn drop(&mut self) {
         self.alive = None;
-        // SAFETY: waits for a child of ours; its status is not asked for.
+        // SAFETY: waits for our child, and a null pointer stands for no status.
         unsafe { libc::waitpid(self.process, std::ptr::null_mut(), 0) };
     }
 }
@@ -144,7 +147,7 @@ fn refused(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LimitEr
     move |source| LimitError::Refused { what, path, source }
 }
 
-/// Where cgroup v2 is mounted, and this process's own group in it.
+/// Returns where cgroup v2 is mounted, and the path of this process's cgroup.
 fn own_group(mounts: &str, own: &str) -> Option<(PathBuf, PathBuf)> {
     let mount = mounts.lines().find_map(|line| {
         let (mount, kind) = line.split_once(" - ")?;
@@ -156,8 +159,8 @@ fn own_group(mounts: &str, own: &str) -> Option<(PathBuf, PathBuf)> {
     Some((root, own))
 }
 
-/// A group whose children have the memory controller: our own, or, as a group with processes may not
-/// hand it on, the one above it.
+/// Returns a cgroup whose children have the memory controller: our own or the one above it, because a cgroup
+/// with processes cannot give controllers to its children.
 fn find_parent(root: &Path, own: &Path) -> Result<PathBuf, LimitError> {
     let has = |group: &Path, file: &str| {
         let text = fs::read_to_string(group.join(file)).unwrap_or_default();
@@ -171,7 +174,7 @@ fn find_parent(root: &Path, own: &Path) -> Result<PathBuf, LimitError> {
     if let Some(group) = [Some(own), above].into_iter().flatten().find(|group| hands_on(group)) {
         return Ok(group.to_owned());
     }
-    // The root may have both processes and controllers; a delegated group may be empty but for us.
+    // The root may have both processes and controllers, and a delegated cgroup may contain only us.
     for group in [Some(own), above].into_iter().flatten().filter(|group| has(group, "cgroup.controllers")) {
         let file = group.join("cgroup.subtree_control");
         match fs::write(&file, "+memory") {

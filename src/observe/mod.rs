@@ -1,9 +1,9 @@
-//! Where the data is: the host's page cache of an image, the guest's view of its own, the host disk's
-//! I/O, and what follows from them (docs/observing.md).
+//! Shows where the data is: the host's page cache of an image, the guest's view of its own cache, the I/O of
+//! the host's disk, and what follows from them (docs/observing.md).
 //!
-//! Owns the looking ([`cache`], [`host`], [`guest`]), the joining ([`sample`]), the file that keeps it
-//! ([`csv`], [`sampler`], read by [`follow`]) and what is done to a cache before a guest starts ([`control`], [`limit`]).
-//! Decides nothing about requests: a disk that is observed works as one that is not.
+//! Owns the measurements ([`cache`], [`host`], [`guest`]), their combination ([`sample`]), the file that
+//! records them ([`csv`], [`sampler`], read by [`follow`]), and what is done to a cache before a guest starts
+//! ([`control`], [`limit`]). It decides nothing about requests: an observed disk works like any other.
 
 pub mod cache;
 pub mod control;

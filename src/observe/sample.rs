@@ -1,7 +1,7 @@
-//! One look at everything, and what follows from it.
+//! One sample of everything, and the figures derived from it.
 //!
-//! Owns the joining and the three derived figures, defined in docs/observing.md. Counts begin with the
-//! observation, so that what the host's disk did before is nobody's.
+//! Owns the combination and the three derived figures, which docs/observing.md defines. Counters start at 0
+//! when the observation begins, so that what the host's disk did before does not count.
 
 use std::borrow::Borrow;
 use std::fs::File;
@@ -14,64 +14,65 @@ use super::guest::{GuestDisk, GuestEnd, GuestView};
 use super::host::{Accounts, DiskIo, HostDisk, ProcessIo};
 use crate::disk::Image;
 
-/// So long a guest's answer is waited for.
+/// How long an answer of the guest is waited for.
 const GUEST_PATIENCE: Duration = Duration::from_millis(50);
 
-/// Everything at one moment.
+/// A sample of everything at one moment.
 #[derive(Debug, Clone)]
 pub struct Sample {
-    /// Since the observation began.
+    /// Time since the observation began.
     pub at: Duration,
-    /// vda, vdb, ...
+    /// The disks: vda, vdb, ...
     pub disks: Vec<DiskSample>,
-    /// What this process has had from and given to disks, since the observation began.
+    /// What this process has read from and written to disks since the observation began; `None` if the kernel
+    /// does not account for it.
     pub process: Option<ProcessIo>,
-    /// The guest's view, if it has told one.
+    /// The guest's view; `None` if it has not reported one.
     pub guest: Option<GuestSample>,
-    /// Of the guest's reads, the share for which the host's disk was not needed: from 0 to 1; `None` as
-    /// long as nothing was read. All disks together.
+    /// Share of the bytes read by the guest that needed no read of the host's disk, from 0 to 1, for all disks
+    /// together. `None` until something is read.
     pub host_hit_share: Option<f64>,
 }
 
 /// The guest's view in a sample.
 #[derive(Debug, Clone)]
 pub struct GuestSample {
-    /// What it said.
+    /// What the guest reported.
     pub view: GuestView,
-    /// How long ago.
+    /// Age of the report.
     pub age: Duration,
-    /// Pages of files and devices that have come since its first view.
+    /// Growth of the guest's pages of files and devices since its first report.
     pub page_cache_growth_bytes: u64,
 }
 
-/// One disk at one moment.
+/// The figures of one disk in a sample.
 #[derive(Debug, Clone)]
 pub struct DiskSample {
-    /// vda, vdb, ...
+    /// Name of the disk: vda, vdb, ...
     pub name: String,
-    /// The mode.
+    /// Name of the cache mode.
     pub cache: &'static str,
-    /// What the host's cache has of the image; `None` where it cannot be looked at.
+    /// What the host's page cache holds of the image; `None` if it cannot be measured.
     pub residency: Option<Residency>,
-    /// As the guest has asked the device.
+    /// Requests that the guest made to the device.
     pub requests: Requests,
-    /// fdatasyncs that minivmm has made.
+    /// Number of fdatasyncs that minivmm has made.
     pub syncs: u64,
-    /// Bytes that a crash of the host would cost.
+    /// Number of bytes that a crash of the host would lose.
     pub at_risk_bytes: u64,
-    /// The host's disk below it.
+    /// Name of the host's disk below the image; `None` if it is not known.
     pub host_disk: Option<String>,
-    /// What that disk has done for everybody, since the observation began.
+    /// What that disk has done for everybody since the observation began.
     pub host_io: Option<DiskIo>,
-    /// The guest's own count of what it has done with this disk.
+    /// The guest's own counters of this disk; `None` without a guest's view.
     pub guest: Option<GuestDisk>,
-    /// Bytes that guest and host may both have in their caches, at most. `None` without a guest's view.
+    /// Upper bound of the bytes that both the guest and the host have cached. `None` without a guest's view.
     pub double_cached_bytes: Option<u64>,
-    /// FLUSHes of the host's disk for each FLUSH of the guest's; `None` without a FLUSH.
+    /// FLUSHes of the host's disk per FLUSH of the guest; `None` without a FLUSH.
     pub flush_amplification: Option<f64>,
 }
 
-/// Requests as the device has seen them.
+/// Requests that the device has received.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[allow(missing_docs, reason = "each is its name")]
 pub struct Requests {
@@ -96,14 +97,14 @@ impl Requests {
     }
 }
 
-/// Looks, again and again.
+/// Takes samples repeatedly.
 #[derive(Debug)]
 pub struct Looker {
     begun: Instant,
     disks: Vec<Disk>,
     process: Option<(Accounts, ProcessIo)>,
     guest: Option<GuestEnd>,
-    /// The guest's page cache when it first told of it.
+    /// Size of the guest's page cache at its first report.
     guest_first_bytes: Option<u64>,
 }
 
@@ -116,7 +117,7 @@ struct Disk {
     told: bool,
 }
 
-/// The image's descriptor.
+/// The descriptor of an image.
 #[derive(Debug)]
 struct SharedFile(Arc<File>);
 
@@ -127,7 +128,7 @@ impl Borrow<File> for SharedFile {
 }
 
 impl Looker {
-    /// The observation of these images begins, and of the guest at the other end.
+    /// Begins the observation of these images and, through `guest`, of the guest.
     pub fn begin(images: impl IntoIterator<Item = Arc<Image>>, guest: Option<GuestEnd>) -> Self {
         let disk = |(image, letter): (Arc<Image>, char)| Disk {
             name: format!("vd{letter}"),
@@ -146,7 +147,7 @@ impl Looker {
         }
     }
 
-    /// Everything now. The guest is asked, and its answer waited for a little, if it is `running`.
+    /// Takes a sample. If the guest is `running`, it is asked, and its answer is waited for briefly.
     pub fn look(&mut self, running: bool) -> Sample {
         let guest = self.look_at_guest(running);
         let disks: Vec<_> = self.disks.iter_mut().map(|disk| disk.look(guest.as_ref())).collect();
@@ -213,17 +214,17 @@ fn since(now: DiskIo, then: DiskIo) -> DiskIo {
     }
 }
 
-/// Whatever both have: no more than either has.
+/// Returns an upper bound of what both have cached: it cannot be more than either has.
 fn double_cached(host: &Residency, guest: &GuestSample) -> u64 {
     host.cached_bytes().min(guest.page_cache_growth_bytes)
 }
 
-/// The share of `asked` bytes for which no disk was read. Read-ahead may read more than was asked.
+/// Returns the share of `asked` bytes for which no disk was read. Read-ahead may read more than was asked for.
 pub fn hit_share(asked: u64, from_disk: u64) -> Option<f64> {
     (asked > 0).then(|| 1.0 - (from_disk.min(asked) as f64 / asked as f64))
 }
 
-/// FLUSHes of the host's disk for each of the guest's.
+/// Returns the FLUSHes of the host's disk per FLUSH of the guest; `None` if the guest sent none.
 pub fn amplification(asked: u64, done: u64) -> Option<f64> {
     (asked > 0).then(|| done as f64 / asked as f64)
 }

@@ -1,7 +1,7 @@
-//! `--observe`: a thread that looks at every interval and writes what it has seen.
+//! `--observe`: a thread that takes a sample at every interval and writes it.
 //!
-//! Owns the thread, its clock and the file. A look that takes longer than the interval makes the next one
-//! late, never two at once.
+//! Owns the thread, its clock and the file. If a sample takes longer than the interval, the next one is late;
+//! two never overlap.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -13,7 +13,7 @@ use super::csv;
 use super::sample::Looker;
 use crate::sandbox::{Role, Ticket};
 
-/// An observation that runs.
+/// A running observation.
 #[derive(Debug)]
 pub struct Observer {
     stop: Sender<()>,
@@ -21,9 +21,9 @@ pub struct Observer {
 }
 
 impl Observer {
-    /// Writes the header and the first sample, and from then on one each interval.
+    /// Writes the header and the first sample, and starts a thread that adds a sample at every interval.
     pub fn start(mut looker: Looker, mut to: File, interval: Duration) -> io::Result<Self> {
-        // Before the guest runs: a file that cannot be written is no surprise later.
+        // Written before the guest runs, so that an unwritable file is reported at the start.
         to.write_all(csv::header().as_bytes())?;
         to.write_all(csv::lines(&looker.look(false)).as_bytes())?;
         let (stop, stopped) = mpsc::channel();
@@ -36,7 +36,7 @@ impl Observer {
                     Err(RecvTimeoutError::Timeout) => true,
                     Ok(()) | Err(RecvTimeoutError::Disconnected) => false,
                 };
-                // In one write: whoever follows the file sees whole samples.
+                // Each sample is one write, so that a reader who follows the file sees whole samples.
                 to.write_all(csv::lines(&looker.look(running)).as_bytes())?;
                 if !running {
                     return Ok(());
@@ -48,9 +48,10 @@ impl Observer {
         Ok(Self { stop, thread })
     }
 
-    /// The last sample, of how the guest has left everything; the first error, if there was one.
+    /// Writes a last sample, which shows the state that the guest left behind. Returns the first error of the
+    /// observation, if there was one.
     pub fn finish(self) -> io::Result<()> {
-        // A thread that has failed is not there any more.
+        // Sending fails only if the thread has already ended with an error, which `join` returns.
         let _ = self.stop.send(());
         self.thread.join().unwrap_or_else(|_| Err(io::Error::other("the observing thread panicked")))
     }

@@ -1,6 +1,6 @@
-//! The table of `minivmm top`: its columns, which of them a width has room for, and how figures are written.
+//! The table of `minivmm top`: its columns, which of them fit a width, and how figures are written.
 //!
-//! Owns both. A column is shown whole or not at all: the unit of a figure is never cut off.
+//! Owns all three. A column is shown whole or not at all, so that the unit of a figure is never cut off.
 
 use ratatui::layout::{Alignment, Constraint};
 use ratatui::style::{Color, Style};
@@ -9,35 +9,35 @@ use ratatui::widgets::{Cell, Row as TableRow, Table};
 
 use super::view::Disk;
 
-/// What a figure means, for its colour.
+/// The meaning of a figure, which decides its colour.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Meaning {
     Plain,
     /// Bytes in a cache.
     Cached,
-    /// Bytes that are yet to be written.
+    /// Bytes that are not written yet.
     Dirty,
     /// Bytes that a crash of the host would lose.
     AtRisk,
 }
 
-/// A column.
+/// A column of the table.
 struct Column {
     heading: &'static str,
     width: u16,
-    /// Columns with a higher number go first where there is no room for all.
+    /// The column with the highest number is omitted first if there is no room for all.
     dispensable: u8,
     alignment: Alignment,
     meaning: Meaning,
     text: fn(&Disk) -> String,
 }
 
-/// A name or a word: on the left.
+/// Creates a column for a name or word, aligned left.
 const fn word(heading: &'static str, width: u16, dispensable: u8, text: fn(&Disk) -> String) -> Column {
     Column { heading, width, dispensable, alignment: Alignment::Left, meaning: Meaning::Plain, text }
 }
 
-/// A figure: on the right, so that its digits stand below each other.
+/// Creates a column for a figure, aligned right.
 const fn figure(heading: &'static str, width: u16, dispensable: u8, text: fn(&Disk) -> String) -> Column {
     Column { heading, width, dispensable, alignment: Alignment::Right, meaning: Meaning::Plain, text }
 }
@@ -46,7 +46,7 @@ const fn of(meaning: Meaning, column: Column) -> Column {
     Column { meaning, ..column }
 }
 
-/// All of them, in their order on the screen. A width is that of the longest text there can be.
+/// All columns, in their order on the screen. The width of a column is that of its longest possible text.
 const COLUMNS: [Column; 13] = [
     word("disk", 4, 0, |disk| disk.name().to_owned()),
     word("cache", 12, 6, |disk| disk.last().text("cache").to_owned()),
@@ -62,10 +62,10 @@ const COLUMNS: [Column; 13] = [
     figure("xFLUSH", 6, 11, |disk| factor(disk.last().number("flush_amplification"))),
     of(Meaning::AtRisk, figure("at risk", 7, 4, |disk| disk.bytes("bytes_at_risk"))),
 ];
-/// Between two columns.
+/// Width of the gap between two columns.
 const SPACING: u16 = 1;
 
-/// The columns that `width` has room for.
+/// Returns the columns that fit into `width`.
 fn shown(width: u16) -> Vec<&'static Column> {
     let mut columns: Vec<&Column> = COLUMNS.iter().collect();
     let needed = |columns: &[&Column]| -> u16 {
@@ -79,7 +79,7 @@ fn shown(width: u16) -> Vec<&'static Column> {
     columns
 }
 
-/// The table of all disks, in a width.
+/// Returns the table of all disks for this width.
 pub fn table<'a>(disks: &'a [Disk], width: u16, colours: bool) -> Table<'a> {
     let columns = shown(width);
     let aligned = |column: &Column, text: String| Text::from(text).alignment(column.alignment);
@@ -87,7 +87,7 @@ pub fn table<'a>(disks: &'a [Disk], width: u16, colours: bool) -> Table<'a> {
     let headings = TableRow::new(columns.iter().map(heading)).style(Style::new().underlined());
     let cell = |column: &Column, disk: &Disk| {
         let text = (column.text)(disk);
-        // A text that is longer than all we know of is better missing than wrong.
+        // A figure without its unit would be wrong, so a text that is too long is not shown.
         let fits = text.chars().count() <= usize::from(column.width);
         let style = style_of(column.meaning, &text, colours);
         Cell::from(aligned(column, if fits { text } else { "?".into() })).style(style)
@@ -108,13 +108,13 @@ fn style_of(meaning: Meaning, text: &str, colours: bool) -> Style {
     }
 }
 
-/// Bytes, in seven places at most.
+/// Formats a number of bytes in at most seven characters.
 pub fn size(bytes: Option<f64>) -> String {
     let Some(bytes) = bytes else { return "-".to_owned() };
     let units = ["B", "K", "M", "G", "T"];
     let mut scaled = bytes;
     let mut unit = 0;
-    // What would be shown as 1024 of a unit is 1.0 of the next.
+    // 1024 of a unit must be shown as 1.0 of the next.
     while scaled >= 1023.5 && unit + 1 < units.len() {
         scaled /= 1024.0;
         unit += 1;
@@ -123,7 +123,7 @@ pub fn size(bytes: Option<f64>) -> String {
     format!("{scaled:.places$}{}", units.get(unit).unwrap_or(&""))
 }
 
-/// A number, in six places at most.
+/// Formats a number in at most six characters.
 pub fn count(value: Option<f64>) -> String {
     let Some(value) = value else { return "-".to_owned() };
     match value {
@@ -137,7 +137,7 @@ pub fn percent(value: Option<f64>) -> String {
     value.map_or("-".to_owned(), |value| format!("{:.0}%", value * 100.0))
 }
 
-/// A factor, in six places at most.
+/// Formats a factor in at most six characters.
 pub fn factor(value: Option<f64>) -> String {
     match value {
         Some(value) if value < 999.995 => format!("{value:.2}"),

@@ -1,7 +1,8 @@
-//! `minivmm top FILE`: an observation as it grows, on a terminal or as lines.
+//! `minivmm top FILE`: shows an observation while it grows, on a terminal or as lines.
 //!
-//! Owns the choice between the two, and the loop. [`minivmm::observe::follow`] reads the file, [`view`] says how a moment
-//! looks, and [`columns`] which figures a width has room for. Nothing is asked of the minivmm that writes the file: whoever may read it may look.
+//! Owns the choice between the two, and the loop. [`minivmm::observe::follow`] reads the file, [`view`] draws a
+//! sample and [`columns`] chooses the figures that fit. It only reads the file and does not contact the minivmm
+//! that writes it, so whoever may read the file may use this.
 
 mod columns;
 pub mod view;
@@ -19,7 +20,7 @@ use minivmm::observe::follow::{Follower, NotAnObservation};
 use minivmm::terminal;
 use view::{History, Screen};
 
-/// How often the file is looked at.
+/// How often the file is checked for new rows.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Why an observation cannot be shown.
@@ -30,28 +31,29 @@ pub enum TopError {
     Read {
         /// The file.
         path: String,
-        /// Why.
+        /// The error that the host reported.
         source: io::Error,
     },
-    /// It is another kind of file.
+    /// The file is not an observation.
     #[error("{path} is no observation")]
     Other {
         /// The file.
         path: String,
-        /// Why.
+        /// What is wrong with it.
         source: NotAnObservation,
     },
-    /// It cannot be shown.
+    /// The terminal or the output cannot be used.
     #[error("cannot use the terminal")]
     Terminal(#[source] io::Error),
 }
 
-/// Shows `path`: on a terminal until the user has seen enough, elsewhere as lines, to its end; or until `stop` is set.
+/// Shows `path`: on a terminal until the user quits, elsewhere as lines until the observation ends; in both
+/// cases also until `stop` is set.
 pub fn run(path: &Path, stop: &AtomicBool) -> Result<(), TopError> {
     let name = path.display().to_string();
     let file = File::open(path).map_err(|source| TopError::Read { path: name.clone(), source })?;
     let mut follower = Follower::new(file);
-    // Before the screen is taken, so that an error is seen.
+    // Read before the screen is taken over, so that an error stays visible.
     let mut history = History::default();
     look(&mut follower, &mut history, &name)?;
     if !io::stdout().is_terminal() {
@@ -64,9 +66,9 @@ pub fn run(path: &Path, stop: &AtomicBool) -> Result<(), TopError> {
     shown
 }
 
-/// Takes what has come. Whether anything may still come.
+/// Reads the new rows. Returns `true` if more may come.
 fn look(follower: &mut Follower, history: &mut History, name: &str) -> Result<bool, TopError> {
-    // Asked first: what the writer wrote before it ended is then read below.
+    // Asked before reading, so that what the writer wrote last is read too.
     let goes_on = follower.is_written();
     let rows = follower.read().map_err(|source| TopError::Read { path: name.to_owned(), source })?;
     let rows = rows.map_err(|source| TopError::Other { path: name.to_owned(), source })?;
@@ -85,7 +87,7 @@ fn print(
         let goes_on = look(&mut follower, &mut history, name)?;
         for line in history.take_lines() {
             match writeln!(out, "{line}") {
-                // A reader that has gone, as `head` does, has seen enough.
+                // A reader that has closed the pipe, as `head` does, wants no more.
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
                 written => written.map_err(TopError::Terminal)?,
             }
@@ -97,8 +99,8 @@ fn print(
     }
 }
 
-/// Whether the terminal has colours, by its kind, and the user wants them: a NO_COLOR that is not empty says no
-/// (no-color.org).
+/// Returns `true` if this kind of terminal has colours and the user wants them. A NO_COLOR that is not empty
+/// refuses them (no-color.org).
 fn has_colours(no_color: Option<&OsStr>, term: Option<&OsStr>) -> bool {
     let unwanted = no_color.is_some_and(|value| !value.is_empty());
     let term = term.map(OsStr::to_string_lossy).unwrap_or_default();

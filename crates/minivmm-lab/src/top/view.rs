@@ -1,7 +1,7 @@
-//! How a moment of an observation looks: as a line, and on a terminal.
+//! How a sample of an observation is shown: as a line, and on a terminal.
 //!
-//! Owns the words and the layout, and the rates, which are the difference of the last two rows of a disk. On a
-//! terminal nothing is cut: what there is no room for goes as a whole ([`super::columns`], [`lines_of`]).
+//! Owns the texts, the layout and the rates, which are computed from the last two rows of a disk. On a terminal
+//! nothing is cut off: what does not fit is omitted as a whole ([`super::columns`], [`lines_of`]).
 
 use std::collections::VecDeque;
 
@@ -14,39 +14,39 @@ use ratatui::widgets::{Paragraph, RenderDirection, Sparkline};
 use super::columns::{count, factor, percent, size, table};
 use minivmm::observe::csv::Row;
 
-/// Moments that a curve shows at most.
+/// Most samples that a curve shows.
 const MOMENTS_MAX: usize = 512;
 
-/// What has been seen of each disk.
+/// The samples of all disks so far.
 #[derive(Debug, Default)]
 pub struct History {
     disks: Vec<Disk>,
     lines: Vec<String>,
 }
 
-/// What has been seen of one disk.
+/// The samples of one disk so far.
 #[derive(Debug, Default)]
 pub struct Disk {
     name: String,
     last: Row,
     before: Option<Row>,
-    /// Moments, the oldest first: seconds, and bytes in the host's cache.
+    /// The samples, oldest first: seconds, and bytes in the host's page cache.
     cached: VecDeque<(f64, u64)>,
 }
 
 /// What a screen shows besides the history.
 #[derive(Debug, Clone, Copy)]
 pub struct Screen<'a> {
-    /// The observation's file.
+    /// Path of the observation.
     pub name: &'a str,
-    /// Whether more may come.
+    /// True if more samples may come.
     pub goes_on: bool,
-    /// Whether the terminal has colours, and the user wants them.
+    /// True if colours are used.
     pub colours: bool,
 }
 
 impl History {
-    /// One more row.
+    /// Adds a row.
     pub fn take(&mut self, row: Row) {
         let name = row.text("disk").to_owned();
         let at = self.disks.iter().position(|disk| disk.name == name).unwrap_or_else(|| {
@@ -58,14 +58,14 @@ impl History {
         self.lines.push(disk.line());
     }
 
-    /// As `host_hit_share` is defined, for what was read between the last two moments.
+    /// Returns the hit share, defined as `host_hit_share`, of what was read between the last two samples.
     fn lately(&self) -> Option<f64> {
         let asked: f64 = self.disks.iter().filter_map(|disk| disk.growth("read_bytes")).sum();
         let from_disk = self.disks.first()?.growth("process_read_bytes")?;
         (asked > 0.0).then(|| 1.0 - from_disk.min(asked) / asked)
     }
 
-    /// The lines of the rows since the last call.
+    /// Returns the lines of the rows that were added since the last call.
     pub fn take_lines(&mut self) -> Vec<String> {
         std::mem::take(&mut self.lines)
     }
@@ -82,22 +82,22 @@ impl Disk {
         self.before = (!before.text("disk").is_empty()).then_some(before);
     }
 
-    /// Its name in the guest.
+    /// Returns the name of the disk in the guest.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The newest row.
+    /// Returns the newest row.
     pub fn last(&self) -> &Row {
         &self.last
     }
 
-    /// A column of bytes of the newest row.
+    /// Formats a column of bytes in the newest row.
     pub fn bytes(&self, column: &str) -> String {
         size(self.last.number(column))
     }
 
-    /// What a column has grown by in a second.
+    /// Returns the growth of a column per second.
     pub fn rate(&self, column: &str) -> Option<f64> {
         let before = self.before.as_ref()?;
         let seconds = self.last.number("time_s")? - before.number("time_s")?;
@@ -105,12 +105,13 @@ impl Disk {
         (seconds > 0.0 && grown >= 0.0).then_some(grown / seconds)
     }
 
-    /// The share of all reads so far that the host's cache has served. All disks share the figure.
+    /// Returns the share of all bytes read so far that the host's page cache supplied. It is the same for all
+    /// disks.
     fn hit_share(&self) -> Option<f64> {
         self.last.number("host_hit_share")
     }
 
-    /// What a column has grown by since the row before.
+    /// Returns the growth of a column since the previous row.
     fn growth(&self, column: &str) -> Option<f64> {
         Some(self.last.number(column)? - self.before.as_ref()?.number(column)?)
     }
@@ -139,7 +140,7 @@ impl Disk {
     }
 }
 
-/// Draws the newest moment.
+/// Draws the newest sample.
 pub fn draw(frame: &mut Frame<'_>, history: &History, screen: &Screen<'_>) {
     let width = frame.area().width;
     let first = history.disks.first();
@@ -162,7 +163,7 @@ pub fn draw(frame: &mut Frame<'_>, history: &History, screen: &Screen<'_>) {
     draw_curves(frame, history, screen, curves);
 }
 
-/// The first line: as many of its parts as there is room for, the state before all others.
+/// Returns the title line with as many of its parts as fit. The state is kept longest.
 fn title_of<'a>(history: &History, screen: &Screen<'_>, width: u16) -> Line<'a> {
     let seconds = history.disks.first().and_then(|disk| disk.last.number("time_s")).unwrap_or_default();
     let (state, colour) = if screen.goes_on { ("running", Color::Green) } else { ("ended", Color::Gray) };
@@ -189,10 +190,10 @@ fn fits(text: &str, width: u16) -> bool {
     text.chars().count() <= usize::from(width)
 }
 
-/// A label and what it says, in parts that are not divided.
+/// A label, and the parts of its text, which are not broken.
 type Fact = (&'static str, Vec<String>);
 
-/// What is of all disks together.
+/// Returns what concerns all disks together.
 fn facts_of(disk: &Disk, lately: Option<f64>) -> Vec<Fact> {
     let bytes = |column: &str| disk.bytes(column);
     let guest = match disk.last.text("guest_age_s") {
@@ -224,10 +225,11 @@ fn facts_of(disk: &Disk, lately: Option<f64>) -> Vec<Fact> {
     vec![("guest", guest), ("host", host), ("reads", hits)]
 }
 
-/// The columns of a label.
+/// Width of a label in characters.
 const LABEL: u16 = 8;
 
-/// A fact in lines of at most `width`, broken between its parts. A part that is longer is left out.
+/// Returns a fact as lines of at most `width` characters, broken between its parts. A part that does not fit a
+/// line is left out.
 fn lines_of((label, parts): &Fact, width: u16) -> Vec<Line<'static>> {
     let mut lines = Vec::new();
     let indent = usize::from(LABEL);
@@ -257,7 +259,8 @@ fn draw_curves(frame: &mut Frame<'_>, history: &History, screen: &Screen<'_>, ar
     }
 }
 
-/// A disk's curve: a title, the newest moment at the right edge, and the times below where there is room.
+/// Draws the curve of a disk: a title, the newest sample at the right edge, and the times below if there is
+/// room.
 fn draw_curve(frame: &mut Frame<'_>, disk: &Disk, screen: &Screen<'_>, area: Rect) {
     let axis_rows = u16::from(area.height > 2);
     let [title, curve, axis] =
@@ -285,8 +288,8 @@ fn draw_curve(frame: &mut Frame<'_>, disk: &Disk, screen: &Screen<'_>, area: Rec
     }
 }
 
-/// The times of the oldest and the newest moment at the ends of `under`, which the curve covers, and of the
-/// one in the middle. Where the curve is short the newest alone stands at the edge.
+/// Draws the times of the oldest and the newest sample at the ends of `under`, which is the width of the curve,
+/// and the time in the middle. Below a short curve only the newest is drawn, at the right edge.
 fn draw_axis(frame: &mut Frame<'_>, oldest: f64, newest: f64, under: Rect, axis: Rect) {
     let label = |seconds: f64| format!("{seconds:.1} s");
     let length = |text: &str| u16::try_from(text.chars().count()).unwrap_or(u16::MAX);
@@ -328,7 +331,7 @@ mod tests {
         terminal.backend().buffer().clone()
     }
 
-    /// The screen's lines.
+    /// Returns the lines of the screen.
     fn lines(history: &History, width: u16, height: u16, goes_on: bool) -> Vec<String> {
         let screen = Screen { name: "/somewhere/else/a.csv", goes_on, colours: false };
         let buffer = buffer(history, width, height, &screen);
@@ -340,7 +343,7 @@ mod tests {
         lines(history, width, height, goes_on).concat()
     }
 
-    /// Two disks at work, for as many moments as fill any of the screens.
+    /// Returns the history of two busy disks, with enough samples to fill any of the screens.
     fn busy() -> History {
         let mut history = History::default();
         let header = "time_s,disk,cache,host_cached_bytes,host_dirty_bytes,host_writeback_bytes,double_cached_bytes,reads,\
@@ -418,7 +421,7 @@ mod tests {
         assert!(screen(&History::default(), 80, 24, true).contains("a.csv"));
     }
 
-    /// Every word of the screens, in one set: a cut word or a cut unit would be one more.
+    /// Collects all words of the screens. A word or unit that was cut off would be a new word.
     #[test]
     fn no_width_cuts_a_word_or_a_unit() {
         let found = busy();
@@ -431,7 +434,7 @@ mod tests {
             let words = lines.iter().flat_map(|line| line.split_whitespace().map(str::to_owned));
             words.filter(|word| !is_bar(word)).collect()
         };
-        // The times below a curve depend on the width; they are looked at in a test of their own.
+        // The times below a curve depend on the width. Another test covers them.
         let is_time = |word: &str| word.parse::<f64>().is_ok_and(|_| word.contains('.'));
         let whole: BTreeSet<String> = words(300);
         for word in
@@ -442,7 +445,7 @@ mod tests {
         for width in 40..=200 {
             let others: Vec<String> =
                 words(width).into_iter().filter(|word| !whole.contains(word) && !is_time(word)).collect();
-            // Shorter wordings of the title and of the curves.
+            // The shorter forms of the title and of the curves' titles.
             let known = ["a.csv", "cached,"];
             assert!(others.iter().all(|word| known.contains(&word.as_str())), "{width} columns: {others:?}");
         }
@@ -467,7 +470,7 @@ mod tests {
             let lines = lines(&busy(), width, 40, true);
             let axes: Vec<&String> = lines.iter().filter(|line| line.ends_with("149.5 s")).collect();
             assert_eq!(axes.len(), 2, "{width}: {lines:#?}");
-            // A column is half a second.
+            // A column of the screen is half a second.
             let oldest = 149.5 - f64::from(width - 1) / 2.0;
             assert!(axes[0].starts_with(&format!("{oldest:.1} s ")), "{width}: {}", axes[0]);
         }
