@@ -1,9 +1,8 @@
-//! `--explain`: what minivmm would do with a disk, told without doing it.
+//! `--explain`: says what minivmm would do with a disk, without doing it.
 //!
-//! Owns the account of one disk and its two forms, JSON and text. Nothing here is a second table of
-//! modes: what the host will be asked for comes out of the device's own parser, the disk's own state
-//! machine and the engine's own names ([`dry_run`]). Where the image lies is [`place`]'s
-//! business, and which disk of the host is below it [`layers`]'s.
+//! Owns the description of one disk, and its two forms, JSON and text. It contains no second table of modes:
+//! the host calls come from the device's own parser, the disk's own state machine and the engine's own names
+//! ([`dry_run`]). [`place`] finds the file system of the image, and [`layers`] the host's disks below it.
 
 mod dry_run;
 mod layers;
@@ -25,42 +24,42 @@ pub use layers::{Layer, below, below_device};
 pub use place::Place;
 pub use print::to_text;
 
-/// All that is known beforehand about one disk. `docs/reference/explain-json.md` tells the keys.
+/// Everything that is known about one disk before a run. `docs/reference/explain-json.md` describes the keys.
 #[derive(Debug, Serialize)]
 pub struct Explanation {
-    /// The image, as given.
+    /// The image, as the user gave it.
     pub image: String,
     /// `file` or `block device`.
     pub kind: &'static str,
-    /// Its size.
+    /// Size of the disk.
     pub bytes: u64,
-    /// The cache mode.
+    /// Name of the cache mode.
     pub cache: &'static str,
-    /// Whether nothing is ever written.
+    /// True if the disk is read-only.
     pub readonly: bool,
-    /// The flags that it is opened with.
+    /// The flags with which the image is opened.
     pub open_flags: String,
     /// The features that the guest is offered.
     pub features: Vec<&'static str>,
-    /// How many queues the device has.
+    /// Number of queues.
     pub queues: u16,
-    /// config.writeback after each reset.
+    /// The value of config.writeback after a reset.
     pub writeback: u8,
     /// Block sizes and alignment.
     pub blocks: Blocks,
-    /// What does the I/O: `io_uring` or `sync`.
+    /// Name of the engine: `io_uring` or `sync`.
     pub engine: &'static str,
-    /// How writes become stable where they must.
+    /// How writes that must be stable are made stable.
     pub stable: &'static str,
-    /// The host's system calls, and entries of the ring.
+    /// The host's system calls and the operations of the ring.
     pub calls: Calls,
     /// Where the image lies.
     pub place: Place,
-    /// The host's disks below it, from above.
+    /// The host's disks below it, from the top down.
     pub host_disks: Vec<Layer>,
     /// Whether a FLUSH reaches the disk.
     pub flush_reaches_disk: FlushReach,
-    /// What the user should know before.
+    /// What the user should know before the run.
     pub warnings: Vec<String>,
     /// Why a run would be refused.
     pub refusals: Vec<String>,
@@ -69,42 +68,42 @@ pub struct Explanation {
 /// Block sizes and alignment in bytes.
 #[derive(Debug, Serialize)]
 pub struct Blocks {
-    /// blk_size.
+    /// Logical block size (`blk_size`).
     pub logical: u32,
-    /// What the host rewrites as one.
+    /// Physical block size: what the host rewrites as a whole.
     pub physical: u32,
-    /// Alignment that transfers need of memory.
+    /// Alignment that transfers need in memory.
     pub memory_alignment: u32,
-    /// Alignment that they need of offsets and lengths.
+    /// Alignment that transfers need in the file, for offsets and lengths.
     pub offset_alignment: u32,
     /// How the alignment was found.
     pub found_by: &'static str,
-    /// `blk_size` in the modes that use the other way, cached or direct, to the image; null where it is the same
-    /// or not known.
+    /// `blk_size` in the other modes: the cached ones if this one is direct, and the direct ones if it is
+    /// cached. Null if it is the same or unknown.
     pub other_modes: Option<u32>,
 }
 
-/// The host's system calls on the image, as strace names them.
+/// The host's system calls on the image, named as strace names them.
 #[derive(Debug, Serialize)]
 pub struct Calls {
     /// Before the guest runs.
     pub start: Vec<&'static str>,
-    /// While it runs, by what its driver has negotiated and done.
+    /// While the guest runs, for each possible driver.
     pub drivers: Vec<Driver>,
-    /// After it has ended.
+    /// After the guest has ended.
     pub end: Vec<&'static str>,
 }
 
 /// Whether a FLUSH of the guest is expected to reach the host's disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct FlushReach {
-    /// `yes`, `no`, `not needed` (the disk has no volatile cache, says the host) or `unknown`.
+    /// `yes`, `no`, `not needed` (according to the host, the disk has no volatile cache) or `unknown`.
     pub answer: &'static str,
-    /// Why.
+    /// The reason.
     pub because: String,
 }
 
-/// Looks at the disk that `options` describe. What would keep minivmm from starting is the error.
+/// Inspects the disk that `options` describe. Returns an error if minivmm could not start with it.
 pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
     let image = Arc::new(Image::look(options)?);
     let place = Place::of(&image);
@@ -162,7 +161,8 @@ pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
     })
 }
 
-/// The logical block in the modes that are direct where this one is not, or the reverse, if it is another.
+/// Returns the logical block size in the modes that use the page cache if this one does not, or the reverse;
+/// `None` if it is the same or unknown.
 fn other_modes(image: &Image, options: &DiskOptions) -> Option<u32> {
     if options.block_size.is_some() || image.is_device() {
         return None;
@@ -171,12 +171,12 @@ fn other_modes(image: &Image, options: &DiskOptions) -> Option<u32> {
     (other != image.geometry().logical_block).then_some(other)
 }
 
-/// As JSON: a list, a disk each.
+/// Returns the explanations as a JSON list.
 pub fn to_json(disks: &[Explanation]) -> serde_json::Result<String> {
     serde_json::to_string_pretty(disks)
 }
 
-/// Follows a FLUSH down: mode, file system, then the disks; the first that stops it decides.
+/// Follows a FLUSH down through the cache mode, the file system and the disks. The first that stops it decides.
 fn reach(honoured: bool, place: &Place, disks: &[Layer]) -> FlushReach {
     let say = |answer, because: &str| FlushReach { answer, because: because.into() };
     if !honoured {

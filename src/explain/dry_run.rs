@@ -1,8 +1,7 @@
-//! The device's parser and the disk's state machine over an engine that only writes down what it is
-//! asked for.
+//! Runs the device's parser and the disk's state machine over an engine that only records the operations.
 //!
-//! Owns the drivers that are tried (what they negotiate, what they write to `writeback`) and the
-//! engine. Every decision is made by the code that makes it when a guest runs.
+//! Owns the engine, and the choice of drivers to try: what they negotiate, and what they write to `writeback`.
+//! Every decision is made by the same code that makes it when a guest runs.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -20,30 +19,30 @@ use crate::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use crate::mem::{AlignedBuffer, Iov, Segment};
 use crate::sync::unpoisoned;
 
-/// What one driver's requests become.
+/// What the requests of one driver become.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Driver {
-    /// It has negotiated FLUSH.
+    /// True if the driver negotiates FLUSH.
     pub negotiates_flush: bool,
-    /// It has negotiated CONFIG_WCE.
+    /// True if the driver negotiates CONFIG_WCE.
     pub negotiates_config_wce: bool,
-    /// What it writes to config.writeback; nothing where it never does, as after a reset.
+    /// What the driver writes to config.writeback; `None` if it writes nothing after a reset.
     pub sets_writeback: Option<u8>,
-    /// What config.writeback then reads.
+    /// The value of config.writeback afterwards.
     pub writeback: u8,
-    /// Calls that setting it makes by itself.
+    /// Host calls that the write to config.writeback itself causes.
     pub on_setting: Vec<&'static str>,
-    /// IN.
+    /// The result of IN.
     pub read: Answer,
-    /// OUT.
+    /// The result of OUT.
     pub write: Answer,
-    /// FLUSH.
+    /// The result of FLUSH.
     pub flush: Answer,
-    /// DISCARD.
+    /// The result of DISCARD.
     pub discard: Answer,
-    /// WRITE_ZEROES.
+    /// The result of WRITE_ZEROES.
     pub write_zeroes: Answer,
-    /// WRITE_ZEROES with the unmap flag.
+    /// The result of WRITE_ZEROES with the unmap flag.
     pub write_zeroes_unmap: Answer,
 }
 
@@ -52,18 +51,18 @@ pub struct Driver {
 pub struct Answer {
     /// The status byte: OK, IOERR or UNSUPP.
     pub status: &'static str,
-    /// The host's system calls, in order, each once a piece of the request.
+    /// The host's system calls in order. Each is made once per piece of the request.
     pub calls: Vec<&'static str>,
-    /// All calls where the host refuses RWF_DSYNC or fallocate for this image with EOPNOTSUPP, if
-    /// that makes a difference.
+    /// All calls if the host answers EOPNOTSUPP to RWF_DSYNC or fallocate for this image; `None` if they are
+    /// the same.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub where_refused: Option<Vec<&'static str>>,
-    /// All calls of two such requests in flight at once, if they are not simply twice those of one.
+    /// All calls of two such requests in flight at once; `None` if they are simply twice those of one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub two_at_once: Option<Vec<&'static str>>,
 }
 
-/// Before the guest runs.
+/// Returns the calls before the guest runs.
 pub fn at_start(image: &Image) -> Vec<&'static str> {
     match (image.is_synced_at_both_ends(), image.is_device()) {
         (false, _) => vec![],
@@ -72,12 +71,12 @@ pub fn at_start(image: &Image) -> Vec<&'static str> {
     }
 }
 
-/// After it has ended.
+/// Returns the calls after the guest has ended.
 pub fn at_end(image: &Image) -> Vec<&'static str> {
     if image.is_synced_at_both_ends() { vec![system_call(&HostOp::Fdatasync)] } else { vec![] }
 }
 
-/// Every driver there can be: what it negotiates, and what it writes to `writeback`.
+/// Tries every possible driver: what it negotiates, and what it writes to `writeback`.
 pub fn drivers(image: &Arc<Image>, engine: EngineKind) -> Vec<Driver> {
     let mut drivers = Vec::new();
     for (flush, config_wce) in [(true, true), (true, false), (false, true), (false, false)] {
@@ -116,7 +115,8 @@ struct Trial<'a> {
 }
 
 impl Trial<'_> {
-    /// A disk as this driver has it when its requests begin, with what led there.
+    /// Returns a disk in the state in which this driver's requests begin, and the calls that were made to get
+    /// there.
     fn begin(&self, refuse: bool) -> (Arc<WriteCache>, (DiskQueue, Calls), Vec<&'static str>) {
         let cache = Arc::new(WriteCache::new(self.image.policy()));
         let calls = Calls::default();
@@ -134,7 +134,7 @@ impl Trial<'_> {
         (cache, (disk, calls), on_setting)
     }
 
-    /// A request of one block at the image's beginning.
+    /// Returns what a request for the first block of the image becomes.
     fn answer(&self, kind: u32, flags: u32) -> Answer {
         let (status, calls) = self.run(kind, flags, 1, false);
         let (_, refused) = self.run(kind, flags, 1, true);
@@ -150,7 +150,7 @@ impl Trial<'_> {
         }
     }
 
-    /// So many requests at once: the status of all, and the calls.
+    /// Submits `times` requests at once. Returns the status of all of them together, and the calls.
     fn run(&self, kind: u32, flags: u32, times: u64, refuse: bool) -> (&'static str, Vec<&'static str>) {
         let (_, (mut disk, calls), _) = self.begin(refuse);
         for id in 0..times {
@@ -187,7 +187,7 @@ impl Trial<'_> {
     }
 }
 
-/// As well aligned as a guest's own pages are.
+/// Returns memory that is aligned as a guest's pages are.
 fn memory(bytes: u32) -> Result<Iov, Status> {
     let buffer = AlignedBuffer::new(bytes as usize, 4096).map_err(|_| Status::IoErr)?;
     Ok(Iov::from_buffer(&Arc::new(buffer), bytes as usize))
@@ -201,10 +201,10 @@ fn name(status: Status) -> &'static str {
     }
 }
 
-/// Takes the disk through everything in flight; whether all of it went well.
+/// Runs the disk until nothing is in flight. Returns `true` if everything succeeded.
 fn finish(disk: &mut DiskQueue) -> bool {
     let mut ok = true;
-    // Far more turns than a request of one block has operations.
+    // The limit is far above the number of operations in a request of one block.
     for _ in 0..64 {
         if disk.wait(Wake::Now).is_err() {
             return false;
@@ -217,7 +217,7 @@ fn finish(disk: &mut DiskQueue) -> bool {
     ok
 }
 
-/// The calls so far; clones share them.
+/// The calls so far, shared by all clones.
 #[derive(Debug, Clone, Default)]
 struct Calls(Arc<Mutex<Vec<&'static str>>>);
 
@@ -231,12 +231,12 @@ impl Calls {
     }
 }
 
-/// An engine without a file: everything succeeds, or what a host may lack is refused.
+/// An engine without a file. All operations succeed, or those that a host may lack are refused.
 struct Recorder {
     calls: Calls,
-    /// Whose words are used.
+    /// The engine whose calls are named.
     kind: EngineKind,
-    /// The page cache is used.
+    /// True if the page cache is used.
     buffered: bool,
     ended: Vec<Ended>,
     refuse: bool,
@@ -322,7 +322,7 @@ mod tests {
                 let on = driver.writeback != 0;
                 let stable = policy.write_must_be_stable(negotiated, on, on);
                 let plain = "pwritev2(RWF_NOWAIT), else IORING_OP_WRITE";
-                // One that is stable by itself cannot end before it has been waited for.
+                // A stable write has to wait for the disk, so it is not first tried with RWF_NOWAIT.
                 let expected = if stable { "IORING_OP_WRITE(RWF_DSYNC)" } else { plain };
                 assert_eq!(driver.write.calls, [expected], "{} {driver:?}", policy.name);
             }

@@ -1,7 +1,7 @@
-//! The host's disks below an image: partitions, loop devices and device-mapper taken apart as far as
-//! sysfs tells.
+//! The host's disks below an image. Resolves partitions, loop devices and device-mapper as far as sysfs
+//! describes them.
 //!
-//! Owns the walk from above to below, and what each disk says of its write cache. Judges nothing.
+//! Owns the walk from the top to the bottom, and what each disk reports about its write cache. Judges nothing.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -16,18 +16,18 @@ use crate::files::Device;
 /// One disk of the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Layer {
-    /// Its name in the kernel.
+    /// The kernel's name of the disk.
     pub name: String,
-    /// MAJOR:MINOR, of the partition where it is one.
+    /// MAJOR:MINOR of the disk, or of the partition on it.
     pub device: String,
-    /// queue/write_cache: "write back" or "write through", where it can be read.
+    /// queue/write_cache, "write back" or "write through"; `None` if it cannot be read.
     pub write_cache: Option<String>,
-    /// queue/fua.
+    /// queue/fua; `None` if it cannot be read.
     pub fua: Option<bool>,
 }
 
 impl Layer {
-    /// Whether it is a disk of memory, which no flush makes durable.
+    /// Returns `true` if the disk keeps its data in memory, so that no flush makes it durable.
     pub fn is_memory(&self) -> bool {
         ["ram", "zram", "nullb"].iter().any(|prefix| {
             self.name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
@@ -35,10 +35,10 @@ impl Layer {
     }
 }
 
-/// More disks below each other than this are taken for a loop.
+/// Most disks below one another. A deeper chain is taken for a loop.
 const DEPTH_MAX: usize = 8;
 
-/// The disks below `image`, those above first.
+/// Returns the disks below `image`, from the top down.
 pub fn below(image: &Image, place: &Place) -> Vec<Layer> {
     let device = if image.is_device() {
         image.file().metadata().ok().map(|found| Device::from_number(found.rdev()))
@@ -48,7 +48,7 @@ pub fn below(image: &Image, place: &Place) -> Vec<Layer> {
     device.map(below_device).unwrap_or_default()
 }
 
-/// `device`, and the disks below it.
+/// Returns `device` and the disks below it.
 pub fn below_device(device: Device) -> Vec<Layer> {
     let mut layers = Vec::new();
     descend(Path::new("/sys/dev/block"), device, &mut layers, 0);
@@ -82,7 +82,7 @@ fn descend(sysfs: &Path, device: Device, layers: &mut Vec<Layer>, depth: usize) 
     }
 }
 
-/// What device-mapper and md stand on.
+/// Returns the devices that a device-mapper or md device is built on.
 fn slaves(path: &Path) -> Vec<Device> {
     let Ok(entries) = fs::read_dir(path.join("slaves")) else { return Vec::new() };
     let numbers = entries.flatten().filter_map(|entry| fs::read_to_string(entry.path().join("dev")).ok());

@@ -1,7 +1,7 @@
-//! Where an image lies: its file system, and what of its mount options bears on durability.
+//! Where an image lies: its file system, and which of its mount options affect durability.
 //!
-//! Owns the reading of /proc/self/mountinfo and the table of file systems and options that break or
-//! bend a promise. Knows nothing of the disks below.
+//! Owns the parsing of /proc/self/mountinfo, and the table of file systems and options that break or weaken a
+//! promise. Knows nothing of the disks below.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -13,31 +13,31 @@ use crate::disk::Image;
 use crate::files::Device;
 use crate::files::host_use::unescape;
 
-/// A file system as it is mounted.
+/// A mounted file system.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Place {
-    /// Its type.
+    /// Type of the file system.
     pub file_system: String,
-    /// What is mounted.
+    /// What is mounted, for example a device.
     pub source: String,
-    /// Where.
+    /// The mount point.
     pub mount_point: String,
-    /// How: the options of mount and file system.
+    /// Options of the mount and of the file system.
     pub options: Vec<String>,
-    /// What of this bears on durability.
+    /// What affects durability, in words.
     pub notes: Vec<String>,
-    /// Why no FLUSH goes on from here, if none does.
+    /// Why a FLUSH does not get past this file system; `None` if it may.
     #[serde(skip)]
     pub flush_stops: Option<String>,
-    /// Why nobody here knows whether it does.
+    /// Why it is unknown whether a FLUSH gets past this file system; `None` if it is known.
     #[serde(skip)]
     pub flush_unknown: Option<String>,
-    /// The disk of the host on which it lies.
+    /// The host's disk that holds the file system; `None` if there is none or it is not known.
     #[serde(skip)]
     pub device: Option<Device>,
 }
 
-/// What becomes of a FLUSH.
+/// What happens to a FLUSH.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Flush {
     Passes,
@@ -45,12 +45,12 @@ enum Flush {
     Unknown,
 }
 
-/// When a note is to be made.
+/// A rule for when a note is made.
 struct Rule {
     file_systems: &'static [&'static str],
-    /// Any of these options; empty: always.
+    /// Any of these options must be set; empty for no condition.
     options: &'static [&'static str],
-    /// Only where the image is opened with O_DIRECT.
+    /// True if the rule applies only to images that are opened with O_DIRECT.
     direct: bool,
     flush: Flush,
     note: &'static str,
@@ -75,7 +75,7 @@ static RULES: [Rule; 8] = [
     },
     Rule {
         file_systems: &["overlay"],
-        // Linux 6.18 shows the second for the first.
+        // Linux 6.18 shows the option `volatile` as `fsync=volatile`.
         options: &["volatile", "fsync=volatile"],
         direct: false,
         flush: Flush::Stops,
@@ -122,11 +122,11 @@ const CHECKSUMS: &str = "btrfs with checksums: since Linux 6.14 an O_DIRECT writ
                          the empty file, or the mount option nodatasum, avoids it)";
 
 impl Place {
-    /// Where `image` lies.
+    /// Finds where `image` lies.
     pub fn of(image: &Image) -> Self {
         let mut place = Self::of_file(image.file());
         if image.is_device() {
-            // Its file system is the one that holds the node, and says nothing of the data.
+            // The file system found is the one of the device's node. It says nothing about the data.
             return Self { mount_point: place.mount_point, ..Self::default() };
         }
         place.judge(image.policy().direct);
@@ -136,7 +136,7 @@ impl Place {
         place
     }
 
-    /// Where `file` lies, without judgement.
+    /// Finds where `file` lies, without judging it.
     pub fn of_file(file: &File) -> Self {
         let fdinfo =
             fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).unwrap_or_default();
@@ -152,7 +152,7 @@ impl Place {
         place
     }
 
-    /// btrfs and overlay have numbers of their own that no disk has.
+    /// Finds the disk. btrfs and overlay report device numbers of their own, which belong to no disk.
     fn find_device(&mut self, file: &File) {
         let own = file.metadata().ok().map(|found| Device::from_number(found.dev()));
         self.device = match own {
@@ -194,7 +194,7 @@ impl Place {
         }
     }
 
-    /// Whether btrfs keeps no checksums of `file`.
+    /// Returns `true` if btrfs keeps no checksums of `file`.
     fn is_unchecked(&self, file: &File) -> bool {
         const FS_NOCOW_FL: libc::c_long = 0x0080_0000;
         let mounted = self.options.iter().any(|option| option == "nodatasum" || option == "nodatacow");
@@ -205,8 +205,8 @@ impl Place {
     }
 }
 
-/// A line of mountinfo (proc(5)): id, parent, device, root, mount point, options, optional fields, a
-/// hyphen, type, source, the file system's own options.
+/// Parses a line of mountinfo (proc(5)): id, parent, device, root, mount point, options, optional fields, a
+/// hyphen, type, source, options of the file system.
 fn parse_mount(line: &str) -> Option<Place> {
     let (mount, file_system) = line.split_once(" - ")?;
     let mount: Vec<&str> = mount.split(' ').collect();

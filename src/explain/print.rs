@@ -1,9 +1,9 @@
-//! An explanation for people: 80 columns, drivers that get the same told together.
+//! Prints an explanation for people: 80 columns wide, and drivers with the same results together.
 
 use super::{Answer, Driver, Explanation};
 use crate::text::hang;
 
-/// All disks, one after the other.
+/// Returns the text of all disks, one after the other.
 pub fn to_text(disks: &[Explanation]) -> String {
     disks.iter().map(disk_text).collect::<Vec<_>>().join("\n")
 }
@@ -78,7 +78,7 @@ fn calls(calls: &[&str]) -> String {
     if calls.is_empty() { "nothing".into() } else { calls.join(", then ").replace("FALLOC_FL_", "") }
 }
 
-/// What a driver negotiates and does.
+/// Returns what a driver negotiates and does.
 fn label(driver: &Driver) -> String {
     let negotiates = match (driver.negotiates_flush, driver.negotiates_config_wce) {
         (true, true) => "FLUSH and CONFIG_WCE",
@@ -88,13 +88,13 @@ fn label(driver: &Driver) -> String {
     };
     match driver.sets_writeback {
         Some(value) => format!("{negotiates}, then sets writeback to {value}"),
-        // As every Linux since 3.7 does, until its user changes cache_type.
+        // Linux does this since 3.7, until its user changes cache_type.
         None if driver.negotiates_flush && driver.negotiates_config_wce => format!("{negotiates} (Linux)"),
         None => negotiates.into(),
     }
 }
 
-/// Drivers with all that they get the same, the first for all.
+/// Groups the drivers whose results are all the same, under the first of each group.
 fn groups(drivers: &[Driver]) -> Vec<(Vec<String>, &Driver)> {
     let mut groups: Vec<(Vec<String>, &Driver)> = Vec::new();
     for driver in drivers {
@@ -131,7 +131,7 @@ fn driver_text(driver: &Driver) -> String {
             "OK" => calls(&answer.calls),
             status => format!("{status}, {}", calls(&answer.calls)),
         };
-        // What else shares a sync does it in the same way.
+        // Only writes are shown, because whatever else shares a sync shares it in the same way.
         if let (Some(two), "write") = (&answer.two_at_once, name) {
             words += &format!("; for two at once {}", calls(two));
         }
