@@ -62,7 +62,7 @@ test: test-deps lint build guest-all guest-small
 	done
 	@echo "The suites without a kernel over virtio-pci."
 	@MINIVMM_TRANSPORT=pci cargo test --release --locked --quiet $(PCI_SUITES)
-	@cargo test --release --locked --features mutants --test durability --test fences
+	@cargo test --release --locked -p minivmm-block --features observed --test durability --test fences
 	@case $$(guest-images/which-host) in \
 		directly*) kernels="job kernel" ;; \
 		*) kernels="job:arguments_environment kernel:power_off" ;; \
@@ -72,7 +72,7 @@ test: test-deps lint build guest-all guest-small
 # Two minutes from a warm build, without a kernel or a guest.
 check:
 	@cargo fmt --all -- --check
-	@cargo clippy --release --locked --workspace --all-targets --features mutants --quiet -- -D warnings
+	@cargo clippy --release --locked --workspace --all-targets --features minivmm-block/observed --quiet -- -D warnings
 	@cargo test --release --locked --quiet --lib --test tidy --test mutants --test disk_queue $(DEVICE_SUITES)
 
 # Once more as an ordinary user who has /dev/kvm and files of its own alone, and as root of a user namespace: what works
@@ -127,8 +127,8 @@ study: deps build guest
 # in place of either); emulated Intel hosts.
 torture: test-deps build guest emuhost
 	@MINIVMM_TRIALS=$(or $(TRIALS),10) MINIVMM_BESIDE_QEMU=1 cargo test --release --locked --test killed -- --nocapture --test-threads 1
-	@MINIVMM_SEEDS=$(or $(SEEDS),5000000) cargo test --release --locked --features mutants --test durability -- --nocapture
-	@MINIVMM_REQUESTS=2 cargo test --release --locked --features mutants --test fences -- --nocapture
+	@MINIVMM_SEEDS=$(or $(SEEDS),5000000) cargo test --release --locked -p minivmm-block --features observed --test durability -- --nocapture
+	@MINIVMM_REQUESTS=2 cargo test --release --locked -p minivmm-block --features observed --test fences -- --nocapture
 	@MINIVMM_MUTANTS=all cargo test --release --locked --test mutants -- --nocapture
 	@case $$(guest-images/which-host) in directly*) \
 		MINIVMM_SOAK_SECONDS=$(or $(SOAK),1800) cargo test --release --locked --test soak -- --nocapture ;; esac
@@ -161,7 +161,7 @@ miri:
 
 lint: deps
 	@cargo fmt --all -- --check
-	@cargo clippy --release --locked --workspace --all-targets --features mutants --quiet -- -D warnings
+	@cargo clippy --release --locked --workspace --all-targets --features minivmm-block/observed --quiet -- -D warnings
 	@shellcheck --external-sources --source-path=SCRIPTDIR guest-images/which-host guest-images/demo guest-images/bench-modes guest-images/study \
 		guest-images/install-packages guest-images/emuhost guest-images/boot-times guest-images/build-guest \
 		guest-images/build-host guest-images/build-small-kernel guest-images/build-intel-host guest-images/test-intel \

@@ -31,7 +31,7 @@
 //!
 //! `docs/architecture.md` follows one write through these modules and back.
 
-pub use minivmm_block::{blk, disk, doorbell, files, mem, mutants, ratelimit, slab, sync, warn_limited};
+pub use minivmm_block::{blk, disk, doorbell, files, mem, ratelimit, slab, sync, warn_limited};
 
 pub mod boot;
 pub mod bus;

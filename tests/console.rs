@@ -4,7 +4,7 @@
 
 #[path = "common/console_rig.rs"]
 mod console_rig;
-#[path = "common/desc.rs"]
+#[path = "../crates/minivmm-block/tests/common/desc.rs"]
 mod desc;
 #[path = "common/over_pci.rs"]
 mod over_pci;

@@ -3,6 +3,7 @@
 //! The driver writes registers and rings byte by byte, so it can also write wrong ones.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+#[path = "../../crates/minivmm-block/tests/common/desc.rs"]
 pub mod desc;
 pub mod driver;
 pub mod engines;

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use super::{files, nothing_is_wrong, root};
+use super::{files, is_test, nothing_is_wrong, root};
 
 const PAGE: &str = "docs/requirements.md";
 /// The letters of the families. A citation is one of them with a number from 1 to 99, no longer word around it.
@@ -31,9 +31,9 @@ fn citations(text: &str) -> BTreeSet<String> {
     words.filter(is_citation).map(str::to_owned).collect()
 }
 
-/// What of a file is test: all of it below `tests/`, else what follows `#[cfg(test)]`.
+/// What of a file is test: all of it below a `tests/`, else what follows `#[cfg(test)]`.
 fn test_part<'a>(path: &str, content: &'a str) -> &'a str {
-    if path.starts_with("tests/") || path.ends_with("/tests.rs") {
+    if is_test(path) {
         return content;
     }
     content.split_once("#[cfg(test)]\nmod tests {").map_or("", |(_, tests)| tests)

@@ -19,7 +19,7 @@
 //! | [`mem`] | guest memory, and pieces of it that the kernel may read and write | everything |
 //! | [`files`] | which files are the same, who uses one, and every open for output | guests, disks |
 //! | [`threads`] | how threads are started | everything |
-//! | [`slab`], [`sync`], [`doorbell`], [`ratelimit`], [`text`], [`mutants`] | private numbers; std's atomics and mutex, which tests may watch; how an eventfd is rung; rate-limited logs; words of messages; deliberate mistakes for tests | everything |
+//! | [`slab`], [`sync`], [`doorbell`], [`ratelimit`], [`text`] | private numbers; std's atomics and mutex, which tests may watch; how an eventfd is rung; rate-limited logs; words of messages | everything |
 //!
 //! From top to bottom: a [`virtio::queue::Ring`] pops descriptor chains, [`blk::request`] parses each,
 //! [`disk::disk_queue::DiskQueue`] turns a request into host operations and decides when it is complete, and a
@@ -99,7 +99,6 @@ pub mod disk;
 pub mod doorbell;
 pub mod files;
 pub mod mem;
-pub mod mutants;
 pub mod ratelimit;
 pub mod slab;
 pub mod sync;

@@ -3,7 +3,6 @@
 //! Owns the mapping from a mode to host behaviour and the stability rule (virtio 5.2.6.2): must this
 //! write be stable before it is reported complete? Knows nothing of files or queues.
 
-use crate::mutants::{Mutant, is_on};
 use crate::sync::{AtomicBool, AtomicU8, Ordering};
 
 /// A cache mode, as a row of independent decisions.
@@ -64,9 +63,6 @@ impl CachePolicy {
         wb_at_completion: bool,
     ) -> bool {
         let may_be_volatile = match (acked.flush, acked.config_wce) {
-            _ if is_on(Mutant::DirectsyncWithoutSync) && self.direct && !self.write_cache => true,
-            (false, _) if is_on(Mutant::NoFlushIsWriteback) => self.write_cache,
-            (true, true) if is_on(Mutant::ToggleIgnored) => self.write_cache,
             (false, _) => false,
             (true, false) => self.write_cache,
             (true, true) => wb_at_submit && wb_at_completion,
@@ -109,9 +105,7 @@ impl WriteCache {
     pub fn reset(&self) {
         self.negotiated.store(0, Ordering::SeqCst);
         self.switched_off.store(false, Ordering::SeqCst);
-        if !is_on(Mutant::ResetKeepsWriteback) {
-            self.writeback.store(self.policy.write_cache, Ordering::SeqCst);
-        }
+        self.writeback.store(self.policy.write_cache, Ordering::SeqCst);
     }
 
     /// Stores the features that the driver has confirmed with FEATURES_OK. CONFIG_WCE without FLUSH starts as

@@ -41,7 +41,6 @@ use super::stable::{Group, Member};
 use super::sync_ledger::SyncTicket;
 use super::transfer::{Transfer, bounce_buffers};
 use crate::mem::BufferPool;
-use crate::mutants::{self, Mutant, is_on};
 use figures::Moments;
 
 /// The state machine of one queue of one disk.
@@ -116,26 +115,16 @@ impl DiskQueue {
     pub fn submit(&mut self, id: RequestId, op: Op) {
         self.count(&op);
         let wb_at_submit = self.cache.writeback();
-        let is_write = matches!(op, Op::Write(..));
         let writes = op.written_bytes();
         let (stage, next) = match self.begin(op, wb_at_submit) {
             Ok(begun) => begun,
             Err(error) => return self.complete(Some(id), Err(error)),
         };
         let stable = !stage.is_sync() && self.cache.write_must_be_stable(wb_at_submit);
-        let grouped = stable && self.shares_syncs() && !stage.is_dsync() && !is_on(Mutant::SyncBeforeWrite);
+        let grouped = stable && self.shares_syncs() && !stage.is_dsync();
         let flight = Flight { wb_at_submit, writes, grouped, ..Flight::new(Some(id), stage) };
         match next {
-            Next::Op(first) => {
-                if is_on(Mutant::SyncBeforeWrite) && is_write && stable {
-                    self.take_off(Flight::new(None, Stage::Sync), HostOp::Fdatasync);
-                }
-                let early = is_on(Mutant::StatusBeforeData) && matches!(flight.stage, Stage::Transfer(_));
-                self.take_off(Flight { id: (!early).then_some(id), ..flight }, first);
-                if early {
-                    self.complete(Some(id), Ok(()));
-                }
-            }
+            Next::Op(first) => self.take_off(flight, first),
             Next::Later => {
                 let token = self.in_flight.insert(flight);
                 self.undecided.push(token);
@@ -261,10 +250,6 @@ impl DiskQueue {
             self.group.starts();
             self.stats.count(|counters| &counters.shared_syncs);
             self.take_off(Flight::new(None, Stage::GroupSync), HostOp::Fdatasync);
-            if is_on(Mutant::GroupDoneAtStart) {
-                let members = self.group.ends();
-                self.complete_all(members, |_| Ok(()));
-            }
         }
     }
 
@@ -377,10 +362,8 @@ impl DiskQueue {
                 };
                 let success = Success { who, covers };
                 match self.image.latch.open_now() {
-                    Some(horizon) if !is_on(Mutant::SuccessCountsAtOnce) => {
-                        self.held.push((horizon, success));
-                    }
-                    _ => self.succeed(success),
+                    Some(horizon) => self.held.push((horizon, success)),
+                    None => self.succeed(success),
                 }
             }
             Next::Join | Next::Later => {
@@ -446,7 +429,6 @@ impl DiskQueue {
             Stage::Erase(erase) => match erase.judge(result) {
                 Err(error) => Next::Done(Err(error)),
                 Ok(Some(op)) => Next::Op(op),
-                Ok(None) if is_on(Mutant::ZeroesUnsynced) => Next::Done(Ok(())),
                 Ok(None) => self.finish_write(flight, false),
             },
         }
@@ -459,8 +441,7 @@ impl DiskQueue {
         }
         match self.check_latch() {
             Err(error) => Next::Done(Err(error)),
-            Ok(()) if is_stable || is_on(Mutant::SyncBeforeWrite) => Next::Stable,
-            Ok(()) if mutants::skips_sync() => Next::Done(Ok(())),
+            Ok(()) if is_stable => Next::Stable,
             Ok(()) if self.shares_syncs() => Next::Join,
             Ok(()) => {
                 flight.stage = Stage::Sync;
@@ -471,15 +452,9 @@ impl DiskQueue {
 
     fn judge_sync(&self, result: io::Result<usize>) -> Next {
         if let Err(source) = result {
-            if is_on(Mutant::SyncErrorAcked) {
-                return Next::Done(Ok(()));
-            }
-            if !is_on(Mutant::SyncErrorForgotten) {
-                self.image.latch.set(&source);
-            }
+            self.image.latch.set(&source);
             return Next::Done(Err(DiskError::Host { what: "fdatasync", source }));
         }
-        mutants::count_sync();
         Next::Stable
     }
 
@@ -506,7 +481,7 @@ impl DiskQueue {
                 transfer.next_window(&self.image, &self.stats, &mut self.pool).map(Some)
             }
             Err(source) => {
-                if transfer.dsync && !is_on(Mutant::SyncErrorForgotten) {
+                if transfer.dsync {
                     // A failed write and a failed sync of it cannot be told apart, so both are latched.
                     self.image.latch.set(&source);
                 }
@@ -519,7 +494,6 @@ impl DiskQueue {
         if result.is_err() {
             self.stats.count(|counters| &counters.errors);
         }
-        mutants::count_write();
         if let Some(id) = id {
             self.stats.ends();
             self.done.push(Completion { id, result });

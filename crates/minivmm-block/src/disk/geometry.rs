@@ -12,7 +12,6 @@ use std::sync::Arc;
 use super::blocking::BlockingEngine;
 use super::engine::{Engine, HostOp, OpToken, Wake};
 use crate::mem::{AlignedBuffer, Iov};
-use crate::mutants::{Mutant, is_on};
 
 /// Bytes in a sector, whatever the block size (virtio 5.2.6).
 pub const SECTOR: u64 = 512;
@@ -63,10 +62,7 @@ pub struct Geometry {
 impl Geometry {
     /// Returns the range of `bytes` from `sector`, if it consists of whole sectors inside the capacity.
     pub fn check(&self, sector: u64, bytes: u64) -> Option<SectorRange> {
-        let offset = match sector.checked_mul(SECTOR) {
-            None if is_on(Mutant::SectorWraps) => sector.wrapping_mul(SECTOR),
-            offset => offset?,
-        };
+        let offset = sector.checked_mul(SECTOR)?;
         let end = offset.checked_add(bytes)?;
         let capacity = self.capacity_sectors.checked_mul(SECTOR)?;
         (bytes.is_multiple_of(SECTOR) && end <= capacity).then_some(SectorRange { offset, bytes })

@@ -14,7 +14,6 @@
 //! ```
 
 use super::op::RequestId;
-use crate::mutants::{Mutant, is_on};
 
 /// How a write that must be stable is made stable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,12 +75,6 @@ impl Group {
 
     /// Adds a member to the next sync. An urgent member makes that sync start without waiting for writes.
     pub(super) fn joins(&mut self, member: Member, urgent: bool) {
-        if is_on(Mutant::GroupTakesLatecomers)
-            && let Some(running) = &mut self.running
-        {
-            running.push(member);
-            return;
-        }
         self.urgent |= urgent;
         // One waiting sync of our own is enough, however often the guest gives cause for one (R23).
         if member.is_some() || !std::mem::replace(&mut self.own_waits, true) {

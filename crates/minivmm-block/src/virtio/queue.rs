@@ -334,7 +334,7 @@ impl Ring {
         // buffer while later loads go ahead. Then we do not interrupt, the driver sleeps, and the request is
         // never seen to be done. Two SeqCst fences have an order: the side whose fence is the later one finds
         // the other's store. So either we find that the driver wants an interrupt, or it finds our entry.
-        // `tests/fences` tries every order.
+        // `fences` tries every order.
         fence(Ordering::SeqCst);
         let (new, old) = (self.next_used, std::mem::replace(&mut self.judged, self.next_used));
         if self.event_idx {
@@ -376,7 +376,7 @@ impl Ring {
         // it says nothing new. The driver stores avail.idx, then loads avail_event or used.flags, and rings only if
         // they ask for it (virtio 2.7.13.4.1). The side whose fence is the later one finds the other's store: either
         // the driver rings, or we find its chain. Without this fence both may miss it, and the request is never
-        // taken. `tests/fences` tries every order.
+        // taken. `fences` tries every order.
         fence(Ordering::SeqCst);
         self.available.idx() != self.next_available
     }

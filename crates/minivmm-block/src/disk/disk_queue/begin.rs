@@ -11,7 +11,6 @@ use crate::disk::op::{DiskError, Op};
 use crate::disk::stable::StableBy;
 use crate::disk::transfer::Transfer;
 use crate::mem::Iov;
-use crate::mutants::{self, Mutant, is_on};
 
 /// How a transfer begins. The default is a read.
 #[derive(Debug, Clone, Copy, Default)]
@@ -34,15 +33,12 @@ impl DiskQueue {
                     self.check_latch()?;
                 }
                 let (dsync, later) = match self.stable_by {
-                    _ if !stable || !self.has_dsync || is_on(Mutant::SyncBeforeWrite) => (false, false),
+                    _ if !stable || !self.has_dsync => (false, false),
                     StableBy::Dsync => (true, false),
                     StableBy::Auto => (false, self.image.dsync_is_one_flush()),
                     StableBy::Fdatasync | StableBy::Group => (false, false),
                 };
                 self.begin_transfer(range, iov, Way { write: true, dsync, later })
-            }
-            Op::Flush if is_on(Mutant::FlushDoesNothing) || mutants::skips_sync() => {
-                Ok((Stage::Sync, Next::Done(Ok(()))))
             }
             Op::Flush if !self.cache.policy().honour_flush => {
                 self.stats.count(|counters| &counters.flushes_ignored);
@@ -105,7 +101,7 @@ impl DiskQueue {
 
     fn check_aligned(&self, range: SectorRange) -> Result<(), DiskError> {
         let geometry = self.image.geometry();
-        if geometry.is_aligned(range) || is_on(Mutant::UnlockedRmw) {
+        if geometry.is_aligned(range) {
             Ok(())
         } else {
             Err(DiskError::Misaligned(geometry.alignment.offset))

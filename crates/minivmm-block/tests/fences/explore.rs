@@ -13,7 +13,7 @@ use std::hash::{Hash, Hasher};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
-use minivmm::sync::observed::{self, Access};
+use minivmm_block::sync::observed::{self, Access};
 
 use super::fiber::{Fiber, Pause, Resumed, pause};
 use super::memory::{Bell, Kind, Memory, Place, SIDES};

@@ -8,11 +8,11 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
-use minivmm::mem::{self, Iov, Ram, Segment};
-use minivmm::mutants::{Mutant, is_on};
+use minivmm_block::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
+use minivmm_block::mem::{self, Iov, Ram, Segment};
 
 use super::fiber::{Pause, pause};
+use super::mistakes::is_made;
 
 /// Sectors of the simulated disk.
 pub const SECTORS: usize = 32;
@@ -271,7 +271,7 @@ impl Storage {
         self.running[at].started = Some(now);
         let op = self.running[at].op.clone();
         let mut tags = self.tags(&op);
-        if is_on(Mutant::UnlockedRmw) {
+        if is_made("unlocked-rmw") {
             self.widen_to_blocks(&mut tags);
         }
         let queue = self.running[at].queue;
@@ -414,7 +414,7 @@ impl Storage {
 
     fn end_sync(&mut self, started: u64, fault: Option<Fault>) -> io::Result<usize> {
         if !is_real_sync() {
-            if is_on(Mutant::SyncFileRange) || is_on(Mutant::BlkFlsBuf) {
+            if is_made("sync-file-range") || is_made("blk-fls-buf") {
                 for tiers in &mut self.tiers {
                     if let Some(tag) = tiers.page_cache.take() {
                         tiers.disk_cache = Some(tag);
@@ -487,11 +487,9 @@ fn next_fault(faults: &mut VecDeque<(u32, Fault)>, ends: u32) -> Option<Fault> {
     Some(fault)
 }
 
-/// Whether what the device calls fdatasync is one: some mutants call something else.
+/// Whether what the device calls fdatasync is one: by some mistakes it calls something else.
 fn is_real_sync() -> bool {
-    ![Mutant::FileFlush, Mutant::SyncFileRange, Mutant::BlkFlsBuf, Mutant::WrongDescriptor]
-        .into_iter()
-        .any(is_on)
+    !["file-flush", "sync-file-range", "blk-fls-buf", "wrong-descriptor"].into_iter().any(is_made)
 }
 
 /// What a sector with this tag begins with.
@@ -565,7 +563,7 @@ impl Engine for SimEngine {
         if storage.in_flight(self.queue) >= ROOM {
             return Err(op);
         }
-        if is_on(Mutant::FlushSharesEarlierSync) && matches!(op, HostOp::Fdatasync) {
+        if is_made("flush-shares-earlier-sync") && matches!(op, HostOp::Fdatasync) {
             let earlier =
                 |other: &&mut Running| matches!(other.op, HostOp::Fdatasync) && other.started.is_some();
             if let Some(other) = storage.running.iter_mut().find(earlier) {

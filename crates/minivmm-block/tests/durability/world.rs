@@ -8,15 +8,15 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
-use minivmm::blk::worker::QueueWorker;
-use minivmm::disk::DiskOptions;
-use minivmm::disk::Image;
-use minivmm::disk::cache::{Negotiated, POLICIES, WriteCache};
-use minivmm::disk::disk_queue::DiskQueue;
-use minivmm::disk::geometry::{Alignment, Geometry};
-use minivmm::mem::Ram;
-use minivmm::ratelimit::RateLimit;
-use minivmm::sync::observed::{self, Access};
+use minivmm_block::blk::worker::QueueWorker;
+use minivmm_block::disk::DiskOptions;
+use minivmm_block::disk::Image;
+use minivmm_block::disk::cache::{Negotiated, POLICIES, WriteCache};
+use minivmm_block::disk::disk_queue::DiskQueue;
+use minivmm_block::disk::geometry::{Alignment, Geometry};
+use minivmm_block::mem::Ram;
+use minivmm_block::ratelimit::RateLimit;
+use minivmm_block::sync::observed::{self, Access};
 
 use super::driver::{Manners, QUEUE_SIZE, Queue, Request, UNTOUCHED};
 use super::fiber::{Fiber, Pause, Resumed, pause};
@@ -63,7 +63,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(mut disk: DiskQueue, job: minivmm::blk::worker::Job) -> Self {
+    fn new(mut disk: DiskQueue, job: minivmm_block::blk::worker::Job) -> Self {
         let stops = Rc::new(Cell::new(false));
         let told = Rc::clone(&stops);
         let fiber = Fiber::new(move || {
@@ -89,14 +89,14 @@ impl Worker {
 /// Has this thread's fibers stop in front of what queues share, and counts the heads they take.
 fn observe(ram: &Ram, queues: &[Queue]) {
     let count: Vec<_> = queues.iter().map(Queue::counts_heads).collect();
-    let guest = minivmm::mem::regions(ram);
+    let guest = minivmm_block::mem::regions(ram);
     let is_guests = move |at: usize| {
         let at = u64::try_from(at).unwrap();
         guest.iter().any(|&(_, host, len)| (host..host + len).contains(&at))
     };
     observed::observe(Some(Rc::new(move |access| {
         match access {
-            // The rings are between a queue and its driver; `tests/fences.rs` is about them.
+            // The rings are between a queue and its driver; `fences` is about them.
             Access::Load { at, .. } | Access::Store { at, .. } if is_guests(at) => {
                 count.iter().for_each(|count| count(access));
             }
@@ -108,7 +108,6 @@ fn observe(ram: &Ram, queues: &[Queue]) {
 
 /// Runs a plan; its trace in words comes back with what was violated.
 pub fn run(plan: &Plan, ram: &Ram, with_trace: bool) -> Result<u64, (Violation, Vec<String>)> {
-    minivmm::mutants::count_sync();
     let mut world = World::new(plan, ram);
     if with_trace {
         world.storage.lock().unwrap().trace = Some(Vec::new());

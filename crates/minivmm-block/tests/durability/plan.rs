@@ -4,7 +4,7 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use minivmm::disk::disk_queue::StableBy;
+use minivmm_block::disk::disk_queue::StableBy;
 
 use super::storage::{Fault, SECTORS};
 

@@ -1,7 +1,7 @@
 //! Several workers on one thread, each of which goes on only when the test says so, and stops again in
 //! front of its next access to what others share.
 //!
-//! A fiber is a worker with a stack of its own. The accesses are heard of through `minivmm::sync::observed`,
+//! A fiber is a worker with a stack of its own. The accesses are heard of through `minivmm_block::sync::observed`,
 //! so the code in between is the production code, without a branch for it.
 #![allow(dead_code, reason = "each suite uses its part")]
 
@@ -10,7 +10,7 @@ use std::ptr;
 
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
-use minivmm::sync::observed::Access;
+use minivmm_block::sync::observed::Access;
 
 /// In front of what a fiber stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! No doorbell and no interrupt is lost between a worker and its driver, whatever the processors make of
 //! the order of their loads and stores; and each of the ring's two fences is needed for that.
 //!
-//! `cargo test --features observed --test fences`. The device's side is the production code: the worker's
+//! `cargo test -p minivmm-block --features observed --test fences`. The device's side is the production code: the worker's
 //! round over the real ring, whose accesses the models answer (`docs/durability.md`).
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 

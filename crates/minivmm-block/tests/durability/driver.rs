@@ -7,11 +7,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use minivmm::blk::worker::Job;
-use minivmm::mem::{self, Ram};
-use minivmm::sync::observed::Access;
-use minivmm::virtio::Interrupt;
-use minivmm::virtio::queue::{QueueConfig, Ring};
+use minivmm_block::blk::worker::Job;
+use minivmm_block::mem::{self, Ram};
+use minivmm_block::sync::observed::Access;
+use minivmm_block::virtio::Interrupt;
+use minivmm_block::virtio::queue::{QueueConfig, Ring};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::desc;

@@ -6,17 +6,17 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use minivmm::blk::worker::{Job, QueueWorker};
-use minivmm::disk::cache::{POLICIES, WriteCache};
-use minivmm::disk::disk_queue::{DiskQueue, StableBy};
-use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
-use minivmm::disk::geometry::{Alignment, Geometry};
-use minivmm::disk::{DiskOptions, Image};
-use minivmm::mem::{Ram, map_ram, write_bytes};
-use minivmm::ratelimit::RateLimit;
-use minivmm::sync::{AtomicU16, AtomicU32, fence};
-use minivmm::virtio::Interrupt;
-use minivmm::virtio::queue::{QueueConfig, Ring};
+use minivmm_block::blk::worker::{Job, QueueWorker};
+use minivmm_block::disk::cache::{POLICIES, WriteCache};
+use minivmm_block::disk::disk_queue::{DiskQueue, StableBy};
+use minivmm_block::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
+use minivmm_block::disk::geometry::{Alignment, Geometry};
+use minivmm_block::disk::{DiskOptions, Image};
+use minivmm_block::mem::{Ram, map_ram, write_bytes};
+use minivmm_block::ratelimit::RateLimit;
+use minivmm_block::sync::{AtomicU16, AtomicU32, fence};
+use minivmm_block::virtio::Interrupt;
+use minivmm_block::virtio::queue::{QueueConfig, Ring};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::desc;
