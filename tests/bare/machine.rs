@@ -1,8 +1,5 @@
 //! What the tests run: the guest in both forms, minivmm's command line, and images of known content.
 
-#[path = "../common/tools.rs"]
-mod tools;
-
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -157,7 +154,7 @@ impl Ran {
 /// The program under test. `MINIVMM_BINARY`, and `MINIVMM_BARE` for the directory of the built
 /// guests, let this test program run where there is no source tree: inside the emulated host.
 pub fn binary() -> PathBuf {
-    std::env::var_os("MINIVMM_BINARY").map_or_else(|| tools::minivmm().into(), PathBuf::from)
+    std::env::var_os("MINIVMM_BINARY").map_or_else(|| env!("CARGO_BIN_EXE_minivmm").into(), PathBuf::from)
 }
 
 pub fn minivmm() -> Command {

@@ -31,4 +31,6 @@ mod start;
 mod stats;
 mod syncs;
 mod terminal;
+#[path = "../common/tools.rs"]
+mod tools;
 mod vanished;

@@ -7,6 +7,7 @@ use std::process::Command;
 
 use minivmm::sandbox::Role;
 
+use crate::given::listed;
 use crate::machine::*;
 use crate::stats::Echo;
 
@@ -172,7 +173,7 @@ fn a_write_log_is_written_and_ended_in_the_sandbox() {
         let disk = image.disk(&format!("cache=none,engine={engine},log-writes={}", writes.display()));
         let ran = run_plain(Entry::Elf, "scenario=io", &["--disk", &disk]).expect(exit(0x20), engine);
         assert!(!ran.log.contains("has called"), "{}", ran.log);
-        let told = minivmm().arg("log").arg(&writes).output().unwrap();
+        let told = listed(&writes);
         let told = String::from_utf8_lossy(&told.stdout).into_owned();
         assert!(told.contains("write") && told.contains("flush"), "{engine}: {told}");
 
