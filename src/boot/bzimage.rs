@@ -7,7 +7,7 @@ use linux_loader::loader::bootparam::setup_header;
 use vm_memory::ByteValued;
 
 use super::Entry;
-use super::kernel::{Image, Kernel, KernelError, check_room};
+use super::kernel_file::{Image, Kernel, KernelError, check_room};
 use crate::layout;
 use crate::mem::Ram;
 

@@ -9,7 +9,7 @@ use linux_loader::elf::{Elf64_Ehdr, Elf64_Nhdr, Elf64_Phdr};
 use vm_memory::ByteValued;
 
 use super::Entry;
-use super::kernel::{Image, Kernel, KernelError, check_room};
+use super::kernel_file::{Image, Kernel, KernelError, check_room};
 use crate::layout;
 use crate::mem::Ram;
 

@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::kernel::{self, Kernel};
+use super::kernel_file::{self, Kernel};
 use super::need::{Need, TooLittle};
+use super::tail::{Piece, Tail};
 use crate::layout;
 use crate::mem::{self, Ram};
 
@@ -22,35 +23,6 @@ pub struct Initrd {
     pub base: u64,
     /// The length in bytes.
     pub len: u64,
-}
-
-/// A piece of what is appended to the initrd.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Piece<'a> {
-    /// These bytes.
-    Bytes(&'a [u8]),
-    /// The content of this file, and the length that it had when the archive was planned.
-    File(&'a Path, u64),
-}
-
-/// What is appended to the initrd: one more archive.
-#[derive(Debug, Clone, Default)]
-pub struct Tail<'a> {
-    /// The pieces, in order.
-    pub pieces: Vec<Piece<'a>>,
-    /// The bytes of guest memory that it takes once it is unpacked.
-    pub unpacked_bytes: u64,
-}
-
-impl Tail<'_> {
-    /// Returns the length of all pieces in bytes.
-    pub fn total_bytes(&self) -> u64 {
-        let len = |piece: &Piece<'_>| match piece {
-            Piece::Bytes(bytes) => bytes.len() as u64,
-            Piece::File(_, len) => *len,
-        };
-        self.pieces.iter().map(len).fold(0, u64::saturating_add)
-    }
 }
 
 /// Why an initrd cannot be used.
@@ -120,10 +92,10 @@ pub fn load(
     kernel: &Kernel,
     cmdline: &str,
 ) -> Result<Initrd, InitrdError> {
-    let mut file = kernel::open(path)?;
+    let mut file = kernel_file::open(path)?;
     let metadata = file.metadata()?;
     if !metadata.is_file() {
-        return Err(InitrdError::Kind(kernel::kind_of(&metadata)));
+        return Err(InitrdError::Kind(kernel_file::kind_of(&metadata)));
     }
     if metadata.len() == 0 {
         return Err(InitrdError::Empty);
@@ -135,7 +107,7 @@ pub fn load(
     if tail_bytes > 0 {
         need_of(&file, metadata.len(), tail, kernel.bytes, cmdline)?.check(mem::bytes(ram))?;
     }
-    let limit = kernel::low_ram_end(ram).min(kernel.initrd_limit);
+    let limit = kernel_file::low_ram_end(ram).min(kernel.initrd_limit);
     let initrd = place(total, kernel.end, limit)?;
     let len = usize::try_from(metadata.len()).map_err(|_| InitrdError::Empty)?;
     ram.read_exact_volatile_from(GuestAddress(initrd.base), &mut file, len)
@@ -148,7 +120,7 @@ pub fn load(
 /// Returns what a kernel of `kernel_bytes` needs to unpack the file at `path` and `tail`. `None` if there is
 /// no such file.
 pub fn need(path: &Path, tail: &Tail<'_>, kernel_bytes: u64, cmdline: &str) -> Option<Need> {
-    let file = kernel::open(path).ok()?;
+    let file = kernel_file::open(path).ok()?;
     let metadata = file.metadata().ok().filter(Metadata::is_file)?;
     need_of(&file, metadata.len(), tail, kernel_bytes, cmdline).ok()
 }
@@ -180,7 +152,7 @@ fn write_tail(ram: &Ram, tail: &Tail<'_>, mut at: u64) -> Result<(), InitrdError
 
 /// Reads a file, which must still have the length that was planned for.
 fn copy_file(ram: &Ram, path: &Path, len: u64, at: u64) -> io::Result<()> {
-    let mut file: File = kernel::open(path)?;
+    let mut file: File = kernel_file::open(path)?;
     let found = file.metadata()?;
     let changed = || io::Error::other("it has changed its length since it was looked at");
     if !found.is_file() || found.len() != len {

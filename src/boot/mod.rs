@@ -12,9 +12,11 @@ mod e820;
 mod elf;
 mod initrd;
 mod kernel;
+mod kernel_file;
 mod mptable;
 mod need;
 mod params;
+mod tail;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -24,8 +26,8 @@ use crate::mem::{self, OutsideRam, Ram};
 
 use acpi::Hardware;
 use initrd::InitrdError;
-pub use initrd::{Piece, Tail};
-pub use kernel::KernelError;
+pub use kernel_file::KernelError;
+pub use tail::{Piece, Tail};
 
 /// A virtio-mmio device, as it is announced to the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

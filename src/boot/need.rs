@@ -4,7 +4,7 @@
 //! mounted (mm/shmem.c, `shmem_default_max_blocks`; init/do_mounts.c, `init_rootfs`). The archives still take
 //! memory at that time. What does not fit is lost: the kernel prints one line and boots on.
 
-use super::initrd::Tail;
+use super::tail::Tail;
 use crate::layout::{KIB, MIB, RAM_HOLE};
 
 /// The bytes that the kernel keeps for each page: a `struct page` of 64 bytes per 4096.

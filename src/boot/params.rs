@@ -13,7 +13,7 @@ use vm_memory::ByteValued;
 
 use super::e820::Range;
 use super::initrd::Initrd;
-use super::kernel::Kernel;
+use super::kernel_file::Kernel;
 use crate::layout;
 use crate::mem::{self, OutsideRam, Ram};
 

@@ -5,26 +5,20 @@
 //! place until the guest's memory is filled.
 
 use std::ffi::OsStr;
-use std::fs::{self, File, Metadata};
-use std::io::{self, Read};
+use std::fs::{self, Metadata};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
 use super::JobError;
-use super::archive::{Archive, Content};
+use super::archive::Archive;
 use super::elf::{self, Image};
+use super::host_file::{mtime, open, put_content, read};
 use super::libraries::Libraries;
 
 /// Directories that the guest's init covers with file systems of its own.
 const COVERED: [(&str, &str); 3] =
     [("/proc", "its processes"), ("/sys", "its devices"), ("/dev", "its device files")];
-
-/// The most bytes that are read into this process's memory from a file whose length is not known beforehand.
-const UNKNOWN_BYTES_MAX: u64 = 16 << 20;
-/// A file that claims at most this length, and has no block on a disk, may be a kernel's virtual file. (sysfs
-/// claims 4096 bytes for every file.)
-const CLAIMED_BYTES_MAX: u64 = 64 << 10;
 
 /// What is added, and where.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,14 +81,6 @@ pub fn put(archive: &mut Archive, libraries: &mut Libraries, add: &Add) -> Resul
     }
     let metadata = fs::metadata(&add.host).map_err(read(&add.host))?;
     walk(archive, libraries, &add.host, &place, &metadata, true)
-}
-
-fn read(path: &Path) -> impl FnOnce(std::io::Error) -> JobError {
-    move |source| JobError::Read { path: path.into(), source }
-}
-
-fn mtime(metadata: &Metadata) -> u32 {
-    u32::try_from(metadata.mtime()).unwrap_or(0)
 }
 
 fn walk(
@@ -164,34 +150,6 @@ fn put_file(
             Ok(())
         }
     }
-}
-
-/// Opens a regular file, without blocking even if it has become a FIFO meanwhile.
-pub fn open(path: &Path) -> io::Result<File> {
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
-    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a regular file")) }
-}
-
-/// Plans one file; `mode` is added to the file's own mode.
-pub fn put_content(
-    archive: &mut Archive,
-    file: &File,
-    host: &Path,
-    place: &Path,
-    mode: u32,
-) -> Result<(), JobError> {
-    let metadata = file.metadata().map_err(read(host))?;
-    let (mode, mtime) = (metadata.mode() | mode, mtime(&metadata));
-    // Virtual files of a kernel (/proc, /sys) have another length than they claim.
-    if metadata.blocks() == 0 && metadata.len() <= CLAIMED_BYTES_MAX {
-        let mut bytes = Vec::new();
-        file.take(UNKNOWN_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(read(host))?;
-        if bytes.len() as u64 > UNKNOWN_BYTES_MAX {
-            return Err(JobError::Endless(host.into()));
-        }
-        return archive.file(place, mode, mtime, Content::Bytes(&bytes));
-    }
-    archive.file(place, mode, mtime, Content::File(host, metadata.len()))
 }
 
 #[cfg(test)]

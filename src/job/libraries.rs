@@ -11,9 +11,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::JobError;
-use super::add;
 use super::archive::Archive;
 use super::elf::{self, Image, Needs};
+use super::host_file;
 
 /// Directories that loaders search by default: Debian's, and those of other distributions.
 const DEFAULT_DIRECTORIES: [&str; 6] =
@@ -201,8 +201,8 @@ fn tidy(path: &Path) -> PathBuf {
 /// Puts one library or loader into the archive, following links, and returns what it needs itself.
 fn put_file(archive: &mut Archive, host: &Path, guest: &Path) -> Result<Needs, JobError> {
     let failed = |source| JobError::Read { path: host.into(), source };
-    let file = add::open(host).map_err(failed)?;
-    add::put_content(archive, &file, host, guest, 0o555)?;
+    let file = host_file::open(host).map_err(failed)?;
+    host_file::put_content(archive, &file, host, guest, 0o555)?;
     match elf::read(&file) {
         Ok(Image::Native(needs)) => Ok(needs),
         Ok(Image::Foreign | Image::None) => Ok(Needs::default()),
@@ -212,7 +212,7 @@ fn put_file(archive: &mut Archive, host: &Path, guest: &Path) -> Result<Needs, J
 
 /// Returns `true` if there is an x86-64 image at `path`; loaders skip others.
 fn is_library(path: &Path) -> bool {
-    add::open(path).is_ok_and(|file| matches!(elf::read(&file), Ok(Image::Native(_))))
+    host_file::open(path).is_ok_and(|file| matches!(elf::read(&file), Ok(Image::Native(_))))
 }
 
 /// Parses ld.so's cache (glibc, sysdeps/generic/dl-cache.h, `struct cache_file_new`). Returns names and paths

@@ -7,6 +7,7 @@
 mod add;
 mod archive;
 mod elf;
+mod host_file;
 mod libraries;
 pub mod report;
 pub mod status;

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::hvc::{self, HvcEnd};
 use super::job::{self, JobEnd};
-use super::stop::OpenDisk;
+use super::machine::{Machine, OpenDisk, Planned, SerialEnd};
 use super::threads::SandboxedThreads;
 use super::wiring::{self, Wired};
 use super::{Config, ConsoleTarget, VmmError, host, watch};
@@ -21,13 +21,13 @@ use crate::blk::BlockDevice;
 use crate::boot::{self, BootError, Guest, Piece, Tail, cmdline};
 use crate::bus::Bus;
 use crate::console::ConsoleDevice;
-use crate::devices::console::{ConsoleOutput, Panicked, Stopping};
+use crate::devices::console::{ConsoleOutput, Stopping};
 use crate::devices::exit::{ExitPort, Pvpanic};
 use crate::devices::kernel_log::KernelLog;
 use crate::devices::power::{ACPI_LEN, AcpiRegisters, I8042, I8042_LEN, RESET_CONTROL_LEN, ResetControl};
 use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, SerialPort};
-use crate::disk::{DiskOptions, Image, TransportChoice};
+use crate::disk::{DiskOptions, Image};
 use crate::kvm::cpuid::{Place, Supported};
 use crate::kvm::run_page::RunPage;
 use crate::kvm::{self, msrs};
@@ -38,46 +38,7 @@ use crate::observe::guest::GuestEnd;
 use crate::pci::root::{ConfigPorts, PORTS_LEN, PciRoot};
 use crate::terminal::{self, Input};
 use crate::vcpu::{Exits, Vcpu};
-use crate::virtio::{Transport, VirtioDevice};
-
-/// Everything that lives as long as the VM.
-pub struct Machine {
-    /// The CPUs, until they are started.
-    pub vcpus: Vec<Vcpu>,
-    /// The virtio devices.
-    pub transports: Vec<Arc<Mutex<dyn Transport>>>,
-    /// The disks.
-    pub disks: Vec<OpenDisk>,
-    /// The serial port.
-    pub serial: SerialEnd,
-    /// What the command's launcher reports arrives here; taken when the machine runs.
-    pub job: Option<JobEnd>,
-    /// Our end of hvc0, if the terminal is one; taken when the machine runs.
-    pub hvc: Option<HvcEnd>,
-    /// Our end of the port that asks the guest for its view; taken when the observation begins.
-    pub observed: Option<GuestEnd>,
-    /// Counts the reasons why the CPUs left KVM_RUN.
-    pub exits: Arc<Exits>,
-    /// Set when the stop begins.
-    pub stopping: Stopping,
-    /// Declared after the CPUs and before the memory, so that it is dropped after the CPUs and before the
-    /// memory it uses.
-    _vm: Arc<VmFd>,
-    _ram: Ram,
-}
-
-/// The main thread's end of the serial port.
-#[derive(Clone)]
-pub struct SerialEnd {
-    /// The port itself.
-    pub port: Arc<Mutex<SerialPort>>,
-    /// Written when the guest has room for input again.
-    pub wants_input: Arc<EventFd>,
-    /// Set when the guest's output says that its kernel panicked.
-    pub panicked: Panicked,
-    /// Written when `panicked` is set.
-    pub alarm: Arc<EventFd>,
-}
+use crate::virtio::VirtioDevice;
 
 /// Builds the machine that `config` describes. `log` keeps what the guest's kernel prints.
 pub fn build(config: &Config, log: &KernelLog) -> Result<Machine, VmmError> {
@@ -278,9 +239,6 @@ fn place_reset_control(ports: &mut Bus, root: Option<&Arc<PciRoot>>) -> Result<(
     let configuration = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(root), others)));
     Ok(ports.place("PCI configuration", layout::PORT_PCI, PORTS_LEN, configuration)?)
 }
-
-/// A virtio device, and the transport that the guest uses for it.
-pub type Planned = (Box<dyn VirtioDevice>, TransportChoice);
 
 fn block_devices(config: &Config, disks: &[OpenDisk], ram: &Ram) -> Result<Vec<Planned>, VmmError> {
     let device = |((disk, options), letter): ((&OpenDisk, &DiskOptions), char)| {

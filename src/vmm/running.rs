@@ -10,12 +10,12 @@ use std::sync::{Arc, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::build::{self, Machine};
 use super::events::{self, Report, Reporter, Reports};
 use super::hvc::{self, HvcEnd};
 use super::input::{Console, READ_BYTES_MAX, Wish};
 use super::job::JobEnd;
 use super::limits::{BootTimeout, Heard, Limits, Over, Standing};
+use super::machine::{Machine, SerialEnd};
 use super::stop::{self, Ender, Patience, StopError, VcpuThread};
 use super::vanished::ImageFiles;
 use super::watch::Watch;
@@ -36,7 +36,7 @@ pub(super) struct Run<'a> {
     reports: Reports,
     threads: Vec<VcpuThread>,
     ender: Ender,
-    serial: build::SerialEnd,
+    serial: SerialEnd,
     stdin: File,
     console: Console,
     hvc: Option<HvcEnd>,

@@ -15,9 +15,8 @@ use std::time::{Duration, Instant};
 use rustix::fs::FlockOperation;
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
-use super::build::Machine;
+use super::machine::{Machine, OpenDisk};
 use super::{StatsTarget, VmmError};
-use crate::disk::Image;
 use crate::files::{Inventory, Opened};
 use crate::kvm::run_page::RunPage;
 use crate::sandbox::{Role, Ticket};
@@ -164,14 +163,6 @@ impl<T> Work<T> {
     fn result(self) -> Option<T> {
         self.answered.flatten()
     }
-}
-
-/// An open disk: its path and its image.
-pub struct OpenDisk {
-    /// The path, for messages.
-    pub path: PathBuf,
-    /// The image.
-    pub image: Arc<Image>,
 }
 
 /// Stops the vCPUs. The caller has already set the flag that they check.

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::build::Machine;
+use super::machine::Machine;
 use super::{ObserveTarget, VmmError};
 use crate::console::PortConfig;
 use crate::console::stream::{Sink, Source};

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::build::Planned;
+use super::machine::Planned;
 use super::{VmmError, host, preflight};
 use crate::boot::MmioDevice;
 use crate::bus::Bus;

@@ -183,7 +183,7 @@ fn measure(args: BenchArgs, stop: &Stop) -> Result<ExitStatus> {
         output::emptied(opened).and_then(|mut file| writeln!(file, "{text}")).with_context(failed)?;
     }
     if report.has_figures() {
-        print(&report.to_text())?;
+        print(&bench::table::text(&report))?;
     }
     match (&report.error, stopped(stop)) {
         (Some(error), _) => bail!("{error}"),

@@ -5,14 +5,16 @@
 //! anything runs ([`prepare`]), the order and the state in which they run ([`run`]), which figures cannot be
 //! those of a disk ([`warn`]), and how the result is printed ([`report`], [`table`]).
 
+mod figures;
 pub mod jobs;
 mod prepare;
 pub mod report;
 pub mod run;
-mod table;
+pub mod table;
 #[cfg(test)]
 mod tests;
 pub mod warn;
+pub mod warning;
 pub mod who;
 
 use std::path::PathBuf;

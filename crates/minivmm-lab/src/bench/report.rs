@@ -9,11 +9,11 @@ use std::path::PathBuf;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::Options;
 use super::jobs::Job;
 use super::prepare::Prepared;
-use super::warn::Warning;
+use super::warning::Warning;
 use super::who::{Competitor, HOST};
-use super::{Options, table};
 use crate::lab::extents::Layout;
 use crate::lab::fio::{Latency, Summary};
 use crate::lab::host::Meaning;
@@ -368,10 +368,5 @@ impl Report {
     /// Returns the report as JSON.
     pub fn to_json(&self) -> serde_json::Result<String> {
         serde_json::to_string_pretty(self)
-    }
-
-    /// Returns the report as a table with notes.
-    pub fn to_text(&self) -> String {
-        table::text(self)
     }
 }

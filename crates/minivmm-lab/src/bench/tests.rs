@@ -96,7 +96,7 @@ fn figures_of_a_disk_are_told_without_a_word() {
         Some((fio(job, iops + round as f64, 40.0), Observed::default()))
     });
     assert_eq!(told(&report), []);
-    let text = report.to_text();
+    let text = super::table::text(&report);
     assert!(!text.contains("want a word") && text.contains("0.90 (0.90-0.90)"), "{text}");
     assert!(text.contains("1 GiB, every byte written, in 1 extent;"), "{text}");
     assert!(text.lines().all(|line| line.chars().count() <= 110), "{text}");
@@ -147,7 +147,7 @@ fn each_way_to_fool_oneself_is_found_in_the_figures() {
         ("spread", "seqwrite", "none"),
     ];
     assert_eq!(told(&report), expected);
-    let text = report.to_text();
+    let text = super::table::text(&report);
     let row = text.lines().find(|line| line.starts_with("  unsafe") && line.contains("dirty")).unwrap();
     assert!(row.ends_with("dirty ignored short"), "{text}");
     // Warnings of one kind are told together, with where each was found.
@@ -175,13 +175,13 @@ fn what_is_wrong_with_machine_image_or_run_is_said_first() {
     });
     let codes: Vec<_> = told(&report).iter().map(|it| it.0).collect();
     assert_eq!(codes, ["stopped", "emulated", "disk", "rounds", "busy", "shared"]);
-    let text = report.to_text();
+    let text = super::table::text(&report);
     // One round has neither a spread nor an interval, and jobs that did not run have no line.
     assert!(!text.contains("certainty") && !text.contains("from the least"), "{text}");
     assert!(text.contains("randread:") && !text.contains("seqread:"), "{text}");
     assert!(report.jobs[0].competitors[0].over_host.is_none());
     for warning in &report.warnings {
-        assert!(warn::ABOUT.iter().any(|about| about.0 == warning.code), "{warning:?}");
+        assert!(super::warning::ABOUT.iter().any(|about| about.0 == warning.code), "{warning:?}");
     }
     let json: serde_json::Value = serde_json::from_str(&report.to_json().unwrap()).unwrap();
     assert_eq!(
@@ -223,7 +223,7 @@ fn the_guide_lists_every_field_of_the_json_and_every_warning() {
         include_str!("../../../../docs/benchmarking.md"),
         include_str!("../../../../docs/reference/bench-json.md")
     );
-    let codes = warn::ABOUT.iter().map(|about| about.0.to_owned());
+    let codes = super::warning::ABOUT.iter().map(|about| about.0.to_owned());
     for name in names.into_iter().chain(codes) {
         let is_told = ["`", "[]`"].iter().any(|end| guide.contains(&format!("`{name}{end}")));
         assert!(is_told, "docs/benchmarking.md and docs/reference/bench-json.md do not tell of {name}");

@@ -1,12 +1,11 @@
 //! Finds figures that cannot be those of a disk. It judges the figures themselves and not what was asked for.
 //!
-//! Owns the table of warnings, and the threshold of each.
-
-use serde::Serialize;
+//! Owns the threshold of each warning.
 
 use super::prepare::Prepared;
 use super::report::{Competing, Ended, JobFigures, Observed, Report};
-use super::{Options, table};
+use super::warning::{ABOUT, Warning};
+use super::{Options, figures};
 use crate::lab::host::Meaning;
 use minivmm::disk::cache::CachePolicy;
 
@@ -20,50 +19,6 @@ const FASTER_MIN: f64 = 1.1;
 const ROUNDS_MIN: usize = 3;
 /// Load per CPU from which other work disturbs the figures.
 const LOAD_MAX: f64 = 0.5;
-
-/// Something that a reader of the figures must know.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Warning {
-    /// The kind of warning, from [`ABOUT`].
-    pub code: &'static str,
-    /// The job; `None` if the warning is about all jobs.
-    pub job: Option<String>,
-    /// The competitor; `None` if the warning is about all of them.
-    pub who: Option<String>,
-    /// The figure that caused the warning.
-    pub value: Option<f64>,
-    /// The text for people.
-    pub text: String,
-}
-
-/// The codes and what they mean, in the order in which they are printed.
-pub static ABOUT: [(&str, &str); 15] = [
-    ("stopped", "not everything was measured"),
-    ("emulated", ""),
-    ("virtual", ""),
-    ("host-cache", "reads that the host's page cache served: memory's speed, not the disk's"),
-    ("guest-cache", "reads or writes that never left the guest's own page cache (direct=0)"),
-    ("faster", "faster than the host itself at the very same job: a cache is in the figure"),
-    ("dirty", "written, reported done, and still in nothing but the host's memory when the job had ended"),
-    (
-        "ignored",
-        "FLUSHes that were acknowledged and never done: the guest's last sync, which is to be in the figure, is not",
-    ),
-    (
-        "short",
-        "shorter than the host waits before it writes back by itself: all the writing back was the last sync's, and a \
-         longer run would show another rate",
-    ),
-    ("flush", "whether a FLUSH gets as far as the disk"),
-    ("disk", "the image"),
-    (
-        "spread",
-        "rounds that lie far apart, least to most over the median: take more of them, or a quieter machine",
-    ),
-    ("rounds", ""),
-    ("busy", ""),
-    ("shared", ""),
-];
 
 /// Returns all warnings, in the order of [`ABOUT`].
 pub fn all(options: &Options, prepared: &Prepared, report: &Report) -> Vec<Warning> {
@@ -109,14 +64,14 @@ fn general(options: &Options, prepared: &Prepared, report: &Report) -> Vec<Warni
     if layout.shared_bytes > 0 && report.jobs.iter().any(|job| job.writes) {
         let words = format!(
             "{} of the image are shared with another file: the first write to each place copies it",
-            table::bytes(layout.shared_bytes as f64)
+            figures::bytes(layout.shared_bytes as f64)
         );
         found.push(Warning { value: Some(layout.shared_bytes as f64), ..whole("shared", words) });
     }
     if layout.encoded_bytes > 0 {
         let words = format!(
             "{} of the image are compressed or encrypted by its file system: the disk is read and written otherwise than fio does",
-            table::bytes(layout.encoded_bytes as f64)
+            figures::bytes(layout.encoded_bytes as f64)
         );
         found.push(Warning { value: Some(layout.encoded_bytes as f64), ..whole("disk", words) });
     }
@@ -157,13 +112,13 @@ fn of(job: &JobFigures, who: &Competing, dirty_expire_s: Option<f64>) -> Vec<War
     // A job that only writes reads no more than a partition table.
     let reads = who.rounds.iter().any(|run| run.fio.read.is_some());
     if let Some(share) = share(|observed| observed.host_hit_share).filter(|_| reads) {
-        add("host-cache", share, format!("{} of the bytes read", table::percent(share)));
+        add("host-cache", share, format!("{} of the bytes read", figures::percent(share)));
     }
     if let Some(share) = share(|observed| observed.guest_hit_share) {
-        add("guest-cache", share, format!("{} of the bytes read", table::percent(share)));
+        add("guest-cache", share, format!("{} of the bytes read", figures::percent(share)));
     }
     if let Some(share) = share(|observed| observed.guest_absorbed_share) {
-        add("guest-cache", share, format!("{} of the bytes written", table::percent(share)));
+        add("guest-cache", share, format!("{} of the bytes written", figures::percent(share)));
     }
     if let Some(over) = who.over_host.filter(|over| over.median >= FASTER_MIN && over.low > 1.0) {
         add("faster", over.median, format!("{:.2} times", over.median));
@@ -175,7 +130,7 @@ fn of(job: &JobFigures, who: &Competing, dirty_expire_s: Option<f64>) -> Vec<War
             add(
                 "dirty",
                 dirty.median,
-                format!("{} of {} written", table::bytes(dirty.median), table::bytes(written)),
+                format!("{} of {} written", figures::bytes(dirty.median), figures::bytes(written)),
             );
         }
     }
@@ -193,7 +148,7 @@ fn of(job: &JobFigures, who: &Competing, dirty_expire_s: Option<f64>) -> Vec<War
         add("short", longest, format!("{longest:.1} s of {expire:.0} s"));
     }
     if let Some(range) = figures.iops.relative_range().filter(|&range| range > RANGE_MAX) {
-        add("spread", range, table::percent(range));
+        add("spread", range, figures::percent(range));
     }
     found
 }

@@ -17,15 +17,12 @@ use super::legal::StateName;
 use super::log::{LogError, WriteLog};
 use super::plan::{Breadth, Plan, Task, one};
 use super::points::{At, NoPoint, points};
-use super::report::{Failure, Report, Told};
+use super::report::{Failure, KEPT_MAX, Report, Told};
 use super::scratch::{Base, ScratchError, Stage, default_place};
 use crate::estimate::Rate;
 use crate::scratch_dir::{ScratchDir, remove_abandoned};
 use minivmm::files::{Input, Output, OutputRefused, output};
 use minivmm::sync::unpoisoned;
-
-/// Number of failures whose images are kept. The first that are found are kept.
-pub const KEPT_MAX: usize = 16;
 
 /// What the user asked for.
 #[derive(Debug, Clone)]

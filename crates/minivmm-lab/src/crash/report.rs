@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
-use super::campaign::KEPT_MAX;
 use super::check::About;
 use super::legal::{Pending, StateName};
 use super::log::WriteLog;
 use super::plan::Task;
 use minivmm::text::shell_word;
+
+/// Number of failures whose images are kept. The first that are found are kept.
+pub const KEPT_MAX: usize = 16;
 
 /// Most failures that the text shows.
 const SHOWN_MAX: usize = 10;

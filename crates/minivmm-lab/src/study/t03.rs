@@ -6,7 +6,6 @@
 use super::experiment::{Bound, Experiment, Kind, MODES, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, value, values};
 use super::plot::Plot;
-use super::steps::writes::Size;
 
 /// The case without any sync.
 pub const NO_SYNC: &str = "no sync";
@@ -15,6 +14,17 @@ pub const END: &str = "sync at the end";
 /// The case with a sync after each write.
 pub const EACH: &str = "sync after each";
 const SYNCS: [&str; 3] = [NO_SYNC, END, EACH];
+
+/// The size of the jobs of the step of writes.
+#[derive(Debug, Clone, Copy)]
+pub struct Size {
+    /// Number of times that a step repeats each job.
+    pub times: u32,
+    /// Number of blocks of 4 KiB that a job writes or reads.
+    pub blocks: u64,
+    /// The same for a job that syncs after each block.
+    pub synced_blocks: u64,
+}
 
 /// The experiment.
 pub static EXPERIMENT: Experiment = Experiment {

@@ -6,8 +6,8 @@
 use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, values};
 use super::plot::Plot;
-use super::steps::writes::Size;
 use super::t03;
+use super::t03::Size;
 
 const WRITES: &str = "writes, no sync";
 const END: &str = "writes, sync at the end";

@@ -5,6 +5,8 @@
 //! that writes it, so whoever may read the file may use this.
 
 mod columns;
+mod figures;
+pub mod history;
 pub mod view;
 
 use std::ffi::OsStr;
@@ -16,9 +18,10 @@ use std::time::Duration;
 
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 
+use history::History;
 use minivmm::observe::follow::{Follower, NotAnObservation};
 use minivmm::terminal;
-use view::{History, Screen};
+use view::Screen;
 
 /// How often the file is checked for new rows.
 const LOOK: Duration = Duration::from_millis(100);

@@ -1,9 +1,7 @@
-//! How a sample of an observation is shown: as a line, and on a terminal.
+//! How a sample of an observation is shown on a terminal.
 //!
-//! Owns the texts, the layout and the rates, which are computed from the last two rows of a disk. On a terminal
+//! Owns the texts and the layout. On a terminal
 //! nothing is cut off: what does not fit is omitted as a whole ([`super::columns`], [`lines_of`]).
-
-use std::collections::VecDeque;
 
 use ratatui::Frame;
 use ratatui::layout::{Alignment, Constraint, Layout, Rect};
@@ -11,28 +9,9 @@ use ratatui::style::{Color, Style, Stylize};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Paragraph, RenderDirection, Sparkline};
 
-use super::columns::{count, factor, percent, size, table};
-use minivmm::observe::csv::Row;
-
-/// Most samples that a curve shows.
-const MOMENTS_MAX: usize = 512;
-
-/// The samples of all disks so far.
-#[derive(Debug, Default)]
-pub struct History {
-    disks: Vec<Disk>,
-    lines: Vec<String>,
-}
-
-/// The samples of one disk so far.
-#[derive(Debug, Default)]
-pub struct Disk {
-    name: String,
-    last: Row,
-    before: Option<Row>,
-    /// The samples, oldest first: seconds, and bytes in the host's page cache.
-    cached: VecDeque<(f64, u64)>,
-}
+use super::columns::table;
+use super::figures::{count, percent, size};
+use super::history::{Disk, History};
 
 /// What a screen shows besides the history.
 #[derive(Debug, Clone, Copy)]
@@ -43,101 +22,6 @@ pub struct Screen<'a> {
     pub goes_on: bool,
     /// True if colours are used.
     pub colours: bool,
-}
-
-impl History {
-    /// Adds a row.
-    pub fn take(&mut self, row: Row) {
-        let name = row.text("disk").to_owned();
-        let at = self.disks.iter().position(|disk| disk.name == name).unwrap_or_else(|| {
-            self.disks.push(Disk { name, ..Disk::default() });
-            self.disks.len() - 1
-        });
-        let Some(disk) = self.disks.get_mut(at) else { return };
-        disk.take(row);
-        self.lines.push(disk.line());
-    }
-
-    /// Returns the hit share, defined as `host_hit_share`, of what was read between the last two samples.
-    fn lately(&self) -> Option<f64> {
-        let asked: f64 = self.disks.iter().filter_map(|disk| disk.growth("read_bytes")).sum();
-        let from_disk = self.disks.first()?.growth("process_read_bytes")?;
-        (asked > 0.0).then(|| 1.0 - from_disk.min(asked) / asked)
-    }
-
-    /// Returns the lines of the rows that were added since the last call.
-    pub fn take_lines(&mut self) -> Vec<String> {
-        std::mem::take(&mut self.lines)
-    }
-}
-
-impl Disk {
-    fn take(&mut self, row: Row) {
-        if self.cached.len() == MOMENTS_MAX {
-            self.cached.pop_front();
-        }
-        let seconds = row.number("time_s").unwrap_or_default();
-        self.cached.push_back((seconds, row.text("host_cached_bytes").parse().unwrap_or(0)));
-        let before = std::mem::replace(&mut self.last, row);
-        self.before = (!before.text("disk").is_empty()).then_some(before);
-    }
-
-    /// Returns the name of the disk in the guest.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Returns the newest row.
-    pub fn last(&self) -> &Row {
-        &self.last
-    }
-
-    /// Formats a column of bytes in the newest row.
-    pub fn bytes(&self, column: &str) -> String {
-        size(self.last.number(column))
-    }
-
-    /// Returns the growth of a column per second.
-    pub fn rate(&self, column: &str) -> Option<f64> {
-        let before = self.before.as_ref()?;
-        let seconds = self.last.number("time_s")? - before.number("time_s")?;
-        let grown = self.growth(column)?;
-        (seconds > 0.0 && grown >= 0.0).then_some(grown / seconds)
-    }
-
-    /// Returns the share of all bytes read so far that the host's page cache supplied. It is the same for all
-    /// disks.
-    fn hit_share(&self) -> Option<f64> {
-        self.last.number("host_hit_share")
-    }
-
-    /// Returns the growth of a column since the previous row.
-    fn growth(&self, column: &str) -> Option<f64> {
-        Some(self.last.number(column)? - self.before.as_ref()?.number(column)?)
-    }
-
-    fn line(&self) -> String {
-        format!(
-            "{:>8.1} s {} {}: host {} (dirty {}, writeback {}), guest {}, both {}; {} r/s {}/s, {} w/s {}/s, {} FLUSH/s; \
-             hits {}, FLUSHes x{}, at risk {}",
-            self.last.number("time_s").unwrap_or_default(),
-            self.name,
-            self.last.text("cache"),
-            self.bytes("host_cached_bytes"),
-            self.bytes("host_dirty_bytes"),
-            self.bytes("host_writeback_bytes"),
-            self.bytes("guest_cache_growth_bytes"),
-            self.bytes("double_cached_bytes"),
-            count(self.rate("reads")),
-            size(self.rate("read_bytes")),
-            count(self.rate("writes")),
-            size(self.rate("written_bytes")),
-            count(self.rate("flushes")),
-            percent(self.hit_share()),
-            factor(self.last.number("flush_amplification")),
-            self.bytes("bytes_at_risk"),
-        )
-    }
 }
 
 /// Draws the newest sample.
@@ -165,7 +49,7 @@ pub fn draw(frame: &mut Frame<'_>, history: &History, screen: &Screen<'_>) {
 
 /// Returns the title line with as many of its parts as fit. The state is kept longest.
 fn title_of<'a>(history: &History, screen: &Screen<'_>, width: u16) -> Line<'a> {
-    let seconds = history.disks.first().and_then(|disk| disk.last.number("time_s")).unwrap_or_default();
+    let seconds = history.disks.first().and_then(|disk| disk.last().number("time_s")).unwrap_or_default();
     let (state, colour) = if screen.goes_on { ("running", Color::Green) } else { ("ended", Color::Gray) };
     let file = screen.name.rsplit('/').next().unwrap_or_default();
     let time = format!("{seconds:.1} s");
@@ -196,7 +80,7 @@ type Fact = (&'static str, Vec<String>);
 /// Returns what concerns all disks together.
 fn facts_of(disk: &Disk, lately: Option<f64>) -> Vec<Fact> {
     let bytes = |column: &str| disk.bytes(column);
-    let guest = match disk.last.text("guest_age_s") {
+    let guest = match disk.last().text("guest_age_s") {
         "" => vec!["tells nothing of itself".to_owned(), "(the test guest does)".to_owned()],
         age => vec![
             format!("cached {},", bytes("guest_cached_bytes")),
@@ -207,7 +91,7 @@ fn facts_of(disk: &Disk, lately: Option<f64>) -> Vec<Fact> {
             format!("({age} s ago)"),
         ],
     };
-    let host = match disk.last.text("host_disk") {
+    let host = match disk.last().text("host_disk") {
         "" => vec!["its disk cannot be seen".to_owned()],
         name => vec![
             format!("{name}:"),
@@ -268,9 +152,9 @@ fn draw_curve(frame: &mut Frame<'_>, disk: &Disk, screen: &Screen<'_>, area: Rec
             .areas(area);
     let most = size(Some(disk.cached.iter().map(|(_, bytes)| *bytes).max().unwrap_or(0) as f64));
     let titles = [
-        format!("{} in the host's cache, at most {most}", disk.name),
-        format!("{} cached, at most {most}", disk.name),
-        disk.name.clone(),
+        format!("{} in the host's cache, at most {most}", disk.name()),
+        format!("{} cached, at most {most}", disk.name()),
+        disk.name().to_owned(),
     ];
     let text = titles.into_iter().find(|text| fits(text, title.width)).unwrap_or_default();
     frame.render_widget(Line::from(text), title);
@@ -315,6 +199,7 @@ mod tests {
     use ratatui::buffer::Buffer;
 
     use super::*;
+    use minivmm::observe::csv::Row;
 
     const HEADER: &str = "time_s,disk,cache,host_cached_bytes,reads,read_bytes,flushes,guest_age_s,guest_cached_bytes,\
                           double_cached_bytes,host_hit_share,flush_amplification,host_disk";

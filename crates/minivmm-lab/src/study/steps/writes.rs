@@ -13,22 +13,12 @@ use super::host::Aligned;
 use crate::study::experiment::MODES;
 use crate::study::figures::Record;
 use crate::study::guest::{Guest, device, disk, no_others};
+use crate::study::t03::Size;
 use crate::study::{t03, t04, t10, t11};
 
 /// Size of each image.
 const IMAGE_MIB: u64 = 64;
 const BLOCK: usize = 4096;
-
-/// The size of the jobs.
-#[derive(Debug, Clone, Copy)]
-pub struct Size {
-    /// Number of times that a step repeats each job.
-    pub times: u32,
-    /// Number of blocks of 4 KiB that a job writes or reads.
-    pub blocks: u64,
-    /// The same for a job that syncs after each block.
-    pub synced_blocks: u64,
-}
 
 /// Runs the step.
 pub fn writes(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
