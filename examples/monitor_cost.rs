@@ -12,7 +12,7 @@ use minivmm::disk::cache::{CachePolicy, Negotiated, WriteCache};
 use minivmm::disk::disk_queue::{DiskQueue, Op, RequestId, StableBy};
 use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::disk::monitor::{Monitor, SyncEnd};
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
 use minivmm::mem::{AlignedBuffer, Iov};
 
 /// Ends everything at once and does nothing.
@@ -60,7 +60,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 /// Writes of 4 KiB that need not be stable, one after another, through the state machine.
 fn writes(count: u64, image: &str) -> Result<(), Box<dyn Error>> {
     let policy = CachePolicy::by_name("writeback").ok_or("no such mode")?;
-    let image = Arc::new(Image::open(&DiskOptions { cache: policy, ..DiskOptions::new(image) })?);
+    let image = Arc::new(Image::open(&DiskConfig { cache: policy, ..DiskConfig::new(image) })?);
     let cache = Arc::new(WriteCache::new(policy));
     cache.negotiate(Negotiated { flush: true, config_wce: true });
     let mut disk = DiskQueue::new(Arc::clone(&image), cache, Box::new(Nothing::default()), StableBy::Dsync);

@@ -23,11 +23,12 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 
 use crate::boot::cmdline;
-use crate::disk::{DiskOptions, TransportChoice};
+use crate::disk_options::{self, DiskOptions};
 use crate::hosts::{Asked, HostChoice};
 use crate::job::{self, JobError};
 use crate::program;
 use crate::sandbox;
+use crate::virtio::TransportChoice;
 use crate::vmm::{Config, ConsoleTarget, Ending, ObserveTarget, Plan, StatsTarget};
 use command::{CommandArgs, ConsoleTaken};
 use tool::Tool;
@@ -223,13 +224,15 @@ pub enum Task {
 }
 
 fn disk_help() -> String {
-    format!("Disk image, with keys (repeatable: vda, vdb, ...)\n\n{}", DiskOptions::keys_help())
+    format!("Disk image, with keys (repeatable: vda, vdb, ...)\n\n{}", disk_options::keys_help())
 }
 
 /// Returns the disks, with the defaults that depend on the machine. A run and `--explain` both use this
 /// function.
 fn disks(asked: &[DiskOptions], cpus: u8) -> Vec<DiskOptions> {
-    asked.iter().map(|disk| disk.clone().for_cpus(cpus)).collect()
+    let of_machine =
+        |disk: &DiskOptions| DiskOptions { config: disk.config.clone().for_cpus(cpus), ..disk.clone() };
+    asked.iter().map(of_machine).collect()
 }
 
 /// Why the machine that the arguments describe cannot be configured.

@@ -17,7 +17,7 @@ use crate::blk::config;
 use crate::disk::cache::WriteCache;
 use crate::disk::choice::{EngineKind, choose};
 use crate::disk::geometry::{self, SECTOR};
-use crate::disk::{DiskOptions, Image, ImageError};
+use crate::disk::{DiskConfig, Image, ImageError};
 
 pub use dry_run::{Answer, Driver};
 pub use layers::{Layer, below, below_device};
@@ -103,14 +103,14 @@ pub struct FlushReach {
     pub because: String,
 }
 
-/// Inspects the disk that `options` describe. Returns an error if minivmm could not start with it.
-pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
-    let image = Arc::new(Image::look(options)?);
+/// Inspects the disk that `config` describes. Returns an error if minivmm could not start with it.
+pub fn explain(config: &DiskConfig) -> Result<Explanation, ImageError> {
+    let image = Arc::new(Image::look(config)?);
     let place = Place::of(&image);
     let host_disks = layers::below(&image, &place);
     let policy = image.policy();
     let mut warnings = image.warnings().to_vec();
-    let mut refusals: Vec<String> = image.refusals(options).iter().map(ToString::to_string).collect();
+    let mut refusals: Vec<String> = image.refusals(config).iter().map(ToString::to_string).collect();
     if std::env::var("LD_PRELOAD").is_ok_and(|libraries| libraries.contains("eatmydata")) {
         warnings.push("LD_PRELOAD names libeatmydata: fdatasync will do nothing".into());
     }
@@ -129,7 +129,7 @@ pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
     let writeback = config::space(&image, queues, WriteCache::new(policy).writeback())[config::WRITEBACK];
     let geometry = image.geometry();
     Ok(Explanation {
-        image: options.path.display().to_string(),
+        image: config.path.display().to_string(),
         kind: if image.is_device() { "block device" } else { "file" },
         bytes: geometry.capacity_sectors * SECTOR,
         cache: policy.name,
@@ -144,7 +144,7 @@ pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
             memory_alignment: geometry.alignment.memory,
             offset_alignment: geometry.alignment.offset,
             found_by: geometry.alignment.found_by,
-            other_modes: other_modes(&image, options),
+            other_modes: other_modes(&image, config),
         },
         engine: engine.name(),
         stable: image.stable().name(),
@@ -163,8 +163,8 @@ pub fn explain(options: &DiskOptions) -> Result<Explanation, ImageError> {
 
 /// Returns the logical block size in the modes that use the page cache if this one does not, or the reverse;
 /// `None` if it is the same or unknown.
-fn other_modes(image: &Image, options: &DiskOptions) -> Option<u32> {
-    if options.block_size.is_some() || image.is_device() {
+fn other_modes(image: &Image, config: &DiskConfig) -> Option<u32> {
+    if config.block_size.is_some() || image.is_device() {
         return None;
     }
     let other = if image.policy().direct { 512 } else { geometry::direct_block(image.file())?.max(512) };

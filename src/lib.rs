@@ -10,6 +10,7 @@
 //! | module | owns | must not know |
 //! |---|---|---|
 //! | [`cli`] | arguments, `--help`, exit statuses | |
+//! | [`disk_options`] | the syntax of `--disk` | KVM |
 //! | [`check`] | can this machine run Linux guests? | |
 //! | [`hosts`] | where a Linux guest runs: here, or in the emulated host | devices |
 //! | [`vmm`] | builds the machine in order, runs it, stops it in order | |
@@ -39,6 +40,7 @@ pub mod check;
 pub mod cli;
 pub mod console;
 pub mod devices;
+pub mod disk_options;
 pub mod explain;
 pub mod hosts;
 pub mod job;

@@ -113,7 +113,7 @@ fn explain_disks(plan: &Plan, json: bool) -> Result<ExitStatus> {
     let mut refused: Vec<anyhow::Error> = plan.refusals().into_iter().map(Into::into).collect();
     let mut explained = Vec::new();
     for disk in &plan.disks {
-        match explain::explain(disk) {
+        match explain::explain(&disk.config) {
             Ok(disk) => explained.push(disk),
             Err(error) => refused.push(error.into()),
         }

@@ -16,7 +16,7 @@ use minivmm::blk::worker::QueueWorker;
 use minivmm::disk::blocking::BlockingEngine;
 use minivmm::disk::engine::Engine;
 use minivmm::disk::uring::UringEngine;
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
 
 const BATCH: u16 = 32;
 const QUEUE: u16 = 256;
@@ -189,7 +189,7 @@ fn a_request_allocates_nothing_in_steady_state() {
     let modes =
         [("none", false), ("writethrough", false), ("unsafe", false), ("none", true), ("writethrough", true)];
     for (mode, timed) in modes {
-        let options = DiskOptions { timed, ..image.options(mode) };
+        let options = DiskConfig { timed, ..image.options(mode) };
         let opened = Arc::new(Image::open(&options).unwrap());
         for below in BELOW {
             for features in [F_INDIRECT, F_INDIRECT | F_EVENT_IDX] {

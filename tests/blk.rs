@@ -6,7 +6,7 @@ mod common;
 
 use common::driver::*;
 use common::images::{TestImage, pattern};
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
 use std::sync::Arc;
 
 /// A descriptor without its next: address, length, flags.
@@ -23,7 +23,7 @@ fn rig(mode: &str, features: u64) -> (TestImage, Rig) {
     (image, rig)
 }
 
-fn rig_with(features: u64, change: impl FnOnce(&mut DiskOptions)) -> (TestImage, Rig) {
+fn rig_with(features: u64, change: impl FnOnce(&mut DiskConfig)) -> (TestImage, Rig) {
     let image = TestImage::new(IMAGE_BYTES);
     let mut options = image.options("none");
     change(&mut options);

@@ -16,15 +16,15 @@ use common::driver::*;
 use common::images::{TestImage, pattern, test_dir};
 use common::loops::{LoopDevice, Mounted};
 use minivmm::disk::cache::CachePolicy;
+use minivmm::disk::config::EngineChoice;
 use minivmm::disk::disk_queue::StableBy;
-use minivmm::disk::options::EngineChoice;
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
 
 const BYTES: u64 = 4 << 20;
 const FEATURES: u64 = F_FLUSH | F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES;
 
-fn options(device: &LoopDevice, mode: &str) -> DiskOptions {
-    DiskOptions { cache: CachePolicy::by_name(mode).unwrap(), ..DiskOptions::new(&device.0) }
+fn options(device: &LoopDevice, mode: &str) -> DiskConfig {
+    DiskConfig { cache: CachePolicy::by_name(mode).unwrap(), ..DiskConfig::new(&device.0) }
 }
 
 /// Shows D1 and D3.
@@ -78,7 +78,7 @@ fn a_stable_write_to_a_device_without_fua_costs_one_flush_and_by_pwritev2_with_d
     ] {
         let image = TestImage::new(BYTES);
         let Some(device) = LoopDevice::new(&image.path, 512) else { return };
-        let asked = DiskOptions { engine, stable, ..options(&device, "directsync") };
+        let asked = DiskConfig { engine, stable, ..options(&device, "directsync") };
         let mut rig = Rig::live(Arc::new(Image::open(&asked).unwrap()), FEATURES);
         let before = flushes(&device);
         assert_eq!(rig.write_sectors(16, &[7; 4096]), OK);
@@ -90,7 +90,7 @@ fn a_stable_write_to_a_device_without_fua_costs_one_flush_and_by_pwritev2_with_d
 fn a_smaller_block_size_than_the_device_can_do_is_refused() {
     let image = TestImage::new(BYTES);
     let Some(device) = LoopDevice::new(&image.path, 4096) else { return };
-    let asked = DiskOptions { block_size: Some(512), ..options(&device, "none") };
+    let asked = DiskConfig { block_size: Some(512), ..options(&device, "none") };
     let error = Image::open(&asked).unwrap_err();
     assert!(error.source().unwrap().to_string().contains("use block-size=4096"), "{error:?}");
 }
@@ -103,7 +103,7 @@ fn a_mounted_device_cannot_be_written_by_a_guest_but_read() {
     let Some(_mounted) = Mounted::device(&device.0) else { return };
     let error = Image::open(&options(&device, "none")).unwrap_err();
     assert!(error.source().unwrap().to_string().contains("mounted"), "{error:?}");
-    let readonly = DiskOptions { readonly: true, ..options(&device, "none") };
+    let readonly = DiskConfig { readonly: true, ..options(&device, "none") };
     assert!(Image::open(&readonly).is_ok());
 }
 
@@ -155,14 +155,13 @@ fn a_file_system_without_o_direct_is_named_with_the_modes_that_work() {
     let path = ramfs.dir.path().join("a.img");
     File::create(&path).unwrap().set_len(1 << 20).unwrap();
     for mode in ["none", "directsync"] {
-        let options = DiskOptions { cache: CachePolicy::by_name(mode).unwrap(), ..DiskOptions::new(&path) };
+        let options = DiskConfig { cache: CachePolicy::by_name(mode).unwrap(), ..DiskConfig::new(&path) };
         let text = Image::open(&options).unwrap_err().source().unwrap().to_string();
         for needle in ["no O_DIRECT", &format!("cache={mode}"), "cache=writeback"] {
             assert!(text.contains(needle), "{text}");
         }
     }
-    let buffered =
-        DiskOptions { cache: CachePolicy::by_name("writeback").unwrap(), ..DiskOptions::new(&path) };
+    let buffered = DiskConfig { cache: CachePolicy::by_name("writeback").unwrap(), ..DiskConfig::new(&path) };
     assert!(Image::open(&buffered).is_ok());
 }
 

@@ -15,7 +15,7 @@ use common::engines::{Fate, Kind, Log, Script, Scripted};
 use common::images::{TestImage, pattern, test_dir};
 use minivmm::disk::cache::POLICIES;
 use minivmm::disk::disk_queue::StableBy;
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
 
 const IMAGE_BYTES: u64 = 1 << 20;
 const BOTH: u64 = F_FLUSH | F_CONFIG_WCE;
@@ -322,7 +322,7 @@ fn the_end_is_an_fdatasync_except_where_flushes_are_ignored() {
     }
 }
 
-fn open_error(options: &DiskOptions) -> String {
+fn open_error(options: &DiskConfig) -> String {
     let error = Image::open(options).unwrap_err();
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(&error);
@@ -358,16 +358,16 @@ fn images_that_cannot_be_are_refused_with_the_reason_and_the_remedy() {
         (make("b.vhd", &vhd_footer), &["vhd"][..]),
         (make("a.vhdx", &padded(b"vhdxfile")), &["vhdx"][..]),
     ] {
-        let text = open_error(&DiskOptions::new(&path));
+        let text = open_error(&DiskConfig::new(&path));
         for needle in needles {
             assert!(text.contains(needle), "{}: no '{needle}' in: {text}", path.display());
         }
     }
-    let forced = DiskOptions { force_raw: true, ..DiskOptions::new(dir.path().join("a.qcow2")) };
+    let forced = DiskConfig { force_raw: true, ..DiskConfig::new(dir.path().join("a.qcow2")) };
     assert!(Image::open(&forced).is_ok(), "format=raw forces it");
     let blocks =
-        DiskOptions { block_size: Some(4096), ..DiskOptions::new(make("small.img", &[0; 4096 + 512])) };
-    let buffered = DiskOptions { cache: &POLICIES[1], ..blocks };
+        DiskConfig { block_size: Some(4096), ..DiskConfig::new(make("small.img", &[0; 4096 + 512])) };
+    let buffered = DiskConfig { cache: &POLICIES[1], ..blocks };
     assert!(open_error(&buffered).contains("block size of 4096"));
 }
 
@@ -375,7 +375,7 @@ fn images_that_cannot_be_are_refused_with_the_reason_and_the_remedy() {
 #[test]
 fn a_writer_locks_out_everybody_and_readers_share() {
     let image = TestImage::new(IMAGE_BYTES);
-    let readonly = DiskOptions { readonly: true, ..image.options("none") };
+    let readonly = DiskConfig { readonly: true, ..image.options("none") };
     let writer = image.open("none");
     assert!(open_error(&image.options("writeback")).contains("locked"));
     assert!(open_error(&readonly).contains("locked"));
@@ -397,7 +397,7 @@ fn each_mode_opens_with_its_flags() {
         assert_eq!(opened.open_flags(), expected, "{}", policy.name);
         assert_eq!(opened.warnings().iter().any(|line| line.contains("ignores")), !policy.honour_flush);
     }
-    let readonly = Image::open(&DiskOptions { readonly: true, ..image.options("none") }).unwrap();
+    let readonly = Image::open(&DiskConfig { readonly: true, ..image.options("none") }).unwrap();
     assert_eq!(readonly.open_flags(), "O_RDONLY|O_DIRECT");
 }
 
@@ -409,7 +409,7 @@ fn o_direct_on_tmpfs_warns_and_works() {
     };
     let path = dir.path().join("a.img");
     File::create(&path).unwrap().set_len(1 << 20).unwrap();
-    match Image::open(&DiskOptions::new(&path)) {
+    match Image::open(&DiskConfig::new(&path)) {
         Ok(image) => {
             assert!(image.warnings().iter().any(|line| line.contains("tmpfs")), "{:?}", image.warnings());
             let mut rig = Rig::live(Arc::new(image), BOTH);

@@ -28,7 +28,7 @@ use minivmm::blk::BlockDevice;
 use minivmm::bus::{Bus, Outcome};
 use minivmm::disk::cache::POLICIES;
 use minivmm::disk::disk_queue::StableBy;
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
 use minivmm::layout::VIRTIO_MMIO;
 use minivmm::mem::{self, Ram};
 use minivmm::virtio::Transport as _;
@@ -286,7 +286,7 @@ fn ringer(doorbell: Arc<EventFd>) -> Sender<()> {
 }
 
 impl Machine {
-    fn new(options: &DiskOptions) -> Self {
+    fn new(options: &DiskConfig) -> Self {
         let ram = mem::map_ram(&[LOW, HIGH]).unwrap();
         let (rings, buffers) = (Pages::new(&ram, LOW), Pages::new(&ram, HIGH));
         GUEST.set(Some(GuestRam { ram: ram.clone(), rings, buffers }));
@@ -336,8 +336,7 @@ fn the_driver_finds_capacity_serial_and_a_writable_disk() {
         (Some("disk-7"), "disk-7"),
         (Some("twenty-bytes-exactly"), "twenty-bytes-exactly"),
     ] {
-        let machine =
-            Machine::new(&DiskOptions { serial: serial.map(str::to_owned), ..test.options("none") });
+        let machine = Machine::new(&DiskConfig { serial: serial.map(str::to_owned), ..test.options("none") });
         let mut driver = machine.driver();
         assert_eq!(driver.capacity(), MIB / 512);
         assert!(!driver.readonly());
@@ -480,7 +479,7 @@ fn many_in_flight(machine: &Machine, driver: &mut Driver, test: &TestImage, coun
 fn one_request_larger_than_any_bounce_moves_whole() {
     for mode in ["none", "writeback"] {
         let test = TestImage::new(8 * MIB);
-        let machine = Machine::new(&DiskOptions { bounce_always: mode == "none", ..test.options(mode) });
+        let machine = Machine::new(&DiskConfig { bounce_always: mode == "none", ..test.options(mode) });
         let mut driver = machine.driver();
         let data: Vec<u8> = (0..4 * MIB).map(|i| u8::try_from(i * 7 % 251).unwrap()).collect();
         driver.write_blocks(1024, &data).unwrap();
@@ -496,7 +495,7 @@ fn one_request_larger_than_any_bounce_moves_whole() {
 fn a_readonly_disk_says_so_refuses_writes_and_takes_flushes() {
     let test = TestImage::new(MIB);
     let before = test.content();
-    let machine = Machine::new(&DiskOptions { readonly: true, ..test.options("none") });
+    let machine = Machine::new(&DiskConfig { readonly: true, ..test.options("none") });
     let mut driver = machine.driver();
     assert!(driver.readonly());
     assert_eq!(driver.write_blocks(8, &[0x5a; 4096]), Err(Error::IoError));

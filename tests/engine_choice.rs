@@ -10,10 +10,15 @@ use std::sync::Arc;
 use common::driver::*;
 use common::images::TestImage;
 use minivmm::disk::choice::{Chosen, EngineKind, choose};
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
+use minivmm::disk_options;
 
-fn with_engine(test: &TestImage, mode: &str, engine: &str) -> DiskOptions {
-    format!("{},cache={mode},engine={engine}", test.path.display()).parse().unwrap()
+fn config(text: &str) -> DiskConfig {
+    disk_options::parse(text).unwrap().config
+}
+
+fn with_engine(test: &TestImage, mode: &str, engine: &str) -> DiskConfig {
+    config(&format!("{},cache={mode},engine={engine}", test.path.display()))
 }
 
 /// From now on io_uring_setup fails in this thread, as on hosts whose seccomp filter has no io_uring.
@@ -71,8 +76,7 @@ fn auto_takes_the_blocking_engine_on_tmpfs() {
     let path = dir.path().join("a.img");
     File::create(&path).unwrap().set_len(1 << 20).unwrap();
     for (engine, kind) in [("auto", EngineKind::Blocking), ("io_uring", EngineKind::Uring)] {
-        let options: DiskOptions =
-            format!("{},cache=writeback,engine={engine}", path.display()).parse().unwrap();
+        let options = config(&format!("{},cache=writeback,engine={engine}", path.display()));
         let image = Arc::new(Image::open(&options).unwrap());
         let chosen = choose(&image, None, 1).unwrap();
         assert_eq!(chosen.kind, kind, "{engine}");
@@ -96,8 +100,7 @@ fn an_image_is_free_as_soon_as_its_device_is_gone() {
 #[test]
 fn guest_memory_that_cannot_be_pinned_is_an_error_that_names_the_limit() {
     let test = TestImage::new(1 << 20);
-    let options: DiskOptions =
-        format!("{},engine=io_uring,buffers=fixed", test.path.display()).parse().unwrap();
+    let options = config(&format!("{},engine=io_uring,buffers=fixed", test.path.display()));
     let image = Arc::new(Image::open(&options).unwrap());
     // Memory that the kernel refuses to register: not mapped any more by the time it looks.
     let ram = minivmm::mem::map_ram(&[(0, 1 << 20)]).unwrap();

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use common::driver::*;
 use common::images::{TestImage, pattern};
-use minivmm::disk::options::EngineChoice;
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::config::EngineChoice;
+use minivmm::disk::{DiskConfig, Image};
 
 const ALL: u64 = F_FLUSH | F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES;
 
@@ -20,7 +20,7 @@ fn each(modes: &[&str], fault: &str, test: impl Fn(&TestImage, &mut Rig, &str)) 
     for mode in modes {
         for engine in [EngineChoice::Blocking, EngineChoice::Auto] {
             let image = TestImage::new(1 << 20);
-            let options = DiskOptions { fault: Some(fault.parse().unwrap()), engine, ..image.options(mode) };
+            let options = DiskConfig { fault: Some(fault.parse().unwrap()), engine, ..image.options(mode) };
             let mut rig = Rig::new(Arc::new(Image::open(&options).unwrap()));
             rig.start(ALL);
             let what = format!("{mode}, {}, {fault}", rig.image.engine_in_use());

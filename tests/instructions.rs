@@ -24,7 +24,7 @@ use minivmm::disk::cache::{Negotiated, WriteCache};
 use minivmm::disk::disk_queue::{DiskQueue, StableBy};
 use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::disk::geometry::{Alignment, Geometry};
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
 use minivmm::ratelimit::RateLimit;
 use minivmm::virtio::Interrupt;
 use minivmm::virtio::queue::Ring;
@@ -124,7 +124,7 @@ fn minivmm_counted_turn(worker: &mut QueueWorker<'_>) {
 
 /// Runs a load; the allocations within the counted turns, those of the first eighth left out.
 fn run_load(kind: Kind, depth: u16, timed: bool) -> u64 {
-    let options = DiskOptions { timed, ..DiskOptions::new("simulated") };
+    let options = DiskConfig { timed, ..DiskConfig::new("simulated") };
     let alignment = Alignment { memory: 512, offset: 512, found_by: "the test" };
     let geometry =
         Geometry { capacity_sectors: IMAGE_BLOCKS * 8, logical_block: 512, physical_block: 4096, alignment };

@@ -14,10 +14,10 @@ use common::driver::*;
 use common::images::TestImage;
 use minivmm::disk::cache::{Negotiated, WriteCache};
 use minivmm::disk::choice::equip;
+use minivmm::disk::config::EngineChoice;
 use minivmm::disk::disk_queue::{DiskQueue, Op, RequestId, StableBy};
 use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
-use minivmm::disk::options::EngineChoice;
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
 use minivmm::mem::{AlignedBuffer, Iov};
 use minivmm_lab::crash::log::{Entry, WriteLog};
 
@@ -28,8 +28,8 @@ fn log_path(test: &TestImage) -> PathBuf {
     test.path.with_extension("log")
 }
 
-fn open(test: &TestImage, options: DiskOptions) -> Arc<Image> {
-    let options = DiskOptions { log_writes: Some(log_path(test)), ..options };
+fn open(test: &TestImage, options: DiskConfig) -> Arc<Image> {
+    let options = DiskConfig { log_writes: Some(log_path(test)), ..options };
     Arc::new(Image::open(&options).unwrap())
 }
 
@@ -65,7 +65,7 @@ fn replaying_the_log_of_any_mode_and_engine_gives_the_disk() {
         for engine in [EngineChoice::Blocking, EngineChoice::Auto] {
             let test = TestImage::new(4 << 20);
             let base = test.content();
-            let options = DiskOptions { engine, ..test.options(mode) };
+            let options = DiskConfig { engine, ..test.options(mode) };
             let mut rig = Rig::new(open(&test, options));
             rig.start(ALL);
             let mut seed = 1u32;
@@ -119,7 +119,7 @@ fn the_log_has_what_was_really_done_not_what_was_told() {
     let test = TestImage::new(1 << 20);
     let base = test.content();
     let fault = "lose:write:nth=2+lose:flush:nth=1+tear:write:nth=3+fail:write:nth=4".parse().unwrap();
-    let mut rig = Rig::new(open(&test, DiskOptions { fault: Some(fault), ..test.options("none") }));
+    let mut rig = Rig::new(open(&test, DiskConfig { fault: Some(fault), ..test.options("none") }));
     rig.start(ALL);
     assert_eq!(rig.write_sectors(0, &[1; BLOCK]), OK);
     assert_eq!(rig.write_sectors(8, &[2; BLOCK]), OK, "lost");
@@ -328,8 +328,8 @@ fn a_dsync_write_that_ends_well_beside_a_sync_that_fails_is_not_called_stable() 
 #[test]
 fn a_log_is_made_in_the_place_of_a_log_and_of_nothing_else() {
     let test = TestImage::new(1 << 20);
-    let options = |log: PathBuf| DiskOptions { log_writes: Some(log), ..test.options("none") };
-    let chain = |options: &DiskOptions| {
+    let options = |log: PathBuf| DiskConfig { log_writes: Some(log), ..test.options("none") };
+    let chain = |options: &DiskConfig| {
         let error = Image::open(options).unwrap_err();
         format!("{:#}", anyhow::Error::from(error))
     };
@@ -342,7 +342,7 @@ fn a_log_is_made_in_the_place_of_a_log_and_of_nothing_else() {
     assert!(chain(&options("/nowhere/x".into())).contains("cannot be made"));
     let first = Image::open(&options(log_path(&test))).unwrap();
     let other = TestImage::new(1 << 20);
-    let second = DiskOptions { log_writes: Some(log_path(&test)), ..other.options("none") };
+    let second = DiskConfig { log_writes: Some(log_path(&test)), ..other.options("none") };
     assert!(chain(&second).contains("locked"));
     drop(first);
     Image::open(&second).unwrap();

@@ -17,9 +17,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use minivmm::disk::options::HostCache;
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::Image;
+use minivmm::disk_options;
 use minivmm::observe::cache::{Means, Watched};
+use minivmm::observe::control::HostCache;
 use minivmm::observe::control::{self, drop_cache, warm_cache};
 use minivmm::observe::follow;
 use minivmm::observe::limit::{LimitError, MemoryLimit};
@@ -148,8 +149,8 @@ fn a_disk_starts_with_the_cache_that_its_key_wishes_in_every_mode() {
     for mode in ["none", "writethrough", "writeback", "directsync", "unsafe"] {
         for (wish, bytes) in [("warm", 2 * MIB as u64), ("drop", 0), ("warm", 2 * MIB as u64)] {
             let text = format!("{},cache={mode},host-cache={wish}", path.display());
-            let options: DiskOptions = text.parse().unwrap();
-            let image = Image::open(&options).unwrap();
+            let options = disk_options::parse(&text).unwrap();
+            let image = Image::open(&options.config).unwrap();
             control::apply(options.host_cache, &image).unwrap();
             assert_eq!(must_agree(&path, &file, &text).cached_bytes(), bytes, "{text}");
             // Nothing happens to what is kept.
@@ -168,8 +169,9 @@ fn on_tmpfs_there_is_nothing_to_drop_and_the_error_tells_why() {
     };
     let path = directory.path().join("disk.img");
     fs::write(&path, content(MIB)).unwrap();
-    let options: DiskOptions = format!("{},cache=writeback,host-cache=drop", path.display()).parse().unwrap();
-    let image = Image::open(&options).unwrap();
+    let text = format!("{},cache=writeback,host-cache=drop", path.display());
+    let options = disk_options::parse(text).unwrap();
+    let image = Image::open(&options.config).unwrap();
     if !image.is_on_tmpfs() {
         println!("skipped: /dev/shm is no tmpfs");
         return;

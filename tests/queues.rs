@@ -19,7 +19,8 @@ use minivmm::disk::cache::{CachePolicy, WriteCache};
 use minivmm::disk::disk_queue::DiskQueue;
 use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm::disk::uring::UringEngine;
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
+use minivmm::disk_options;
 use minivmm::mem;
 
 const ENGINES: [&str; 2] = ["sync", "io_uring"];
@@ -49,7 +50,7 @@ fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 fn open(test: &TestImage, mode: &str, engine: &str) -> Arc<Image> {
     let keys = format!("x,engine={engine},queues={QUEUES},poll-us=0");
     let cache = CachePolicy::by_name(mode).unwrap();
-    let options = DiskOptions { cache, path: test.path.clone(), ..keys.parse().unwrap() };
+    let options = DiskConfig { cache, path: test.path.clone(), ..disk_options::parse(keys).unwrap().config };
     Arc::new(Image::open(&options).unwrap())
 }
 
@@ -161,7 +162,7 @@ fn dirty_pages(image: &Image) -> Option<u64> {
 fn mq_is_offered_with_its_number_where_there_are_several() {
     let test = TestImage::new(1 << 20);
     for queues in [1u16, 2, 4, 16] {
-        let options: DiskOptions = format!("{},queues={queues}", test.path.display()).parse().unwrap();
+        let options = DiskConfig { queues: Some(queues), ..DiskConfig::new(&test.path) };
         let image = Arc::new(Image::open(&options).unwrap());
         let mut many = Many::new(&image);
         assert_eq!(many.rig.offered() & F_MQ != 0, queues > 1, "{queues}");

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use common::driver::*;
 use common::images::TestImage;
 use common::turns::Turns;
-use minivmm::disk::options::EngineChoice;
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::config::EngineChoice;
+use minivmm::disk::{DiskConfig, Image};
 use minivmm::stats::{ExitStats, Stats};
 use serde_json::Value;
 
@@ -33,7 +33,7 @@ fn number(value: &Value) -> u64 {
 /// A live disk whose latencies are measured.
 fn timed(test: &TestImage, mode: &str, engine: EngineChoice, fault: Option<&str>) -> Rig {
     let fault = fault.map(|text| text.parse().unwrap());
-    let options = DiskOptions { timed: true, engine, fault, ..test.options(mode) };
+    let options = DiskConfig { timed: true, engine, fault, ..test.options(mode) };
     let mut rig = Rig::new(Arc::new(Image::open(&options).unwrap()));
     rig.start(ALL);
     rig
@@ -255,7 +255,7 @@ fn each_of(row: &str) -> Vec<String> {
 fn the_guide_lists_every_field_of_the_json_and_no_other() {
     let test = TestImage::new(1 << 20);
     let log_writes = Some(test.path.with_extension("log"));
-    let options = DiskOptions { timed: true, log_writes, ..test.options("none") };
+    let options = DiskConfig { timed: true, log_writes, ..test.options("none") };
     let mut rig = Rig::new(Arc::new(Image::open(&options).unwrap()));
     rig.start(ALL);
     ask(&mut rig);

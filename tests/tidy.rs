@@ -50,11 +50,12 @@ const BLOCK_LAYERS: [(&str, Option<&[&str]>); 5] = [
 ];
 const BLOCK_ALONE: [&str; 4] = ["ratelimit", "slab", "text", "threads"];
 
-const LAYERS: [(&str, Option<&[&str]>); 19] = [
+const LAYERS: [(&str, Option<&[&str]>); 20] = [
     ("main", None),
     ("cli", None),
     ("vmm", None),
     ("check", None),
+    ("disk_options", Some(&["disk", "observe", "virtio", "text"])),
     ("hosts", Some(&["check", "kvm", "program", "text"])),
     ("stats", Some(&["disk"])),
     ("sandbox", Some(&["terminal"])),

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use common::driver::*;
 use common::images::{TestImage, pattern};
 use minivmm::bus::BusDevice;
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
 
 const IMAGE_BYTES: u64 = 1 << 20;
 const ALIVE: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
@@ -28,7 +28,7 @@ const OFFERED: u64 = F_VERSION_1
 const CONFIG_BYTES: u64 = 60;
 const WRITEBACK: u64 = 32;
 
-fn rig_with(options: impl FnOnce(DiskOptions) -> DiskOptions) -> (TestImage, Rig) {
+fn rig_with(options: impl FnOnce(DiskConfig) -> DiskConfig) -> (TestImage, Rig) {
     let test = TestImage::new(IMAGE_BYTES);
     let image = Image::open(&options(test.options("none"))).unwrap();
     (test, Rig::new(Arc::new(image)))
@@ -137,7 +137,7 @@ fn each_kind_of_disk_offers_its_features_and_no_others() {
         (true, false, OFFERED & !F_DISCARD & !F_WRITE_ZEROES | F_RO),
         (true, true, OFFERED & !F_DISCARD & !F_WRITE_ZEROES | F_RO),
     ] {
-        let (_image, mut rig) = rig_with(|options| DiskOptions { readonly, discard, ..options });
+        let (_image, mut rig) = rig_with(|options| DiskConfig { readonly, discard, ..options });
         assert_eq!(rig.offered(), expected, "readonly {readonly}, discard {discard}");
     }
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
-use minivmm::disk::options::HostCache;
+use minivmm::observe::control::HostCache;
 use minivmm_lab::lab::image;
 
 /// What is in the host's page cache when a run begins.

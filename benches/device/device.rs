@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use minivmm::blk::BlockDevice;
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
+use minivmm::disk_options;
 use minivmm::virtio::queue::Ring;
 use minivmm::virtio::{Activation, EnabledQueue, Interrupt, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
@@ -68,10 +69,11 @@ pub struct Run {
 }
 
 /// The options of a disk for this load.
-pub fn options(image: &Path, load: &Load, keys: &str) -> Result<DiskOptions> {
+pub fn options(image: &Path, load: &Load, keys: &str) -> Result<DiskConfig> {
     let path = image.display().to_string().replace(',', ",,");
     let comma = if keys.is_empty() { "" } else { "," };
-    Ok(format!("{path},cache={},queue-size={QUEUE_SIZE}{comma}{keys}", load.cache).parse()?)
+    let text = format!("{path},cache={},queue-size={QUEUE_SIZE}{comma}{keys}", load.cache);
+    Ok(disk_options::parse(text)?.config)
 }
 
 /// Runs a load once.

@@ -15,7 +15,7 @@ use minivmm::bus::Bus;
 use minivmm::disk::cache::{POLICIES, WriteCache};
 use minivmm::disk::disk_queue::{DiskQueue, StableBy};
 use minivmm::disk::geometry::{Alignment, Geometry};
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
 use minivmm::pci::memory::DoorbellSink;
 use minivmm::pci::msix::{Message, MessageSink};
 use minivmm::pci::root::{ConfigPorts, Ecam, OnBus, PciFunction, PciMemory, PciRoot};
@@ -146,7 +146,7 @@ impl Machine {
         let block = input.pick(&[512, 512, 4096]);
         let memory_align = if policy.direct { input.pick(&[512, 4, 4096]) } else { 1 };
         let flags = input.u8();
-        let options = DiskOptions {
+        let options = DiskConfig {
             cache: policy,
             readonly: flags & 7 == 7,
             queue_size: size_max,
@@ -155,7 +155,7 @@ impl Machine {
             poll_us: Some(0),
             stable,
             bounce_always: flags & 0x30 == 0x30,
-            ..plain_options()
+            ..DiskConfig::new("fuzz.img")
         };
         let alignment = Alignment {
             memory: memory_align,
@@ -537,8 +537,4 @@ fn wait_until(what: &str, is_so: impl Fn() -> bool) {
         assert!(begun.elapsed().as_secs() < 20, "{what}");
         std::thread::yield_now();
     }
-}
-
-fn plain_options() -> DiskOptions {
-    "fuzz.img".parse().expect("the path of an image")
 }

@@ -1,9 +1,9 @@
 //! What `--disk` says, and the faults in it: whatever is accepted keeps to its limits, and is the same
 //! when it is said again; whatever is refused is refused in one line.
 
-use minivmm::disk::DiskOptions;
 use minivmm::disk::fault::plan::Faults;
 use minivmm::disk::fault::spec::FaultSpec;
+use minivmm::disk_options;
 
 use super::input::Input;
 
@@ -86,17 +86,18 @@ fn compose(input: &mut Input<'_>) -> String {
 }
 
 fn check_options(text: &str) {
-    match text.parse::<DiskOptions>() {
+    match disk_options::parse(text) {
         Err(error) => check_message(&error),
         Ok(options) => {
-            assert!(!options.path.as_os_str().is_empty());
-            assert!(options.serial.as_ref().is_none_or(|serial| serial.len() <= 20), "B14");
-            assert!(options.queue_size.is_power_of_two() && (4..=1024).contains(&options.queue_size));
-            assert!(options.queues.is_none_or(|queues| (1..=16).contains(&queues)));
-            assert!(options.block_size.is_none_or(|bytes| bytes == 512 || bytes == 4096));
-            assert!((1..=1024).contains(&options.batch));
-            assert!(options.poll_us.is_none_or(|us| us <= 1000));
-            assert_eq!(text.parse(), Ok(options));
+            let config = &options.config;
+            assert!(!config.path.as_os_str().is_empty());
+            assert!(config.serial.as_ref().is_none_or(|serial| serial.len() <= 20), "B14");
+            assert!(config.queue_size.is_power_of_two() && (4..=1024).contains(&config.queue_size));
+            assert!(config.queues.is_none_or(|queues| (1..=16).contains(&queues)));
+            assert!(config.block_size.is_none_or(|bytes| bytes == 512 || bytes == 4096));
+            assert!((1..=1024).contains(&config.batch));
+            assert!(config.poll_us.is_none_or(|us| us <= 1000));
+            assert_eq!(disk_options::parse(text), Ok(options));
         }
     }
 }

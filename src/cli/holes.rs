@@ -10,7 +10,7 @@ use std::fs::File;
 use rustix::fs::{SeekFrom, seek};
 
 use super::command::CommandArgs;
-use crate::disk::options::DiskOptions;
+use crate::disk_options::DiskOptions;
 
 impl CommandArgs {
     /// Warns, once for each disk, that fio would read parts of the image that were never written.
@@ -20,13 +20,13 @@ impl CommandArgs {
         }
         for disk in disks {
             // An unusable image is reported when the machine is built.
-            let Some((hole, bytes)) = File::open(&disk.path).ok().as_ref().and_then(first_hole) else {
+            let Some((hole, bytes)) = File::open(&disk.config.path).ok().as_ref().and_then(first_hole) else {
                 continue;
             };
             log::warn!(
                 "{}: not written from byte {hole} of {bytes} on. fio reads such holes without any disk, so its figures \
                  are too good; let it write them first (--rw=write), or use `minivmm bench`",
-                disk.path.display()
+                disk.config.path.display()
             );
         }
     }

@@ -26,7 +26,7 @@ impl Args {
         let mut inputs: Vec<Input> = Vec::new();
         let mut input = |option, path| inputs.push(Input { option, path });
         for disk in &self.disks {
-            input(output::DISK, disk.path.clone());
+            input(output::DISK, disk.config.path.clone());
         }
         // A missing test guest is reported later.
         let found = find_guest::find(self.kernel.is_none(), self.initrd.is_none()).ok();
@@ -49,7 +49,7 @@ impl Args {
             let target = ObserveTarget { path: path.clone(), interval: self.observe_interval };
             outputs.push(target.output());
         }
-        let logs = self.disks.iter().filter_map(|disk| disk.log_writes.as_deref());
+        let logs = self.disks.iter().filter_map(|disk| disk.config.log_writes.as_deref());
         outputs.extend(logs.map(writelog::as_output));
         Inventory { inputs, outputs }
     }

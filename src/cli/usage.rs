@@ -12,7 +12,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use super::process::{print, say, told};
 use super::{Args, ExitStatus};
-use crate::disk::DiskOptions;
+use crate::disk_options;
 use crate::text;
 
 /// An answer that ends the process before any task: help, the version, or an error in the arguments.
@@ -76,7 +76,7 @@ fn improve_for(mut error: clap::Error, words: &[String]) -> clap::Error {
     let tip = if let Some(hyphens) = with_hyphens(word) {
         format!("'{word}' begins with a dash that is no hyphen, as some programs make of one: type {hyphens}")
     } else if let Some(name) = word.strip_prefix("--") {
-        if !DiskOptions::keys().any(|(key, _)| key == name) {
+        if !disk_options::keys().any(|(key, _)| key == name) {
             return error;
         }
         format!("{name} is a key of --disk: --disk IMAGE,{name}=VALUE")
@@ -153,7 +153,7 @@ fn drive(value: &str) -> String {
     for (key, value) in value.split(',').filter_map(|part| part.split_once('=')) {
         match key {
             "file" => value.clone_into(&mut disk),
-            _ => keys.extend(DiskOptions::of_qemu(key, value)),
+            _ => keys.extend(disk_options::of_qemu(key, value)),
         }
     }
     // QEMU has several keys for the cache; the first given here counts.

@@ -9,9 +9,10 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Arg, Command};
 
-use crate::disk::{DiskOptions, TransportChoice};
+use crate::disk_options::{self, DiskOptions};
 use crate::hosts::HostChoice;
 use crate::sandbox;
+use crate::virtio::TransportChoice;
 use crate::vmm::ConsoleTarget;
 
 /// Parses a number of guest CPUs.
@@ -34,7 +35,7 @@ pub(super) fn sandbox_mode() -> impl TypedValueParser<Value = sandbox::Mode> {
 }
 
 pub(super) fn disk() -> impl TypedValueParser<Value = DiskOptions> {
-    OsStringValueParser::new().try_map(|text| DiskOptions::parse(&text))
+    OsStringValueParser::new().try_map(disk_options::parse)
 }
 
 /// An option's values of which shells can complete some, while others are not in any list.

@@ -269,21 +269,24 @@ impl Engine for Recorder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::DiskOptions;
-    use crate::disk::cache::POLICIES;
+    use crate::disk::DiskConfig;
+    use crate::disk::cache::{CachePolicy, POLICIES};
     use crate::disk::image::ImageProblem;
+    use crate::disk::stable::StableBy;
 
-    fn image(directory: &tempfile::TempDir, keys: &str) -> Arc<Image> {
+    fn image(directory: &tempfile::TempDir, mode: &str, change: impl FnOnce(&mut DiskConfig)) -> Arc<Image> {
         let path = directory.path().join("a.img");
         std::fs::write(&path, [7; 8192]).unwrap();
-        let options: DiskOptions = format!("{},{keys}", path.display()).parse().unwrap();
-        Arc::new(Image::look(&options).unwrap())
+        let cache = CachePolicy::by_name(mode).unwrap();
+        let mut config = DiskConfig { cache, ..DiskConfig::new(path) };
+        change(&mut config);
+        Arc::new(Image::look(&config).unwrap())
     }
 
     #[test]
     fn every_driver_there_can_be_is_tried_once() {
         let directory = tempfile::tempdir().unwrap();
-        let drivers = drivers(&image(&directory, "cache=writeback"), EngineKind::Blocking);
+        let drivers = drivers(&image(&directory, "writeback", |_| ()), EngineKind::Blocking);
         assert_eq!(drivers.len(), 8);
         for (at, driver) in drivers.iter().enumerate() {
             let key = |d: &Driver| (d.negotiates_flush, d.negotiates_config_wce, d.sets_writeback);
@@ -295,8 +298,7 @@ mod tests {
     fn writes_are_told_as_the_stability_rule_has_them() {
         let directory = tempfile::tempdir().unwrap();
         for policy in POLICIES.iter().filter(|policy| !policy.direct) {
-            for driver in drivers(&image(&directory, &format!("cache={}", policy.name)), EngineKind::Blocking)
-            {
+            for driver in drivers(&image(&directory, policy.name, |_| ()), EngineKind::Blocking) {
                 let negotiated =
                     Negotiated { flush: driver.negotiates_flush, config_wce: driver.negotiates_config_wce };
                 let on = driver.writeback != 0;
@@ -315,7 +317,7 @@ mod tests {
     fn the_ring_is_told_with_what_is_tried_before_it() {
         let directory = tempfile::tempdir().unwrap();
         for policy in POLICIES.iter().filter(|policy| !policy.direct) {
-            for driver in drivers(&image(&directory, &format!("cache={}", policy.name)), EngineKind::Uring) {
+            for driver in drivers(&image(&directory, policy.name, |_| ()), EngineKind::Uring) {
                 assert_eq!(driver.read.calls, ["preadv2(RWF_NOWAIT), else IORING_OP_READ"]);
                 let negotiated =
                     Negotiated { flush: driver.negotiates_flush, config_wce: driver.negotiates_config_wce };
@@ -339,7 +341,8 @@ mod tests {
             ("group", vec![write, sync], Some(vec![write, write, sync])),
             ("auto", vec!["pwritev2(RWF_DSYNC)"], Some(vec![write, write, sync])),
         ] {
-            let image = image(&directory, &format!("cache=writethrough,stable={by}"));
+            let stable = StableBy::by_name(by).unwrap();
+            let image = image(&directory, "writethrough", |config| config.stable = stable);
             for driver in drivers(&image, EngineKind::Blocking) {
                 if driver.writeback == 0 && driver.sets_writeback.is_none() {
                     assert_eq!((&driver.write.calls, &driver.write.two_at_once), (&one, &two), "{by}");
@@ -353,20 +356,20 @@ mod tests {
     #[test]
     fn nothing_is_written_and_nobody_kept_out() {
         let directory = tempfile::tempdir().unwrap();
-        let looked = image(&directory, "cache=writeback");
+        let looked = image(&directory, "writeback", |_| ());
         drivers(&looked, EngineKind::Blocking);
         assert_eq!(std::fs::read(looked.path()).unwrap(), [7; 8192]);
-        let options = DiskOptions { cache: &POLICIES[1], ..DiskOptions::new(looked.path()) };
-        let running = Image::open(&options).unwrap();
-        assert!(matches!(looked.refusals(&options)[..], [ImageProblem::Locked(_)]));
+        let config = DiskConfig { cache: &POLICIES[1], ..DiskConfig::new(looked.path()) };
+        let running = Image::open(&config).unwrap();
+        assert!(matches!(looked.refusals(&config)[..], [ImageProblem::Locked(_)]));
         drop(running);
-        assert!(looked.refusals(&options).is_empty());
+        assert!(looked.refusals(&config).is_empty());
     }
 
     #[test]
     fn a_readonly_disk_answers_writes_with_errors_and_never_syncs() {
         let directory = tempfile::tempdir().unwrap();
-        let looked = image(&directory, "cache=writethrough,readonly");
+        let looked = image(&directory, "writethrough", |config| config.readonly = true);
         for driver in drivers(&looked, EngineKind::Blocking) {
             for answer in [&driver.write, &driver.discard, &driver.write_zeroes] {
                 assert_eq!((answer.status, answer.calls.len()), ("IOERR", 0), "{driver:?}");

@@ -11,13 +11,37 @@ use std::path::PathBuf;
 
 use super::cache::{self, CacheError, Residency};
 use crate::disk::Image;
-use crate::disk::options::HostCache;
 
 /// Number of attempts. Pages may be busy for a moment, for example with readahead, or in a list of one CPU.
 const TRIES: usize = 20;
 const PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
 /// Number of bytes that warming reads at once.
 const CHUNK: usize = 1 << 20;
+
+/// What happens to the host's page cache of an image before the guest starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostCache {
+    /// Nothing happens to it.
+    Keep,
+    /// It is written back and dropped.
+    Drop,
+    /// It is filled with the whole image.
+    Warm,
+}
+
+impl HostCache {
+    /// Every value.
+    pub const ALL: [Self; 3] = [Self::Keep, Self::Drop, Self::Warm];
+
+    /// Returns the name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Keep => "keep",
+            Self::Drop => "drop",
+            Self::Warm => "warm",
+        }
+    }
+}
 
 /// Why a cache is not in the state that was asked for.
 #[derive(Debug, thiserror::Error)]

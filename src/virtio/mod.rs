@@ -16,6 +16,34 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 
+/// How a guest reaches a virtio device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TransportChoice {
+    /// virtio-pci with MSI-X (virtio 4.1).
+    Pci,
+    /// virtio-mmio (virtio 4.2).
+    Mmio,
+}
+
+impl TransportChoice {
+    /// Returns the transport of this name on the command line, or `None` if the name is unknown.
+    pub fn by_name(name: &str) -> Option<Self> {
+        match name {
+            "pci" => Some(Self::Pci),
+            "mmio" => Some(Self::Mmio),
+            _ => None,
+        }
+    }
+
+    /// Returns the name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pci => "pci",
+            Self::Mmio => "mmio",
+        }
+    }
+}
+
 /// A device behind its transport, as the machine sees it.
 pub trait Transport: BusDevice {
     /// Returns one eventfd per queue, which KVM signals at each notification.

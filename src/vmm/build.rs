@@ -27,7 +27,8 @@ use crate::devices::kernel_log::KernelLog;
 use crate::devices::power::{ACPI_LEN, AcpiRegisters, I8042, I8042_LEN, RESET_CONTROL_LEN, ResetControl};
 use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, SerialPort};
-use crate::disk::{DiskOptions, Image};
+use crate::disk::Image;
+use crate::disk_options::DiskOptions;
 use crate::kvm::cpuid::{Place, Supported};
 use crate::kvm::run_page::RunPage;
 use crate::kvm::{self, msrs};
@@ -161,21 +162,21 @@ fn ms(duration: Duration) -> String {
 }
 
 fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
-    let workers: usize = config.disks.iter().map(|disk| usize::from(disk.queues.unwrap_or(1))).sum();
+    let workers: usize = config.disks.iter().map(|disk| usize::from(disk.config.queues.unwrap_or(1))).sum();
     let crowded = is_crowded(usize::from(config.cpus) + workers);
     let open = |options: &DiskOptions| {
-        let mut options = options.clone();
+        let mut disk = options.config.clone();
         if crowded {
-            options.poll_us.get_or_insert(0);
+            disk.poll_us.get_or_insert(0);
         }
-        options.timed = config.stats.is_some();
-        let image = Arc::new(Image::open(&options)?.with_threads(Arc::new(SandboxedThreads)));
+        disk.timed = config.stats.is_some();
+        let image = Arc::new(Image::open(&disk)?.with_threads(Arc::new(SandboxedThreads)));
         control::apply(options.host_cache, &image)?;
         log::info!("{}", image.banner());
         for warning in image.warnings() {
             log::warn!("{warning}");
         }
-        Ok(OpenDisk { path: options.path, image })
+        Ok(OpenDisk { path: disk.path, image })
     };
     config.disks.iter().map(open).collect()
 }

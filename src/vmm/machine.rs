@@ -12,11 +12,11 @@ use super::hvc::HvcEnd;
 use super::job::JobEnd;
 use crate::devices::console::{Panicked, Stopping};
 use crate::devices::serial::SerialPort;
-use crate::disk::{Image, TransportChoice};
+use crate::disk::Image;
 use crate::mem::Ram;
 use crate::observe::guest::GuestEnd;
 use crate::vcpu::{Exits, Vcpu};
-use crate::virtio::{Transport, VirtioDevice};
+use crate::virtio::{Transport, TransportChoice, VirtioDevice};
 
 /// Everything that lives as long as the VM.
 pub struct Machine {

@@ -6,10 +6,11 @@
 use std::path::PathBuf;
 
 use super::{Config, ConsoleTarget, ObserveTarget, StatsTarget, VmmError};
-use crate::disk::{DiskOptions, TransportChoice};
+use crate::disk_options::DiskOptions;
 use crate::files::{Inventory, Output, host_use};
 use crate::layout;
 use crate::observe::csv;
+use crate::virtio::TransportChoice;
 
 /// The maximum number of disks: each has a letter.
 const DISKS_MAX: usize = 26;
@@ -54,11 +55,12 @@ impl Plan {
 
     /// Returns an error for each pair of disks that share bytes, unless both are read-only.
     fn shared_disks(&self) -> Vec<VmmError> {
-        let found: Vec<_> = self.disks.iter().map(|disk| std::fs::metadata(&disk.path).ok()).collect();
+        let found: Vec<_> = self.disks.iter().map(|disk| std::fs::metadata(&disk.config.path).ok()).collect();
         let mut pairs = Vec::new();
         for (at, (first, is_first)) in self.disks.iter().zip(&found).enumerate() {
             for (second, is_second) in self.disks.iter().zip(&found).skip(at + 1) {
                 let (Some(a), Some(b)) = (is_first, is_second) else { continue };
+                let (first, second) = (&first.config, &second.config);
                 if !(first.readonly && second.readonly) && host_use::share_bytes(a, b) {
                     let (first, second): (PathBuf, PathBuf) = (first.path.clone(), second.path.clone());
                     pairs.push(VmmError::SameDisk { first, second });
@@ -105,9 +107,10 @@ pub(super) fn too_many_mmio(asked: usize) -> Result<(), VmmError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk_options;
 
     fn plan(disks: &[&str], transport: TransportChoice, has_console: bool) -> Vec<String> {
-        let disks = disks.iter().map(|text| text.parse().unwrap()).collect();
+        let disks = disks.iter().map(|text| disk_options::parse(text).unwrap()).collect();
         let plan = Plan { disks, transport, has_console, files: Inventory::default() };
         plan.refusals().iter().map(ToString::to_string).collect()
     }

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use minivmm::disk::cache::CachePolicy;
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
+use minivmm::disk_options;
 use tempfile::TempDir;
 
 /// An image of its own in a directory of its own, gone with it.
@@ -41,11 +42,11 @@ impl TestImage {
 
     /// `make test` runs the suites once for each engine and each way to stable writes: MINIVMM_KEYS
     /// says which, in the words of `--disk`.
-    pub fn options(&self, mode: &str) -> DiskOptions {
+    pub fn options(&self, mode: &str) -> DiskConfig {
         let keys = std::env::var("MINIVMM_KEYS").unwrap_or_else(|_| "engine=auto".to_owned());
-        let keyed: DiskOptions = format!("x,{keys}").parse().unwrap();
+        let keyed = disk_options::parse(format!("x,{keys}")).unwrap().config;
         let cache = CachePolicy::by_name(mode).unwrap();
-        DiskOptions { cache, path: self.path.clone(), ..keyed }
+        DiskConfig { cache, path: self.path.clone(), ..keyed }
     }
 
     pub fn open(&self, mode: &str) -> Arc<Image> {

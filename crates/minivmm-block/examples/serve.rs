@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use minivmm_block::blk::{BlockDevice, config};
-use minivmm_block::disk::{DiskOptions, Image};
+use minivmm_block::disk::{DiskConfig, Image};
 use minivmm_block::mem::{Ram, read_bytes, write_bytes};
 use minivmm_block::virtio::queue::{QueueConfig, Ring};
 use minivmm_block::virtio::{Activation, EnabledQueue, Interrupt, VirtioDevice, feature};
@@ -86,8 +86,8 @@ impl Driver {
 
 fn main() -> Result<(), Failure> {
     let path = std::env::args_os().nth(1).ok_or("usage: serve FILE (its first 4 KiB are overwritten)")?;
-    let options = DiskOptions { queues: Some(1), queue_size: 8, ..DiskOptions::new(path) };
-    let image = Arc::new(Image::open(&options)?);
+    let asked = DiskConfig { queues: Some(1), queue_size: 8, ..DiskConfig::new(path) };
+    let image = Arc::new(Image::open(&asked)?);
     println!("{}", image.banner());
 
     // The VMM's part: guest memory, the device, and what the driver negotiates.
@@ -97,7 +97,7 @@ fn main() -> Result<(), Failure> {
     device.negotiated(features);
     let doorbell = Arc::new(EventFd::new(0)?);
     let interrupt = Arc::new(ToDriver(EventFd::new(0)?));
-    let ring = Ring::new(&ram, &RINGS, options.queue_size, features)?;
+    let ring = Ring::new(&ram, &RINGS, asked.queue_size, features)?;
     let queue = EnabledQueue { index: 0, ring, doorbell: Arc::clone(&doorbell) };
     let to_driver: Arc<dyn Interrupt> = interrupt.clone();
     device.activate(Activation { ram: ram.clone(), features, queues: vec![queue], interrupt: to_driver })?;

@@ -28,7 +28,8 @@
 //!
 //! # Using it
 //!
-//! 1. Open the image: [`disk::Image::open`] checks, locks and probes it, and writes nothing to it.
+//! 1. Open the image that a [`disk::DiskConfig`] describes: [`disk::Image::open`] checks the configuration, then
+//!    checks, locks and probes the image, and writes nothing to it.
 //! 2. Make the device: [`blk::BlockDevice::with_ram`]. All its threads are started here, and wait.
 //! 3. Answer the transport's registers by [`virtio::VirtioDevice`]: features, configuration space, and at
 //!    FEATURES_OK [`virtio::VirtioDevice::negotiated`].

@@ -9,7 +9,7 @@ use clap::Command;
 use clap_complete::Shell;
 use clap_complete::generate_to;
 use clap_mangen::Man;
-use minivmm::disk::DiskOptions;
+use minivmm::disk_options;
 use minivmm_lab::cli;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -82,7 +82,7 @@ fn synopsis(command: &Command) -> String {
 
 /// What clap cannot describe: behind a comma in --disk come keys, and behind a key's `=` its values.
 fn with_disk_keys(shell: Shell, script: &str) -> String {
-    let keys: Vec<_> = DiskOptions::keys().collect();
+    let keys: Vec<_> = disk_options::keys().collect();
     let names = || keys.iter().map(|(name, _)| format!("{name}=")).collect::<Vec<_>>().join(" ");
     let cases = |pattern: &dyn Fn(&str, &str) -> String| -> String {
         let lists = keys.iter().filter(|(_, values)| !values.is_empty());

@@ -7,10 +7,10 @@
 use std::sync::Arc;
 
 use super::blocking::{self, BlockingEngine};
+use super::config::EngineChoice;
 use super::engine::{Engine, HostOp};
 use super::fault::FaultEngine;
 use super::image::Image;
-use super::options::EngineChoice;
 use super::uring::{self, UringEngine, UringError};
 use super::writelog::engine::LoggingEngine;
 use crate::mem::Ram;

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use super::cache::CachePolicy;
+use super::config::{DiskConfig, EngineChoice, POLL_US, SERIAL_MAX};
 use super::contents;
 use super::counters::Counters;
 use super::fault::plan::Faults;
@@ -24,7 +25,6 @@ use super::geometry::{self, BUFFERED, Geometry, SECTOR};
 use super::latch::SyncLatch;
 use super::lock;
 use super::monitor::{Monitor, SyncEnd};
-use super::options::{DiskOptions, EngineChoice, POLL_US, SERIAL_MAX};
 use super::queue_stats::QueueStats;
 use super::stable::StableBy;
 use super::writelog::WriteLog;
@@ -81,8 +81,8 @@ pub struct Image {
 
 impl Image {
     /// Opens, checks, locks and probes the image. Writes nothing to it; a writable image is synced once (E3).
-    pub fn open(options: &DiskOptions) -> Result<Self, ImageError> {
-        Self::try_open(options).map_err(|reason| ImageError { path: options.path.clone(), reason })
+    pub fn open(config: &DiskConfig) -> Result<Self, ImageError> {
+        Self::try_open(config).map_err(|reason| ImageError { path: config.path.clone(), reason })
     }
 
     /// Lets the device that serves this image start its threads through `threads`, instead of [`PlainThreads`].
@@ -98,93 +98,96 @@ impl Image {
     /// Inspects the image that [`Image::open`] would open. It only opens it for reading, without a lock or a
     /// sync, so that nothing changes and nobody is locked out. The result is for explaining, not for running a
     /// guest.
-    pub fn look(options: &DiskOptions) -> Result<Self, ImageError> {
+    pub fn look(config: &DiskConfig) -> Result<Self, ImageError> {
         let looked = || {
-            let kind = check_kind(&options.path)?;
-            check_access(options)?;
-            let direct = wanted_flags(options, kind) & libc::O_DIRECT;
+            config.check()?;
+            let kind = check_kind(&config.path)?;
+            check_access(config)?;
+            let direct = wanted_flags(config, kind) & libc::O_DIRECT;
             let opened =
-                OpenOptions::new().read(true).custom_flags(direct | libc::O_NOCTTY).open(&options.path);
-            let file = Arc::new(opened.map_err(|source| open_problem(options, kind, source))?);
-            let mut image = Self::describe(options, kind, file)?;
+                OpenOptions::new().read(true).custom_flags(direct | libc::O_NOCTTY).open(&config.path);
+            let file = Arc::new(opened.map_err(|source| open_problem(config, kind, source))?);
+            let mut image = Self::describe(config, kind, file)?;
             // A use that makes `open` fail is no warning; `refusals` reports it.
-            image.warnings.extend(check_host_use(options, &host_metadata(&options.path)?).ok().flatten());
+            image.warnings.extend(check_host_use(config, &host_metadata(&config.path)?).ok().flatten());
             Ok(image)
         };
-        looked().map_err(|reason| ImageError { path: options.path.clone(), reason })
+        looked().map_err(|reason| ImageError { path: config.path.clone(), reason })
     }
 
     /// Returns the reasons for which [`Image::open`] would refuse the image that [`Image::look`] accepted: this
     /// host uses it, or somebody else has locked it.
-    pub fn refusals(&self, options: &DiskOptions) -> Vec<ImageProblem> {
-        let in_use = host_metadata(&options.path).and_then(|found| check_host_use(options, &found));
-        let flocked = check_flock(options, &self.file);
+    pub fn refusals(&self, config: &DiskConfig) -> Vec<ImageProblem> {
+        let in_use = host_metadata(&config.path).and_then(|found| check_host_use(config, &found));
+        let flocked = check_flock(config, &self.file);
         let is_locked = locks::stays(|| self.is_locked_by_another());
         let locked = is_locked.then(|| ImageProblem::Locked(io::Error::from_raw_os_error(libc::EAGAIN)));
         in_use.err().into_iter().chain(flocked.err()).chain(locked).collect()
     }
 
-    fn try_open(options: &DiskOptions) -> Result<Self, ImageProblem> {
-        let kind = check_kind(&options.path)?;
-        let shared = check_host_use(options, &host_metadata(&options.path)?)?;
-        let file = Arc::new(open_file(options, kind)?);
-        check_flock(options, &file)?;
-        lock::take(&file, options.readonly)?;
-        let mut image = Self::describe(options, kind, file)?;
+    fn try_open(config: &DiskConfig) -> Result<Self, ImageProblem> {
+        config.check()?;
+        let kind = check_kind(&config.path)?;
+        let shared = check_host_use(config, &host_metadata(&config.path)?)?;
+        let file = Arc::new(open_file(config, kind)?);
+        check_flock(config, &file)?;
+        lock::take(&file, config.readonly)?;
+        let mut image = Self::describe(config, kind, file)?;
         image.warnings.extend(shared);
-        let log = options.log_writes.as_deref().map(|path| WriteLog::create(path, &image.file));
+        let log = config.log_writes.as_deref().map(|path| WriteLog::create(path, &image.file));
         image.write_log = log.transpose()?;
         if image.is_synced_at_both_ends() {
-            first_sync(&image.file, options, kind)?;
+            first_sync(&image.file, config, kind)?;
         }
         Ok(image)
     }
 
     /// Collects everything that can be found without changing anything.
-    fn describe(options: &DiskOptions, kind: Kind, file: Arc<File>) -> Result<Self, ImageProblem> {
-        if !options.force_raw {
-            format::refuse(&file, &options.path, options.readonly)?;
+    fn describe(config: &DiskConfig, kind: Kind, file: Arc<File>) -> Result<Self, ImageProblem> {
+        if !config.force_raw {
+            format::refuse(&file, &config.path, config.readonly)?;
         }
         let mut warnings = Vec::new();
-        let geometry = find_geometry(&file, options, kind)?;
+        let geometry = find_geometry(&file, config, kind)?;
         // A failure here costs only the warning. The file is reopened to read it without O_DIRECT's alignment.
         let plain = format::read_anew(&file).ok();
-        warnings.extend(plain.and_then(|plain| contents::warning(&plain, &options.path, &geometry)));
+        warnings.extend(plain.and_then(|plain| contents::warning(&plain, &config.path, &geometry)));
         // Only for files: a device's node usually lies in a tmpfs too.
-        if options.cache.direct && kind == Kind::File && is_tmpfs(&file) {
+        if config.cache.direct && kind == Kind::File && is_tmpfs(&file) {
             warnings.push(format!(
                 "{}: tmpfs takes O_DIRECT but keeps everything in memory, so cache={} means nothing here",
-                options.path.display(),
-                options.cache.name
+                config.path.display(),
+                config.cache.name
             ));
         }
-        if !options.cache.honour_flush {
+        if !config.cache.honour_flush {
             warnings.push(format!(
                 "{}: cache={} ignores the guest's FLUSH: a crash of this host loses data that the guest believes \
                  stable. This breaks virtio 5.2.6.2 on purpose; use it only for what you can make again",
-                options.path.display(),
-                options.cache.name
+                config.path.display(),
+                config.cache.name
             ));
         }
-        if let Some(spec) = &options.fault {
+        if let Some(spec) = &config.fault {
             warnings.push(format!(
                 "{}: faults are made on purpose, by fault={}{}",
-                options.path.display(),
+                config.path.display(),
                 spec.text,
                 if spec.lies() { "; what is lost is reported as done" } else { "" }
             ));
         }
-        Ok(Self::assemble(options, kind, file, geometry, warnings))
+        Ok(Self::assemble(config, kind, file, geometry, warnings))
     }
 
     /// Returns an image without storage of its own, for engines that do not use the descriptor.
-    pub fn simulated(options: &DiskOptions, geometry: Geometry) -> io::Result<Self> {
+    pub fn simulated(config: &DiskConfig, geometry: Geometry) -> io::Result<Self> {
+        config.check().map_err(io::Error::other)?;
         let file = Arc::new(File::open("/dev/null")?);
-        Ok(Self::assemble(options, Kind::File, file, geometry, Vec::new()))
+        Ok(Self::assemble(config, Kind::File, file, geometry, Vec::new()))
     }
 
     fn assemble(
-        options: &DiskOptions,
+        config: &DiskConfig,
         kind: Kind,
         file: Arc<File>,
         geometry: Geometry,
@@ -196,29 +199,29 @@ impl Image {
         Self {
             file,
             kind,
-            wanted_flags: wanted_flags(options, kind),
-            path: options.path.clone(),
-            policy: options.cache,
+            wanted_flags: wanted_flags(config, kind),
+            path: config.path.clone(),
+            policy: config.cache,
             geometry,
-            readonly: options.readonly,
-            serial: serial_bytes(options),
-            queue_size: options.queue_size,
-            queues: options.queues.unwrap_or(1),
-            discard: options.discard && !options.readonly,
-            bounce_always: options.bounce_always,
-            engine: options.engine,
-            stable: options.stable,
-            fixed_buffers: options.fixed_buffers,
-            batch: options.batch,
-            poll: Duration::from_micros(u64::from(options.poll_us.unwrap_or(POLL_US))),
+            readonly: config.readonly,
+            serial: serial_bytes(config),
+            queue_size: config.queue_size,
+            queues: config.queues.unwrap_or(1),
+            discard: config.discard && !config.readonly,
+            bounce_always: config.bounce_always,
+            engine: config.engine,
+            stable: config.stable,
+            fixed_buffers: config.fixed_buffers,
+            batch: config.batch,
+            poll: Duration::from_micros(u64::from(config.poll_us.unwrap_or(POLL_US))),
             dsync_is_one_flush,
             engine_in_use: OnceLock::new(),
             beside_queues: Counters::default(),
             queue_stats: Mutex::default(),
-            timed: options.timed,
+            timed: config.timed,
             latch: SyncLatch::default(),
             monitor: Monitor::default(),
-            faults: options.fault.clone().map(|spec| Arc::new(Faults::new(spec))),
+            faults: config.fault.clone().map(|spec| Arc::new(Faults::new(spec))),
             write_log: None,
             threads: Arc::new(PlainThreads),
             warnings,
@@ -455,21 +458,21 @@ fn host_metadata(path: &Path) -> Result<std::fs::Metadata, ImageProblem> {
     std::fs::metadata(path).map_err(host("it cannot be looked at"))
 }
 
-fn find_geometry(file: &Arc<File>, options: &DiskOptions, kind: Kind) -> Result<Geometry, ImageProblem> {
+fn find_geometry(file: &Arc<File>, config: &DiskConfig, kind: Kind) -> Result<Geometry, ImageProblem> {
     let bytes = (&**file).seek(SeekFrom::End(0)).map_err(host("its size cannot be found"))?;
-    let path = shell_word(&options.path);
+    let path = shell_word(&config.path);
     if bytes == 0 {
         return Err(ImageProblem::Empty(path));
     }
-    let alignment = if options.cache.direct {
+    let alignment = if config.cache.direct {
         geometry::probe_direct_alignment(file)
             .map_err(host("its alignment for O_DIRECT cannot be found"))?
-            .ok_or(ImageProblem::NoDirect { mode: options.cache.name })?
+            .ok_or(ImageProblem::NoDirect { mode: config.cache.name })?
     } else {
         BUFFERED
     };
     let needed = alignment.offset;
-    let logical_block = match options.block_size {
+    let logical_block = match config.block_size {
         Some(asked) if asked < needed => return Err(ImageProblem::BlockTooSmall { asked, needed }),
         Some(asked) => asked,
         None => needed.max(geometry::logical_block_of_device(file).unwrap_or(512)),
@@ -504,11 +507,11 @@ fn is_tmpfs(file: &File) -> bool {
 
 /// Syncs the image once before the guest runs, so that an earlier writeback error is not mistaken for one of
 /// this run. Also syncs the directory, so that a new image's name is as stable as its content.
-fn first_sync(file: &File, options: &DiskOptions, kind: Kind) -> Result<(), ImageProblem> {
+fn first_sync(file: &File, config: &DiskConfig, kind: Kind) -> Result<(), ImageProblem> {
     file.sync_data().map_err(ImageProblem::FirstSync)?;
     // A file deleted before it was opened (through a descriptor's name) has no directory entry to make stable.
     if kind == Kind::File && file.metadata().is_ok_and(|found| found.nlink() > 0) {
-        let real = options.path.canonicalize().map_err(host("its real path cannot be found"))?;
+        let real = config.path.canonicalize().map_err(host("its real path cannot be found"))?;
         let directory = real.parent().unwrap_or(Path::new("/"));
         // If we may not open the directory, whoever made the image has synced it, or nobody has.
         if let Ok(directory) = File::open(directory)
@@ -521,9 +524,9 @@ fn first_sync(file: &File, options: &DiskOptions, kind: Kind) -> Result<(), Imag
     Ok(())
 }
 
-fn serial_bytes(options: &DiskOptions) -> [u8; SERIAL_MAX] {
-    let name = options.path.file_name().map(|name| name.to_string_lossy().into_owned());
-    let text = options.serial.clone().or(name).unwrap_or_default();
+fn serial_bytes(config: &DiskConfig) -> [u8; SERIAL_MAX] {
+    let name = config.path.file_name().map(|name| name.to_string_lossy().into_owned());
+    let text = config.serial.clone().or(name).unwrap_or_default();
     let mut serial = [0; SERIAL_MAX];
     for (to, from) in serial.iter_mut().zip(text.bytes()) {
         *to = from;

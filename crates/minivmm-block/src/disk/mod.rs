@@ -8,6 +8,7 @@
 pub mod blocking;
 pub mod cache;
 pub mod choice;
+pub mod config;
 mod contents;
 pub mod counters;
 pub mod disk_queue;
@@ -23,7 +24,6 @@ pub mod latency;
 mod lock;
 pub mod monitor;
 pub mod op;
-pub mod options;
 pub mod queue_stats;
 pub mod stable;
 pub mod sync_ledger;
@@ -32,5 +32,5 @@ mod transfer;
 pub mod uring;
 pub mod writelog;
 
+pub use config::{ConfigError, DiskConfig};
 pub use image::{Image, ImageError};
-pub use options::{DiskOptions, OptionsError, TransportChoice};

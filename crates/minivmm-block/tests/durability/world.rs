@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
 use minivmm_block::blk::worker::QueueWorker;
-use minivmm_block::disk::DiskOptions;
+use minivmm_block::disk::DiskConfig;
 use minivmm_block::disk::Image;
 use minivmm_block::disk::cache::{Negotiated, POLICIES, WriteCache};
 use minivmm_block::disk::disk_queue::DiskQueue;
@@ -147,11 +147,11 @@ impl<'a> World<'a> {
             physical_block: 4096,
             alignment,
         };
-        let options = DiskOptions {
+        let options = DiskConfig {
             cache: policy,
             queue_size: QUEUE_SIZE,
             bounce_always: plan.bounce_always,
-            ..DiskOptions::new("simulated")
+            ..DiskConfig::new("simulated")
         };
         let faults = [plan.faults.clone(), plan.sync_faults.clone()];
         let storage = Storage::new(plan.queues, policy.direct, faults, plan.dice, ram.clone());

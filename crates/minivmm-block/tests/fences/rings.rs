@@ -11,7 +11,7 @@ use minivmm_block::disk::cache::{POLICIES, WriteCache};
 use minivmm_block::disk::disk_queue::{DiskQueue, StableBy};
 use minivmm_block::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use minivmm_block::disk::geometry::{Alignment, Geometry};
-use minivmm_block::disk::{DiskOptions, Image};
+use minivmm_block::disk::{DiskConfig, Image};
 use minivmm_block::mem::{Ram, map_ram, write_bytes};
 use minivmm_block::ratelimit::RateLimit;
 use minivmm_block::sync::{AtomicU16, AtomicU32, fence};
@@ -104,7 +104,7 @@ impl Rings {
         }
         let alignment = Alignment { memory: 512, offset: 512, found_by: "modelled" };
         let geometry = Geometry { capacity_sectors: 8, logical_block: 512, physical_block: 512, alignment };
-        let options = DiskOptions { cache: &POLICIES[0], ..DiskOptions::new("modelled") };
+        let options = DiskConfig { cache: &POLICIES[0], ..DiskConfig::new("modelled") };
         let image = Arc::new(Image::simulated(&options, geometry).unwrap());
         let cache = Arc::new(WriteCache::new(&POLICIES[0]));
         let disk = DiskQueue::new(Arc::clone(&image), Arc::clone(&cache), Box::new(Idle), StableBy::Dsync);

@@ -19,10 +19,10 @@ pub mod who;
 
 use std::path::PathBuf;
 
-use minivmm::disk::DiskOptions;
+use minivmm::disk::DiskConfig;
 use minivmm::disk::cache::CachePolicy;
-use minivmm::disk::options::HostCache;
 use minivmm::files::{Input, Inventory, Output};
+use minivmm::observe::control::HostCache;
 
 pub use jobs::{Job, JobError};
 pub use prepare::PrepareError;
@@ -33,7 +33,7 @@ pub use run::BenchError;
 #[derive(Debug, Clone)]
 pub struct Options {
     /// The image with its parsed keys.
-    pub disk: DiskOptions,
+    pub disk: DiskConfig,
     /// The same keys as the user gave them, to be passed to minivmm.
     pub keys: Vec<String>,
     /// The cache modes.

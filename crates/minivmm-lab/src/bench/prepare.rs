@@ -12,7 +12,7 @@ use crate::lab::Host;
 use crate::lab::extents::Layout;
 use crate::lab::image;
 use minivmm::disk::cache::CachePolicy;
-use minivmm::disk::{DiskOptions, ImageError};
+use minivmm::disk::{DiskConfig, ImageError};
 use minivmm::explain::{self, Explanation};
 
 /// What a bench needs to begin.
@@ -95,9 +95,9 @@ pub fn prepare(
     Ok(Prepared { jobs, layout, host, explained })
 }
 
-/// Returns the options of the disk that the guest gets in a mode.
-pub fn disk(options: &Options, mode: &'static CachePolicy, readonly: bool) -> DiskOptions {
-    let disk = DiskOptions { cache: mode, host_cache: options.host_cache, readonly, ..options.disk.clone() };
+/// Returns the disk that the guest gets in a mode.
+pub fn disk(options: &Options, mode: &'static CachePolicy, readonly: bool) -> DiskConfig {
+    let disk = DiskConfig { cache: mode, readonly, ..options.disk.clone() };
     disk.for_cpus(options.cpus)
 }
 
@@ -141,11 +141,11 @@ fn image(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use minivmm::disk::options::HostCache;
+    use minivmm::observe::control::HostCache;
 
     fn options(path: PathBuf) -> Options {
         Options {
-            disk: DiskOptions::new(path),
+            disk: DiskConfig::new(path),
             keys: Vec::new(),
             modes: vec![CachePolicy::by_name("writeback").unwrap()],
             jobs: None,
@@ -203,11 +203,11 @@ mod tests {
         // Creating an image needs no permission.
         let new = dir.path().join("new.img");
         let fresh =
-            Options { disk: DiskOptions::new(&new), size_bytes: Some(1 << 20), destroy: false, ..options };
+            Options { disk: DiskConfig::new(&new), size_bytes: Some(1 << 20), destroy: false, ..options };
         let mut told = Vec::new();
         let made = prepare(&fresh, &mut |step| told.push(step), &AtomicBool::new(false)).unwrap();
         assert_eq!((made.layout.bytes, told[0]), (1 << 20, Written::Of(1 << 20)));
-        let locked = minivmm::disk::Image::open(&DiskOptions::new(&new)).unwrap();
+        let locked = minivmm::disk::Image::open(&DiskConfig::new(&new)).unwrap();
         let error = refused(&Options { destroy: true, ..fresh });
         assert!(error.contains("locked"), "{error}");
         drop(locked);

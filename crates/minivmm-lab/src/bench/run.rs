@@ -19,7 +19,7 @@ use crate::lab::fio::{self, FioError, Summary};
 use crate::lab::{Boot, BootError, DiskSpec, How, Outcome, boot, image};
 use crate::scratch_dir::ScratchDir;
 use minivmm::disk::cache::CachePolicy;
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
 use minivmm::files::output;
 use minivmm::observe::Residency;
 
@@ -228,11 +228,11 @@ fn on_host(options: &Options, competitor: &Competitor, stop: &AtomicBool) -> Res
     let job = &competitor.job;
     // The open image locks out every VM, and fails if a VM has it locked.
     let buffered = CachePolicy::by_name("writeback").unwrap_or(options.disk.cache);
-    let disk = DiskOptions {
+    let disk = DiskConfig {
         cache: buffered,
         readonly: !job.writes(),
         force_raw: true,
-        ..DiskOptions::new(&options.disk.path)
+        ..DiskConfig::new(&options.disk.path)
     };
     let locked = Image::open(&disk)?;
     let before = image::settle(&options.disk.path, options.host_cache)?;

@@ -10,13 +10,13 @@ use super::{Options, warn};
 use crate::lab::Host;
 use crate::lab::extents::Layout;
 use crate::lab::fio::{Direction, Latency, Summary};
-use minivmm::disk::DiskOptions;
+use minivmm::disk::DiskConfig;
 use minivmm::disk::cache::CachePolicy;
-use minivmm::disk::options::HostCache;
+use minivmm::observe::control::HostCache;
 
 fn options(rounds: usize, modes: &[&str]) -> Options {
     Options {
-        disk: DiskOptions::new("a.img"),
+        disk: DiskConfig::new("a.img"),
         keys: Vec::new(),
         modes: modes.iter().map(|name| CachePolicy::by_name(name).unwrap()).collect(),
         jobs: None,

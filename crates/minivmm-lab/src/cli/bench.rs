@@ -10,10 +10,11 @@ use clap::{Args, ValueEnum};
 
 use crate::bench::Options;
 use minivmm::cli::{size, values};
-use minivmm::disk::DiskOptions;
+use minivmm::disk::DiskConfig;
 use minivmm::disk::cache::{CachePolicy, POLICIES};
-use minivmm::disk::options::{HostCache, split_at_commas};
+use minivmm::disk_options::{self, split_at_commas};
 use minivmm::hosts::{Asked, HostChoice};
+use minivmm::observe::control::HostCache;
 
 const IMAGE: &str = "Image";
 const WHAT: &str = "What runs";
@@ -90,7 +91,7 @@ enum State {
 /// A disk whose cache mode is given elsewhere, by --modes.
 #[derive(Debug, Clone)]
 struct Disk {
-    options: DiskOptions,
+    config: DiskConfig,
     keys: Vec<String>,
 }
 
@@ -105,7 +106,7 @@ const NOT_HERE: [(&str, &str); 5] = [
 
 impl Disk {
     fn parse(text: &OsStr) -> Result<Self, String> {
-        let options = DiskOptions::parse(text).map_err(|error| error.to_string())?;
+        let options = disk_options::parse(text).map_err(|error| error.to_string())?;
         // The keys accepted here contain no path.
         let keys = split_at_commas(text).split_off(1);
         let keys: Vec<_> = keys.iter().map(|key| key.to_string_lossy().into_owned()).collect();
@@ -115,7 +116,7 @@ impl Disk {
                 return Err(format!("the key {name} is not taken here: {why}"));
             }
         }
-        Ok(Self { options, keys: keys.iter().map(|key| key.replace(',', ",,")).collect() })
+        Ok(Self { config: options.config, keys: keys.iter().map(|key| key.replace(',', ",,")).collect() })
     }
 }
 
@@ -152,7 +153,7 @@ impl BenchArgs {
     /// Converts the arguments into options.
     pub fn options(self) -> Options {
         Options {
-            disk: self.disk.options,
+            disk: self.disk.config,
             keys: self.disk.keys,
             modes: self.modes.0,
             jobs: self.jobs,
@@ -193,7 +194,7 @@ mod tests {
     fn keys_go_to_the_guests_disk_but_for_those_that_are_benchs() {
         let disk = Disk::parse("a,,b.img,queues=2,serial=x,,y".as_ref()).unwrap();
         assert_eq!(
-            (disk.options.path, disk.keys.as_slice()),
+            (disk.config.path, disk.keys.as_slice()),
             ("a,b.img".into(), &["queues=2".into(), "serial=x,,y".into()][..])
         );
         for (text, word) in [

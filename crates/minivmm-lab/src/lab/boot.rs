@@ -18,8 +18,8 @@ use serde_json::Value;
 use super::child::{self, How};
 use crate::scratch_dir::ScratchDir;
 use minivmm::disk::cache::CachePolicy;
-use minivmm::disk::options::HostCache;
 use minivmm::files::output;
+use minivmm::observe::control::HostCache;
 use minivmm::observe::csv::Row;
 use minivmm::program;
 

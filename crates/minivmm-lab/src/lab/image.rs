@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::extents::Layout;
 use minivmm::disk::cache::CachePolicy;
-use minivmm::disk::options::HostCache;
-use minivmm::disk::{DiskOptions, Image};
+use minivmm::disk::{DiskConfig, Image};
 use minivmm::files::output;
 use minivmm::observe::Residency;
+use minivmm::observe::control::HostCache;
 use minivmm::observe::control::{ControlProblem, drop_cache, warm_cache};
 
 /// Number of bytes that are written at once.
@@ -118,7 +118,7 @@ pub fn make(
 /// Writes zeroes to every gap of the image at `path`, so that it is allocated. What can be read from the image
 /// does not change. The image is locked meanwhile, because what a VM wrote to a gap would be lost.
 pub fn fill(path: &Path, progress: Progress<'_>, stop: &AtomicBool) -> Result<Layout, ImageError> {
-    let mut disk = DiskOptions::new(path);
+    let mut disk = DiskConfig::new(path);
     // The format does not matter, because no content changes.
     disk.force_raw = true;
     disk.cache = CachePolicy::by_name("writeback").unwrap_or(disk.cache);
@@ -265,7 +265,7 @@ mod tests {
         let filled = fill(&path, &mut |more| told += more, &NEVER).unwrap();
         assert!(filled.is_written() && told > 2 * MIB && told < 3 * MIB, "{filled:?}, {told}");
         assert!(std::fs::read(&path).unwrap() == before);
-        let in_use = Image::open(&DiskOptions::new(&path)).unwrap();
+        let in_use = Image::open(&DiskConfig::new(&path)).unwrap();
         assert!(matches!(fill(&path, &mut |_| {}, &NEVER), Err(ImageError::Disk(_))));
         drop(in_use);
     }

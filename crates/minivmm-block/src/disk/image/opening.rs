@@ -12,7 +12,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::ImageProblem;
-use crate::disk::options::DiskOptions;
+use crate::disk::config::DiskConfig;
 use crate::files::host_use::{self, HostUse};
 use crate::files::locks;
 use crate::text::shell_word;
@@ -58,12 +58,12 @@ fn missing(path: &Path) -> ImageProblem {
 }
 
 /// Returns the flags to open the image with.
-pub(super) fn wanted_flags(options: &DiskOptions, kind: Kind) -> libc::c_int {
-    let access = if options.readonly { libc::O_RDONLY } else { libc::O_RDWR };
-    let direct = if options.cache.direct { libc::O_DIRECT } else { 0 };
+pub(super) fn wanted_flags(config: &DiskConfig, kind: Kind) -> libc::c_int {
+    let access = if config.readonly { libc::O_RDONLY } else { libc::O_RDWR };
+    let direct = if config.cache.direct { libc::O_DIRECT } else { 0 };
     // O_EXCL on a block device fails while it is mounted or otherwise in use, even where nothing else reports
     // that.
-    let exclusive = kind == Kind::Device && !options.readonly && !options.shared_with_host;
+    let exclusive = kind == Kind::Device && !config.readonly && !config.shared_with_host;
     let exclusive = if exclusive { libc::O_EXCL } else { 0 };
     access | direct | exclusive
 }
@@ -76,37 +76,37 @@ pub(super) fn flags_in_words(flags: libc::c_int) -> String {
     std::iter::once(access).chain(set).collect::<Vec<_>>().join("|")
 }
 
-pub(super) fn open_file(options: &DiskOptions, kind: Kind) -> Result<File, ImageProblem> {
+pub(super) fn open_file(config: &DiskConfig, kind: Kind) -> Result<File, ImageProblem> {
     let opened = OpenOptions::new()
         .read(true)
-        .write(!options.readonly)
+        .write(!config.readonly)
         // `write` above sets the access mode.
-        .custom_flags(wanted_flags(options, kind) & !libc::O_ACCMODE | libc::O_NOCTTY)
-        .open(&options.path);
-    opened.map_err(|source| open_problem(options, kind, source))
+        .custom_flags(wanted_flags(config, kind) & !libc::O_ACCMODE | libc::O_NOCTTY)
+        .open(&config.path);
+    opened.map_err(|source| open_problem(config, kind, source))
 }
 
-pub(super) fn open_problem(options: &DiskOptions, kind: Kind, source: io::Error) -> ImageProblem {
-    let exclusive = wanted_flags(options, kind) & libc::O_EXCL != 0;
+pub(super) fn open_problem(config: &DiskConfig, kind: Kind, source: io::Error) -> ImageProblem {
+    let exclusive = wanted_flags(config, kind) & libc::O_EXCL != 0;
     match source.raw_os_error() {
-        Some(libc::EINVAL) if options.cache.direct => ImageProblem::NoDirect { mode: options.cache.name },
+        Some(libc::EINVAL) if config.cache.direct => ImageProblem::NoDirect { mode: config.cache.name },
         Some(libc::EBUSY) if exclusive => ImageProblem::Open {
             flags: "exclusively: this host, or another VM, uses it (shared-with-host opens it all the same)",
             source,
         },
-        _ if options.readonly => ImageProblem::Open { flags: "for reading", source },
+        _ if config.readonly => ImageProblem::Open { flags: "for reading", source },
         _ => ImageProblem::Open { flags: "for reading and writing (readonly would do with reading)", source },
     }
 }
 
 /// Checks whether the image could be opened as asked, without opening it for writing.
-pub(super) fn check_access(options: &DiskOptions) -> Result<(), ImageProblem> {
+pub(super) fn check_access(config: &DiskConfig) -> Result<(), ImageProblem> {
     let flags = "for reading and writing (readonly would do with reading)";
     let failed = |source| ImageProblem::Open { flags, source };
-    if options.readonly {
+    if config.readonly {
         return Ok(());
     }
-    let path = CString::new(options.path.as_os_str().as_bytes())
+    let path = CString::new(config.path.as_os_str().as_bytes())
         .map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
     // SAFETY: `path` is a string with its terminator, which the kernel only reads.
     let result =
@@ -116,19 +116,16 @@ pub(super) fn check_access(options: &DiskOptions) -> Result<(), ImageProblem> {
 
 /// Checks what this host does with the image. Returns an error if a writing guest would destroy something.
 /// Otherwise returns what the user should know, or `None`.
-pub(super) fn check_host_use(
-    options: &DiskOptions,
-    found: &Metadata,
-) -> Result<Option<String>, ImageProblem> {
+pub(super) fn check_host_use(config: &DiskConfig, found: &Metadata) -> Result<Option<String>, ImageProblem> {
     let uses = host_use::of(found);
     // Two readers do each other no harm.
-    let harmful: Vec<HostUse> = uses.into_iter().filter(|it| it.writes || !options.readonly).collect();
+    let harmful: Vec<HostUse> = uses.into_iter().filter(|it| it.writes || !config.readonly).collect();
     if harmful.is_empty() {
         return Ok(None);
     }
     let uses = host_use::in_words(&harmful);
-    let path = options.path.display();
-    match (options.readonly, options.shared_with_host) {
+    let path = config.path.display();
+    match (config.readonly, config.shared_with_host) {
         (true, true) => Ok(None),
         (true, false) => Ok(Some(format!(
             "{path}: this host uses it and may write to it: {uses}. The guest only reads, and may find a file system that \
@@ -144,8 +141,8 @@ pub(super) fn check_host_use(
 
 /// Refuses an image that a program has locked by flock(2). Call it before our own lock is taken: on NFS both
 /// are one kind of lock.
-pub(super) fn check_flock(options: &DiskOptions, file: &File) -> Result<(), ImageProblem> {
-    if options.shared_with_host || !locks::stays(|| locks::is_flocked(file, options.readonly)) {
+pub(super) fn check_flock(config: &DiskConfig, file: &File) -> Result<(), ImageProblem> {
+    if config.shared_with_host || !locks::stays(|| locks::is_flocked(file, config.readonly)) {
         return Ok(());
     }
     let holders = locks::flock_holders(file).unwrap_or_else(|| "a program".into());

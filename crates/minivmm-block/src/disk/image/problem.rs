@@ -5,6 +5,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::disk::config::ConfigError;
 use crate::files::OutputRefused;
 
 /// Why an image cannot be used: what failed, why, and what to do.
@@ -21,6 +22,9 @@ pub struct ImageError {
 /// What is wrong with an image.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageProblem {
+    /// Its configuration has a value that is out of range.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The host refuses to open it.
     #[error("it cannot be opened {flags}")]
     Open {

@@ -85,7 +85,7 @@ impl<'a> Bench<'a> {
     pub fn image(&self, name: &str, bytes: u64) -> Result<PathBuf> {
         let path = self.images.join(format!("{name}.img"));
         image::ready(&path, bytes, &mut |_| (), self.stop)?;
-        image::settle(&path, minivmm::disk::options::HostCache::Drop)?;
+        image::settle(&path, minivmm::observe::control::HostCache::Drop)?;
         Ok(path)
     }
 }

@@ -3,9 +3,6 @@
 //! Owns the hints given for a foreign key or value. Nothing here is accepted: with two spellings of one wish,
 //! the reader of a command line would have to guess whether they mean the same.
 
-use std::ffi::OsStr;
-
-use super::DiskOptions;
 use crate::text;
 
 /// The hint for a foreign spelling.
@@ -136,20 +133,18 @@ fn meant(ours: Option<&str>) -> String {
     ours.map(|ours| format!("; did you mean '{ours}'?")).unwrap_or_default()
 }
 
-impl DiskOptions {
-    /// Translates QEMU's `key=value` to our spelling; `None` if no key of a disk here matches.
-    pub fn of_qemu(key: &str, value: &str) -> Option<String> {
-        let ours = match (DiskOptions::keys().find(|(known, _)| *known == key), said_of_key(key, value)) {
-            (Some((_, words)), _) => match said_of_value(key, value, &words) {
-                Some(Meant(ours)) => format!("{key}={ours}"),
-                _ => format!("{key}={value}"),
-            },
-            (None, Some(Meant(ours))) if ours.contains('=') || *ours == "readonly" => (*ours).to_owned(),
-            (None, Some(Meant(ours))) => format!("{ours}={value}"),
-            (None, _) => return None,
-        };
-        DiskOptions::parse(OsStr::new(&format!("a,{ours}"))).is_ok().then_some(ours)
-    }
+/// Translates QEMU's `key=value` to our spelling; `None` if no key of a disk here matches.
+pub fn of_qemu(key: &str, value: &str) -> Option<String> {
+    let ours = match (super::keys().find(|(known, _)| *known == key), said_of_key(key, value)) {
+        (Some((_, words)), _) => match said_of_value(key, value, &words) {
+            Some(Meant(ours)) => format!("{key}={ours}"),
+            _ => format!("{key}={value}"),
+        },
+        (None, Some(Meant(ours))) if ours.contains('=') || *ours == "readonly" => (*ours).to_owned(),
+        (None, Some(Meant(ours))) => format!("{ours}={value}"),
+        (None, _) => return None,
+    };
+    super::parse(format!("a,{ours}")).is_ok().then_some(ours)
 }
 
 #[cfg(test)]
@@ -158,7 +153,7 @@ mod tests {
 
     #[test]
     fn no_spelling_of_others_is_a_key_here() {
-        let ours: Vec<_> = DiskOptions::keys().map(|(key, _)| key).collect();
+        let ours: Vec<_> = super::super::keys().map(|(key, _)| key).collect();
         for theirs in KEYS.iter().flat_map(|(keys, ..)| *keys) {
             assert!(!ours.contains(theirs), "{theirs} is understood");
         }
@@ -174,7 +169,7 @@ mod tests {
                     Meant(ours) => Some(format!("{key}={ours}")),
                     Leave(_) => None,
                 };
-                assert_eq!(DiskOptions::of_qemu(key, value), ours);
+                assert_eq!(of_qemu(key, value), ours);
             }
         }
     }
