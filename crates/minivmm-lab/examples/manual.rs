@@ -1,5 +1,5 @@
-//! Writes the manual page and the shells' completions into a directory, from the very definitions
-//! that parse the command line. `make install` and `make deb` run it; nothing of it is installed.
+//! Writes the manual page and the shell completions into a directory, from the definitions that parse the
+//! command line. `make install` and `make deb` run it. It is not installed itself.
 
 use std::error::Error;
 use std::fs;
@@ -16,7 +16,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let directory: PathBuf = std::env::args_os().nth(1).ok_or("usage: manual DIRECTORY")?.into();
     fs::create_dir_all(&directory)?;
     let command = cli::command();
-    // `minivmm help` is a command of clap's, and needs no page.
+    // clap adds the command `minivmm help`, which needs no page.
     write_page(&directory, command.clone().disable_help_subcommand(true))?;
     for sub in command.get_subcommands() {
         let name: &'static str = format!("{}-{}", command.get_name(), sub.get_name()).leak();
@@ -37,14 +37,14 @@ fn write_page(directory: &std::path::Path, command: Command) -> Result<(), Box<d
     let mut page = Vec::new();
     Man::new(command).render(&mut page)?;
     let page = String::from_utf8(page)?;
-    // clap_mangen's own synopsis has no values.
+    // The synopsis of clap_mangen lacks the values of options.
     let (before, after) = page.split_once(".SH SYNOPSIS\n").ok_or("a page without a synopsis")?;
     let rest = after.split_once("\n.SH ").map_or("", |(_, rest)| rest);
     fs::write(file, format!("{before}.SH SYNOPSIS\n{synopsis}\n.SH {rest}"))?;
     Ok(())
 }
 
-/// Every option with its value, in roff.
+/// Returns every option with its value, in roff.
 fn synopsis(command: &Command) -> String {
     let roff = |text: &str| text.replace('\\', "\\e").replace('-', "\\-");
     let mut line = format!("\\fB{}\\fR", roff(command.get_bin_name().unwrap_or(command.get_name())));
@@ -80,7 +80,7 @@ fn synopsis(command: &Command) -> String {
     line
 }
 
-/// What clap cannot describe: behind a comma in --disk come keys, and behind a key's `=` its values.
+/// Adds completions that clap cannot describe: keys after a comma in --disk, and values after the `=` of a key.
 fn with_disk_keys(shell: Shell, script: &str) -> String {
     let keys: Vec<_> = disk_options::keys().collect();
     let names = || keys.iter().map(|(name, _)| format!("{name}=")).collect::<Vec<_>>().join(" ");
@@ -157,8 +157,8 @@ complete -c minivmm -l disk -x -a '(__minivmm_disk)'
     }
 }
 
-/// clap's script for fish completes no value behind a space: an option that still waits for its value makes it take
-/// the line for one that cannot be read. And it takes the word behind `--stats` for its file.
+/// Mends clap's script for fish. It completes no value after a space, because it cannot parse a line that ends
+/// with an option without its value. It also takes the word after `--stats` for its file.
 fn for_fish(script: &str) -> String {
     let waiting = "    or begin
         set -e cmd[-1]

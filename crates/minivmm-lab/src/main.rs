@@ -1,7 +1,7 @@
-//! minivmm-tools' binary: what minivmm does besides running a guest of its own. minivmm itself hands over
-//! to it, so users know one program.
+//! The binary minivmm-tools: the subcommands of minivmm that run no guest of their own. minivmm execs it, so
+//! users know one program.
 //!
-//! Owns as little as `main.rs`: which tool it is, its signals, its exit status.
+//! Owns as little as minivmm's own `main.rs`: the choice of the tool, its signals and its exit status.
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -21,17 +21,17 @@ use minivmm_lab::crash::log::WriteLog;
 use minivmm_lab::crash::{campaign, list};
 use minivmm_lab::{child, scratch_dir, study, top};
 
-/// A tool has this long to end in order after a signal: a VM that it has started gets 20 s of it.
+/// Time that a tool has to end in order after a signal. A VM that it has started gets 20 s of it.
 const END_MAX: Duration = Duration::from_secs(30);
 
 fn main() {
-    // Where minivmm has handed over, signals have been blocked since its own start. The children and scratch files of
-    // what has panicked are gone with its stack.
+    // If minivmm has execed us, signals have been blocked since its start. A panic unwinds the stack of its
+    // thread, which kills the children and removes the scratch files that belong to it.
     process::begin(Task::of_process, run, child::kill_all);
 }
 
 fn run(task: Option<Task>, signals: Signals) -> ExitStatus {
-    // minivmm's options, -v and -q among them, exclude a subcommand.
+    // minivmm's options, including -v and -q, exclude a subcommand.
     process::start_logging(log::LevelFilter::Warn);
     let Some(task) = task else {
         let why = "minivmm-tools is for minivmm's own use: call minivmm with these arguments";
@@ -70,7 +70,7 @@ fn run(task: Option<Task>, signals: Signals) -> ExitStatus {
     })
 }
 
-/// Names on the command line that only the tools know.
+/// Checks names on the command line that only the tools know.
 fn check_names(task: &Task) -> Result<()> {
     match task {
         Task::Study(args) => study::run::check_names(&args.clone().options().only),
@@ -79,10 +79,11 @@ fn check_names(task: &Task) -> Result<()> {
     }
 }
 
-/// The command that is to take this process's place, where a tool's guests are to run in the emulated host.
+/// Returns the command that must replace this process if the tool's guests run in the emulated host; `None` if
+/// they run here.
 fn host_of(task: &Task) -> Result<Option<Command>, HostError> {
     match task {
-        // What is wrong with the files is told first, by `measure`.
+        // If something is wrong with the files, `measure` reports it first.
         Task::Bench(args) if (**args).clone().options().files().check().is_empty() => {
             hosts::decide(&args.asked())
         }
@@ -93,7 +94,8 @@ fn host_of(task: &Task) -> Result<Option<Command>, HostError> {
     }
 }
 
-/// Whether a signal may simply kill the tool: it has no children, no files, and not the terminal's screen.
+/// Returns `true` if a signal may simply kill the tool, because it has no children, no files and not the
+/// terminal's screen.
 fn leaves_nothing(task: &Task) -> bool {
     match task {
         Task::Log { .. } => true,
@@ -102,7 +104,7 @@ fn leaves_nothing(task: &Task) -> bool {
     }
 }
 
-/// A tool that hangs leaves nothing behind either.
+/// Kills the children and removes the scratch files of a tool that hangs, and exits.
 fn end_by_force(signal: i32) {
     child::kill_all();
     scratch_dir::remove_all();
@@ -113,7 +115,7 @@ fn end_by_force(signal: i32) {
     ended(ExitStatus::Signal(signal));
 }
 
-/// The status that says which signal has stopped the tool, if one has.
+/// Returns the exit status for the signal that stopped the tool; `None` if no signal did.
 fn stopped(stop: &Stop) -> Option<ExitStatus> {
     stop.signal().map(ExitStatus::Signal)
 }
@@ -165,7 +167,7 @@ fn run_study(args: StudyArgs, stop: &Stop) -> Result<ExitStatus> {
 
 fn measure(args: BenchArgs, stop: &Stop) -> Result<ExitStatus> {
     let options = args.options();
-    // What cannot be written is an error before the hour that it takes.
+    // A report that cannot be written must be an error now and not after hours of measuring.
     let files = options.files();
     let failed = || "cannot write the report (--json)";
     if let Some(refused) = files.check().into_iter().next() {
