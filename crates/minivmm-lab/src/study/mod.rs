@@ -1,10 +1,9 @@
 //! `minivmm study` repeats what was said about disk caching on libvir-list in 2008 as experiments.
 //!
-//! Each experiment is a file of its own (`t01.rs` to `t11.rs`, `a1.rs`, `a2.rs`). It holds the claim in its
-//! author's words, the prediction with its tolerance, and what the figures mean. [`steps`] measures;
-//! experiments that do not disturb each other share one boot. [`run`] repeats the steps, [`record`] stores
-//! their figures, [`verdict`] judges all experiments by the same rules, [`report`] writes the JSON and [`page`]
-//! displays it.
+//! Each experiment is a file of its own, named after what it measures. The file holds the claim in its author's
+//! words, the prediction with its tolerance, and what the figures mean. [`steps`] measures; experiments that do
+//! not disturb each other share one boot. [`run`] repeats the steps, [`record`] stores their figures,
+//! [`verdict`] judges all experiments by the same rules, [`report`] writes the JSON and [`page`] displays it.
 //!
 //! Runs guests as child processes and uses no KVM itself (docs/study.md).
 
@@ -20,37 +19,37 @@ pub mod run;
 pub mod steps;
 pub mod verdict;
 
-pub mod a1;
-pub mod a2;
-pub mod t01;
-pub mod t02;
-pub mod t03;
-pub mod t04;
-pub mod t05;
-pub mod t06;
-pub mod t07;
-pub mod t08;
-pub mod t09;
-pub mod t10;
-pub mod t11;
+pub mod bulk_writes;
+pub mod deferred_writes;
+pub mod dirty_pages;
+pub mod double_caching;
+pub mod full_cache;
+pub mod host_crash;
+pub mod log_appends;
+pub mod read_ahead;
+pub mod steadiness;
+pub mod sync_mechanisms;
+pub mod uncached_speed;
+pub mod unsynced_data;
+pub mod warm_cache;
 
 use experiment::Experiment;
 
 /// All experiments, in the order of the page.
 pub static EXPERIMENTS: [&Experiment; 13] = [
-    &t01::EXPERIMENT,
-    &t02::EXPERIMENT,
-    &t03::EXPERIMENT,
-    &t04::EXPERIMENT,
-    &t05::EXPERIMENT,
-    &t06::EXPERIMENT,
-    &t07::EXPERIMENT,
-    &t08::EXPERIMENT,
-    &t09::EXPERIMENT,
-    &t10::EXPERIMENT,
-    &t11::EXPERIMENT,
-    &a1::EXPERIMENT,
-    &a2::EXPERIMENT,
+    &double_caching::EXPERIMENT,
+    &host_crash::EXPERIMENT,
+    &unsynced_data::EXPERIMENT,
+    &uncached_speed::EXPERIMENT,
+    &steadiness::EXPERIMENT,
+    &warm_cache::EXPERIMENT,
+    &read_ahead::EXPERIMENT,
+    &full_cache::EXPERIMENT,
+    &dirty_pages::EXPERIMENT,
+    &sync_mechanisms::EXPERIMENT,
+    &deferred_writes::EXPERIMENT,
+    &log_appends::EXPERIMENT,
+    &bulk_writes::EXPERIMENT,
 ];
 
 /// Returns the experiment with this id, in upper or lower case.

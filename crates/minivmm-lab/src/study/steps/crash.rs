@@ -21,7 +21,7 @@ use crate::lab::child::{self, How};
 use crate::scratch_dir::ScratchDir;
 use crate::study::figures::Record;
 use crate::study::guest::{Guest, device, disk, no_others};
-use crate::study::t02::{CASES, Case, GROUP};
+use crate::study::host_crash::{CASES, Case, GROUP};
 use minivmm::files::output;
 
 /// Size of a record in bytes.

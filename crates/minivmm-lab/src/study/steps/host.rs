@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 
 use super::{Bench, open};
 use crate::study::figures::Record;
-use crate::study::{t09, t10};
+use crate::study::{dirty_pages, sync_mechanisms};
 use minivmm::observe::cache::Residency;
 use minivmm::observe::control::drop_cache;
 use minivmm::observe::host::{DiskIo, HostDisk};
@@ -50,12 +50,12 @@ fn let_go(file: &File) -> Result<()> {
 /// The step of dirty pages, for T9: asks the kernel to drop clean pages, dirty pages, and the same pages after
 /// a sync.
 pub fn dirty(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
-    let path = bench.image("dirty", t09::BYTES)?;
+    let path = bench.image("dirty", dirty_pages::BYTES)?;
     let file = open(&path)?;
     let disk = HostDisk::below(&file);
     let io = || disk.as_ref().and_then(HostDisk::io);
     let data = vec![0x5a; 1 << 20];
-    for repetition in 0..t09::REPETITIONS {
+    for repetition in 0..dirty_pages::REPETITIONS {
         drop_cache(&file)?;
         let look = |record: &mut Record, stage: &str| -> Result<Residency> {
             let found = Residency::of(&file)?;
@@ -69,14 +69,14 @@ pub fn dirty(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
         };
         // The control: pages that were only read are dropped.
         let mut read = vec![0; data.len()];
-        for at in (0..t09::BYTES).step_by(data.len()) {
+        for at in (0..dirty_pages::BYTES).step_by(data.len()) {
             file.read_exact_at(&mut read, at).context("reading")?;
         }
         look(record, "read")?;
         let_go(&file)?;
         look(record, "clean")?;
         let before = io();
-        for at in (0..t09::BYTES).step_by(data.len()) {
+        for at in (0..dirty_pages::BYTES).step_by(data.len()) {
             file.write_all_at(&data, at).context("writing")?;
         }
         let written = look(record, "written")?;
@@ -96,9 +96,9 @@ pub fn dirty(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
 
 /// The step of mechanisms, for T10: makes the same sixteen writes with each mechanism.
 pub fn mechanisms(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
-    let path = bench.image("mechanisms", t10::BYTES)?;
-    for _ in 0..t10::REPETITIONS {
-        for mechanism in &t10::MECHANISMS {
+    let path = bench.image("mechanisms", sync_mechanisms::BYTES)?;
+    for _ in 0..sync_mechanisms::REPETITIONS {
+        for mechanism in &sync_mechanisms::MECHANISMS {
             one_mechanism(&path, mechanism, record)
                 .with_context(|| format!("{} on {}", mechanism.name, path.display()))?;
         }
@@ -106,7 +106,7 @@ pub fn mechanisms(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-fn one_mechanism(path: &Path, mechanism: &t10::Mechanism, record: &mut Record) -> Result<()> {
+fn one_mechanism(path: &Path, mechanism: &sync_mechanisms::Mechanism, record: &mut Record) -> Result<()> {
     let watched = open(path)?;
     drop_cache(&watched)?;
     let disk = HostDisk::below(&watched);
@@ -115,8 +115,8 @@ fn one_mechanism(path: &Path, mechanism: &t10::Mechanism, record: &mut Record) -
     let data = Aligned::new(PAGE, 0xa5);
     let before = io();
     let begun = Instant::now();
-    for at in 0..t10::WRITES {
-        file.write_all_at(data.bytes(), at * t10::STRIDE).context("writing")?;
+    for at in 0..sync_mechanisms::WRITES {
+        file.write_all_at(data.bytes(), at * sync_mechanisms::STRIDE).context("writing")?;
     }
     let named = |what: &str| format!("T10.{}.{what}", mechanism.name);
     let written = Residency::of(&watched)?;

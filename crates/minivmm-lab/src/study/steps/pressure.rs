@@ -18,7 +18,7 @@ use super::Bench;
 use crate::lab::Spread;
 use crate::study::figures::Record;
 use crate::study::guest::{Guest, disk};
-use crate::study::t05::{MODES, PHASES};
+use crate::study::steadiness::{MODES, PHASES};
 use minivmm::observe::limit::MemoryLimit;
 
 const MIB: usize = 1 << 20;

@@ -11,7 +11,7 @@ use super::Bench;
 use crate::study::experiment::MODES;
 use crate::study::figures::Record;
 use crate::study::guest::{Guest, device, disk, no_others};
-use crate::study::{t01, t06, t07};
+use crate::study::{double_caching, read_ahead, warm_cache};
 
 /// Runs the step.
 pub fn reads(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
@@ -25,9 +25,9 @@ pub fn reads(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
         script += &format!("exec 3</dev/{device}\n");
         let clean = format!("forget; ask drop {device}\n");
         for (id, part) in [
-            ("T7", t07::script(mode, &device)),
-            ("T1", t01::script(mode, &device, mib)),
-            ("T6", t06::script(mode, &device, mib)),
+            ("T7", read_ahead::script(mode, &device)),
+            ("T1", double_caching::script(mode, &device, mib)),
+            ("T6", warm_cache::script(mode, &device, mib)),
         ] {
             if bench.wants(id) {
                 script += &clean;

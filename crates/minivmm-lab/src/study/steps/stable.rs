@@ -12,7 +12,7 @@ use super::Bench;
 use crate::study::experiment::MODES;
 use crate::study::figures::Record;
 use crate::study::guest::{Guest, device, disk, no_others};
-use crate::study::{a1, a2};
+use crate::study::{bulk_writes, log_appends};
 
 const IMAGE_MIB: u64 = 32;
 
@@ -27,19 +27,23 @@ pub fn stable(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
         Ok(())
     };
     let times = bench.pick(1, 3);
-    for mode in a1::MODES {
+    for mode in log_appends::MODES {
         if bench.wants("A1") {
             let appends = bench.pick(128, 2048);
-            add(format!("log-{mode}"), mode, &|device| a1::script(mode, device, appends, times))?;
+            add(format!("log-{mode}"), mode, &|device| log_appends::script(mode, device, appends, times))?;
         }
         if bench.wants("A2") {
-            add(format!("bulk-{mode}"), mode, &|device| a2::script(mode, device, bench.pick(16, 32), times))?;
+            add(format!("bulk-{mode}"), mode, &|device| {
+                bulk_writes::script(mode, device, bench.pick(16, 32), times)
+            })?;
         }
     }
     for mode in MODES {
         if bench.wants("A1") {
             let blocks = bench.pick(256, 4096);
-            add(format!("latency-{mode}"), mode, &|device| a1::latency_script(mode, device, blocks))?;
+            add(format!("latency-{mode}"), mode, &|device| {
+                log_appends::latency_script(mode, device, blocks)
+            })?;
         }
     }
     let names: Vec<String> = disks

@@ -13,8 +13,8 @@ use super::host::Aligned;
 use crate::study::experiment::MODES;
 use crate::study::figures::Record;
 use crate::study::guest::{Guest, device, disk, no_others};
-use crate::study::t03::Size;
-use crate::study::{t03, t04, t10, t11};
+use crate::study::unsynced_data::Size;
+use crate::study::{deferred_writes, sync_mechanisms, uncached_speed, unsynced_data};
 
 /// Size of each image.
 const IMAGE_MIB: u64 = 64;
@@ -40,9 +40,9 @@ pub fn writes(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
         // The observation of the whole period becomes a curve.
         script += &format!("exec 3</dev/{device}; ask begin W.{mode} {device}\n");
         for (ids, part) in [
-            (&["T10"][..], t10::script(mode, &device)),
-            (&["T3", "T11"][..], t03::script(mode, &device, size)),
-            (&["T4"][..], t04::script(mode, &device, size)),
+            (&["T10"][..], sync_mechanisms::script(mode, &device)),
+            (&["T3", "T11"][..], unsynced_data::script(mode, &device, size)),
+            (&["T4"][..], uncached_speed::script(mode, &device, size)),
         ] {
             if ids.iter().any(|id| bench.wants(id)) {
                 script += &part;
@@ -52,7 +52,7 @@ pub fn writes(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     }
     let guest = Guest { disks, memory_mib: 320, script, interval: Duration::from_secs(1) };
     guest.run(bench, record, &mut no_others)?;
-    t11::trim(record);
+    deferred_writes::trim(record);
     Ok(())
 }
 
@@ -66,17 +66,19 @@ fn natively(path: &Path, size: Size, record: &mut Record) -> Result<()> {
     let blocks = (IMAGE_MIB << 20) / BLOCK as u64;
     // An odd step visits every block of a power of two once, and leaves a distance between successive blocks.
     let place = |number: u64| number.wrapping_mul(7919) % blocks * BLOCK as u64;
-    for (sync, count) in
-        [(t03::NO_SYNC, size.blocks), (t03::END, size.blocks), (t03::EACH, size.synced_blocks)]
-    {
+    for (sync, count) in [
+        (unsynced_data::NO_SYNC, size.blocks),
+        (unsynced_data::END, size.blocks),
+        (unsynced_data::EACH, size.synced_blocks),
+    ] {
         let begun = Instant::now();
         for number in 0..count {
             file.write_all_at(data.bytes(), place(number)).context("writing")?;
-            if sync == t03::EACH {
+            if sync == unsynced_data::EACH {
                 file.sync_data().context("fdatasync")?;
             }
         }
-        if sync == t03::END {
+        if sync == unsynced_data::END {
             file.sync_data().context("fdatasync")?;
         }
         record.put(&format!("T3.host.{sync}.iops"), count as f64 / begun.elapsed().as_secs_f64());

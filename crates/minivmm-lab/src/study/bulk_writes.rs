@@ -3,9 +3,9 @@
 //! Owns the claim, the prediction, the guest's script and the meaning of the figures. The step of stable writes
 //! measures it.
 
-use super::a1::MODES;
 use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, values};
+use super::log_appends::MODES;
 use super::plot::Plot;
 
 const CASE: &str = "directsync / none";

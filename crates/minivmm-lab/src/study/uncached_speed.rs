@@ -6,8 +6,8 @@
 use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, values};
 use super::plot::Plot;
-use super::t03;
-use super::t03::Size;
+use super::unsynced_data;
+use super::unsynced_data::Size;
 
 const WRITES: &str = "writes, no sync";
 const END: &str = "writes, sync at the end";
@@ -71,9 +71,9 @@ pub fn script(mode: &str, device: &str, size: Size) -> String {
 
 fn job(mode: &str, case: &str) -> String {
     match case {
-        WRITES => format!("T3.{mode}.{}.iops", t03::slug(t03::NO_SYNC)),
-        END => format!("T3.{mode}.{}.iops", t03::slug(t03::END)),
-        EACH => format!("T3.{mode}.{}.iops", t03::slug(t03::EACH)),
+        WRITES => format!("T3.{mode}.{}.iops", unsynced_data::slug(unsynced_data::NO_SYNC)),
+        END => format!("T3.{mode}.{}.iops", unsynced_data::slug(unsynced_data::END)),
+        EACH => format!("T3.{mode}.{}.iops", unsynced_data::slug(unsynced_data::EACH)),
         RE_READS => format!("T4.{mode}.re-reads.iops"),
         _ => format!("T4.{mode}.mixed.iops"),
     }

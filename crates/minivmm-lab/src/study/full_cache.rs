@@ -6,7 +6,7 @@
 use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
 use super::figures::{Measured, Record, value};
 use super::plot::{Form, Plot};
-use super::t05::{MODES, PHASES, by_none};
+use super::steadiness::{MODES, PHASES, by_none};
 
 const MIB: f64 = (1u64 << 20) as f64;
 const WRITEBACK: &str = "writeback";
