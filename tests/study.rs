@@ -9,10 +9,10 @@ use std::path::Path;
 use std::process::Command;
 
 use minivmm_lab::study::experiment::MODES;
-use minivmm_lab::study::figures::Record;
-use minivmm_lab::study::machine::Machine;
+use minivmm_lab::study::figures::StepRecord;
+use minivmm_lab::study::machine::StudyMachine;
 use minivmm_lab::study::page::page;
-use minivmm_lab::study::report::{Report, Run};
+use minivmm_lab::study::report::{RunSummary, StudyReport};
 use minivmm_lab::study::verdict::Outcome;
 use minivmm_lab::study::{EXPERIMENTS, by_id};
 
@@ -20,8 +20,8 @@ use minivmm_lab::study::{EXPERIMENTS, by_id};
 mod host;
 
 /// A step of reads in which T1 is what was predicted, and the step of T9.
-fn steps() -> Vec<Record> {
-    let mut reads = Record::new("reads", 1);
+fn steps() -> Vec<StepRecord> {
+    let mut reads = StepRecord::new("reads", 1);
     for mode in MODES {
         for mib in [0.0, 4.0, 8.0] {
             let cached = if ["none", "directsync"].contains(&mode) { 0.0 } else { mib };
@@ -32,7 +32,7 @@ fn steps() -> Vec<Record> {
             }
         }
     }
-    let mut dirty = Record::new("dirty", 1);
+    let mut dirty = StepRecord::new("dirty", 1);
     for (stage, cached, pages) in [
         ("clean", 0.0, 0.0),
         ("written", 2048.0, 2048.0),
@@ -43,13 +43,13 @@ fn steps() -> Vec<Record> {
         dirty.put(&format!("T9.{stage}.dirty"), pages);
     }
     dirty.put("T9.let-go.disk-written-bytes", 0.0);
-    let failed = Record { error: Some("it <failed> & \"so\"".into()), ..Record::new("writes", 1) };
+    let failed = StepRecord { error: Some("it <failed> & \"so\"".into()), ..StepRecord::new("writes", 1) };
     vec![reads, dirty, failed]
 }
 
-fn report(steps: Vec<Record>) -> Report {
-    let machine = Machine::look(Path::new(env!("CARGO_MANIFEST_DIR"))).unwrap();
-    Report::of(&EXPERIMENTS, machine, steps, &Run { quick: true, rounds: 1, complete: true })
+fn report(steps: Vec<StepRecord>) -> StudyReport {
+    let machine = StudyMachine::look(Path::new(env!("CARGO_MANIFEST_DIR"))).unwrap();
+    StudyReport::of(&EXPERIMENTS, machine, steps, &RunSummary { quick: true, rounds: 1, complete: true })
 }
 
 /// Each element that is opened is closed, in order; the names of all of them.
@@ -134,7 +134,7 @@ fn coordinates_of_pictures_are_numbers_within_them() {
 
 #[test]
 fn verdicts_follow_from_the_figures_and_from_nothing_else() {
-    let outcome = |report: &Report, id: &str| {
+    let outcome = |report: &StudyReport, id: &str| {
         let found = report.experiments.iter().find(|found| found.id == id).unwrap();
         (found.claims[0].verdict.outcome, found.claims[0].verdict.true_of.clone())
     };

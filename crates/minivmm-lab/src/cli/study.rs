@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::study::run::Options;
+use crate::study::run::StudyOptions;
 use minivmm::cli::values;
 use minivmm::hosts::{Asked, HostChoice};
 
@@ -41,7 +41,7 @@ impl StudyArgs {
     }
 
     /// Converts the arguments into options.
-    pub fn options(self) -> Options {
-        Options { out: self.out, quick: self.quick, rounds: self.rounds, only: self.only }
+    pub fn options(self) -> StudyOptions {
+        StudyOptions { out: self.out, quick: self.quick, rounds: self.rounds, only: self.only }
     }
 }

@@ -3,8 +3,8 @@
 //! Owns the claim, the prediction, the guest's script and the meaning of the figures. The step of stable writes
 //! measures it.
 
-use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, values};
+use super::experiment::{Bound, Experiment, FigureKind, Measure, Quote, Rule, expect};
+use super::figures::{MeasuredValue, StepRecord, values};
 use super::log_appends::MODES;
 use super::plot::Plot;
 
@@ -37,7 +37,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "none-syncs",
             title: "Stable writes and fdatasyncs for each write in none",
             unit: "",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "minivmm\u{2019}s counters: writes with RWF_DSYNC and fdatasyncs, by the guest\u{2019}s writes.",
             rules: &[Rule {
                 claim: 0,
@@ -51,7 +51,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "directsync-syncs",
             title: "Stable writes and fdatasyncs for each write in directsync",
             unit: "",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "The same. The guest has sent no FLUSH: it sees no write cache.",
             rules: &[Rule {
                 claim: 1,
@@ -65,7 +65,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "gain",
             title: "Bytes a second, directsync by none",
             unit: "times",
-            kind: Kind::SpeedRatio,
+            kind: FigureKind::SpeedRatio,
             how: "fio\u{2019}s figures with the sync at the end, of the same guest and repetition.",
             rules: &[],
             control: false,
@@ -75,7 +75,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "flushes",
             title: "FLUSHes of the host\u{2019}s disk for each write",
             unit: "",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "Of its stat. On a disk with FUA directsync needs none.",
             rules: &[],
             control: false,
@@ -97,12 +97,12 @@ ask look A2.{mode}.after {device}; ask stats A2.{mode}.after {device}\n"
 }
 
 /// Returns the growth of these counters per write of the guest, for each repetition.
-fn for_each(step: &Record, mode: &str, what: &[&str]) -> Vec<f64> {
+fn for_each(step: &StepRecord, mode: &str, what: &[&str]) -> Vec<f64> {
     let name = format!("A2.{mode}");
     step.growths_for_each(&name, what, &step.growths(&name, "writes"))
 }
 
-fn measured(step: &Record) -> Vec<Measured> {
+fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
     let mut found: Vec<_> =
         values("gain", CASE, &step.ratios("A2.directsync.mb-s", "A2.none.mb-s")).collect();
     for (mode, measure) in [("none", "none-syncs"), ("directsync", "directsync-syncs")] {
@@ -115,7 +115,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     found
 }
 
-fn plots(steps: &[Record]) -> Vec<Plot> {
+fn plots(steps: &[StepRecord]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
     let bars = (0u8..).zip(MODES);
     let bars = bars.filter_map(|(at, mode)| Some((at.into(), step.mean(&format!("A2.{mode}.mb-s"))?)));
@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn syncs_are_told_for_each_write() {
-        let mut step = Record::new("stable", 1);
+        let mut step = StepRecord::new("stable", 1);
         for (what, after) in [("writes", 256.0), ("dsync-writes", 256.0), ("fdatasyncs", 0.0)] {
             step.put(&format!("A2.directsync.before.{what}"), 0.0);
             step.put(&format!("A2.directsync.after.{what}"), after);

@@ -3,8 +3,8 @@
 //! Owns the claim, the prediction and the meaning of the figures. The step of writes measures it, with the job
 //! of T3 that does not sync.
 
-use super::experiment::{Bound, Experiment, Kind, MODES, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, value, values};
+use super::experiment::{Bound, Experiment, FigureKind, MODES, Measure, Quote, Rule, expect};
+use super::figures::{MeasuredValue, StepRecord, value, values};
 use super::plot::{Form, Plot};
 
 const MIB: f64 = (1u64 << 20) as f64;
@@ -27,7 +27,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "owed",
             title: "Still to be written when the benchmark has ended",
             unit: "share",
-            kind: Kind::Share,
+            kind: FigureKind::Share,
             how: "Dirty pages and pages under writeback of the image, by the bytes of fio\u{2019}s writes.",
             rules: &[Rule {
                 claim: 0,
@@ -47,7 +47,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "seconds",
             title: "The host\u{2019}s fdatasync afterwards",
             unit: "ms",
-            kind: Kind::Time,
+            kind: FigureKind::Time,
             how: "By the host\u{2019}s clock, right behind the count.",
             rules: &[],
             control: false,
@@ -64,7 +64,7 @@ pub static EXPERIMENT: Experiment = Experiment {
     plots,
 };
 
-fn measured(step: &Record) -> Vec<Measured> {
+fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
     let mut found = Vec::new();
     for mode in MODES {
         let all = |what: &str| step.all(&format!("T3.{mode}.no-sync.{what}")).to_vec();
@@ -78,12 +78,12 @@ fn measured(step: &Record) -> Vec<Measured> {
 }
 
 /// Removes the curves that are not drawn.
-pub fn trim(step: &mut Record) {
+pub fn trim(step: &mut StepRecord) {
     step.curves
         .retain(|name, _| [".bytes_at_risk", ".host_dirty_bytes"].iter().any(|end| name.ends_with(end)));
 }
 
-fn plots(steps: &[Record]) -> Vec<Plot> {
+fn plots(steps: &[StepRecord]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
     let plot = |title: &str, column: &str| {
         MODES.iter().fold(
@@ -110,7 +110,7 @@ mod tests {
 
     #[test]
     fn what_is_owed_is_dirty_or_on_its_way() {
-        let mut step = Record::new("writes", 1);
+        let mut step = StepRecord::new("writes", 1);
         for (name, figure) in
             [("after.dirty", 30.0), ("after.writeback", 20.0), ("bytes", 100.0), ("sync-seconds", 0.25)]
         {

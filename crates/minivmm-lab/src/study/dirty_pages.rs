@@ -2,8 +2,8 @@
 //!
 //! Owns the claim, the prediction and the meaning of the figures. `steps::host::dirty` makes the system calls.
 
-use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, value};
+use super::experiment::{Bound, Experiment, FigureKind, Measure, Quote, Rule, expect};
+use super::figures::{MeasuredValue, StepRecord, value};
 use super::plot::Plot;
 
 /// Number of bytes that are written.
@@ -36,7 +36,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "kept",
             title: "Synced pages still in the cache after they were to go",
             unit: "share of 2048",
-            kind: Kind::Share,
+            kind: FigureKind::Share,
             how: "cachestat after fdatasync and POSIX_FADV_DONTNEED: it shows what the dirty pages had lacked. (How many of those \
                   stayed is in the picture; on a fast disk some are written, and go, while the request is carried out.)",
             rules: &[],
@@ -50,7 +50,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "unwritten",
             title: "Dirty pages gone that the disk had not been given",
             unit: "share of 2048",
-            kind: Kind::Share,
+            kind: FigureKind::Share,
             how: "Bytes that have left the cache, less bytes that the host\u{2019}s disk has written since they were made dirty, at least 0.",
             rules: &[Rule {
                 claim: 0,
@@ -65,7 +65,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "clean",
             title: "Clean pages still there after they were to go",
             unit: "share of 2048",
-            kind: Kind::Share,
+            kind: FigureKind::Share,
             how: "The same with pages that were only read: it shows that the request is heeded.",
             rules: &[],
             control: true,
@@ -75,7 +75,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "dirty",
             title: "Dirty pages after writing",
             unit: "pages",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "cachestat after 8 MiB were written: it shows that there was something to be refused.",
             rules: &[],
             control: true,
@@ -86,7 +86,7 @@ pub static EXPERIMENT: Experiment = Experiment {
     plots,
 };
 
-fn measured(step: &Record) -> Vec<Measured> {
+fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
     let all = |stage: &str, what: &str| step.all(&format!("T9.{stage}.{what}")).to_vec();
     let shares = |stage: &str| all(stage, "cached").iter().map(|pages| pages / PAGES).collect::<Vec<_>>();
     let mut found = Vec::new();
@@ -112,7 +112,7 @@ const STAGES: [(&str, &str); 6] = [
     ("let-go-again", "let go"),
 ];
 
-fn plots(steps: &[Record]) -> Vec<Plot> {
+fn plots(steps: &[StepRecord]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
     let curve = |what: &'static str| {
         STAGES.iter().enumerate().filter_map(move |(at, (stage, _))| {
@@ -134,7 +134,7 @@ mod tests {
 
     #[test]
     fn shares_are_of_what_was_written() {
-        let mut step = Record::new("dirty", 1);
+        let mut step = StepRecord::new("dirty", 1);
         // All pages stay; then half of them go after they were written; then half of them go unwritten.
         for (left, written) in [(2048.0, 0.0), (1024.0, 1024.0 * PAGE), (1024.0, 0.0)] {
             step.put("T9.let-go.cached", left);
@@ -152,6 +152,6 @@ mod tests {
         assert_eq!(of("kept", SYNCED), [0.0]);
         assert_eq!(of("unwritten", DIRTY), [0.0, 0.0, 0.5]);
         assert_eq!(of("dirty", "written"), [2048.0]);
-        assert!(measured(&Record::new("dirty", 1)).is_empty());
+        assert!(measured(&StepRecord::new("dirty", 1)).is_empty());
     }
 }

@@ -3,8 +3,8 @@
 //! Owns the claim, the prediction, the guest's script and the meaning of the figures. The step of reads
 //! measures it.
 
-use super::experiment::{Bound, Experiment, Kind, MODES, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, value};
+use super::experiment::{Bound, Experiment, FigureKind, MODES, Measure, Quote, Rule, expect};
+use super::figures::{MeasuredValue, StepRecord, value};
 use super::plot::Plot;
 
 /// Number of pieces in which the disk is read. Both caches are measured after each.
@@ -30,7 +30,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "duplication",
             title: "Pages in the host\u{2019}s cache for each in the guest\u{2019}s",
             unit: "share",
-            kind: Kind::Share,
+            kind: FigureKind::Share,
             how: "After the last piece: bytes of the image in the host\u{2019}s cache by bytes by which the guest\u{2019}s has grown.",
             rules: &[Rule {
                 claim: 0,
@@ -50,7 +50,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "guest",
             title: "What the guest caches of what it has read",
             unit: "share",
-            kind: Kind::Share,
+            kind: FigureKind::Share,
             how: "Growth of Cached and Buffers in its /proc/meminfo, by the bytes read: it shows that the guest does cache.",
             rules: &[],
             control: true,
@@ -81,11 +81,11 @@ done\n"
     )
 }
 
-fn last(step: &Record, name: &str) -> Option<f64> {
+fn last(step: &StepRecord, name: &str) -> Option<f64> {
     step.all(name).last().copied()
 }
 
-fn measured(step: &Record) -> Vec<Measured> {
+fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
     let mut found = Vec::new();
     for mode in MODES {
         let of = |what: &str| last(step, &format!("T1.{mode}.{what}"));
@@ -97,7 +97,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     found
 }
 
-fn plots(steps: &[Record]) -> Vec<Plot> {
+fn plots(steps: &[StepRecord]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
     let curve = |mode: &str, what: &str| {
         let at = step.all(&format!("T1.{mode}.host.at")).to_vec();
@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn duplication_is_of_the_last_look() {
-        let mut step = Record::new("reads", 1);
+        let mut step = StepRecord::new("reads", 1);
         for (guest, host) in [(0.0, 0.0), (50.0, 10.0), (100.0, 90.0)] {
             step.put("T1.writeback.guest", guest);
             step.put("T1.writeback.asked", guest);

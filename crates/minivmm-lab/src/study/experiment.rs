@@ -8,7 +8,7 @@ use std::fmt;
 
 use serde::{Serialize, Serializer};
 
-use super::figures::{Measured, Record};
+use super::figures::{MeasuredValue, StepRecord};
 use super::plot::Plot;
 
 /// Something that somebody wrote, word for word.
@@ -36,7 +36,7 @@ impl Quote {
 /// The nature of a figure, which determines on which hosts the figure is meaningful.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Kind {
+pub enum FigureKind {
     /// Number of operations, requests or lost records.
     Count,
     /// Bytes in a cache, or bytes written to a disk.
@@ -51,7 +51,7 @@ pub enum Kind {
     Time,
 }
 
-impl Kind {
+impl FigureKind {
     /// Returns `true` if the figure depends on a clock.
     pub fn is_timed(self) -> bool {
         matches!(self, Self::SpeedRatio | Self::Speed | Self::Time)
@@ -174,7 +174,7 @@ pub struct Measure {
     /// Unit that follows the figures; empty if there is none.
     pub unit: &'static str,
     /// The nature of the figures.
-    pub kind: Kind,
+    pub kind: FigureKind,
     /// How the figures are measured.
     pub how: &'static str,
     /// The claims that this quantity decides, and when they are true.
@@ -202,9 +202,9 @@ pub struct Experiment {
     /// The quantities that are measured.
     pub measures: &'static [Measure],
     /// Computes the values of the measures from the record of one step.
-    pub measured: fn(&Record) -> Vec<Measured>,
+    pub measured: fn(&StepRecord) -> Vec<MeasuredValue>,
     /// Draws the plots from the records of all completed steps.
-    pub plots: fn(&[Record]) -> Vec<Plot>,
+    pub plots: fn(&[StepRecord]) -> Vec<Plot>,
 }
 
 impl fmt::Debug for Experiment {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// The result of one run of a step.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Record {
+pub struct StepRecord {
     /// Name of the step.
     pub step: String,
     /// Number of the repetition, from 1.
@@ -25,7 +25,7 @@ pub struct Record {
     pub curves: BTreeMap<String, Vec<(f64, f64)>>,
 }
 
-impl Record {
+impl StepRecord {
     /// Creates a record without figures.
     pub fn new(step: &str, round: u32) -> Self {
         Self { step: step.to_owned(), round, ..Self::default() }
@@ -91,7 +91,7 @@ impl Record {
 
 /// One value of a measure for one case.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Measured {
+pub struct MeasuredValue {
     /// Name of the measure.
     pub measure: &'static str,
     /// Name of the case.
@@ -101,9 +101,9 @@ pub struct Measured {
 }
 
 /// Returns the value of a measure for a case, or `None` if there is none or it is not finite.
-pub fn value(measure: &'static str, case: &str, value: Option<f64>) -> Option<Measured> {
+pub fn value(measure: &'static str, case: &str, value: Option<f64>) -> Option<MeasuredValue> {
     let value = value.filter(|value| value.is_finite())?;
-    Some(Measured { measure, case: case.to_owned(), value })
+    Some(MeasuredValue { measure, case: case.to_owned(), value })
 }
 
 /// Returns several values of a measure for one case.
@@ -111,6 +111,6 @@ pub fn values<'a>(
     measure: &'static str,
     case: &'a str,
     found: &'a [f64],
-) -> impl Iterator<Item = Measured> + 'a {
+) -> impl Iterator<Item = MeasuredValue> + 'a {
     found.iter().filter_map(move |&found| value(measure, case, Some(found)))
 }

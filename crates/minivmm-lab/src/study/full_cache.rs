@@ -3,8 +3,8 @@
 //!
 //! Owns the claims, the predictions and the meaning of the figures. The step of memory pressure measures it.
 
-use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, value};
+use super::experiment::{Bound, Experiment, FigureKind, Measure, Quote, Rule, expect};
+use super::figures::{MeasuredValue, StepRecord, value};
 use super::plot::{Form, Plot};
 use super::steadiness::{MODES, PHASES, by_none};
 
@@ -42,7 +42,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "left",
             title: "What pressure leaves of the speed",
             unit: "share",
-            kind: Kind::SpeedRatio,
+            kind: FigureKind::SpeedRatio,
             how: "Writes a second under pressure by those with memory to spare; of none, beside a writer in writeback by beside one in none.",
             rules: &[Rule {
                 claim: 0,
@@ -56,7 +56,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "by-none",
             title: "Under pressure: speed in writeback, by that in none",
             unit: "times",
-            kind: Kind::SpeedRatio,
+            kind: FigureKind::SpeedRatio,
             how: "Writes a second of the two, each beside the process that takes memory.",
             rules: &[Rule {
                 claim: 1,
@@ -70,7 +70,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "idle-by-none",
             title: "With memory to spare: the same",
             unit: "times",
-            kind: Kind::SpeedRatio,
+            kind: FigureKind::SpeedRatio,
             how: "What there was to be lost.",
             rules: &[],
             control: false,
@@ -80,7 +80,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "hits",
             title: "Times that the limit was hit",
             unit: "",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "\u{201c}max\u{201d} of memory.events: it shows that there was pressure.",
             rules: &[],
             control: true,
@@ -90,7 +90,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "stall",
             title: "Time to get 72 MiB beside the writer in writeback, by that beside the one in none",
             unit: "times",
-            kind: Kind::SpeedRatio,
+            kind: FigureKind::SpeedRatio,
             how: "Means of all times that it was taken.",
             rules: &[],
             control: false,
@@ -101,7 +101,7 @@ pub static EXPERIMENT: Experiment = Experiment {
     plots,
 };
 
-fn measured(step: &Record) -> Vec<Measured> {
+fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
     let of = |name: &str| step.get(&format!("P.{name}")).filter(|figure| *figure > 0.0);
     let ratio = |above: &str, below: &str| Some(of(above)? / of(below)?);
     let mean = |mode: &str| {
@@ -125,7 +125,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     .collect()
 }
 
-fn plots(steps: &[Record]) -> Vec<Plot> {
+fn plots(steps: &[StepRecord]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
     let cache = PHASES.iter().fold(
         Plot::lines("The writer\u{2019}s image in the host\u{2019}s cache", "seconds", "MiB")
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn pressure_is_compared_with_itself() {
-        let mut step = Record::new("pressure", 1);
+        let mut step = StepRecord::new("pressure", 1);
         for (name, figure) in [
             ("writeback.idle.iops", 100.0),
             ("writeback.pressed.iops", 40.0),

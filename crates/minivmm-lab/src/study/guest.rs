@@ -23,8 +23,8 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 
-use super::figures::Record;
-use super::steps::{Bench, open};
+use super::figures::StepRecord;
+use super::steps::{StepContext, open};
 use crate::child::Group;
 use crate::lab::boot::Files;
 use crate::lab::{Boot, DiskSpec, fio};
@@ -57,14 +57,14 @@ job() {
 /// File in the directory of the run that receives the output of the last guest, with times.
 pub const TRANSCRIPT: &str = "guest.log";
 /// A guest that writes nothing for this long is taken to hang.
-const SILENCE: Duration = Duration::from_secs(240);
+const SILENCE_MAX: Duration = Duration::from_secs(240);
 /// How often a waiting host checks whether the run is interrupted.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+const CHECK_STOP_EVERY: Duration = Duration::from_millis(100);
 /// How long the host waits for new statistics.
-const STATS_PATIENCE: Duration = Duration::from_secs(30);
+const STATS_MAX: Duration = Duration::from_secs(30);
 
 /// A guest is killed after this time.
-const LIFE: Duration = Duration::from_secs(1200);
+const LIFE_MAX: Duration = Duration::from_secs(1200);
 
 /// Returns the description of a guest's disk: this image in this cache mode.
 pub fn disk(image: PathBuf, mode: &str) -> Result<DiskSpec> {
@@ -91,32 +91,37 @@ pub struct Guest {
 }
 
 /// Serves the requests that are not part of the protocol itself.
-pub type Others<'a> = &'a mut dyn FnMut(&[&str], &mut Record) -> Result<()>;
+pub type OtherRequests<'a> = &'a mut dyn FnMut(&[&str], &mut StepRecord) -> Result<()>;
 
 /// What a guest leaves behind when it ended with status 0.
 #[derive(Debug)]
-pub struct Left {
+pub struct GuestOutcome {
     /// The statistics that minivmm wrote (docs/statistics.md).
     pub stats: Value,
 }
 
 impl Guest {
     /// Runs the guest, and stores its figures and curves in `record`.
-    pub fn run(&self, bench: &Bench<'_>, record: &mut Record, others: Others<'_>) -> Result<Left> {
+    pub fn run(
+        &self,
+        context: &StepContext<'_>,
+        record: &mut StepRecord,
+        others: OtherRequests<'_>,
+    ) -> Result<GuestOutcome> {
         let place = ScratchDir::new("study")?;
-        let mut talk = Talk::begin(self, &place, bench)?;
-        let ended = talk.listen(bench, record, others);
-        let status = talk.end(bench, ended.is_err());
+        let mut conversation = Conversation::begin(self, &place, context)?;
+        let ended = conversation.listen(context, record, others);
+        let status = conversation.end(context, ended.is_err());
         if let Err(error) = ended {
-            let said = talk.said();
+            let said = conversation.stderr_tail();
             return Err(error).with_context(|| format!("the guest{said}"));
         }
         let status = status?;
         if status != 0 {
-            bail!("the guest ended with status {status}{}", talk.said());
+            bail!("the guest ended with status {status}{}", conversation.stderr_tail());
         }
-        talk.curves(record);
-        Ok(Left { stats: talk.files.stats().context("the guest has left no statistics")? })
+        conversation.store_curves(record);
+        Ok(GuestOutcome { stats: conversation.files.stats().context("the guest has left no statistics")? })
     }
 }
 
@@ -129,21 +134,21 @@ struct Span {
     to: f64,
 }
 
-struct Talk {
+struct Conversation {
     /// `None` once the guest has ended.
     group: Option<Group>,
     lines: Receiver<String>,
     images: Vec<(String, File)>,
     disk: Option<HostDisk>,
     files: Files,
-    said: PathBuf,
+    stderr_path: PathBuf,
     spans: Vec<Span>,
     begun: Instant,
     transcript: File,
 }
 
-impl Talk {
-    fn begin(guest: &Guest, place: &ScratchDir, bench: &Bench<'_>) -> Result<Self> {
+impl Conversation {
+    fn begin(guest: &Guest, place: &ScratchDir, context: &StepContext<'_>) -> Result<Self> {
         let dir = place.path();
         let mut images = Vec::new();
         for (at, disk) in guest.disks.iter().enumerate() {
@@ -154,12 +159,12 @@ impl Talk {
             memory_bytes: guest.memory_mib << 20,
             observe_interval: guest.interval,
             arguments: vec!["--quiet".into()],
-            timeout: LIFE,
+            timeout: LIFE_MAX,
             ..Boot::new(guest.disks.clone(), format!("{PRELUDE}\n{}", guest.script))
         };
         let (mut command, files) = boot.command(&program::beside(program::VMM)?, dir)?;
-        let said = dir.join("said");
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(output::make_anew(&said)?);
+        let stderr_path = dir.join("said");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(output::make_anew(&stderr_path)?);
         let mut group = Group::start(&mut command).context("cannot start minivmm")?;
         let (send, lines) = channel();
         let stdout = BufReader::new(group.child().stdout.take().context("no standard output")?);
@@ -172,7 +177,7 @@ impl Talk {
             }
         });
         let spans = Vec::new();
-        let transcript = Output::text("--out", bench.out.join(TRANSCRIPT));
+        let transcript = Output::text("--out", context.out.join(TRANSCRIPT));
         let transcript = Inventory::default().open(&transcript)?.file;
         Ok(Self {
             group: Some(group),
@@ -180,7 +185,7 @@ impl Talk {
             images,
             disk,
             files,
-            said,
+            stderr_path,
             spans,
             begun: Instant::now(),
             transcript,
@@ -188,34 +193,39 @@ impl Talk {
     }
 
     /// Returns the next line, or `None` at the end of the output.
-    fn line(&self, bench: &Bench<'_>) -> Result<Option<String>> {
-        let until = Instant::now() + SILENCE;
+    fn next_line(&self, context: &StepContext<'_>) -> Result<Option<String>> {
+        let until = Instant::now() + SILENCE_MAX;
         loop {
-            match self.lines.recv_timeout(LOOK_EVERY) {
+            match self.lines.recv_timeout(CHECK_STOP_EVERY) {
                 Ok(line) => {
                     writeln!(&self.transcript, "{:9.3} {line}", self.begun.elapsed().as_secs_f64())?;
                     return Ok(Some(line));
                 }
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
-                Err(RecvTimeoutError::Timeout) if bench.stop.load(Ordering::SeqCst) => bail!("was ended"),
+                Err(RecvTimeoutError::Timeout) if context.stop.load(Ordering::SeqCst) => bail!("was ended"),
                 Err(RecvTimeoutError::Timeout) if Instant::now() > until => {
-                    bail!("has said nothing for {} s", SILENCE.as_secs())
+                    bail!("has said nothing for {} s", SILENCE_MAX.as_secs())
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
         }
     }
 
-    fn listen(&mut self, bench: &Bench<'_>, record: &mut Record, others: Others<'_>) -> Result<()> {
-        while let Some(line) = self.line(bench)? {
+    fn listen(
+        &mut self,
+        context: &StepContext<'_>,
+        record: &mut StepRecord,
+        others: OtherRequests<'_>,
+    ) -> Result<()> {
+        while let Some(line) = self.next_line(context)? {
             if let Some(figure) = line.strip_prefix('=') {
                 let (name, value) = figure.split_once(' ').context("said a figure without a value")?;
                 record.put(name, value.parse().with_context(|| format!("said {figure}"))?);
             } else if let Some(name) = line.strip_prefix('<') {
-                self.job(name, bench, record)?;
-            } else if let Some(wish) = line.strip_prefix('!') {
-                let words: Vec<&str> = wish.split_whitespace().collect();
-                self.grant(&words, record, others).with_context(|| format!("asked for {wish}"))?;
+                self.read_job(name, context, record)?;
+            } else if let Some(request) = line.strip_prefix('!') {
+                let words: Vec<&str> = request.split_whitespace().collect();
+                self.serve(&words, record, others).with_context(|| format!("asked for {request}"))?;
                 let stdin = self
                     .group
                     .as_mut()
@@ -228,10 +238,10 @@ impl Talk {
     }
 
     /// Reads fio's JSON to its end and stores the figures.
-    fn job(&self, name: &str, bench: &Bench<'_>, record: &mut Record) -> Result<()> {
+    fn read_job(&self, name: &str, context: &StepContext<'_>, record: &mut StepRecord) -> Result<()> {
         let mut answer = String::new();
         loop {
-            let line = self.line(bench)?.context("ended within a job")?;
+            let line = self.next_line(context)?.context("ended within a job")?;
             if line.starts_with('>') {
                 break;
             }
@@ -257,7 +267,7 @@ impl Talk {
         Ok(&found.with_context(|| format!("there is no disk {device}"))?.1)
     }
 
-    fn grant(&mut self, words: &[&str], record: &mut Record, others: Others<'_>) -> Result<()> {
+    fn serve(&mut self, words: &[&str], record: &mut StepRecord, others: OtherRequests<'_>) -> Result<()> {
         match *words {
             ["look", name, device] => self.look(name, device, record),
             ["drop", device] => Ok(drop_cache(self.image(device)?)?),
@@ -267,7 +277,7 @@ impl Talk {
                 record.put(&format!("{name}.sync-seconds"), begun.elapsed().as_secs_f64());
                 Ok(())
             }
-            ["stats", name, device] => self.stats(name, device, record),
+            ["stats", name, device] => self.store_stats(name, device, record),
             ["begin", name, device] => {
                 let from = self.observed_until();
                 self.spans.push(Span { name: name.into(), device: device.into(), from, to: f64::MAX });
@@ -284,7 +294,7 @@ impl Talk {
     }
 
     /// Stores how much of the image is in the host's page cache now, and the counters of the host's disk.
-    fn look(&self, name: &str, device: &str, record: &mut Record) -> Result<()> {
+    fn look(&self, name: &str, device: &str, record: &mut StepRecord) -> Result<()> {
         let found = Residency::of(self.image(device)?)?;
         record.put(&format!("{name}.at"), self.begun.elapsed().as_secs_f64());
         record.put(&format!("{name}.cached"), found.cached_bytes() as f64);
@@ -306,11 +316,11 @@ impl Talk {
     }
 
     /// Stores the counters of the device. minivmm rewrites its statistics when it receives SIGUSR1.
-    fn stats(&self, name: &str, device: &str, record: &mut Record) -> Result<()> {
+    fn store_stats(&self, name: &str, device: &str, record: &mut StepRecord) -> Result<()> {
         // The content of new statistics may equal the old, so the time of writing tells them apart.
         let before = self.files.stats_written();
         kill_process(self.group.as_ref().context("it has ended")?.pid(), Signal::USR1)?;
-        let until = Instant::now() + STATS_PATIENCE;
+        let until = Instant::now() + STATS_MAX;
         loop {
             if self.files.stats_written() != before
                 && let Some(stats) = self.files.stats()
@@ -331,7 +341,7 @@ impl Talk {
     }
 
     /// Stores what was observed during the spans, over the seconds since their beginning.
-    fn curves(&self, record: &mut Record) {
+    fn store_curves(&self, record: &mut StepRecord) {
         let rows = self.files.rows();
         for span in &self.spans {
             let own: Vec<&Row> = rows
@@ -350,19 +360,19 @@ impl Talk {
 
     /// Waits until the guest ends, or kills it if `kill` is set. Returns its exit status, or -1 if a signal
     /// ended it.
-    fn end(&mut self, bench: &Bench<'_>, kill: bool) -> Result<i32> {
+    fn end(&mut self, context: &StepContext<'_>, kill: bool) -> Result<i32> {
         let mut group = self.group.take().context("it has ended")?;
         drop(group.child().stdin.take());
         if !kill {
-            group.watch(Instant::now() + LIFE, &[bench.stop])?;
+            group.watch(Instant::now() + LIFE_MAX, &[context.stop])?;
         }
         Ok(group.end()?.code().unwrap_or(-1))
     }
 
     /// Returns the last lines of the guest's standard error, to be appended to a message.
-    fn said(&self) -> String {
+    fn stderr_tail(&self) -> String {
         let mut said = String::new();
-        if let Ok(mut file) = File::open(&self.said) {
+        if let Ok(mut file) = File::open(&self.stderr_path) {
             let _ = file.read_to_string(&mut said);
         }
         let last: Vec<&str> = said.trim().lines().rev().take(3).collect();
@@ -384,7 +394,7 @@ const CURVES: [&str; 6] = [
 ];
 
 /// Stores the counters of one disk as `NAME.writes` and so on.
-fn put_stats(name: &str, device: &str, stats: &Value, record: &mut Record) {
+fn put_stats(name: &str, device: &str, stats: &Value, record: &mut StepRecord) {
     let disks = stats["disks"].as_array();
     for disk in disks.into_iter().flatten().filter(|disk| disk["name"] == device) {
         for (what, value) in [
@@ -403,6 +413,6 @@ fn put_stats(name: &str, device: &str, stats: &Value, record: &mut Record) {
 }
 
 /// Refuses every request that is not part of the protocol itself.
-pub fn no_others(words: &[&str], _: &mut Record) -> Result<()> {
+pub fn no_other_requests(words: &[&str], _: &mut StepRecord) -> Result<()> {
     bail!("nobody knows what {} is", words.join(" "))
 }

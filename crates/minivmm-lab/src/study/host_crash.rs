@@ -3,8 +3,8 @@
 //! Owns the claims, the predictions and the meaning of the figures. `steps::crash` owns the guest's work and
 //! the write logs.
 
-use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, value};
+use super::experiment::{Bound, Experiment, FigureKind, Measure, Quote, Rule, expect};
+use super::figures::{MeasuredValue, StepRecord, value};
 use super::plot::Plot;
 
 /// Number of records between two syncs.
@@ -73,7 +73,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "synced-lost",
             title: "Records lost though a sync behind them was acknowledged",
             unit: "of 60",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "The most, over all points. A sync counts as acknowledged when the record behind it has been written.",
             rules: &[Rule {
                 claim: 0,
@@ -94,7 +94,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "bad-disks",
             title: "Disks on which the ext4 could not be made sound",
             unit: "",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "Of those that were tried: e2fsck -p, then e2fsck -fn must find nothing.",
             rules: &[Rule {
                 claim: 1,
@@ -113,7 +113,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "open-lost",
             title: "Records lost of which no sync had spoken yet",
             unit: "",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "The most, over all points.",
             rules: &[],
             control: false,
@@ -130,7 +130,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "out-of-order",
             title: "Legal disks that have a later record and lack an earlier one",
             unit: "",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "Over all points, up to 32 states each. Within a group between two syncs order is promised by nobody.",
             rules: &[],
             control: false,
@@ -147,7 +147,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "control",
             title: "Records lost in unsafe though synced",
             unit: "",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "As the first: a way of looking that finds none here would be blind.",
             rules: &[],
             control: true,
@@ -158,7 +158,7 @@ pub static EXPERIMENT: Experiment = Experiment {
     plots,
 };
 
-fn measured(step: &Record) -> Vec<Measured> {
+fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
     let mut found = Vec::new();
     for case in &CASES {
         for measure in ["synced-lost", "open-lost", "out-of-order", "bad-disks"] {
@@ -169,7 +169,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     found
 }
 
-fn plots(steps: &[Record]) -> Vec<Plot> {
+fn plots(steps: &[StepRecord]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
     let names = ["none", "directsync", "writethr.", "writeback", "unsafe", "no FLUSH"];
     let bars = |what: &'static str| {
@@ -178,16 +178,16 @@ fn plots(steps: &[Record]) -> Vec<Plot> {
             .enumerate()
             .filter_map(move |(at, case)| Some((at as f64, step.get(&format!("T2.{}.{what}", case.slug))?)))
     };
-    let told = CASES.iter().filter(|case| case.file_system).filter_map(|case| {
+    let unsound = CASES.iter().filter(|case| case.file_system).filter_map(|case| {
         let of = |what: &str| step.get(&format!("T2.{}.{what}", case.slug));
         Some(format!("{} {} of {}", case.name, of("bad-disks")?, of("disks")?))
     });
-    let told: Vec<String> = told.collect();
+    let unsound: Vec<String> = unsound.collect();
     vec![
         Plot::bars("Records that the worst moment costs", "records", names)
             .with("synced", bars("synced-lost"))
             .with("not synced yet", bars("open-lost"))
-            .note(&format!("First repetition. Unsound ext4 disks: {}.", told.join("; "))),
+            .note(&format!("First repetition. Unsound ext4 disks: {}.", unsound.join("; "))),
     ]
 }
 
@@ -226,7 +226,7 @@ mod tests {
     }
 
     fn found(log: &WriteLog) -> [f64; 3] {
-        let mut step = Record::new("crash", 1);
+        let mut step = StepRecord::new("crash", 1);
         judge_records(&CASES[0], log, &mut step).unwrap();
         ["synced-lost", "open-lost", "out-of-order"].map(|what| step.get(&format!("T2.none.{what}")).unwrap())
     }

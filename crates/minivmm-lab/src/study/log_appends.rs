@@ -3,8 +3,8 @@
 //! Owns the claim, the prediction, the guest's script and the meaning of the figures, and the distributions of
 //! latency by mode. The step of stable writes measures it.
 
-use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, values};
+use super::experiment::{Bound, Experiment, FigureKind, Measure, Quote, Rule, expect};
+use super::figures::{MeasuredValue, StepRecord, values};
 use super::plot::{Form, Plot};
 
 /// The modes that are compared.
@@ -31,7 +31,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "gain",
             title: "Appends a second, directsync by none",
             unit: "times",
-            kind: Kind::SpeedRatio,
+            kind: FigureKind::SpeedRatio,
             how: "fio\u{2019}s figures, of the same guest and repetition.",
             rules: &[Rule {
                 claim: 0,
@@ -45,7 +45,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "requests",
             title: "Requests of the guest for each append",
             unit: "",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "Writes and FLUSHes that the device was asked for, by appends.",
             rules: &[],
             control: false,
@@ -58,7 +58,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "calls",
             title: "Host operations for each append",
             unit: "",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "Writes and fdatasyncs of minivmm, by appends.",
             rules: &[],
             control: false,
@@ -71,7 +71,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "flushes",
             title: "FLUSHes of the host\u{2019}s disk for each append",
             unit: "",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "Of its stat. On a disk with FUA directsync needs none.",
             rules: &[],
             control: false,
@@ -105,12 +105,12 @@ pub fn latency_script(mode: &str, device: &str, blocks: u64) -> String {
 }
 
 /// Returns the growth of these counters per append, for each repetition.
-fn for_each(step: &Record, mode: &str, what: &[&str]) -> Vec<f64> {
+fn for_each(step: &StepRecord, mode: &str, what: &[&str]) -> Vec<f64> {
     let name = format!("A1.{mode}");
     step.growths_for_each(&name, what, step.all(&format!("{name}.appends")))
 }
 
-fn measured(step: &Record) -> Vec<Measured> {
+fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
     let mut found: Vec<_> =
         values("gain", CASE, &step.ratios("A1.directsync.iops", "A1.none.iops")).collect();
     for mode in MODES {
@@ -125,7 +125,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     found
 }
 
-fn plots(steps: &[Record]) -> Vec<Plot> {
+fn plots(steps: &[StepRecord]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
     let bars = (0u8..).zip(MODES);
     let bars = bars.filter_map(|(at, mode)| Some((at.into(), step.mean(&format!("A1.{mode}.iops"))?)));
@@ -163,7 +163,7 @@ mod tests {
 
     #[test]
     fn what_an_append_costs_is_told_by_repetition() {
-        let mut step = Record::new("stable", 1);
+        let mut step = StepRecord::new("stable", 1);
         for (before, after) in [(0.0, 10.0), (10.0, 20.0)] {
             step.put("A1.none.appends", 10.0);
             for what in ["writes", "flushes"] {

@@ -11,7 +11,7 @@ use crate::lab::Host;
 
 /// The machine.
 #[derive(Debug, Clone, Serialize)]
-pub struct Machine {
+pub struct StudyMachine {
     /// Everything known about it.
     pub host: Host,
     /// Which of its figures are meaningful, in words; `None` if all are.
@@ -33,7 +33,7 @@ pub struct Identity {
     pub place: String,
 }
 
-impl Machine {
+impl StudyMachine {
     /// Inspects this machine. `directory` holds the images.
     pub fn look(directory: &Path) -> io::Result<Self> {
         let host = Host::look(directory)?;
@@ -130,8 +130,8 @@ mod tests {
         let first = machine(Some(4_112_384_000));
         assert!(first.differences(&machine(Some(4_112_375_808))).is_empty());
         for other in [Some(2_000_000_000), None] {
-            let told = first.differences(&machine(other)).join("; ");
-            assert!(told.starts_with("bytes of memory: then 4112384000, now "), "{told}");
+            let differences = first.differences(&machine(other)).join("; ");
+            assert!(differences.starts_with("bytes of memory: then 4112384000, now "), "{differences}");
         }
     }
 }

@@ -3,8 +3,8 @@
 //! Owns the claim, the prediction, the guest's script and the meaning of the figures. The step of reads
 //! measures it.
 
-use super::experiment::{Bound, Experiment, Kind, MODES, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, value};
+use super::experiment::{Bound, Experiment, FigureKind, MODES, Measure, Quote, Rule, expect};
+use super::figures::{MeasuredValue, StepRecord, value};
 use super::plot::Plot;
 
 /// Amount that is read, from the start of the disk.
@@ -36,7 +36,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "ahead",
             title: "In the host\u{2019}s cache beyond what was asked for",
             unit: "KiB",
-            kind: Kind::Bytes,
+            kind: FigureKind::Bytes,
             how: "cachestat of the image when 512 KiB were read past the guest\u{2019}s cache, less 512 KiB, at least 0.",
             rules: &[],
             control: false,
@@ -52,7 +52,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "size",
             title: "A read of the host\u{2019}s disk, in the modes past the cache",
             unit: "KiB",
-            kind: Kind::Bytes,
+            kind: FigureKind::Bytes,
             how: "Bytes by reads, while the guest reads 4 KiB at a time past its own cache.",
             rules: &[Rule {
                 claim: 0,
@@ -69,7 +69,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "cached-size",
             title: "A read of the host\u{2019}s disk, in the modes with the cache",
             unit: "KiB",
-            kind: Kind::Bytes,
+            kind: FigureKind::Bytes,
             how: "The same: it shows that the host would read ahead if it could.",
             rules: &[],
             control: true,
@@ -83,7 +83,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "guest-ahead",
             title: "A read of the host\u{2019}s disk when the guest reads ahead itself",
             unit: "KiB",
-            kind: Kind::Bytes,
+            kind: FigureKind::Bytes,
             how: "The same 512 KiB through the guest\u{2019}s cache.",
             rules: &[],
             control: false,
@@ -97,7 +97,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "gain",
             title: "Speed of small reads, by that of none",
             unit: "times",
-            kind: Kind::SpeedRatio,
+            kind: FigureKind::SpeedRatio,
             how: "fio, 4 KiB at a time past the guest\u{2019}s cache, by the same on the disk in none.",
             rules: &[Rule {
                 claim: 1,
@@ -133,7 +133,7 @@ sleep 0.2; ask look {name}.after {device}\n"
 }
 
 /// Returns the mean size in KiB of the reads of the host's disk.
-fn size(step: &Record, mode: &str, way: &str) -> Option<f64> {
+fn size(step: &StepRecord, mode: &str, way: &str) -> Option<f64> {
     let grown = |what: &str| {
         let name = format!("T7.{mode}.{way}");
         step.grown(&format!("{name}.before.{what}"), &format!("{name}.after.{what}"))
@@ -142,7 +142,7 @@ fn size(step: &Record, mode: &str, way: &str) -> Option<f64> {
     Some(grown("disk-read-bytes")? / reads / 1024.0)
 }
 
-fn measured(step: &Record) -> Vec<Measured> {
+fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
     let mut found = Vec::new();
     let speed = |mode: &str| step.get(&format!("T7.{mode}.{DIRECT}.iops"));
     for mode in MODES {
@@ -158,7 +158,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     found
 }
 
-fn plots(steps: &[Record]) -> Vec<Plot> {
+fn plots(steps: &[StepRecord]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
     let bars = |way: &'static str| {
         MODES.iter().enumerate().filter_map(move |(at, mode)| Some((at as f64, size(step, mode, way)?)))
@@ -177,7 +177,7 @@ mod tests {
 
     #[test]
     fn sizes_are_bytes_by_reads() {
-        let mut step = Record::new("reads", 1);
+        let mut step = StepRecord::new("reads", 1);
         for (name, figure) in [
             ("T7.none.direct.before.disk-reads", 10.0),
             ("T7.none.direct.after.disk-reads", 266.0),

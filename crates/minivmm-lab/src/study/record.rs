@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use super::figures::Record;
+use super::figures::StepRecord;
 use super::machine::Identity;
 use minivmm::files::output;
 
@@ -77,7 +77,7 @@ pub struct Journal {
     file: File,
     path: PathBuf,
     /// The steps that were run, failed attempts included.
-    pub steps: Vec<Record>,
+    pub steps: Vec<StepRecord>,
 }
 
 impl Journal {
@@ -138,7 +138,7 @@ impl Journal {
     }
 
     /// Appends a step, and returns once the file is synced.
-    pub fn add(&mut self, step: Record) -> Result<(), RecordError> {
+    pub fn add(&mut self, step: StepRecord) -> Result<(), RecordError> {
         self.append(&step)?;
         self.steps.push(step);
         Ok(())
@@ -150,8 +150,8 @@ impl Journal {
     }
 
     /// Returns the last attempt of each step and repetition.
-    pub fn newest(&self) -> Vec<Record> {
-        let later = |at: usize, step: &Record| {
+    pub fn newest(&self) -> Vec<StepRecord> {
+        let later = |at: usize, step: &StepRecord| {
             self.steps.iter().skip(at + 1).any(|other| (&other.step, other.round) == (&step.step, step.round))
         };
         let newest = self.steps.iter().enumerate().filter(|(at, step)| !later(*at, step));
@@ -186,11 +186,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut journal = Journal::open(dir.path(), &header("a", true)).unwrap();
         assert!(matches!(Journal::open(dir.path(), &header("a", true)), Err(RecordError::Busy(_))));
-        let mut step = Record::new("dirty", 1);
+        let mut step = StepRecord::new("dirty", 1);
         step.put("T9.pages", 2048.0);
         step.put("T9.pages", 2047.0);
         journal.add(step.clone()).unwrap();
-        journal.add(Record { error: Some("no".into()), ..Record::new("reads", 1) }).unwrap();
+        journal.add(StepRecord { error: Some("no".into()), ..StepRecord::new("reads", 1) }).unwrap();
         drop(journal);
         // The writer was killed in the middle of a line.
         let path = dir.path().join(FILE);
@@ -200,7 +200,7 @@ mod tests {
         assert_eq!(journal.steps[0], step);
         assert!(journal.has("dirty", 1) && !journal.has("dirty", 2) && !journal.has("reads", 1));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), whole);
-        journal.add(Record::new("reads", 1)).unwrap();
+        journal.add(StepRecord::new("reads", 1)).unwrap();
         assert!(journal.has("reads", 1));
         assert_eq!(journal.newest().len(), 2, "the failed try is gone");
     }

@@ -6,18 +6,18 @@
 
 use serde::Serialize;
 
-use super::experiment::{Bound, Experiment, Kind, Measure, Quote};
-use super::figures::Record;
-use super::machine::Machine;
+use super::experiment::{Bound, Experiment, FigureKind, Measure, Quote};
+use super::figures::StepRecord;
+use super::machine::StudyMachine;
 use super::plot::Plot;
-use super::verdict::{Answer, Outcome, Spread, Verdict, judge, within};
+use super::verdict::{ClaimVerdict, Decision, Outcome, Spread, judge, within};
 
 /// The version of the schema.
 pub const SCHEMA_VERSION: u32 = 1;
 
 /// The whole document.
 #[derive(Debug, Clone, Serialize)]
-pub struct Report {
+pub struct StudyReport {
     /// Always "minivmm-study".
     pub schema: &'static str,
     /// [`SCHEMA_VERSION`].
@@ -25,7 +25,7 @@ pub struct Report {
     /// Version of minivmm.
     pub minivmm: &'static str,
     /// The machine that was measured.
-    pub machine: Machine,
+    pub machine: StudyMachine,
     /// True for a quick run.
     pub quick: bool,
     /// Number of complete repetitions.
@@ -35,14 +35,14 @@ pub struct Report {
     /// Sum of the durations of all steps.
     pub seconds: f64,
     /// The experiments, judged.
-    pub experiments: Vec<Judged>,
+    pub experiments: Vec<JudgedExperiment>,
     /// The steps with their figures.
-    pub steps: Vec<Record>,
+    pub steps: Vec<StepRecord>,
 }
 
 /// One judged experiment.
 #[derive(Debug, Clone, Serialize)]
-pub struct Judged {
+pub struct JudgedExperiment {
     /// T1 to T11, A1 or A2.
     pub id: &'static str,
     /// What the experiment is about.
@@ -68,7 +68,7 @@ pub struct JudgedClaim {
     #[serde(flatten)]
     pub quote: Quote,
     /// The verdict.
-    pub verdict: Verdict,
+    pub verdict: ClaimVerdict,
 }
 
 /// One measured quantity.
@@ -81,7 +81,7 @@ pub struct JudgedMeasure {
     /// Unit of the figures; empty if there is none.
     pub unit: &'static str,
     /// The nature of the figures.
-    pub kind: Kind,
+    pub kind: FigureKind,
     /// How the figures are measured.
     pub how: &'static str,
     /// False if such figures are meaningless on this host: times and speeds on an emulated one.
@@ -89,15 +89,15 @@ pub struct JudgedMeasure {
     /// True if nothing is decided when a prediction of this measure fails.
     pub control: bool,
     /// Which figures make a claim true of a case.
-    pub rules: Vec<ToldRule>,
+    pub rules: Vec<ReportedRule>,
     /// The cases.
     pub cases: Vec<JudgedCase>,
 }
 
 /// States which figures make a claim true of a case.
 #[derive(Debug, Clone, Serialize)]
-pub struct ToldRule {
-    /// Index of the claim in [`Judged::claims`].
+pub struct ReportedRule {
+    /// Index of the claim in [`JudgedExperiment::claims`].
     pub claim: usize,
     /// The claim is true of a case if the figure is in this range.
     pub is_true: Bound,
@@ -115,14 +115,19 @@ pub struct JudgedCase {
     /// The figures; `None` if nothing was measured.
     pub found: Option<Spread>,
     /// Whether the prediction was right.
-    pub prediction: Answer,
+    pub prediction: Decision,
     /// For each rule, whether the claim is true of this case.
-    pub claims: Vec<Answer>,
+    pub claims: Vec<Decision>,
 }
 
-impl Report {
+impl StudyReport {
     /// Judges the figures of these steps.
-    pub fn of(experiments: &[&'static Experiment], machine: Machine, steps: Vec<Record>, run: &Run) -> Self {
+    pub fn of(
+        experiments: &[&'static Experiment],
+        machine: StudyMachine,
+        steps: Vec<StepRecord>,
+        run: &RunSummary,
+    ) -> Self {
         let judged = experiments.iter().map(|experiment| judged(experiment, &steps, &machine)).collect();
         Self {
             schema: "minivmm-study",
@@ -175,7 +180,7 @@ impl Report {
 
 /// How the run went.
 #[derive(Debug, Clone, Copy)]
-pub struct Run {
+pub struct RunSummary {
     /// True for a quick run.
     pub quick: bool,
     /// Number of complete repetitions.
@@ -184,18 +189,18 @@ pub struct Run {
     pub complete: bool,
 }
 
-impl Judged {
+impl JudgedExperiment {
     /// Returns the predictions that were wrong, as measure and case.
     pub fn failed(&self) -> impl Iterator<Item = String> + '_ {
         self.measures.iter().flat_map(|measure| {
-            let failed = measure.cases.iter().filter(|case| case.prediction == Answer::No);
+            let failed = measure.cases.iter().filter(|case| case.prediction == Decision::No);
             failed.map(|case| format!("{}, {}", measure.title, case.case))
         })
     }
 }
 
-fn judged(experiment: &Experiment, steps: &[Record], machine: &Machine) -> Judged {
-    let own: Vec<Record> =
+fn judged(experiment: &Experiment, steps: &[StepRecord], machine: &StudyMachine) -> JudgedExperiment {
+    let own: Vec<StepRecord> =
         steps.iter().filter(|step| experiment.steps.contains(&step.step.as_str())).cloned().collect();
     let found: Vec<_> = own.iter().flat_map(|step| (experiment.measured)(step)).collect();
     let values = |measure: &str, case: &str| -> Vec<f64> {
@@ -211,18 +216,18 @@ fn judged(experiment: &Experiment, steps: &[Record], machine: &Machine) -> Judge
         .iter()
         .filter(|measure| measure.control)
         .flat_map(|measure| measure.cases.iter().map(move |case| (measure, case)))
-        .filter(|(_, case)| case.prediction != Answer::Yes)
+        .filter(|(_, case)| case.prediction != Decision::Yes)
         .map(|(measure, case)| format!("{}, {}", measure.title, case.case))
         .collect();
     let claims = experiment
         .claims
         .iter()
         .enumerate()
-        .map(|(at, quote)| JudgedClaim { quote: *quote, verdict: judge(&answers(&measures, at), &blind) })
+        .map(|(at, quote)| JudgedClaim { quote: *quote, verdict: judge(&decisions(&measures, at), &blind) })
         .collect();
     let mut problems: Vec<String> = own.iter().filter_map(|step| step.error.clone()).collect();
     problems.dedup();
-    Judged {
+    JudgedExperiment {
         id: experiment.id,
         title: experiment.title,
         what: experiment.what,
@@ -241,12 +246,12 @@ fn judged_measure(
 ) -> JudgedMeasure {
     let cases = measure.predictions.iter().map(|prediction| {
         let found = Spread::of(&values(measure.name, prediction.case));
-        let answer = |bound| within(found.as_ref(), bound, measure.kind, emulated);
+        let decision = |bound| within(found.as_ref(), bound, measure.kind, emulated);
         JudgedCase {
             case: prediction.case,
             expected: prediction.expected,
-            prediction: answer(prediction.expected),
-            claims: measure.rules.iter().map(|rule| answer(rule.is_true)).collect(),
+            prediction: decision(prediction.expected),
+            claims: measure.rules.iter().map(|rule| decision(rule.is_true)).collect(),
             found,
         }
     });
@@ -256,28 +261,29 @@ fn judged_measure(
         unit: measure.unit,
         kind: measure.kind,
         how: measure.how,
-        means_something: !(emulated && matches!(measure.kind, Kind::Speed | Kind::Time)),
+        means_something: !(emulated && matches!(measure.kind, FigureKind::Speed | FigureKind::Time)),
         control: measure.control,
         rules: measure
             .rules
             .iter()
-            .map(|rule| ToldRule { claim: rule.claim, is_true: rule.is_true, why: rule.why })
+            .map(|rule| ReportedRule { claim: rule.claim, is_true: rule.is_true, why: rule.why })
             .collect(),
         cases: cases.collect(),
     }
 }
 
 /// Collects the answers of all measures for one claim.
-fn answers(measures: &[JudgedMeasure], claim: usize) -> Vec<(String, Answer)> {
-    let mut answers = Vec::new();
+fn decisions(measures: &[JudgedMeasure], claim: usize) -> Vec<(String, Decision)> {
+    let mut decisions = Vec::new();
     for measure in measures {
         for (at, _) in measure.rules.iter().enumerate().filter(|(_, rule)| rule.claim == claim) {
             for case in &measure.cases {
-                answers.extend(case.claims.get(at).map(|answer| (case.case.to_owned(), answer.clone())));
+                decisions
+                    .extend(case.claims.get(at).map(|decision| (case.case.to_owned(), decision.clone())));
             }
         }
     }
-    answers
+    decisions
 }
 
 impl Outcome {

@@ -14,12 +14,12 @@ use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::experiment::Experiment;
-use super::figures::Record;
-use super::machine::Machine;
+use super::figures::StepRecord;
+use super::machine::StudyMachine;
 use super::page::page;
 use super::record::{Header, Journal, VERSION};
-use super::report::{self, Report};
-use super::steps::{self, Bench, Step};
+use super::report::{self, StudyReport};
+use super::steps::{self, Step, StepContext};
 use super::{EXPERIMENTS, by_id};
 use crate::estimate::Clock;
 use minivmm::files::{Output, output};
@@ -37,7 +37,7 @@ pub const JSON: &str = "study.json";
 
 /// What the user asked for.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct StudyOptions {
     /// Directory that receives all files.
     pub out: PathBuf,
     /// True for smaller jobs and fewer repetitions.
@@ -49,11 +49,11 @@ pub struct Options {
 }
 
 /// Runs the experiments until they are done or `stop` is set, and writes the page and the JSON.
-pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report> {
+pub fn run(options: &StudyOptions, stop: &AtomicBool) -> Result<StudyReport> {
     let experiments = wanted(&options.only)?;
     fs::create_dir_all(&options.out).with_context(|| format!("cannot make {}", options.out.display()))?;
-    let machine =
-        Machine::look(&options.out).with_context(|| format!("cannot look at {}", options.out.display()))?;
+    let machine = StudyMachine::look(&options.out)
+        .with_context(|| format!("cannot look at {}", options.out.display()))?;
     let header = Header {
         version: VERSION,
         quick: options.quick,
@@ -61,20 +61,20 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report> {
         machine: machine.identity(),
     };
     let mut journal = Journal::open(&options.out, &header)?;
-    let bench = Bench::new(&options.out, options.quick, header.experiments.clone(), stop)?;
+    let context = StepContext::new(&options.out, options.quick, header.experiments.clone(), stop)?;
     let plan: Vec<&Step> = steps::of(&experiments);
     let rounds = options.rounds.unwrap_or(if options.quick { QUICK_ROUNDS } else { ROUNDS });
     let budget = (options.quick && options.rounds.is_none()).then_some(QUICK_BUDGET);
-    measure(&bench, &plan, rounds, budget, &mut journal)?;
+    measure(&context, &plan, rounds, budget, &mut journal)?;
     let steps = journal.newest();
     let done = |round| plan.iter().all(|step| journal.has(step.name, round));
     let whole = (1..=rounds).take_while(|round| done(*round)).count();
-    let run = report::Run {
+    let run = report::RunSummary {
         quick: options.quick,
         rounds: u32::try_from(whole).unwrap_or(rounds),
         complete: whole > 0 && !stop.load(Ordering::SeqCst),
     };
-    let report = Report::of(&experiments, machine, steps, &run);
+    let report = StudyReport::of(&experiments, machine, steps, &run);
     output::replace(&Output::text("--out", options.out.join(JSON)), &report.to_json()?)?;
     output::replace(&Output::text("--out", options.out.join(PAGE)), &page(&report))?;
     Ok(report)
@@ -103,7 +103,7 @@ fn wanted(only: &[String]) -> Result<Vec<&'static Experiment>> {
 }
 
 fn measure(
-    bench: &Bench<'_>,
+    context: &StepContext<'_>,
     plan: &[&Step],
     rounds: u32,
     budget: Option<Duration>,
@@ -114,7 +114,7 @@ fn measure(
     for round in 1..=rounds {
         let round_begun = Instant::now();
         for step in plan {
-            if bench.stop.load(Ordering::SeqCst) {
+            if context.stop.load(Ordering::SeqCst) {
                 return Ok(());
             }
             if journal.has(step.name, round) {
@@ -122,9 +122,9 @@ fn measure(
                 continue;
             }
             progress.begin(step.name, round, rounds);
-            let record = one(bench, step, round);
+            let record = run_step(context, step, round);
             // The step was interrupted, so its figures are not recorded and it is measured again.
-            if bench.stop.load(Ordering::SeqCst) {
+            if context.stop.load(Ordering::SeqCst) {
                 return Ok(());
             }
             progress.done(Some(&record));
@@ -140,10 +140,10 @@ fn measure(
 }
 
 /// Runs one step. An error is stored in its record, so that the other steps still run.
-fn one(bench: &Bench<'_>, step: &Step, round: u32) -> Record {
+fn run_step(context: &StepContext<'_>, step: &Step, round: u32) -> StepRecord {
     let begun = Instant::now();
-    let mut record = Record::new(step.name, round);
-    if let Err(error) = (step.run)(bench, &mut record) {
+    let mut record = StepRecord::new(step.name, round);
+    if let Err(error) = (step.run)(context, &mut record) {
         record.error = Some(format!("the step \u{201c}{}\u{201d} has failed: {error:#}", step.name));
     }
     record.seconds = begun.elapsed().as_secs_f64();
@@ -182,13 +182,13 @@ impl Progress {
         self.bar.set_message(format!("{step}, repetition {round} of at most {rounds}"));
     }
 
-    fn done(&self, record: Option<&Record>) {
+    fn done(&self, record: Option<&StepRecord>) {
         self.bar.inc(1);
         let Some(record) = record else { return self.clock.skip() };
         self.clock.end();
-        let told = record.error.as_deref().unwrap_or("done");
+        let result = record.error.as_deref().unwrap_or("done");
         let line = format!(
-            "{}/{} {} (repetition {}): {told}, {:.1} s; {}",
+            "{}/{} {} (repetition {}): {result}, {:.1} s; {}",
             self.bar.position(),
             self.bar.length().unwrap_or_default(),
             record.step,

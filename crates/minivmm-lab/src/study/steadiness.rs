@@ -3,8 +3,8 @@
 //! Owns the claims, the predictions and the meaning of the figures. The step of memory pressure measures it,
 //! also for T8.
 
-use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, value};
+use super::experiment::{Bound, Experiment, FigureKind, Measure, Quote, Rule, expect};
+use super::figures::{MeasuredValue, StepRecord, value};
 use super::plot::Plot;
 
 /// The modes that are compared, on vda and vdb.
@@ -36,7 +36,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "unsteadiness",
             title: "Variation of the rate in writeback, by that in none",
             unit: "times",
-            kind: Kind::SpeedRatio,
+            kind: FigureKind::SpeedRatio,
             how: "Coefficient of variation (standard deviation by mean) of the writes in each moment, without the first and last moment.",
             rules: &[],
             control: false,
@@ -46,7 +46,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "pressed",
             title: "The same under memory pressure, which the claim is about",
             unit: "times",
-            kind: Kind::SpeedRatio,
+            kind: FigureKind::SpeedRatio,
             how: "As above.",
             rules: &[Rule {
                 claim: 0,
@@ -60,7 +60,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "hits",
             title: "Times that the limit was hit",
             unit: "",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "\u{201c}max\u{201d} of memory.events while the process was beside the guest in writeback: it shows that there was pressure.",
             rules: &[],
             control: true,
@@ -70,7 +70,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "tail",
             title: "Slowest in a thousand writes under pressure, writeback by none",
             unit: "times",
-            kind: Kind::SpeedRatio,
+            kind: FigureKind::SpeedRatio,
             how: "fio\u{2019}s 99.9th percentile of completion latency.",
             rules: &[],
             control: false,
@@ -82,12 +82,12 @@ pub static EXPERIMENT: Experiment = Experiment {
 };
 
 /// Divides a figure in writeback by the same figure in none.
-pub fn by_none(step: &Record, phase: &str, what: &str) -> Option<f64> {
+pub fn by_none(step: &StepRecord, phase: &str, what: &str) -> Option<f64> {
     let of = |mode: &str| step.get(&format!("P.{mode}.{phase}.{what}")).filter(|figure| *figure > 0.0);
     Some(of("writeback")? / of("none")?)
 }
 
-fn measured(step: &Record) -> Vec<Measured> {
+fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
     [
         value("unsteadiness", IDLE, by_none(step, "idle", "variation")),
         value("unsteadiness", PRESSED, by_none(step, "pressed", "variation")),
@@ -104,7 +104,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     .collect()
 }
 
-fn plots(steps: &[Record]) -> Vec<Plot> {
+fn plots(steps: &[StepRecord]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
     let plot = |title: &str, phase: &str, note: &str| {
         MODES
@@ -137,7 +137,7 @@ mod tests {
 
     #[test]
     fn variation_is_compared_with_that_of_none() {
-        let mut step = Record::new("pressure", 1);
+        let mut step = StepRecord::new("pressure", 1);
         step.put("P.none.pressed.variation", 0.1);
         step.put("P.writeback.pressed.variation", 0.4);
         step.put("P.none.idle.variation", 0.0);

@@ -3,8 +3,8 @@
 //! Owns the claim, the prediction and the meaning of the figures. `steps::host::mechanisms` measures the
 //! mechanisms on the host. The step of writes measures what the modes make of them.
 
-use super::experiment::{Bound, Experiment, Kind, MODES, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, value};
+use super::experiment::{Bound, Experiment, FigureKind, MODES, Measure, Quote, Rule, expect};
+use super::figures::{MeasuredValue, StepRecord, value};
 use super::plot::Plot;
 
 /// Size of the file.
@@ -68,7 +68,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "differences",
             title: "Questions to which two mechanisms have different answers",
             unit: "of 2",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "In the cache afterwards, yes or no; still to be written afterwards, yes or no; before any fsync. (FLUSHes are left \
                   out, since not every disk is sent them.)",
             rules: &[Rule {
@@ -87,7 +87,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "resident",
             title: "Pages in the host\u{2019}s cache after sixteen writes",
             unit: "pages",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "cachestat, the cache dropped before.",
             rules: &[],
             control: false,
@@ -103,7 +103,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "dirty",
             title: "Pages still to be written when the last write has returned",
             unit: "pages",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "cachestat: dirty and being written; of fsync before it is called.",
             rules: &[],
             control: false,
@@ -119,7 +119,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "flushes",
             title: "FLUSHes of the host\u{2019}s disk for sixteen writes",
             unit: "",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "Field 16 of the disk\u{2019}s stat. The tolerance is a journal\u{2019}s; O_DIRECT with O_SYNC is left out, since a disk with \
                   FUA needs none for it.",
             rules: &[],
@@ -135,7 +135,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "mode-resident",
             title: "The guest writes sixteen blocks: bytes of the image in the host\u{2019}s cache",
             unit: "KiB",
-            kind: Kind::Bytes,
+            kind: FigureKind::Bytes,
             how: "dd, 4 KiB each, oflag=direct, no sync; cachestat afterwards, the cache dropped before.",
             rules: &[],
             control: false,
@@ -151,7 +151,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "mode-stable",
             title: "The same: writes that were stable when the guest was told that they are done",
             unit: "of 16",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "minivmm\u{2019}s counter of writes with RWF_DSYNC, or its fdatasyncs where it shares those.",
             rules: &[],
             control: false,
@@ -167,7 +167,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "mode-flushes",
             title: "The guest writes sixteen blocks, a sync after each: fdatasyncs of minivmm",
             unit: "",
-            kind: Kind::Count,
+            kind: FigureKind::Count,
             how: "fio with fdatasync=1 (which syncs after all but the last). A guest that sees no write cache sends no FLUSH; in unsafe they are \
                   counted and not done.",
             rules: &[],
@@ -201,7 +201,7 @@ ask stats T10.{mode}.{name}.after {device}; ask look T10.{mode}.{name}.after {de
     around("plain", &plain) + &around("synced", &synced)
 }
 
-fn of_mode(step: &Record, mode: &str) -> Vec<Measured> {
+fn of_mode(step: &StepRecord, mode: &str) -> Vec<MeasuredValue> {
     let mut found = Vec::new();
     let grown = |job: &str, what: &str| {
         let name = format!("T10.{mode}.{job}");
@@ -216,9 +216,9 @@ fn of_mode(step: &Record, mode: &str) -> Vec<Measured> {
     found
 }
 
-fn measured(step: &Record) -> Vec<Measured> {
+fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
     let all = |mechanism: &str, what: &str| step.all(&format!("T10.{mechanism}.{what}")).to_vec();
-    let mut found: Vec<Measured> = MODES.into_iter().flat_map(|mode| of_mode(step, mode)).collect();
+    let mut found: Vec<MeasuredValue> = MODES.into_iter().flat_map(|mode| of_mode(step, mode)).collect();
     for mechanism in &MECHANISMS {
         for (measure, what) in [("resident", "resident"), ("dirty", "dirty"), ("flushes", "all.disk-flushes")]
         {
@@ -240,7 +240,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     found
 }
 
-fn plots(steps: &[Record]) -> Vec<Plot> {
+fn plots(steps: &[StepRecord]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none() && step.step == "mechanisms") else {
         return Vec::new();
     };
@@ -265,7 +265,7 @@ mod tests {
 
     #[test]
     fn mechanisms_differ_by_their_answers() {
-        let mut step = Record::new("mechanisms", 1);
+        let mut step = StepRecord::new("mechanisms", 1);
         for (name, resident, dirty) in [(DIRECT, 0.0, 0.0), (SYNC, 16.0, 0.0), (FSYNC, 16.0, 16.0)] {
             step.put(&format!("T10.{name}.resident"), resident);
             step.put(&format!("T10.{name}.dirty"), dirty);

@@ -3,11 +3,11 @@
 //! Owns the claim, the prediction, the guest's script and the meaning of the figures. The step of writes
 //! measures it. The writes with and without syncs are the jobs of T3.
 
-use super::experiment::{Bound, Experiment, Kind, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, values};
+use super::experiment::{Bound, Experiment, FigureKind, Measure, Quote, Rule, expect};
+use super::figures::{MeasuredValue, StepRecord, values};
 use super::plot::Plot;
 use super::unsynced_data;
-use super::unsynced_data::Size;
+use super::unsynced_data::JobSize;
 
 const WRITES: &str = "writes, no sync";
 const END: &str = "writes, sync at the end";
@@ -34,7 +34,7 @@ pub static EXPERIMENT: Experiment = Experiment {
         name: "speed",
         title: "Operations a second in none, by those in writeback",
         unit: "times",
-        kind: Kind::SpeedRatio,
+        kind: FigureKind::SpeedRatio,
         how: "fio\u{2019}s figures of the same repetition, in one guest.",
         rules: &[Rule {
             claim: 0,
@@ -55,7 +55,7 @@ pub static EXPERIMENT: Experiment = Experiment {
 };
 
 /// Returns the guest's script for one disk.
-pub fn script(mode: &str, device: &str, size: Size) -> String {
+pub fn script(mode: &str, device: &str, size: JobSize) -> String {
     let kib = size.blocks * 4;
     let mut script =
         format!("ask drop {device}; dd if=/dev/{device} of=/dev/null bs=1M count=16 2>/dev/null; forget\n");
@@ -79,7 +79,7 @@ fn job(mode: &str, case: &str) -> String {
     }
 }
 
-fn measured(step: &Record) -> Vec<Measured> {
+fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
     let of = |case: &'static str| {
         let ratios = step.ratios(&job("none", case), &job("writeback", case));
         values("speed", case, &ratios).collect::<Vec<_>>()
@@ -87,7 +87,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     CASES.into_iter().flat_map(of).collect()
 }
 
-fn plots(steps: &[Record]) -> Vec<Plot> {
+fn plots(steps: &[StepRecord]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
     let short = ["no sync", "at the end", "after each", "re-reads", "mixed"];
     let mut plot = Plot::bars("Operations a second by mode", "operations/s", short);
@@ -107,7 +107,7 @@ mod tests {
 
     #[test]
     fn ratios_are_of_the_same_repetition() {
-        let mut step = Record::new("writes", 1);
+        let mut step = StepRecord::new("writes", 1);
         for (none, writeback) in [(10.0, 20.0), (30.0, 40.0)] {
             step.put(&job("none", RE_READS), none);
             step.put(&job("writeback", RE_READS), writeback);

@@ -3,8 +3,8 @@
 //! Owns the claim, the prediction, the guest's script and the meaning of the figures. The step of writes
 //! measures it, also for T11.
 
-use super::experiment::{Bound, Experiment, Kind, MODES, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, value, values};
+use super::experiment::{Bound, Experiment, FigureKind, MODES, Measure, Quote, Rule, expect};
+use super::figures::{MeasuredValue, StepRecord, value, values};
 use super::plot::Plot;
 
 /// The case without any sync.
@@ -17,7 +17,7 @@ const SYNCS: [&str; 3] = [NO_SYNC, END, EACH];
 
 /// The size of the jobs of the step of writes.
 #[derive(Debug, Clone, Copy)]
-pub struct Size {
+pub struct JobSize {
     /// Number of times that a step repeats each job.
     pub times: u32,
     /// Number of blocks of 4 KiB that a job writes or reads.
@@ -47,7 +47,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "on-disk",
             title: "Of what fio wrote without a sync, on the host\u{2019}s disk when it ended",
             unit: "share",
-            kind: Kind::Share,
+            kind: FigureKind::Share,
             how: "Bytes that the host\u{2019}s disk was given meanwhile, by the bytes of fio\u{2019}s writes.",
             rules: &[Rule {
                 claim: 0,
@@ -67,7 +67,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "on-disk-synced",
             title: "The same with a sync at the end",
             unit: "share",
-            kind: Kind::Share,
+            kind: FigureKind::Share,
             how: "The benchmark that asks for it gets it, except in unsafe.",
             rules: &[],
             control: false,
@@ -83,7 +83,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "speed",
             title: "Writes a second without a sync, guest by host",
             unit: "times",
-            kind: Kind::Speed,
+            kind: FigureKind::Speed,
             how: "fio\u{2019}s in the guest by the host\u{2019}s own with O_DIRECT and no sync.",
             rules: &[],
             control: false,
@@ -99,7 +99,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "speed-each",
             title: "Writes a second with a sync after each, guest by host",
             unit: "times",
-            kind: Kind::Speed,
+            kind: FigureKind::Speed,
             how: "fio with fdatasync=1 by the host\u{2019}s own with O_DIRECT and fdatasync after each.",
             rules: &[],
             control: false,
@@ -117,7 +117,7 @@ pub static EXPERIMENT: Experiment = Experiment {
 };
 
 /// Returns the guest's script for one disk.
-pub fn script(mode: &str, device: &str, size: Size) -> String {
+pub fn script(mode: &str, device: &str, size: JobSize) -> String {
     let mut script = String::new();
     for (sync, option, blocks) in [
         (NO_SYNC, "", size.blocks),
@@ -143,18 +143,18 @@ pub fn slug(name: &str) -> String {
 }
 
 /// Returns the bytes that the host's disk has written divided by the bytes that fio wrote, for each repetition.
-fn on_disk(step: &Record, mode: &str, sync: &str) -> Vec<f64> {
+fn on_disk(step: &StepRecord, mode: &str, sync: &str) -> Vec<f64> {
     let name = format!("T3.{mode}.{}", slug(sync));
     let all = |what: &str| step.all(&format!("{name}.{what}")).to_vec();
     let grown = all("before.disk-written-bytes").into_iter().zip(all("after.disk-written-bytes"));
     grown.zip(all("bytes")).map(|((before, after), bytes)| (after - before) / bytes).collect()
 }
 
-fn by_host(step: &Record, mode: &str, sync: &str) -> Vec<f64> {
+fn by_host(step: &StepRecord, mode: &str, sync: &str) -> Vec<f64> {
     step.ratios(&format!("T3.{mode}.{}.iops", slug(sync)), &format!("T3.host.{sync}.iops"))
 }
 
-fn measured(step: &Record) -> Vec<Measured> {
+fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
     let mut found = Vec::new();
     for mode in MODES {
         for (measure, sync) in [("on-disk", NO_SYNC), ("on-disk-synced", END)] {
@@ -169,7 +169,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     found
 }
 
-fn plots(steps: &[Record]) -> Vec<Plot> {
+fn plots(steps: &[StepRecord]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
     let bars = |sync: &'static str| {
         MODES.iter().enumerate().filter_map(move |(at, mode)| {
@@ -197,7 +197,7 @@ mod tests {
 
     #[test]
     fn what_the_disk_was_given_is_told_by_repetition() {
-        let mut step = Record::new("writes", 1);
+        let mut step = StepRecord::new("writes", 1);
         for (before, after) in [(0.0, 4096.0), (9000.0, 9000.0)] {
             step.put("T3.writeback.no-sync.before.disk-written-bytes", before);
             step.put("T3.writeback.no-sync.after.disk-written-bytes", after);
@@ -207,7 +207,7 @@ mod tests {
         }
         assert_eq!(on_disk(&step, "writeback", NO_SYNC), [1.0, 0.0]);
         assert_eq!(by_host(&step, "writeback", NO_SYNC), [3.0, 3.0]);
-        let script = script("none", "vda", Size { times: 2, blocks: 8, synced_blocks: 4 });
+        let script = script("none", "vda", JobSize { times: 2, blocks: 8, synced_blocks: 4 });
         assert_eq!(script.matches("--io_size=32k").count(), 4, "{script}");
         assert_eq!(script.matches("--fdatasync=1").count(), 2, "{script}");
     }

@@ -12,7 +12,7 @@
 
 use serde::Serialize;
 
-use super::experiment::{Bound, Kind};
+use super::experiment::{Bound, FigureKind};
 use crate::lab;
 
 /// With this many values or more, the spread is given by their quartiles.
@@ -50,7 +50,7 @@ impl Spread {
 /// Whether a statement is true of a case.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "is", content = "why")]
-pub enum Answer {
+pub enum Decision {
     /// The statement is true.
     Yes,
     /// The statement is false.
@@ -60,25 +60,27 @@ pub enum Answer {
 }
 
 /// Decides whether figures of this kind are within `bound`.
-pub fn within(found: Option<&Spread>, bound: Bound, kind: Kind, emulated: bool) -> Answer {
-    let open = |why: &str| Answer::Open(why.to_owned());
+pub fn within(found: Option<&Spread>, bound: Bound, kind: FigureKind, emulated: bool) -> Decision {
+    let open = |why: &str| Decision::Open(why.to_owned());
     let Some(found) = found else { return open("not measured") };
     let few = found.values.len() < FEW;
     match kind {
-        Kind::Speed | Kind::Time if emulated => return open("a time, and the host is emulated"),
+        FigureKind::Speed | FigureKind::Time if emulated => return open("a time, and the host is emulated"),
         // Two runs on an emulated host differed by a factor of ten in the same ratio, because the machine had
         // other work.
-        Kind::SpeedRatio if emulated && few => {
+        FigureKind::SpeedRatio if emulated && few => {
             return open("a ratio of speeds from few runs, and the host is emulated");
         }
-        Kind::Speed | Kind::Time if few => return open("too few runs to know the spread of a time"),
+        FigureKind::Speed | FigureKind::Time if few => {
+            return open("too few runs to know the spread of a time");
+        }
         _ => {}
     }
-    let wary = kind == Kind::SpeedRatio && (emulated || few);
+    let wary = kind == FigureKind::SpeedRatio && (emulated || few);
     let (inside, outside) = if wary { sides_with_margin(found, bound) } else { sides(found, bound) };
     match (inside, outside) {
-        (true, _) => Answer::Yes,
-        (_, true) => Answer::No,
+        (true, _) => Decision::Yes,
+        (_, true) => Decision::No,
         _ if wary && emulated => {
             open("a ratio of speeds that does not clear its bound twice, and the host is emulated")
         }
@@ -125,7 +127,7 @@ pub enum Outcome {
 
 /// A judged claim.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Verdict {
+pub struct ClaimVerdict {
     /// The result.
     pub outcome: Outcome,
     /// The result as the page and the terminal show it.
@@ -138,22 +140,22 @@ pub struct Verdict {
     pub open: Vec<String>,
 }
 
-/// Judges a claim by the answers for its cases. A case has several answers if several measures decide it.
+/// Judges a claim by the decisions on its cases. A case has several decisions if several measures decide it.
 /// `blind` names the controls that failed.
-pub fn judge(answers: &[(String, Answer)], blind: &[String]) -> Verdict {
+pub fn judge(decisions: &[(String, Decision)], blind: &[String]) -> ClaimVerdict {
     let mut cases: Vec<&String> = Vec::new();
-    for (case, _) in answers {
+    for (case, _) in decisions {
         if !cases.contains(&case) {
             cases.push(case);
         }
     }
     let (mut true_of, mut false_of, mut open) = (Vec::new(), Vec::new(), Vec::new());
     for case in cases {
-        let mut of_case = answers.iter().filter(|(name, _)| name == case).map(|(_, answer)| answer);
+        let mut of_case = decisions.iter().filter(|(name, _)| name == case).map(|(_, decision)| decision);
         // One `No` is enough to make the claim false of the case.
-        let list = if of_case.clone().any(|answer| *answer == Answer::No) {
+        let list = if of_case.clone().any(|decision| *decision == Decision::No) {
             &mut false_of
-        } else if of_case.all(|answer| *answer == Answer::Yes) {
+        } else if of_case.all(|decision| *decision == Decision::Yes) {
             &mut true_of
         } else {
             &mut open
@@ -184,7 +186,7 @@ pub fn judge(answers: &[(String, Answer)], blind: &[String]) -> Verdict {
             format!("inconclusive here{part}{rest}")
         }
     };
-    Verdict { outcome, words, true_of, false_of, open }
+    ClaimVerdict { outcome, words, true_of, false_of, open }
 }
 
 #[cfg(test)]
@@ -195,11 +197,11 @@ mod tests {
         Spread::of(values)
     }
 
-    fn told(values: &[f64], bound: Bound, kind: Kind, emulated: bool) -> &'static str {
+    fn decided(values: &[f64], bound: Bound, kind: FigureKind, emulated: bool) -> &'static str {
         match within(at(values).as_ref(), bound, kind, emulated) {
-            Answer::Yes => "yes",
-            Answer::No => "no",
-            Answer::Open(_) => "open",
+            Decision::Yes => "yes",
+            Decision::No => "no",
+            Decision::Open(_) => "open",
         }
     }
 
@@ -219,55 +221,58 @@ mod tests {
         use Bound::{AtLeast, AtMost, Between};
         for (values, bound, kind, emulated, expected) in [
             // Counts and shares decide on any host, and one value is enough.
-            (vec![1.0], AtLeast(0.5), Kind::Share, true, "yes"),
-            (vec![0.1], AtLeast(0.5), Kind::Share, true, "no"),
-            (vec![0.4, 0.6], AtLeast(0.5), Kind::Share, false, "open"),
-            (vec![5.0], Between(1.0, 4.0), Kind::Count, false, "no"),
+            (vec![1.0], AtLeast(0.5), FigureKind::Share, true, "yes"),
+            (vec![0.1], AtLeast(0.5), FigureKind::Share, true, "no"),
+            (vec![0.4, 0.6], AtLeast(0.5), FigureKind::Share, false, "open"),
+            (vec![5.0], Between(1.0, 4.0), FigureKind::Count, false, "no"),
             // Times decide neither on an emulated host nor from few values.
-            (vec![1.0, 1.0, 1.0], AtMost(2.0), Kind::Time, true, "open"),
-            (vec![1.0, 1.0], AtMost(2.0), Kind::Time, false, "open"),
-            (vec![1.0, 1.0, 1.0], AtMost(2.0), Kind::Time, false, "yes"),
+            (vec![1.0, 1.0, 1.0], AtMost(2.0), FigureKind::Time, true, "open"),
+            (vec![1.0, 1.0], AtMost(2.0), FigureKind::Time, false, "open"),
+            (vec![1.0, 1.0, 1.0], AtMost(2.0), FigureKind::Time, false, "yes"),
             // Ratios of speeds must clear their bound by a margin there.
-            (vec![1.3, 1.3, 1.3], AtLeast(1.2), Kind::SpeedRatio, false, "yes"),
-            (vec![1.3, 1.3, 1.3], AtLeast(1.2), Kind::SpeedRatio, true, "open"),
-            (vec![2.5, 2.5, 2.5], AtLeast(1.2), Kind::SpeedRatio, true, "yes"),
-            (vec![0.5, 0.5, 0.5], AtLeast(1.2), Kind::SpeedRatio, true, "no"),
-            (vec![1.3], AtLeast(1.2), Kind::SpeedRatio, false, "open"),
-            (vec![2.5], AtLeast(1.2), Kind::SpeedRatio, false, "yes"),
-            (vec![9.0], AtLeast(1.2), Kind::SpeedRatio, true, "open"),
-            (vec![1.0, 1.0, 1.0], Between(0.75, 1.25), Kind::SpeedRatio, true, "open"),
-            (vec![0.3, 0.3, 0.3], Between(0.75, 1.25), Kind::SpeedRatio, true, "no"),
+            (vec![1.3, 1.3, 1.3], AtLeast(1.2), FigureKind::SpeedRatio, false, "yes"),
+            (vec![1.3, 1.3, 1.3], AtLeast(1.2), FigureKind::SpeedRatio, true, "open"),
+            (vec![2.5, 2.5, 2.5], AtLeast(1.2), FigureKind::SpeedRatio, true, "yes"),
+            (vec![0.5, 0.5, 0.5], AtLeast(1.2), FigureKind::SpeedRatio, true, "no"),
+            (vec![1.3], AtLeast(1.2), FigureKind::SpeedRatio, false, "open"),
+            (vec![2.5], AtLeast(1.2), FigureKind::SpeedRatio, false, "yes"),
+            (vec![9.0], AtLeast(1.2), FigureKind::SpeedRatio, true, "open"),
+            (vec![1.0, 1.0, 1.0], Between(0.75, 1.25), FigureKind::SpeedRatio, true, "open"),
+            (vec![0.3, 0.3, 0.3], Between(0.75, 1.25), FigureKind::SpeedRatio, true, "no"),
         ] {
             assert_eq!(
-                told(&values, bound, kind, emulated),
+                decided(&values, bound, kind, emulated),
                 expected,
                 "{values:?} {bound} {kind:?} {emulated}"
             );
         }
-        assert_eq!(within(None, AtLeast(0.0), Kind::Count, false), Answer::Open("not measured".into()));
+        assert_eq!(
+            within(None, AtLeast(0.0), FigureKind::Count, false),
+            Decision::Open("not measured".into())
+        );
     }
 
     #[test]
     fn a_claim_is_confirmed_refuted_true_of_some_or_open() {
-        let open = || Answer::Open("why".into());
-        for (answers, blind, outcome) in [
-            (vec![("a", Answer::Yes), ("b", Answer::Yes)], "", Outcome::Confirmed),
-            (vec![("a", Answer::No), ("b", Answer::No)], "", Outcome::Refuted),
-            (vec![("a", Answer::Yes), ("b", Answer::No)], "", Outcome::InPart),
-            (vec![("a", Answer::Yes), ("b", Answer::No), ("c", open())], "", Outcome::InPart),
-            (vec![("a", Answer::Yes), ("b", open())], "", Outcome::Inconclusive),
-            (vec![("a", Answer::No), ("b", open())], "", Outcome::Inconclusive),
+        let open = || Decision::Open("why".into());
+        for (decisions, blind, outcome) in [
+            (vec![("a", Decision::Yes), ("b", Decision::Yes)], "", Outcome::Confirmed),
+            (vec![("a", Decision::No), ("b", Decision::No)], "", Outcome::Refuted),
+            (vec![("a", Decision::Yes), ("b", Decision::No)], "", Outcome::InPart),
+            (vec![("a", Decision::Yes), ("b", Decision::No), ("c", open())], "", Outcome::InPart),
+            (vec![("a", Decision::Yes), ("b", open())], "", Outcome::Inconclusive),
+            (vec![("a", Decision::No), ("b", open())], "", Outcome::Inconclusive),
             (vec![], "", Outcome::Inconclusive),
-            (vec![("a", Answer::Yes)], "control", Outcome::Inconclusive),
+            (vec![("a", Decision::Yes)], "control", Outcome::Inconclusive),
             // Two measures of one case must agree that the claim is true.
-            (vec![("a", Answer::Yes), ("a", Answer::No)], "", Outcome::Refuted),
-            (vec![("a", Answer::Yes), ("a", open())], "", Outcome::Inconclusive),
-            (vec![("a", open()), ("a", Answer::No)], "", Outcome::Refuted),
+            (vec![("a", Decision::Yes), ("a", Decision::No)], "", Outcome::Refuted),
+            (vec![("a", Decision::Yes), ("a", open())], "", Outcome::Inconclusive),
+            (vec![("a", open()), ("a", Decision::No)], "", Outcome::Refuted),
         ] {
-            let answers: Vec<_> =
-                answers.into_iter().map(|(case, answer)| (case.to_owned(), answer)).collect();
+            let decisions: Vec<_> =
+                decisions.into_iter().map(|(case, decision)| (case.to_owned(), decision)).collect();
             let blind: Vec<String> = blind.split_whitespace().map(str::to_owned).collect();
-            assert_eq!(judge(&answers, &blind).outcome, outcome, "{answers:?}");
+            assert_eq!(judge(&decisions, &blind).outcome, outcome, "{decisions:?}");
         }
     }
 }

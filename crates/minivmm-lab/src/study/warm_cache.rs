@@ -3,8 +3,8 @@
 //! Owns the claim, the prediction, the guest's script and the meaning of the figures. The step of reads
 //! measures it.
 
-use super::experiment::{Bound, Experiment, Kind, MODES, Measure, Quote, Rule, expect};
-use super::figures::{Measured, Record, value};
+use super::experiment::{Bound, Experiment, FigureKind, MODES, Measure, Quote, Rule, expect};
+use super::figures::{MeasuredValue, StepRecord, value};
 use super::plot::Plot;
 
 /// The experiment.
@@ -26,7 +26,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "from-disk",
             title: "Read again, the guest\u{2019}s cache dropped: bytes from the host\u{2019}s disk",
             unit: "share",
-            kind: Kind::Share,
+            kind: FigureKind::Share,
             how: "Bytes that the host\u{2019}s disk has read meanwhile, by the bytes that the guest has read.",
             rules: &[Rule {
                 claim: 0,
@@ -46,7 +46,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "cold",
             title: "Both dropped: bytes from the host\u{2019}s disk",
             unit: "share",
-            kind: Kind::Share,
+            kind: FigureKind::Share,
             how: "The same with nothing in either cache: it shows that dropping works, and that the disk\u{2019}s counter counts.",
             rules: &[],
             control: true,
@@ -62,7 +62,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             name: "gain",
             title: "Speed read again, by that with both dropped",
             unit: "times",
-            kind: Kind::SpeedRatio,
+            kind: FigureKind::SpeedRatio,
             how: "fio, reads of 128 KiB through the guest\u{2019}s cache.",
             rules: &[],
             control: false,
@@ -96,14 +96,14 @@ ask look {name}.after {device}\n"
     READINGS.into_iter().map(one).collect()
 }
 
-fn from_disk(step: &Record, mode: &str, reading: &str) -> Option<f64> {
+fn from_disk(step: &StepRecord, mode: &str, reading: &str) -> Option<f64> {
     let name = format!("T6.{mode}.{reading}");
     let read =
         step.grown(&format!("{name}.before.disk-read-bytes"), &format!("{name}.after.disk-read-bytes"))?;
     Some(read / step.get(&format!("{name}.bytes"))?)
 }
 
-fn measured(step: &Record) -> Vec<Measured> {
+fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
     let mut found = Vec::new();
     for mode in MODES {
         let speed = |reading: &str| step.get(&format!("T6.{mode}.{reading}.mb-s"));
@@ -115,7 +115,7 @@ fn measured(step: &Record) -> Vec<Measured> {
     found
 }
 
-fn plots(steps: &[Record]) -> Vec<Plot> {
+fn plots(steps: &[StepRecord]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
     let bars = |reading: &'static str| {
         MODES
@@ -137,7 +137,7 @@ mod tests {
 
     #[test]
     fn shares_are_of_the_guests_bytes() {
-        let mut step = Record::new("reads", 1);
+        let mut step = StepRecord::new("reads", 1);
         for (name, figure) in [
             ("T6.none.again.before.disk-read-bytes", 1000.0),
             ("T6.none.again.after.disk-read-bytes", 1900.0),

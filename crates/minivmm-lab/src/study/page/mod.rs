@@ -1,6 +1,6 @@
 //! The page: one self-contained HTML file for phones and screens, with a light and a dark theme.
 //!
-//! Owns the layout. It shows what is in the [`Report`] and judges nothing itself.
+//! Owns the layout. It shows what is in the [`StudyReport`] and judges nothing itself.
 
 mod svg;
 
@@ -8,8 +8,8 @@ use std::fmt::Write;
 
 use super::experiment::{MODES, number};
 use super::plot::Plot;
-use super::report::{Judged, JudgedCase, JudgedMeasure, Report};
-use super::verdict::{Answer, FEW, MARGIN, QUARTILES_FROM};
+use super::report::{JudgedCase, JudgedExperiment, JudgedMeasure, StudyReport};
+use super::verdict::{Decision, FEW, MARGIN, QUARTILES_FROM};
 
 const STYLE: &str = include_str!("style.css");
 const SCRIPT: &str = include_str!("copy.js");
@@ -31,7 +31,7 @@ pub fn escape(text: &str) -> String {
 }
 
 /// Returns the whole page.
-pub fn page(report: &Report) -> String {
+pub fn page(report: &StudyReport) -> String {
     let mut html = format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\
@@ -54,7 +54,7 @@ pub fn page(report: &Report) -> String {
     html
 }
 
-fn summary(html: &mut String, report: &Report) {
+fn summary(html: &mut String, report: &StudyReport) {
     html.push_str("<h2 id=\"verdicts\">Verdicts</h2>");
     if !report.complete {
         html.push_str("<p class=\"in-part\">The run was ended before all was measured: what is missing is told as such.</p>");
@@ -94,16 +94,16 @@ fn beginning(text: &str) -> String {
     }
 }
 
-fn counted(experiment: &Judged) -> (usize, usize, usize) {
+fn counted(experiment: &JudgedExperiment) -> (usize, usize, usize) {
     let cases = experiment.measures.iter().flat_map(|measure| &measure.cases);
     cases.fold((0, 0, 0), |(held, failed, open), case| match case.prediction {
-        Answer::Yes => (held + 1, failed, open),
-        Answer::No => (held, failed + 1, open),
-        Answer::Open(_) => (held, failed, open + 1),
+        Decision::Yes => (held + 1, failed, open),
+        Decision::No => (held, failed + 1, open),
+        Decision::Open(_) => (held, failed, open + 1),
     })
 }
 
-fn host(html: &mut String, report: &Report) {
+fn host(html: &mut String, report: &StudyReport) {
     html.push_str("<h2 id=\"machine\">The machine, and what its figures mean</h2>");
     let machine = &report.machine;
     if let Some(caveat) = &machine.caveat {
@@ -154,7 +154,7 @@ fn how_to_read(html: &mut String) {
     );
 }
 
-fn section(html: &mut String, experiment: &Judged) {
+fn section(html: &mut String, experiment: &JudgedExperiment) {
     let _ = write!(
         html,
         "<section><h2 id=\"{}\">{} {}</h2>",
@@ -193,7 +193,7 @@ fn section(html: &mut String, experiment: &Judged) {
     html.push_str("</section>\n");
 }
 
-fn measure_table(html: &mut String, experiment: &Judged, measure: &JudgedMeasure) {
+fn measure_table(html: &mut String, experiment: &JudgedExperiment, measure: &JudgedMeasure) {
     let _ = write!(
         html,
         "<h3>{}</h3><p class=\"dim\">{} A {}{}{}</p>",
@@ -255,16 +255,16 @@ fn row(html: &mut String, case: &JudgedCase) {
         escape(case.case),
         case.expected,
     );
-    html.push_str(&answer(&case.prediction, "held", "failed"));
-    case.claims.iter().for_each(|claim| html.push_str(&answer(claim, "true", "not true")));
+    html.push_str(&decision_cell(&case.prediction, "held", "failed"));
+    case.claims.iter().for_each(|claim| html.push_str(&decision_cell(claim, "true", "not true")));
     html.push_str("</tr>");
 }
 
-fn answer(answer: &Answer, yes: &str, no: &str) -> String {
-    match answer {
-        Answer::Yes => format!("<td class=\"yes\">{yes}</td>"),
-        Answer::No => format!("<td class=\"no\">{no}</td>"),
-        Answer::Open(why) => format!("<td class=\"open\">open: {}</td>", escape(why)),
+fn decision_cell(decision: &Decision, yes: &str, no: &str) -> String {
+    match decision {
+        Decision::Yes => format!("<td class=\"yes\">{yes}</td>"),
+        Decision::No => format!("<td class=\"no\">{no}</td>"),
+        Decision::Open(why) => format!("<td class=\"open\">open: {}</td>", escape(why)),
     }
 }
 
@@ -276,7 +276,7 @@ fn figure(html: &mut String, plot: &Plot) {
     html.push_str("</figure>");
 }
 
-fn steps(html: &mut String, report: &Report) {
+fn steps(html: &mut String, report: &StudyReport) {
     html.push_str(
         "<h2 id=\"steps\">Steps</h2><p>Every figure of every step is in the JSON beside this page.</p>",
     );

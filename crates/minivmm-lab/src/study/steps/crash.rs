@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::Bench;
+use super::StepContext;
 use crate::crash::campaign::{self, Options};
 use crate::crash::legal::{Pending, StateName};
 use crate::crash::log::WriteLog;
@@ -19,8 +19,8 @@ use crate::crash::plan::Breadth;
 use crate::crash::points::At;
 use crate::lab::child::{self, How};
 use crate::scratch_dir::ScratchDir;
-use crate::study::figures::Record;
-use crate::study::guest::{Guest, device, disk, no_others};
+use crate::study::figures::StepRecord;
+use crate::study::guest::{Guest, device, disk, no_other_requests};
 use crate::study::host_crash::{CASES, Case, GROUP};
 use minivmm::files::output;
 
@@ -35,9 +35,9 @@ const MKFS_MAX: Duration = Duration::from_secs(120);
 const STATES: usize = 32;
 
 /// Runs the step.
-pub fn crash(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
-    let place = ScratchDir::new_in(&bench.images, "crash")?;
-    let base = ext4(bench)?;
+pub fn crash(context: &StepContext<'_>, record: &mut StepRecord) -> Result<()> {
+    let place = ScratchDir::new_in(&context.images, "crash")?;
+    let base = ext4(context)?;
     let (mut disks, mut script, mut logs) = (Vec::new(), String::new(), Vec::new());
     for case in &CASES {
         for file_system in [false, true] {
@@ -48,7 +48,7 @@ pub fn crash(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
             let log = place.path().join(format!("{device}.log"));
             let image = match base.as_ref().filter(|_| file_system) {
                 Some(base) => copied(base, &place.path().join(format!("{device}.img")))?,
-                None => bench.image(&format!("crash-{}", case.slug), IMAGE_MIB << 20)?,
+                None => context.image(&format!("crash-{}", case.slug), IMAGE_MIB << 20)?,
             };
             let mut disk = disk(image, case.mode)?;
             disk.keys.push(format!("log-writes={}", log.display().to_string().replace(',', ",,")));
@@ -61,10 +61,10 @@ pub fn crash(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
         }
     }
     let guest = Guest { disks, memory_mib: 256, script, interval: Duration::from_secs(2) };
-    guest.run(bench, record, &mut no_others)?;
+    guest.run(context, record, &mut no_other_requests)?;
     for (case, file_system, log) in &logs {
         match base.as_ref().filter(|_| *file_system) {
-            Some(base) => judge_files(bench, case, log, base, record)?,
+            Some(base) => judge_files(context, case, log, base, record)?,
             None => judge_records(case, &WriteLog::open(log)?, record)?,
         }
     }
@@ -72,8 +72,8 @@ pub fn crash(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
 }
 
 /// Returns an image with an empty ext4, or `None` if the host has no mkfs.ext4.
-fn ext4(bench: &Bench<'_>) -> Result<Option<PathBuf>> {
-    let path = bench.images.join("crash-ext4.img");
+fn ext4(context: &StepContext<'_>) -> Result<Option<PathBuf>> {
+    let path = context.images.join("crash-ext4.img");
     if path.exists() {
         return Ok(Some(path));
     }
@@ -81,7 +81,7 @@ fn ext4(bench: &Bench<'_>) -> Result<Option<PathBuf>> {
     output::make_anew(&part)?.set_len(EXT4_MIB << 20)?;
     let mut command = Command::new("mkfs.ext4");
     command.args(["-q", "-F", "-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0"]);
-    match child::run(command.arg(&part), MKFS_MAX, bench.stop) {
+    match child::run(command.arg(&part), MKFS_MAX, context.stop) {
         Ok(ended) if ended.how == How::ByItself && ended.status == 0 => {
             fs::rename(&part, &path)?;
             Ok(Some(path))
@@ -131,7 +131,7 @@ umount /mnt || exit 96\n"
 }
 
 /// Determines which records could be lost, over all points at which the power may fail.
-pub fn judge_records(case: &Case, log: &WriteLog, record: &mut Record) -> Result<()> {
+pub fn judge_records(case: &Case, log: &WriteLog, record: &mut StepRecord) -> Result<()> {
     let number = |entry: usize| log.entries.get(entry).map_or(0, |entry| entry.offset / RECORD);
     let changes: Vec<usize> = (0..log.entries.len())
         .filter(|&entry| log.entries.get(entry).is_some_and(|entry| entry.changes()))
@@ -164,12 +164,18 @@ pub fn judge_records(case: &Case, log: &WriteLog, record: &mut Record) -> Result
 }
 
 /// Counts the possible disks that e2fsck cannot repair.
-fn judge_files(bench: &Bench<'_>, case: &Case, log: &Path, base: &Path, record: &mut Record) -> Result<()> {
+fn judge_files(
+    context: &StepContext<'_>,
+    case: &Case,
+    log: &Path,
+    base: &Path,
+    record: &mut StepRecord,
+) -> Result<()> {
     let options = Options {
         log: log.to_owned(),
         base: base.to_owned(),
-        at: vec![At::Flushes, At::Sample(bench.pick(3, 24))],
-        breadth: Breadth { states: bench.pick(3, 32), seed: u64::from(record.round), ..Breadth::default() },
+        at: vec![At::Flushes, At::Sample(context.pick(3, 24))],
+        breadth: Breadth { states: context.pick(3, 32), seed: u64::from(record.round), ..Breadth::default() },
         repeat: None,
         check: None,
         check_timeout: Duration::from_secs(60),
@@ -178,7 +184,7 @@ fn judge_files(bench: &Bench<'_>, case: &Case, log: &Path, base: &Path, record: 
         scratch: None,
         write: None,
     };
-    let report = campaign::run(&options, bench.stop)?;
+    let report = campaign::run(&options, context.stop)?;
     record.put(&format!("T2.{}.disks", case.slug), report.states as f64);
     record.put(&format!("T2.{}.bad-disks", case.slug), report.failures.len() as f64);
     Ok(())

@@ -10,8 +10,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Bench, open};
-use crate::study::figures::Record;
+use super::{StepContext, open};
+use crate::study::figures::StepRecord;
 use crate::study::{dirty_pages, sync_mechanisms};
 use minivmm::observe::cache::Residency;
 use minivmm::observe::control::drop_cache;
@@ -49,15 +49,15 @@ fn let_go(file: &File) -> Result<()> {
 
 /// The step of dirty pages, for T9: asks the kernel to drop clean pages, dirty pages, and the same pages after
 /// a sync.
-pub fn dirty(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
-    let path = bench.image("dirty", dirty_pages::BYTES)?;
+pub fn dirty(context: &StepContext<'_>, record: &mut StepRecord) -> Result<()> {
+    let path = context.image("dirty", dirty_pages::BYTES)?;
     let file = open(&path)?;
     let disk = HostDisk::below(&file);
     let io = || disk.as_ref().and_then(HostDisk::io);
     let data = vec![0x5a; 1 << 20];
     for repetition in 0..dirty_pages::REPETITIONS {
         drop_cache(&file)?;
-        let look = |record: &mut Record, stage: &str| -> Result<Residency> {
+        let look = |record: &mut StepRecord, stage: &str| -> Result<Residency> {
             let found = Residency::of(&file)?;
             record.put(&format!("T9.{stage}.cached"), found.cached as f64);
             for (what, pages) in [("dirty", found.dirty), ("writeback", found.writeback)] {
@@ -95,8 +95,8 @@ pub fn dirty(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
 }
 
 /// The step of mechanisms, for T10: makes the same sixteen writes with each mechanism.
-pub fn mechanisms(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
-    let path = bench.image("mechanisms", sync_mechanisms::BYTES)?;
+pub fn mechanisms(context: &StepContext<'_>, record: &mut StepRecord) -> Result<()> {
+    let path = context.image("mechanisms", sync_mechanisms::BYTES)?;
     for _ in 0..sync_mechanisms::REPETITIONS {
         for mechanism in &sync_mechanisms::MECHANISMS {
             one_mechanism(&path, mechanism, record)
@@ -106,7 +106,7 @@ pub fn mechanisms(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-fn one_mechanism(path: &Path, mechanism: &sync_mechanisms::Mechanism, record: &mut Record) -> Result<()> {
+fn one_mechanism(path: &Path, mechanism: &sync_mechanisms::Mechanism, record: &mut StepRecord) -> Result<()> {
     let watched = open(path)?;
     drop_cache(&watched)?;
     let disk = HostDisk::below(&watched);
@@ -141,7 +141,7 @@ fn one_mechanism(path: &Path, mechanism: &sync_mechanisms::Mechanism, record: &m
 }
 
 /// Stores the growth of the disk's counters between two readings.
-pub fn put_io(record: &mut Record, name: &str, before: Option<DiskIo>, after: Option<DiskIo>) {
+pub fn put_io(record: &mut StepRecord, name: &str, before: Option<DiskIo>, after: Option<DiskIo>) {
     let (Some(before), Some(after)) = (before, after) else { return };
     for (what, from, to) in [
         ("disk-reads", Some(before.reads), Some(after.reads)),

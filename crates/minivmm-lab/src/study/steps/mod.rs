@@ -17,7 +17,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result};
 
 use super::experiment::Experiment;
-use super::figures::Record;
+use super::figures::StepRecord;
 use crate::lab::image;
 
 /// One step.
@@ -27,7 +27,7 @@ pub struct Step {
     /// True if the step boots a guest.
     pub boots: bool,
     /// Runs the step.
-    pub run: fn(&Bench<'_>, &mut Record) -> Result<()>,
+    pub run: fn(&StepContext<'_>, &mut StepRecord) -> Result<()>,
 }
 
 /// All steps, in the order in which they run.
@@ -49,7 +49,7 @@ pub fn of(experiments: &[&Experiment]) -> Vec<&'static Step> {
 
 /// What a step works with.
 #[derive(Debug)]
-pub struct Bench<'a> {
+pub struct StepContext<'a> {
     /// Directory that receives the results.
     pub out: PathBuf,
     /// Directory that holds the images.
@@ -62,7 +62,7 @@ pub struct Bench<'a> {
     pub stop: &'a AtomicBool,
 }
 
-impl<'a> Bench<'a> {
+impl<'a> StepContext<'a> {
     /// Prepares the directory of a run.
     pub fn new(out: &Path, quick: bool, experiments: Vec<String>, stop: &'a AtomicBool) -> Result<Self> {
         let images = out.join("images");

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::Bench;
+use super::StepContext;
 use crate::lab::Spread;
-use crate::study::figures::Record;
+use crate::study::figures::StepRecord;
 use crate::study::guest::{Guest, disk};
 use crate::study::steadiness::{MODES, PHASES};
 use minivmm::observe::limit::MemoryLimit;
@@ -33,28 +33,28 @@ const HELD: Duration = Duration::from_millis(500);
 const PAUSE: Duration = Duration::from_millis(200);
 
 /// Runs the step.
-pub fn pressure(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
-    let seconds: u64 = bench.pick(10, 60);
-    let image_mib = bench.pick(192, 768);
+pub fn pressure(context: &StepContext<'_>, record: &mut StepRecord) -> Result<()> {
+    let seconds: u64 = context.pick(10, 60);
+    let image_mib = context.pick(192, 768);
     let mut disks = Vec::new();
     for mode in MODES {
-        disks.push(disk(bench.image(&format!("pressure-{mode}"), image_mib << 20)?, mode)?);
+        disks.push(disk(context.image(&format!("pressure-{mode}"), image_mib << 20)?, mode)?);
     }
     // The guest's second job writes to this disk, bypassing the page cache.
-    disks.push(disk(bench.image("pressure-beside", image_mib << 20)?, "none")?);
+    disks.push(disk(context.image("pressure-beside", image_mib << 20)?, "none")?);
     let guest = Guest {
         disks,
         memory_mib: GUEST_MIB,
-        script: script(bench, seconds, image_mib),
+        script: script(context, seconds, image_mib),
         interval: Duration::from_secs(1),
     };
-    bench.image("pressure-fill", FILL_MIB << 20)?;
+    context.image("pressure-fill", FILL_MIB << 20)?;
     let limit =
         MemoryLimit::of_this_process((GUEST_MIB + REST_MIB) << 20).context("there is no memory limit")?;
     let group = limit.group().to_owned();
-    let filler = bench.images.join("pressure-fill.img");
+    let filler = context.images.join("pressure-fill.img");
     let mut hog: Option<Hog> = None;
-    let mut others = |words: &[&str], record: &mut Record| match *words {
+    let mut others = |words: &[&str], record: &mut StepRecord| match *words {
         // This process reads the file within the cgroup, which fills the page cache with pages that nobody
         // needs.
         ["fill"] => fill(&filler),
@@ -71,7 +71,7 @@ pub fn pressure(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
         }
         _ => bail!("nobody knows what {} is", words.join(" ")),
     };
-    let done = guest.run(bench, record, &mut others);
+    let done = guest.run(context, record, &mut others);
     // Even after an error the memory is freed and this process leaves the cgroup.
     drop(hog.take().map(Hog::stop));
     drop(limit);
@@ -80,7 +80,7 @@ pub fn pressure(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-fn script(bench: &Bench<'_>, seconds: u64, image_mib: u64) -> String {
+fn script(context: &StepContext<'_>, seconds: u64, image_mib: u64) -> String {
     let size = image_mib - 16;
     let job = |name: &str, device: &str| {
         format!(
@@ -102,7 +102,7 @@ fn script(bench: &Bench<'_>, seconds: u64, image_mib: u64) -> String {
         }
         script += &format!("ask drop {device}\n");
     }
-    if bench.wants("T8") {
+    if context.wants("T8") {
         // The same job in none, beside a writer in writeback and beside one in none. Both run under pressure.
         for (beside, device) in [("writeback", "vdb"), ("none", "vdc")] {
             let name = format!("P.victim.{beside}");
@@ -140,7 +140,7 @@ fn limit_hits(group: &Path) -> f64 {
 }
 
 /// Stores, for each mode and phase, the curve of the observed write rate and its coefficient of variation.
-fn steadiness(record: &mut Record) {
+fn steadiness(record: &mut StepRecord) {
     for mode in MODES {
         for phase in PHASES {
             let name = format!("P.{mode}.{phase}");
@@ -215,7 +215,7 @@ mod tests {
             rates(&[(0.0, 0.0), (0.5, 100.0), (1.0, 100.0), (1.0, 150.0)]),
             [(0.5, 200.0), (1.0, 0.0)]
         );
-        let mut record = Record::new("pressure", 1);
+        let mut record = StepRecord::new("pressure", 1);
         let steady = (0..8).map(|at| (f64::from(at), f64::from(at) * 10.0)).collect();
         record.curves.insert("P.none.idle.writes".into(), steady);
         steadiness(&mut record);

@@ -7,19 +7,19 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::Bench;
+use super::StepContext;
 use crate::study::experiment::MODES;
-use crate::study::figures::Record;
-use crate::study::guest::{Guest, device, disk, no_others};
+use crate::study::figures::StepRecord;
+use crate::study::guest::{Guest, device, disk, no_other_requests};
 use crate::study::{double_caching, read_ahead, warm_cache};
 
 /// Runs the step.
-pub fn reads(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
-    let mib: u64 = bench.pick(8, 256);
+pub fn reads(context: &StepContext<'_>, record: &mut StepRecord) -> Result<()> {
+    let mib: u64 = context.pick(8, 256);
     let mut disks = Vec::new();
     let mut script = String::new();
     for (at, mode) in MODES.into_iter().enumerate() {
-        disks.push(disk(bench.image(&format!("read-{mode}"), mib << 20)?, mode)?);
+        disks.push(disk(context.image(&format!("read-{mode}"), mib << 20)?, mode)?);
         let device = device(at);
         // The guest's kernel drops the pages of a device when its last descriptor is closed.
         script += &format!("exec 3</dev/{device}\n");
@@ -29,7 +29,7 @@ pub fn reads(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
             ("T1", double_caching::script(mode, &device, mib)),
             ("T6", warm_cache::script(mode, &device, mib)),
         ] {
-            if bench.wants(id) {
+            if context.wants(id) {
                 script += &clean;
                 script += &part;
             }
@@ -38,6 +38,6 @@ pub fn reads(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
         script += &clean;
     }
     let guest = Guest { disks, memory_mib: mib + 256, script, interval: Duration::from_secs(2) };
-    guest.run(bench, record, &mut no_others)?;
+    guest.run(context, record, &mut no_other_requests)?;
     Ok(())
 }

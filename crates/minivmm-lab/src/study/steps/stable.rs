@@ -8,39 +8,39 @@ use std::time::Duration;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::Bench;
+use super::StepContext;
 use crate::study::experiment::MODES;
-use crate::study::figures::Record;
-use crate::study::guest::{Guest, device, disk, no_others};
+use crate::study::figures::StepRecord;
+use crate::study::guest::{Guest, device, disk, no_other_requests};
 use crate::study::{bulk_writes, log_appends};
 
 const IMAGE_MIB: u64 = 32;
 
 /// Runs the step.
-pub fn stable(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
+pub fn stable(context: &StepContext<'_>, record: &mut StepRecord) -> Result<()> {
     let mut disks = Vec::new();
     let mut script = String::new();
     let mut add = |name: String, mode: &'static str, part: &dyn Fn(&str) -> String| -> Result<()> {
         let device = device(disks.len());
         script += &format!("exec 3</dev/{device}\n{}exec 3<&-\n", part(&device));
-        disks.push(disk(bench.image(&name, IMAGE_MIB << 20)?, mode)?);
+        disks.push(disk(context.image(&name, IMAGE_MIB << 20)?, mode)?);
         Ok(())
     };
-    let times = bench.pick(1, 3);
+    let times = context.pick(1, 3);
     for mode in log_appends::MODES {
-        if bench.wants("A1") {
-            let appends = bench.pick(128, 2048);
+        if context.wants("A1") {
+            let appends = context.pick(128, 2048);
             add(format!("log-{mode}"), mode, &|device| log_appends::script(mode, device, appends, times))?;
         }
-        if bench.wants("A2") {
+        if context.wants("A2") {
             add(format!("bulk-{mode}"), mode, &|device| {
-                bulk_writes::script(mode, device, bench.pick(16, 32), times)
+                bulk_writes::script(mode, device, context.pick(16, 32), times)
             })?;
         }
     }
     for mode in MODES {
-        if bench.wants("A1") {
-            let blocks = bench.pick(256, 4096);
+        if context.wants("A1") {
+            let blocks = context.pick(256, 4096);
             add(format!("latency-{mode}"), mode, &|device| {
                 log_appends::latency_script(mode, device, blocks)
             })?;
@@ -51,7 +51,7 @@ pub fn stable(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
         .filter_map(|disk| Some(disk.image.file_stem()?.to_string_lossy().into_owned()))
         .collect();
     let guest = Guest { disks, memory_mib: 256, script, interval: Duration::from_secs(2) };
-    let left = guest.run(bench, record, &mut no_others)?;
+    let left = guest.run(context, record, &mut no_other_requests)?;
     for (at, name) in names.iter().enumerate().filter(|(_, name)| name.starts_with("latency-")) {
         put_latencies(&name.replace("latency-", "L."), &left.stats["disks"][at]["latency_ns"], record);
     }
@@ -60,7 +60,7 @@ pub fn stable(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
 
 /// Stores the quantiles of the total latency as a curve: microseconds, and the share of requests that took no
 /// longer.
-fn put_latencies(name: &str, latencies: &Value, record: &mut Record) {
+fn put_latencies(name: &str, latencies: &Value, record: &mut StepRecord) {
     const QUANTILES: [(&str, f64); 9] = [
         ("min", 0.0),
         ("p10", 0.1),

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::Bench;
+use super::StepContext;
 use super::host::Aligned;
 use crate::study::experiment::MODES;
-use crate::study::figures::Record;
-use crate::study::guest::{Guest, device, disk, no_others};
-use crate::study::unsynced_data::Size;
+use crate::study::figures::StepRecord;
+use crate::study::guest::{Guest, device, disk, no_other_requests};
+use crate::study::unsynced_data::JobSize;
 use crate::study::{deferred_writes, sync_mechanisms, uncached_speed, unsynced_data};
 
 /// Size of each image.
@@ -21,16 +21,16 @@ const IMAGE_MIB: u64 = 64;
 const BLOCK: usize = 4096;
 
 /// Runs the step.
-pub fn writes(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
-    let size = bench.pick(
-        Size { times: 1, blocks: 256, synced_blocks: 32 },
-        Size { times: 3, blocks: 8192, synced_blocks: 1024 },
+pub fn writes(context: &StepContext<'_>, record: &mut StepRecord) -> Result<()> {
+    let size = context.pick(
+        JobSize { times: 1, blocks: 256, synced_blocks: 32 },
+        JobSize { times: 3, blocks: 8192, synced_blocks: 1024 },
     );
     let mut disks = Vec::new();
     let mut script = String::new();
     for (at, mode) in MODES.into_iter().enumerate() {
-        let image = bench.image(&format!("write-{mode}"), IMAGE_MIB << 20)?;
-        if mode == "none" && bench.wants("T3") {
+        let image = context.image(&format!("write-{mode}"), IMAGE_MIB << 20)?;
+        if mode == "none" && context.wants("T3") {
             for _ in 0..size.times {
                 natively(&image, size, record)?;
             }
@@ -44,21 +44,21 @@ pub fn writes(bench: &Bench<'_>, record: &mut Record) -> Result<()> {
             (&["T3", "T11"][..], unsynced_data::script(mode, &device, size)),
             (&["T4"][..], uncached_speed::script(mode, &device, size)),
         ] {
-            if ids.iter().any(|id| bench.wants(id)) {
+            if ids.iter().any(|id| context.wants(id)) {
                 script += &part;
             }
         }
         script += &format!("ask end W.{mode}; exec 3<&-; forget\n");
     }
     let guest = Guest { disks, memory_mib: 320, script, interval: Duration::from_secs(1) };
-    guest.run(bench, record, &mut no_others)?;
+    guest.run(context, record, &mut no_other_requests)?;
     deferred_writes::trim(record);
     Ok(())
 }
 
 /// Measures the host itself: the same blocks, one at a time and with O_DIRECT, in the image that the guest gets
 /// in mode none.
-fn natively(path: &Path, size: Size, record: &mut Record) -> Result<()> {
+fn natively(path: &Path, size: JobSize, record: &mut StepRecord) -> Result<()> {
     let mut options = std::fs::File::options();
     let file = options.write(true).custom_flags(libc::O_DIRECT).open(path);
     let file = file.with_context(|| format!("cannot open {} with O_DIRECT", path.display()))?;
