@@ -134,15 +134,15 @@ fn show_observation(path: &Path, stop: &Stop) -> Result<ExitStatus> {
 fn crash(args: CrashArgs, stop: &Stop) -> Result<ExitStatus> {
     let json = args.json;
     let options = args.options();
-    let told = |error: CrashError| match error.is_usage() {
+    let failed = |error: CrashError| match error.is_usage() {
         true => WrongUsage(error.into()).into(),
         false => anyhow::Error::from(error),
     };
     if let Some(out) = &options.write {
-        print(&campaign::write_image(&options, out).map_err(told)?)?;
+        print(&campaign::write_image(&options, out).map_err(failed)?)?;
         return Ok(ExitStatus::Success);
     }
-    let report = campaign::run(&options, stop.flag()).map_err(told)?;
+    let report = campaign::run(&options, stop.flag()).map_err(failed)?;
     print(&if json { report.to_json()? } else { report.to_text() })?;
     Ok(match stopped(stop) {
         Some(status) => status,

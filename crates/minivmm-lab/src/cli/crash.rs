@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use crate::crash::campaign::Options;
+use crate::crash::campaign::CampaignOptions;
 use crate::crash::legal::StateName;
 use crate::crash::plan::{Breadth, Lose};
 use crate::crash::points::At;
@@ -107,14 +107,14 @@ enum LoseArg {
 
 impl CrashArgs {
     /// Converts the arguments into options.
-    pub fn options(self) -> Options {
+    pub fn options(self) -> CampaignOptions {
         let lose = match self.lose {
             _ if self.host_crash => Lose::Nothing,
             LoseArg::Any => Lose::Any,
             LoseArg::All => Lose::All,
             LoseArg::Nothing => Lose::Nothing,
         };
-        Options {
+        CampaignOptions {
             log: self.log,
             base: self.base,
             at: if self.host_crash { vec![At::Entries] } else { self.at },

@@ -12,12 +12,14 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
-use super::check::{Check, CheckError, Verdict, find_e2fsck};
+use super::check::{Check, CheckError, CheckOutcome, find_e2fsck};
 use super::legal::StateName;
 use super::log::{LogError, WriteLog};
 use super::plan::{Breadth, Plan, Task, one};
 use super::points::{At, NoPoint, points};
-use super::report::{Failure, KEPT_MAX, Report, Told};
+use super::report::{
+    CrashReport, Failure, KEPT_MAX, checked_state, describe_point, lost_entries, repeat_command,
+};
 use super::scratch::{Base, ScratchError, Stage, default_place};
 use crate::estimate::Rate;
 use crate::scratch_dir::{ScratchDir, remove_abandoned};
@@ -26,7 +28,7 @@ use minivmm::sync::unpoisoned;
 
 /// What the user asked for.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct CampaignOptions {
     /// The write log.
     pub log: PathBuf,
     /// The disk as it was when the log began.
@@ -99,7 +101,7 @@ impl CrashError {
 }
 
 /// Writes the one image that the options select to `out`, and returns which one it is.
-pub fn write_image(options: &Options, out: &Path) -> Result<String, CrashError> {
+pub fn write_image(options: &CampaignOptions, out: &Path) -> Result<String, CrashError> {
     let log = WriteLog::open(&options.log)?;
     let base = Base::open(&options.base, &log)?;
     let mut plan = plan(options, &log)?;
@@ -110,12 +112,17 @@ pub fn write_image(options: &Options, out: &Path) -> Result<String, CrashError> 
     let mut stage = Stage::new(&log, &base, &dir.path().join("stage"))?;
     stage.advance(task.settled)?;
     stage.make(&task.extents, out)?;
-    Ok(format!("{}: {}, state {}", out.display(), Told::point(&log, task.point), task.name))
+    Ok(format!("{}: {}, state {}", out.display(), describe_point(&log, task.point), task.name))
 }
 
 /// Returns an error unless `out` may be written: it must be new or an older image of this disk, and neither the
 /// base nor the log.
-fn may_be_made(options: &Options, option: &'static str, out: &Path, bytes: u64) -> Result<(), OutputRefused> {
+fn may_be_made(
+    options: &CampaignOptions,
+    option: &'static str,
+    out: &Path,
+    bytes: u64,
+) -> Result<(), OutputRefused> {
     let input = |option, path: &Path| Input { option, path: path.to_owned() };
     let inputs = vec![input("--base", &options.base), input("the log", &options.log)];
     let out = Output { option, path: out.to_owned(), content: output::IMAGE };
@@ -123,7 +130,7 @@ fn may_be_made(options: &Options, option: &'static str, out: &Path, bytes: u64) 
 }
 
 /// Checks every state that the options select. If `stop` is set, it ends early and reports what it has found.
-pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report, CrashError> {
+pub fn run(options: &CampaignOptions, stop: &AtomicBool) -> Result<CrashReport, CrashError> {
     let log = WriteLog::open(&options.log)?;
     let base = Base::open(&options.base, &log)?;
     let check = choose_check(options, &base)?;
@@ -145,7 +152,7 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report, CrashError> {
         bar: bar(plan.at_most()),
         points: AtomicUsize::new(points),
         plan: Mutex::new(plan),
-        found: Mutex::new(Found::default()),
+        found: Mutex::new(Findings::default()),
         kept: AtomicUsize::new(0),
         ended: AtomicBool::new(false),
     };
@@ -163,7 +170,7 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report, CrashError> {
     let mut failures = found.failures;
     // Failures whose images are kept come first.
     failures.sort_by_key(|failure| (failure.image.is_none(), failure.entry, failure.state.to_string()));
-    Ok(Report {
+    Ok(CrashReport {
         log: options.log.clone(),
         base: options.base.clone(),
         entries: log.entries.len(),
@@ -178,7 +185,7 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report, CrashError> {
     })
 }
 
-fn plan<'a>(options: &Options, log: &'a WriteLog) -> Result<Plan<'a>, CrashError> {
+fn plan<'a>(options: &CampaignOptions, log: &'a WriteLog) -> Result<Plan<'a>, CrashError> {
     if let Some((point, name)) = options.repeat {
         let task = one(log, point, name).ok_or(CrashError::NoState(point, name))?;
         return Ok(Plan::of_one(log, task));
@@ -187,7 +194,7 @@ fn plan<'a>(options: &Options, log: &'a WriteLog) -> Result<Plan<'a>, CrashError
     Ok(Plan::new(log, points, options.breadth))
 }
 
-fn choose_check(options: &Options, base: &Base) -> Result<Check, CrashError> {
+fn choose_check(options: &CampaignOptions, base: &Base) -> Result<Check, CrashError> {
     match &options.check {
         Some(command) => Ok(Check::Shell(command.clone())),
         None if !base.is_ext4() => Err(CrashError::NoCheck(options.base.display().to_string())),
@@ -195,7 +202,7 @@ fn choose_check(options: &Options, base: &Base) -> Result<Check, CrashError> {
     }
 }
 
-fn scratch_directory(options: &Options, needed_bytes: u64) -> Result<ScratchDir, CrashError> {
+fn scratch_directory(options: &CampaignOptions, needed_bytes: u64) -> Result<ScratchDir, CrashError> {
     // Images that a killed run left behind may occupy memory that is needed now, wherever images are made this
     // time.
     for place in [Path::new("/dev/shm"), &std::env::temp_dir()] {
@@ -225,7 +232,7 @@ fn bar(states: u64) -> ProgressBar {
 
 /// What the workers share.
 struct Shared<'a> {
-    options: &'a Options,
+    options: &'a CampaignOptions,
     log: &'a WriteLog,
     base: &'a Base,
     check: &'a Check,
@@ -235,7 +242,7 @@ struct Shared<'a> {
     /// Number of points that were not yet reached.
     points: AtomicUsize,
     plan: Mutex<Plan<'a>>,
-    found: Mutex<Found>,
+    found: Mutex<Findings>,
     /// Number of failures whose images were kept.
     kept: AtomicUsize,
     /// Set when a worker failed, so that the others end.
@@ -254,14 +261,14 @@ impl Drop for EndsOthers<'_> {
 }
 
 #[derive(Default)]
-struct Found {
+struct Findings {
     states: u64,
     failures: Vec<Failure>,
     error: Option<CrashError>,
 }
 
 impl Shared<'_> {
-    fn found(&self) -> MutexGuard<'_, Found> {
+    fn found(&self) -> MutexGuard<'_, Findings> {
         unpoisoned(self.found.lock())
     }
 
@@ -284,12 +291,12 @@ impl Shared<'_> {
             let Some(task) = self.next_task() else { break };
             stage.advance(task.settled)?;
             stage.make(&task.extents, &image)?;
-            let about = Told::about(self.log, &task);
+            let about = checked_state(self.log, &task);
             let limit = self.options.check_timeout;
             let failure = match self.check.run(&image, &about, &output, limit, &[self.stop, &self.ended])? {
-                Verdict::Interrupted => break,
-                Verdict::Good => None,
-                Verdict::Bad { why, output } => Some(self.failed(&stage, &task, why, output)?),
+                CheckOutcome::Interrupted => break,
+                CheckOutcome::Good => None,
+                CheckOutcome::Bad { why, output } => Some(self.failed(&stage, &task, why, output)?),
             };
             let mut found = self.found();
             found.states += 1;
@@ -330,7 +337,7 @@ impl Shared<'_> {
             output::replace(&Output::text("--keep", path.with_extension("txt")), &said)?;
             image = Some(path);
         }
-        let lost = Told::lost(self.log, task);
+        let lost = lost_entries(self.log, task);
         Ok(Failure {
             entry: task.point,
             state: task.name,
@@ -344,8 +351,8 @@ impl Shared<'_> {
 
     /// Returns the command line that tries this state again.
     fn repeat(&self, task: &Task) -> String {
-        let Options { log, base, check, check_timeout, .. } = self.options;
-        Told::repeat(log, base, check.as_deref(), *check_timeout, task)
+        let CampaignOptions { log, base, check, check_timeout, .. } = self.options;
+        repeat_command(log, base, check.as_deref(), *check_timeout, task)
     }
 }
 

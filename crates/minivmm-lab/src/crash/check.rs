@@ -29,7 +29,7 @@ pub enum Check {
 
 /// The state that is checked, as the environment of the check describes it.
 #[derive(Debug, Clone, Default)]
-pub struct About {
+pub struct CheckedState {
     /// Number of entries that had completed.
     pub entry: usize,
     /// Name of the state.
@@ -40,7 +40,7 @@ pub struct About {
 
 /// The result of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub enum CheckOutcome {
     /// The image is good.
     Good,
     /// The image is bad, or the check failed.
@@ -105,11 +105,11 @@ impl Check {
     pub fn run(
         &self,
         image: &Path,
-        about: &About,
+        about: &CheckedState,
         output: &Path,
         limit: Duration,
         stops: &[&AtomicBool],
-    ) -> Result<Verdict, CheckError> {
+    ) -> Result<CheckOutcome, CheckError> {
         let started = |source| CheckError::Start { command: self.to_string(), source };
         let deadline = Instant::now() + limit;
         for (mut command, good) in self.steps(image) {
@@ -121,18 +121,18 @@ impl Check {
             command.stdin(Stdio::null()).stdout(said.try_clone().map_err(started)?);
             let group = Group::start(command.stderr(said)).map_err(started)?;
             let why = match wait(group, deadline, stops).map_err(started)? {
-                End::Interrupted => return Ok(Verdict::Interrupted),
-                End::Late => format!("it was not done after {} s", limit.as_secs_f64()),
-                End::Signal(signal) => format!("signal {signal} has ended it"),
-                End::Status(status) if (0..=good).contains(&status) => continue,
-                End::Status(status @ (126 | 127)) if matches!(self, Self::Shell(_)) => {
+                CommandEnd::Interrupted => return Ok(CheckOutcome::Interrupted),
+                CommandEnd::Late => format!("it was not done after {} s", limit.as_secs_f64()),
+                CommandEnd::Signal(signal) => format!("signal {signal} has ended it"),
+                CommandEnd::Status(status) if (0..=good).contains(&status) => continue,
+                CommandEnd::Status(status @ (126 | 127)) if matches!(self, Self::Shell(_)) => {
                     return Err(CheckError::NotFound { status, output: tail(output).trim().to_owned() });
                 }
-                End::Status(status) => format!("exit status {status}"),
+                CommandEnd::Status(status) => format!("exit status {status}"),
             };
-            return Ok(Verdict::Bad { why, output: tail(output) });
+            return Ok(CheckOutcome::Bad { why, output: tail(output) });
         }
-        Ok(Verdict::Good)
+        Ok(CheckOutcome::Good)
     }
 }
 
@@ -146,7 +146,7 @@ impl std::fmt::Display for Check {
 }
 
 /// How a command ended.
-enum End {
+enum CommandEnd {
     Status(i32),
     Signal(i32),
     Late,
@@ -155,14 +155,14 @@ enum End {
 
 /// Waits until the command ends, the deadline passes or a stop is requested. No process of the group is left
 /// afterwards.
-fn wait(group: Group, deadline: Instant, stops: &[&AtomicBool]) -> io::Result<End> {
+fn wait(group: Group, deadline: Instant, stops: &[&AtomicBool]) -> io::Result<CommandEnd> {
     let ended = group.watch(deadline, stops);
     let status = group.end()?;
     Ok(match (ended?, status.code()) {
-        (How::Interrupted, _) => End::Interrupted,
-        (How::Late, _) => End::Late,
-        (How::ByItself, Some(code)) => End::Status(code),
-        (How::ByItself, None) => End::Signal(status.signal().unwrap_or_default()),
+        (How::Interrupted, _) => CommandEnd::Interrupted,
+        (How::Late, _) => CommandEnd::Late,
+        (How::ByItself, Some(code)) => CommandEnd::Status(code),
+        (How::ByItself, None) => CommandEnd::Signal(status.signal().unwrap_or_default()),
     })
 }
 

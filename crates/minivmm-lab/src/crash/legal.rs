@@ -165,22 +165,22 @@ impl<'a> Pending<'a> {
                 let is_state = choices < 64 && bits >> choices == 0;
                 is_state.then(|| (0..choices).map(|at| bits >> at & 1 == 1).collect())
             }
-            StateName::Seeded { seed, .. } => Some(self.by_chance(&mut Chance::new(seed))),
+            StateName::Seeded { seed, .. } => Some(self.by_chance(&mut PseudoRandom::new(seed))),
         }
     }
 
-    fn by_chance(&self, chance: &mut Chance) -> Vec<bool> {
+    fn by_chance(&self, random: &mut PseudoRandom) -> Vec<bool> {
         let writes = self.free().count();
-        let whole = some_of(writes, chance);
+        let whole = some_of(writes, random);
         if !self.torn || writes == 0 {
             return whole;
         }
-        let one = chance.below(writes);
-        let only_one = chance.below(2) == 0;
+        let one = random.below(writes);
+        let only_one = random.below(2) == 0;
         let mut chosen = Vec::new();
         for (at, (write, is_there)) in self.free().zip(whole).enumerate() {
-            if at == one || !only_one && chance.below(3) == 0 {
-                chosen.extend(torn(write.slices, chance));
+            if at == one || !only_one && random.below(3) == 0 {
+                chosen.extend(torn(write.slices, random));
             } else {
                 chosen.extend(std::iter::repeat_n(is_there, write.slices));
             }
@@ -190,35 +190,35 @@ impl<'a> Pending<'a> {
 }
 
 /// Selects some of `count` things: about half, all but a few, a few, or a random share.
-fn some_of(count: usize, chance: &mut Chance) -> Vec<bool> {
+fn some_of(count: usize, random: &mut PseudoRandom) -> Vec<bool> {
     if count == 0 {
         return Vec::new();
     }
-    match chance.below(4) {
-        0 => (0..count).map(|_| chance.below(2) == 0).collect(),
+    match random.below(4) {
+        0 => (0..count).map(|_| random.below(2) == 0).collect(),
         style @ (1 | 2) => {
             let mut some = vec![style == 1; count];
-            for _ in 0..=chance.below(3) {
-                if let Some(it) = some.get_mut(chance.below(count)) {
+            for _ in 0..=random.below(3) {
+                if let Some(it) = some.get_mut(random.below(count)) {
                     *it = style != 1;
                 }
             }
             some
         }
         _ => {
-            let percent = chance.below(101);
-            (0..count).map(|_| chance.below(100) < percent).collect()
+            let percent = random.below(101);
+            (0..count).map(|_| random.below(100) < percent).collect()
         }
     }
 }
 
 /// Selects pieces of a torn write: its beginning, its end, or any pieces.
-fn torn(slices: usize, chance: &mut Chance) -> Vec<bool> {
-    let cut = chance.below(slices + 1);
-    match chance.below(3) {
+fn torn(slices: usize, random: &mut PseudoRandom) -> Vec<bool> {
+    let cut = random.below(slices + 1);
+    match random.below(3) {
         0 => (0..slices).map(|at| at < cut).collect(),
         1 => (0..slices).map(|at| at >= cut).collect(),
-        _ => (0..slices).map(|_| chance.below(2) == 0).collect(),
+        _ => (0..slices).map(|_| random.below(2) == 0).collect(),
     }
 }
 
@@ -300,12 +300,12 @@ pub fn fingerprint(settled: usize, extents: &[Extent]) -> u128 {
 
 /// A generator of pseudorandom numbers. A seed gives the same numbers in every version, because names of states
 /// contain seeds.
-struct Chance {
+struct PseudoRandom {
     seed: u64,
     count: u64,
 }
 
-impl Chance {
+impl PseudoRandom {
     fn new(seed: u64) -> Self {
         Self { seed, count: 0 }
     }

@@ -10,14 +10,14 @@ use super::log::{Entry, WriteLog};
 
 /// The JSON form of a log.
 #[derive(Debug, Serialize)]
-struct Told<'a> {
+struct JsonLog<'a> {
     log: String,
     sector_bytes: u32,
-    entries: Vec<ToldEntry<'a>>,
+    entries: Vec<JsonEntry<'a>>,
 }
 
 #[derive(Debug, Serialize)]
-struct ToldEntry<'a> {
+struct JsonEntry<'a> {
     entry: usize,
     kind: String,
     flush: bool,
@@ -31,7 +31,7 @@ struct ToldEntry<'a> {
 
 /// Returns the log as JSON: an object with a list of entries.
 pub fn to_json(log: &WriteLog) -> serde_json::Result<String> {
-    let told = |(entry, it): (usize, &Entry)| ToldEntry {
+    let as_json = |(entry, it): (usize, &Entry)| JsonEntry {
         entry,
         kind: it.kind(),
         flush: it.is_flush(),
@@ -41,9 +41,9 @@ pub fn to_json(log: &WriteLog) -> serde_json::Result<String> {
         bytes: it.bytes,
         mark: log.entries.get(entry).and_then(|it| it.mark.as_deref()),
     };
-    let entries = log.entries.iter().enumerate().map(told).collect();
+    let entries = log.entries.iter().enumerate().map(as_json).collect();
     let sector_bytes = log.sector_bytes;
-    serde_json::to_string_pretty(&Told { log: log.path().display().to_string(), sector_bytes, entries })
+    serde_json::to_string_pretty(&JsonLog { log: log.path().display().to_string(), sector_bytes, entries })
 }
 
 /// Returns the log as a table with one line per entry, and a summary.

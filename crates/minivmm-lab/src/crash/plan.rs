@@ -59,29 +59,30 @@ pub struct Plan<'a> {
     points: std::vec::IntoIter<usize>,
     /// Upper bound of the number of states of the remaining points.
     ahead: u64,
-    here: Option<Here<'a>>,
+    current: Option<CurrentPoint<'a>>,
     /// The only task, if a single state is repeated; `None` otherwise or once it was returned.
     alone: Option<Task>,
     seen: HashSet<u128>,
 }
 
 /// The current point.
-struct Here<'a> {
+struct CurrentPoint<'a> {
     point: usize,
     pending: Pending<'a>,
     names: Box<dyn Iterator<Item = StateName> + Send>,
     /// Number of states that this point may still yield.
-    left: usize,
+    states_left: usize,
     /// Number of names that may still be tried. Random choices find the last few states of a point late or
     /// never.
-    looks: usize,
+    names_left: usize,
 }
 
 impl<'a> Plan<'a> {
     /// Creates a plan for these points, which must ascend.
     pub fn new(log: &'a WriteLog, points: Vec<usize>, breadth: Breadth) -> Self {
         let points = points.into_iter();
-        let mut plan = Self { log, breadth, points, ahead: 0, here: None, alone: None, seen: HashSet::new() };
+        let mut plan =
+            Self { log, breadth, points, ahead: 0, current: None, alone: None, seen: HashSet::new() };
         plan.ahead = plan.points.as_slice().iter().map(|&point| plan.most_at(point)).sum();
         plan
     }
@@ -103,8 +104,8 @@ impl<'a> Plan<'a> {
 
     /// Returns an upper bound of the number of states still to come.
     pub fn at_most(&self) -> u64 {
-        let here = self.here.as_ref().map_or(0, |here| here.left as u64);
-        u64::from(self.alone.is_some()) + here + self.ahead
+        let current = self.current.as_ref().map_or(0, |current| current.states_left as u64);
+        u64::from(self.alone.is_some()) + current + self.ahead
     }
 
     /// Returns an upper bound of the number of states of this point.
@@ -118,7 +119,7 @@ impl<'a> Plan<'a> {
         if self.breadth.lose == Lose::Any { self.breadth.states } else { 1 }
     }
 
-    fn arrive(&self, point: usize) -> Here<'a> {
+    fn arrive(&self, point: usize) -> CurrentPoint<'a> {
         let Breadth { states, seed, torn, lose } = self.breadth;
         let pending = Pending::at(self.log, point, torn);
         let names: Box<dyn Iterator<Item = StateName> + Send> = match lose {
@@ -126,7 +127,13 @@ impl<'a> Plan<'a> {
             Lose::All => Box::new([StateName::None].into_iter()),
             Lose::Nothing => Box::new([StateName::All].into_iter()),
         };
-        Here { point, pending, names, left: self.states(), looks: states.saturating_mul(4) }
+        CurrentPoint {
+            point,
+            pending,
+            names,
+            states_left: self.states(),
+            names_left: states.saturating_mul(4),
+        }
     }
 }
 
@@ -139,22 +146,23 @@ impl Iterator for Plan<'_> {
             return Some(task);
         }
         loop {
-            if self.here.as_ref().is_none_or(|here| here.left == 0 || here.looks == 0) {
+            if self.current.as_ref().is_none_or(|current| current.states_left == 0 || current.names_left == 0)
+            {
                 let point = self.points.next()?;
                 self.ahead = self.ahead.saturating_sub(self.most_at(point));
-                self.here = Some(self.arrive(point));
+                self.current = Some(self.arrive(point));
             }
-            let here = self.here.as_mut()?;
-            let Some(name) = here.names.next() else {
-                here.left = 0;
+            let current = self.current.as_mut()?;
+            let Some(name) = current.names.next() else {
+                current.states_left = 0;
                 continue;
             };
-            here.looks -= 1;
-            let Some(extents) = here.pending.extents(name) else { continue };
-            let settled = here.pending.settled;
+            current.names_left -= 1;
+            let Some(extents) = current.pending.extents(name) else { continue };
+            let settled = current.pending.settled;
             if self.seen.insert(fingerprint(settled, &extents)) {
-                here.left -= 1;
-                return Some(Task { point: here.point, settled, name, extents });
+                current.states_left -= 1;
+                return Some(Task { point: current.point, settled, name, extents });
             }
         }
     }

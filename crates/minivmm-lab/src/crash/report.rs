@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
-use super::check::About;
+use super::check::CheckedState;
 use super::legal::{Pending, StateName};
 use super::log::WriteLog;
 use super::plan::Task;
@@ -26,7 +26,7 @@ pub const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What was tried, and what was bad.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct CrashReport {
     /// The write log.
     #[serde(serialize_with = "minivmm::text::path_as_text")]
     pub log: PathBuf,
@@ -84,7 +84,7 @@ fn as_text<S: Serializer>(name: &StateName, serializer: S) -> Result<S::Ok, S::E
     serializer.collect_str(name)
 }
 
-impl Report {
+impl CrashReport {
     /// Returns the report as JSON.
     pub fn to_json(&self) -> serde_json::Result<String> {
         serde_json::to_string_pretty(self)
@@ -144,43 +144,42 @@ fn listed(entries: &[usize]) -> String {
     format!("{}{more}", words.join(" "))
 }
 
-/// Texts that describe points and tasks.
-pub(super) struct Told;
-
-impl Told {
-    pub(super) fn point(log: &WriteLog, point: usize) -> String {
-        match log.entries.get(point) {
-            Some(entry) => format!("before entry {point} ({}) had ended", entry.kind()),
-            None => "at the end of the log".to_owned(),
-        }
+/// Describes a point of the log.
+pub(super) fn describe_point(log: &WriteLog, point: usize) -> String {
+    match log.entries.get(point) {
+        Some(entry) => format!("before entry {point} ({}) had ended", entry.kind()),
+        None => "at the end of the log".to_owned(),
     }
+}
 
-    pub(super) fn about(log: &WriteLog, task: &Task) -> About {
-        let before = log.entries.get(..task.point).unwrap_or(&log.entries);
-        let mark = before.iter().rev().find_map(|entry| entry.mark.clone());
-        About { entry: task.point, state: task.name.to_string(), mark }
-    }
+/// Returns what the environment of a check says about the state.
+pub(super) fn checked_state(log: &WriteLog, task: &Task) -> CheckedState {
+    let before = log.entries.get(..task.point).unwrap_or(&log.entries);
+    let mark = before.iter().rev().find_map(|entry| entry.mark.clone());
+    CheckedState { entry: task.point, state: task.name.to_string(), mark }
+}
 
-    pub(super) fn lost(log: &WriteLog, task: &Task) -> Vec<usize> {
-        Pending::at(log, task.point, task.name.is_torn()).lost(task.name)
-    }
+/// Returns the entries that the state of a task lacks at least in part.
+pub(super) fn lost_entries(log: &WriteLog, task: &Task) -> Vec<usize> {
+    Pending::at(log, task.point, task.name.is_torn()).lost(task.name)
+}
 
-    pub(super) fn repeat(
-        log: &Path,
-        base: &Path,
-        check: Option<&str>,
-        limit: Duration,
-        task: &Task,
-    ) -> String {
-        let path = |path: &Path| shell_word(path);
-        let mut line = format!("minivmm crash {} --base {}", path(log), path(base));
-        if let Some(check) = check {
-            let _ = write!(line, " --check {}", shell_word(check));
-        }
-        if limit != CHECK_TIMEOUT {
-            let _ = write!(line, " --check-timeout {}", limit.as_secs_f64());
-        }
-        let _ = write!(line, " --repeat {}:{}", task.point, task.name);
-        line
+/// Returns the command line that tries the state of a task again.
+pub(super) fn repeat_command(
+    log: &Path,
+    base: &Path,
+    check: Option<&str>,
+    limit: Duration,
+    task: &Task,
+) -> String {
+    let path = |path: &Path| shell_word(path);
+    let mut line = format!("minivmm crash {} --base {}", path(log), path(base));
+    if let Some(check) = check {
+        let _ = write!(line, " --check {}", shell_word(check));
     }
+    if limit != CHECK_TIMEOUT {
+        let _ = write!(line, " --check-timeout {}", limit.as_secs_f64());
+    }
+    let _ = write!(line, " --repeat {}:{}", task.point, task.name);
+    line
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::StepContext;
-use crate::crash::campaign::{self, Options};
+use crate::crash::campaign::{self, CampaignOptions};
 use crate::crash::legal::{Pending, StateName};
 use crate::crash::log::WriteLog;
 use crate::crash::plan::Breadth;
@@ -171,7 +171,7 @@ fn judge_files(
     base: &Path,
     record: &mut StepRecord,
 ) -> Result<()> {
-    let options = Options {
+    let options = CampaignOptions {
         log: log.to_owned(),
         base: base.to_owned(),
         at: vec![At::Flushes, At::Sample(context.pick(3, 24))],
