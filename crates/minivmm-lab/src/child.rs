@@ -30,7 +30,7 @@ static RUNNING: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 
 /// What ended the wait for a child.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum How {
+pub enum EndCause {
     /// The child ended by itself.
     ByItself,
     /// A stop flag was set.
@@ -68,21 +68,21 @@ impl Group {
     }
 
     /// Waits until the child ends by itself, one of `stops` is set, or the deadline passes.
-    pub fn watch(&self, deadline: Instant, stops: &[&AtomicBool]) -> io::Result<How> {
+    pub fn watch(&self, deadline: Instant, stops: &[&AtomicBool]) -> io::Result<EndCause> {
         let pidfd = pidfd_open(self.group, PidfdFlags::empty())?;
         loop {
             let left = deadline.saturating_duration_since(Instant::now()).min(LOOK_EVERY);
             let left = Timespec { tv_sec: 0, tv_nsec: i64::from(left.subsec_nanos()) };
             match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)) {
                 Ok(0) | Err(rustix::io::Errno::INTR) => {}
-                Ok(_) => return Ok(How::ByItself),
+                Ok(_) => return Ok(EndCause::ByItself),
                 Err(errno) => return Err(errno.into()),
             }
             if stops.iter().any(|stop| stop.load(Ordering::Relaxed)) {
-                return Ok(How::Interrupted);
+                return Ok(EndCause::Interrupted);
             }
             if Instant::now() >= deadline {
-                return Ok(How::Late);
+                return Ok(EndCause::Late);
             }
         }
     }

@@ -447,10 +447,10 @@ mod tests {
     #[test]
     fn the_built_in_jobs_are_a_job_file_like_any_other() {
         let jobs = read(None, &[]).unwrap();
-        let told: Vec<_> =
+        let found: Vec<_> =
             jobs.iter().map(|j| (j.name.as_str(), j.writes(), j.syncs(), j.is_direct())).collect();
         assert_eq!(
-            told,
+            found,
             [
                 ("randread", false, false, true),
                 ("randwrite", true, false, true),
@@ -477,9 +477,9 @@ mod tests {
         let text = "; a comment\n[global]\nblocksize = 4k\nDIRECT\n# one more\n[a]\nreadwrite=randrw:4\nstonewall\n\
                     [b]\nrw=read\nbs=8k\n[global]\niodepth=2\n[c]\nrw=write\nend_fsync=1\nsync=none\n";
         let jobs = parse(text, "f").unwrap();
-        let told: Vec<_> = jobs.iter().map(Job::in_words).collect();
+        let found: Vec<_> = jobs.iter().map(Job::in_words).collect();
         assert_eq!(
-            told,
+            found,
             [
                 "bs=4k direct=1 rw=randrw:4",
                 "bs=8k direct=1 rw=read",

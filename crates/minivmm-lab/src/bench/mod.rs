@@ -26,12 +26,12 @@ use minivmm::observe::control::HostCache;
 
 pub use jobs::{Job, JobError};
 pub use prepare::PrepareError;
-pub use report::Report;
+pub use report::BenchReport;
 pub use run::BenchError;
 
 /// What the user asked for.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct BenchOptions {
     /// The image with its parsed keys.
     pub disk: DiskConfig,
     /// The same keys as the user gave them, to be passed to minivmm.
@@ -62,7 +62,7 @@ pub struct Options {
     pub json: Option<PathBuf>,
 }
 
-impl Options {
+impl BenchOptions {
     /// Returns an error if a name is not that of a built-in job. The names of a job file are checked later,
     /// because it may be a pipe and can be read only once.
     pub fn check_names(&self) -> Result<(), JobError> {

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use super::Options;
+use super::BenchOptions;
 use super::jobs::{self, Job, JobError};
 use crate::lab::Host;
 use crate::lab::extents::Layout;
@@ -61,8 +61,8 @@ pub enum PrepareError {
 /// Prepares the bench or returns why it cannot run. `written` is called first with the number of bytes that
 /// will be written to the image, and then as they are written.
 pub fn prepare(
-    options: &Options,
-    written: &mut dyn FnMut(Written),
+    options: &BenchOptions,
+    written: &mut dyn FnMut(WriteProgress),
     stop: &AtomicBool,
 ) -> Result<Prepared, PrepareError> {
     let path = &options.disk.path;
@@ -96,31 +96,31 @@ pub fn prepare(
 }
 
 /// Returns the disk that the guest gets in a mode.
-pub fn disk(options: &Options, mode: &'static CachePolicy, readonly: bool) -> DiskConfig {
+pub fn disk(options: &BenchOptions, mode: &'static CachePolicy, readonly: bool) -> DiskConfig {
     let disk = DiskConfig { cache: mode, readonly, ..options.disk.clone() };
     disk.for_cpus(options.cpus)
 }
 
 /// The progress of writing an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Written {
+pub enum WriteProgress {
     /// This many bytes will be written.
-    Of(u64),
+    Total(u64),
     /// This many more bytes were written.
-    More(u64),
+    Added(u64),
 }
 
 fn image(
-    options: &Options,
+    options: &BenchOptions,
     is_there: bool,
-    written: &mut dyn FnMut(Written),
+    written: &mut dyn FnMut(WriteProgress),
     stop: &AtomicBool,
 ) -> Result<Layout, PrepareError> {
     let path = &options.disk.path;
     if !is_there {
         let bytes = options.size_bytes.ok_or_else(|| PrepareError::NoImage(path.clone()))?;
-        written(Written::Of(bytes));
-        return Ok(image::make(path, bytes, &mut |more| written(Written::More(more)), stop)?);
+        written(WriteProgress::Total(bytes));
+        return Ok(image::make(path, bytes, &mut |more| written(WriteProgress::Added(more)), stop)?);
     }
     let layout = image::look(path)?;
     if let Some(wanted) = options.size_bytes.filter(|&wanted| wanted != layout.bytes) {
@@ -134,8 +134,8 @@ fn image(
     if !options.fill {
         return Err(PrepareError::Gaps { image: path.clone(), gaps, bytes: layout.bytes });
     }
-    written(Written::Of(gaps));
-    Ok(image::fill(path, &mut |more| written(Written::More(more)), stop)?)
+    written(WriteProgress::Total(gaps));
+    Ok(image::fill(path, &mut |more| written(WriteProgress::Added(more)), stop)?)
 }
 
 #[cfg(test)]
@@ -143,8 +143,8 @@ mod tests {
     use super::*;
     use minivmm::observe::control::HostCache;
 
-    fn options(path: PathBuf) -> Options {
-        Options {
+    fn options(path: PathBuf) -> BenchOptions {
+        BenchOptions {
             disk: DiskConfig::new(path),
             keys: Vec::new(),
             modes: vec![CachePolicy::by_name("writeback").unwrap()],
@@ -162,11 +162,11 @@ mod tests {
         }
     }
 
-    fn prepared(options: &Options) -> Result<Prepared, PrepareError> {
+    fn prepared(options: &BenchOptions) -> Result<Prepared, PrepareError> {
         prepare(options, &mut |_| {}, &AtomicBool::new(false))
     }
 
-    fn refused(options: &Options) -> String {
+    fn refused(options: &BenchOptions) -> String {
         let error = prepared(options).err().unwrap();
         let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
         format!("{error}: {source}")
@@ -202,13 +202,17 @@ mod tests {
         assert_eq!(prepared(&options).unwrap().jobs.len(), 2);
         // Creating an image needs no permission.
         let new = dir.path().join("new.img");
-        let fresh =
-            Options { disk: DiskConfig::new(&new), size_bytes: Some(1 << 20), destroy: false, ..options };
-        let mut told = Vec::new();
-        let made = prepare(&fresh, &mut |step| told.push(step), &AtomicBool::new(false)).unwrap();
-        assert_eq!((made.layout.bytes, told[0]), (1 << 20, Written::Of(1 << 20)));
+        let fresh = BenchOptions {
+            disk: DiskConfig::new(&new),
+            size_bytes: Some(1 << 20),
+            destroy: false,
+            ..options
+        };
+        let mut steps = Vec::new();
+        let made = prepare(&fresh, &mut |step| steps.push(step), &AtomicBool::new(false)).unwrap();
+        assert_eq!((made.layout.bytes, steps[0]), (1 << 20, WriteProgress::Total(1 << 20)));
         let locked = minivmm::disk::Image::open(&DiskConfig::new(&new)).unwrap();
-        let error = refused(&Options { destroy: true, ..fresh });
+        let error = refused(&BenchOptions { destroy: true, ..fresh });
         assert!(error.contains("locked"), "{error}");
         drop(locked);
     }

@@ -9,15 +9,15 @@ use std::path::PathBuf;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::Options;
+use super::BenchOptions;
 use super::jobs::Job;
 use super::prepare::Prepared;
 use super::warning::Warning;
 use super::who::{Competitor, HOST};
 use crate::lab::extents::Layout;
 use crate::lab::fio::{Latency, Summary};
-use crate::lab::host::Meaning;
-use crate::lab::{Host, Outcome, Ratio, Spread};
+use crate::lab::host::MeaningfulFigures;
+use crate::lab::{BootOutcome, Distribution, Host, Ratio};
 use minivmm::observe::Residency;
 
 /// The version of the schema.
@@ -25,13 +25,13 @@ pub const SCHEMA_VERSION: u32 = 1;
 
 /// The result of a bench.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct BenchReport {
     schema: &'static str,
     version: u32,
     /// The machine.
     pub host: Host,
     /// Which figures of this machine are meaningful.
-    pub meaning: Meaning,
+    pub meaning: MeaningfulFigures,
     /// The image.
     pub image: ImageFigures,
     /// The settings that were the same for all runs.
@@ -41,7 +41,7 @@ pub struct Report {
     /// The figures that cannot be those of a disk, and why.
     pub warnings: Vec<Warning>,
     /// How the bench ended.
-    pub ended: Ended,
+    pub ended: BenchEnd,
     /// The error that ended the bench; `None` if there was none.
     pub error: Option<String>,
     /// Time from the first run to the end of the last.
@@ -51,7 +51,7 @@ pub struct Report {
 /// How a bench ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Ended {
+pub enum BenchEnd {
     /// All runs were made.
     Whole,
     /// The user interrupted it.
@@ -101,12 +101,12 @@ pub struct JobFigures {
     /// True if the job makes its own writes stable, each of them or every few.
     pub syncs: bool,
     /// Everybody who ran the job.
-    pub competitors: Vec<Competing>,
+    pub competitors: Vec<CompetitorFigures>,
 }
 
 /// The figures of one competitor: a guest in one mode, or the host.
 #[derive(Debug, Serialize)]
-pub struct Competing {
+pub struct CompetitorFigures {
     /// The cache mode; or `host` and the options that differ from the job.
     pub name: String,
     /// Cache mode of the guest's disk; `None` for the host.
@@ -120,7 +120,7 @@ pub struct Competing {
     /// For a guest, the name of the host's competitor that gives the same promise.
     pub peer: Option<String>,
     /// One run per round.
-    pub rounds: Vec<Run>,
+    pub rounds: Vec<JobRun>,
     /// The figures over all rounds; `None` if there was no run.
     pub figures: Option<Figures>,
     /// IOPS relative to the host's at the same job.
@@ -133,9 +133,9 @@ pub struct Competing {
 #[derive(Debug, Clone, Serialize)]
 pub struct Figures {
     /// I/Os per second. The time includes the last sync.
-    pub iops: Spread,
+    pub iops: Distribution,
     /// Megabytes (10^6 bytes) per second.
-    pub mb_s: Spread,
+    pub mb_s: Distribution,
     /// Latencies of each kind of request that occurred.
     pub latencies: Vec<Latencies>,
 }
@@ -146,16 +146,16 @@ pub struct Latencies {
     /// "read", "write" or "sync".
     pub of: &'static str,
     /// The median.
-    pub p50_us: Spread,
+    pub p50_us: Distribution,
     /// The 99th percentile.
-    pub p99_us: Spread,
+    pub p99_us: Distribution,
     /// The 99.9th percentile.
-    pub p999_us: Spread,
+    pub p999_us: Distribution,
 }
 
 /// One run of a job.
 #[derive(Debug, Clone, Serialize)]
-pub struct Run {
+pub struct JobRun {
     /// Number of the round, from 0.
     pub round: usize,
     /// Duration of the run. That of a guest includes its boot.
@@ -195,7 +195,7 @@ pub struct Observed {
 
 impl Observed {
     /// Returns what was observed during a guest's run.
-    pub fn of(outcome: &Outcome, fio: &Summary) -> Self {
+    pub fn of(outcome: &BootOutcome, fio: &Summary) -> Self {
         let (first, last) = (outcome.rows_of("vda").next(), outcome.rows_of("vda").next_back());
         let end = |column: &str| last.and_then(|row| row.number(column));
         let disk = &outcome.stats["disks"][0];
@@ -250,12 +250,12 @@ impl JobFigures {
             in_words: job.in_words(),
             writes: job.writes(),
             syncs: job.syncs(),
-            competitors: who.iter().map(Competing::new).collect(),
+            competitors: who.iter().map(CompetitorFigures::new).collect(),
         }
     }
 }
 
-impl Competing {
+impl CompetitorFigures {
     fn new(who: &Competitor) -> Self {
         Self {
             name: who.name.clone(),
@@ -271,12 +271,12 @@ impl Competing {
     }
 
     /// Returns one observed figure over the rounds that have it.
-    pub fn observed(&self, figure: impl Fn(&Observed) -> Option<f64>) -> Option<Spread> {
-        Spread::of(self.rounds.iter().filter_map(|run| figure(run.observed.as_ref()?)))
+    pub fn observed(&self, figure: impl Fn(&Observed) -> Option<f64>) -> Option<Distribution> {
+        Distribution::of(self.rounds.iter().filter_map(|run| figure(run.observed.as_ref()?)))
     }
 
-    fn over(&self, other: &[Run]) -> Option<Ratio> {
-        let pair = |run: &Run| {
+    fn over(&self, other: &[JobRun]) -> Option<Ratio> {
+        let pair = |run: &JobRun| {
             let theirs = other.iter().find(|theirs| theirs.round == run.round)?;
             Some((run.fio.iops(), theirs.fio.iops()))
         };
@@ -285,41 +285,41 @@ impl Competing {
 }
 
 /// Selects the latency of one kind of request.
-type Which = fn(&Summary) -> Option<Latency>;
+type LatencyOf = fn(&Summary) -> Option<Latency>;
 
 impl Figures {
-    fn of(rounds: &[Run]) -> Option<Self> {
-        let kinds: [(&'static str, Which); 3] = [
+    fn of(rounds: &[JobRun]) -> Option<Self> {
+        let kinds: [(&'static str, LatencyOf); 3] = [
             ("read", |fio| fio.read.as_ref()?.latency),
             ("write", |fio| fio.write.as_ref()?.latency),
             ("sync", |fio| fio.syncs.as_ref()?.latency),
         ];
         let latencies = kinds.into_iter().filter_map(|(of, which)| {
-            let spread = |figure: fn(Latency) -> f64| {
-                Spread::of(rounds.iter().filter_map(|run| which(&run.fio).map(figure)))
+            let distribution = |figure: fn(Latency) -> f64| {
+                Distribution::of(rounds.iter().filter_map(|run| which(&run.fio).map(figure)))
             };
             Some(Latencies {
                 of,
-                p50_us: spread(|latency| latency.p50_us)?,
-                p99_us: spread(|latency| latency.p99_us)?,
-                p999_us: spread(|latency| latency.p999_us)?,
+                p50_us: distribution(|latency| latency.p50_us)?,
+                p99_us: distribution(|latency| latency.p99_us)?,
+                p999_us: distribution(|latency| latency.p999_us)?,
             })
         });
         Some(Self {
-            iops: Spread::of(rounds.iter().map(|run| run.fio.iops()))?,
-            mb_s: Spread::of(rounds.iter().map(|run| run.fio.mb_s()))?,
+            iops: Distribution::of(rounds.iter().map(|run| run.fio.iops()))?,
+            mb_s: Distribution::of(rounds.iter().map(|run| run.fio.mb_s()))?,
             latencies: latencies.collect(),
         })
     }
 }
 
-impl Report {
+impl BenchReport {
     /// Creates a report without runs.
-    pub fn new(options: &Options, prepared: &Prepared, jobs: impl Iterator<Item = JobFigures>) -> Self {
+    pub fn new(options: &BenchOptions, prepared: &Prepared, jobs: impl Iterator<Item = JobFigures>) -> Self {
         Self {
             schema: "minivmm-bench",
             version: SCHEMA_VERSION,
-            meaning: prepared.host.figures_that_mean_something(),
+            meaning: prepared.host.meaningful_figures(),
             host: prepared.host.clone(),
             image: ImageFigures { path: options.disk.path.clone(), layout: prepared.layout.clone() },
             protocol: Protocol {
@@ -331,14 +331,14 @@ impl Report {
             },
             jobs: jobs.collect(),
             warnings: Vec::new(),
-            ended: Ended::Whole,
+            ended: BenchEnd::Whole,
             error: None,
             seconds: 0.0,
         }
     }
 
     /// Adds a run of the competitor with index `place` at the job with index `job`.
-    pub fn add(&mut self, job: usize, place: usize, run: Run) {
+    pub fn add(&mut self, job: usize, place: usize, run: JobRun) {
         if let Some(who) = self.jobs.get_mut(job).and_then(|job| job.competitors.get_mut(place)) {
             who.rounds.push(run);
         }
@@ -347,7 +347,7 @@ impl Report {
     /// Computes the figures and ratios from the runs.
     pub fn conclude(&mut self) {
         for job in &mut self.jobs {
-            let runs: Vec<(String, Vec<Run>)> =
+            let runs: Vec<(String, Vec<JobRun>)> =
                 job.competitors.iter().map(|who| (who.name.clone(), who.rounds.clone())).collect();
             let of = |name: &str| runs.iter().find(|(who, _)| who == name).map_or(&[][..], |(_, runs)| runs);
             for who in &mut job.competitors {

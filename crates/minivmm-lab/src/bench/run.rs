@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::jobs::{Job, JobError};
-use super::prepare::{self, PrepareError, Written};
-use super::report::{Ended, JobFigures, Observed, Report, Run};
+use super::prepare::{self, PrepareError, WriteProgress};
+use super::report::{BenchEnd, BenchReport, JobFigures, JobRun, Observed};
 use super::who::{Competitor, competitors};
-use super::{Options, warn};
+use super::{BenchOptions, warn};
 use crate::estimate::{Clock, Rate};
 use crate::lab::fio::{self, FioError, Summary};
-use crate::lab::{Boot, BootError, DiskSpec, How, Outcome, boot, image};
+use crate::lab::{Boot, BootError, BootOutcome, DiskSpec, EndCause, boot, image};
 use crate::scratch_dir::ScratchDir;
 use minivmm::disk::cache::CachePolicy;
 use minivmm::disk::{DiskConfig, Image};
@@ -64,7 +64,7 @@ impl BenchError {
 }
 
 /// Runs the bench. An error before the first run is returned; a later one is in the report.
-pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report, BenchError> {
+pub fn run(options: &BenchOptions, stop: &AtomicBool) -> Result<BenchReport, BenchError> {
     if let Some(verdict) = boot::why_no_linux(stop)? {
         return Err(BenchError::NoLinux(verdict));
     }
@@ -78,14 +78,15 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report, BenchError> {
     let started = Instant::now();
     let plan: Vec<(Job, Vec<Competitor>)> =
         prepared.jobs.iter().map(|job| (job.clone(), competitors(job, &options.modes))).collect();
-    let mut report = Report::new(options, &prepared, plan.iter().map(|(job, who)| JobFigures::new(job, who)));
+    let mut report =
+        BenchReport::new(options, &prepared, plan.iter().map(|(job, who)| JobFigures::new(job, who)));
     let ended = rounds(options, &plan, &mut report, stop);
     report.ended = match &ended {
-        Ok(()) => Ended::Whole,
-        Err(BenchError::Interrupted) => Ended::Interrupted,
-        Err(_) => Ended::Failed,
+        Ok(()) => BenchEnd::Whole,
+        Err(BenchError::Interrupted) => BenchEnd::Interrupted,
+        Err(_) => BenchEnd::Failed,
     };
-    report.error = ended.err().filter(|_| report.ended == Ended::Failed).map(|error| chain(&error));
+    report.error = ended.err().filter(|_| report.ended == BenchEnd::Failed).map(|error| chain(&error));
     report.seconds = started.elapsed().as_secs_f64();
     report.conclude();
     report.warnings = warn::all(options, &prepared, &report);
@@ -115,9 +116,9 @@ fn order(plan: &[(Job, Vec<Competitor>)], round: usize) -> Vec<String> {
 }
 
 fn rounds(
-    options: &Options,
+    options: &BenchOptions,
     plan: &[(Job, Vec<Competitor>)],
-    report: &mut Report,
+    report: &mut BenchReport,
     stop: &AtomicBool,
 ) -> Result<(), BenchError> {
     let steps = options.rounds * plan.iter().map(|(_, who)| who.len()).sum::<usize>();
@@ -141,7 +142,7 @@ fn rounds(
                 let measured = measure(options, competitor, stop);
                 clock.end();
                 match measured {
-                    Ok(run) => report.add(at, place, Run { round, ..run }),
+                    Ok(run) => report.add(at, place, JobRun { round, ..run }),
                     Err(error) => {
                         outcome =
                             Err(if stop.load(Ordering::Relaxed) { BenchError::Interrupted } else { error });
@@ -156,7 +157,7 @@ fn rounds(
     outcome
 }
 
-fn measure(options: &Options, competitor: &Competitor, stop: &AtomicBool) -> Result<Run, BenchError> {
+fn measure(options: &BenchOptions, competitor: &Competitor, stop: &AtomicBool) -> Result<JobRun, BenchError> {
     match competitor.mode {
         Some(mode) => in_guest(options, &competitor.job, mode, stop),
         None => on_host(options, competitor, stop),
@@ -164,11 +165,11 @@ fn measure(options: &Options, competitor: &Competitor, stop: &AtomicBool) -> Res
 }
 
 fn in_guest(
-    options: &Options,
+    options: &BenchOptions,
     job: &Job,
     mode: &'static CachePolicy,
     stop: &AtomicBool,
-) -> Result<Run, BenchError> {
+) -> Result<JobRun, BenchError> {
     let dir = ScratchDir::new("bench")?;
     let file = dir.path().join("bench.fio");
     output::write_anew(&file, job.file(GUEST_DISK))?;
@@ -188,7 +189,7 @@ fn in_guest(
     let summary = guests_summary(job, mode, &outcome)?;
     let observed = Observed::of(&outcome, &summary);
     let device = outcome.stats["disks"][0].clone();
-    Ok(Run {
+    Ok(JobRun {
         round: 0,
         seconds: outcome.seconds,
         fio: summary,
@@ -197,14 +198,18 @@ fn in_guest(
     })
 }
 
-fn guests_summary(job: &Job, mode: &'static CachePolicy, outcome: &Outcome) -> Result<Summary, BenchError> {
+fn guests_summary(
+    job: &Job,
+    mode: &'static CachePolicy,
+    outcome: &BootOutcome,
+) -> Result<Summary, BenchError> {
     let name = || job.name.clone();
-    match outcome.how {
-        How::Interrupted => return Err(BenchError::Interrupted),
-        How::Late => {
+    match outcome.cause {
+        EndCause::Interrupted => return Err(BenchError::Interrupted),
+        EndCause::Late => {
             return Err(BenchError::Late { job: name(), mode: mode.name, seconds: job.seconds_max() });
         }
-        How::ByItself => {}
+        EndCause::ByItself => {}
     }
     if outcome.status != 0 {
         let said = format!("{}\n{}", outcome.stderr.trim(), outcome.stdout.trim());
@@ -224,7 +229,7 @@ fn failed(job: &Job, who: &str, source: FioError) -> BenchError {
     BenchError::Fio { job: job.name.clone(), who: who.to_owned(), source }
 }
 
-fn on_host(options: &Options, competitor: &Competitor, stop: &AtomicBool) -> Result<Run, BenchError> {
+fn on_host(options: &BenchOptions, competitor: &Competitor, stop: &AtomicBool) -> Result<JobRun, BenchError> {
     let job = &competitor.job;
     // The open image locks out every VM, and fails if a VM has it locked.
     let buffered = CachePolicy::by_name("writeback").unwrap_or(options.disk.cache);
@@ -256,7 +261,7 @@ fn on_host(options: &Options, competitor: &Competitor, stop: &AtomicBool) -> Res
     let summary = first(Ok(summaries), job, &competitor.name)?;
     let after = Residency::of(locked.file()).ok();
     let observed = Observed::on_host(before, after, &summary, disk_read_bytes);
-    Ok(Run { round: 0, seconds, fio: summary, observed: Some(observed), device: None })
+    Ok(JobRun { round: 0, seconds, fio: summary, observed: Some(observed), device: None })
 }
 
 /// Returns a progress bar. It is visible only on a terminal.
@@ -272,24 +277,24 @@ fn begin(
     template: &str,
     left: impl Fn(u64, u64) -> String + Clone + Send + Sync + 'static,
 ) {
-    let told = move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+    let draw_left = move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
         let _ = out.write_str(&left(state.pos(), state.len().unwrap_or_default()));
     };
     if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style.with_key("left", told));
+        bar.set_style(style.with_key("left", draw_left));
     }
     bar.set_length(length);
     bar.enable_steady_tick(Duration::from_secs(1));
 }
 
-fn writing(bar: &ProgressBar, options: &Options, step: Written) {
+fn writing(bar: &ProgressBar, options: &BenchOptions, step: WriteProgress) {
     match step {
-        Written::Of(bytes) => {
+        WriteProgress::Total(bytes) => {
             let rate = Rate::begin();
             let left = move |done, total| rate.left(done, total);
             begin(bar, bytes, "{bar:30} {bytes}/{total_bytes} {msg}, {left}", left);
             bar.set_message(format!("written to {}", options.disk.path.display()));
         }
-        Written::More(bytes) => bar.inc(bytes),
+        WriteProgress::Added(bytes) => bar.inc(bytes),
     }
 }

@@ -5,9 +5,9 @@
 use std::fmt::Write;
 
 use super::figures::{bytes, count, percent, time};
-use super::report::{Competing, JobFigures, Latencies, Report};
+use super::report::{BenchReport, CompetitorFigures, JobFigures, Latencies};
 use super::warning::ABOUT;
-use crate::lab::{Ratio, Spread};
+use crate::lab::{Distribution, Ratio};
 use minivmm::text::hang;
 
 const HEAD: [&str; 9] = ["by", "IOPS", "spread", "MB/s", "p50", "p99", "of host", "of its peer", "see"];
@@ -15,7 +15,7 @@ const HEAD: [&str; 9] = ["by", "IOPS", "spread", "MB/s", "p50", "p99", "of host"
 const IS_WORDS: [usize; 2] = [0, 8];
 
 /// Returns the whole text.
-pub fn text(report: &Report) -> String {
+pub fn text(report: &BenchReport) -> String {
     let mut text = String::new();
     let image = &report.image;
     let extents = image.layout.extents.map(|count| format!(", in {count} extent{}", plural(count)));
@@ -78,13 +78,13 @@ fn latencies(job: &JobFigures) -> String {
     format!("; p50, p99 of {}", kinds.join(" + "))
 }
 
-fn rows(job: &JobFigures, report: &Report) -> Vec<[String; 9]> {
+fn rows(job: &JobFigures, report: &BenchReport) -> Vec<[String; 9]> {
     job.competitors.iter().filter_map(|who| row(job, who, report)).collect()
 }
 
-fn row(job: &JobFigures, who: &Competing, report: &Report) -> Option<[String; 9]> {
+fn row(job: &JobFigures, who: &CompetitorFigures, report: &BenchReport) -> Option<[String; 9]> {
     let figures = who.figures.as_ref()?;
-    let latency = |which: fn(&Latencies) -> Spread| {
+    let latency = |which: fn(&Latencies) -> Distribution| {
         let medians = figures.latencies.iter().map(|latencies| time(which(latencies).median));
         medians.collect::<Vec<_>>().join(" + ")
     };
@@ -125,7 +125,7 @@ fn line(cells: &[String; 9], widths: &[Option<usize>]) -> String {
     line
 }
 
-fn legend(report: &Report) -> String {
+fn legend(report: &BenchReport) -> String {
     let ratios = report.jobs.iter().flat_map(|job| &job.competitors).filter_map(|who| who.over_host);
     let sure = ratios.map(|ratio| ratio.sure).reduce(f64::min);
     let mut text = String::new();
@@ -156,7 +156,7 @@ fn legend(report: &Report) -> String {
 }
 
 /// Returns the notes. Warnings with the same code share one note.
-fn notes(report: &Report) -> String {
+fn notes(report: &BenchReport) -> String {
     let width = ABOUT.iter().map(|about| about.0.len()).max().unwrap_or(0);
     let mut text = String::new();
     for (code, about) in &ABOUT {
@@ -206,8 +206,8 @@ mod tests {
             assert_eq!(count(value), text, "{value}");
         }
         assert_eq!([time(83.0), time(1234.0), time(2.5e6)].join(" "), "83.0 us 1.23 ms 2.50 s");
-        let told = [bytes(512.0), bytes(4096.0), bytes(256.0 * 1048576.0), bytes(1.5 * 1073741824.0)];
-        assert_eq!(told.join(", "), "512 bytes, 4 KiB, 256 MiB, 1.50 GiB");
+        let formatted = [bytes(512.0), bytes(4096.0), bytes(256.0 * 1048576.0), bytes(1.5 * 1073741824.0)];
+        assert_eq!(formatted.join(", "), "512 bytes, 4 KiB, 256 MiB, 1.50 GiB");
         assert_eq!([bytes(65536.0), bytes(100.0 * 1024.0)].join(", "), "64 KiB, 100 KiB");
         assert_eq!([percent(0.981), percent(0.012), percent(1.0)].join(" "), "98 % 1.2 % 100 %");
     }

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use super::jobs::{self, Job};
 use super::prepare::Prepared;
-use super::report::{Ended, JobFigures, Observed, Report, Run};
+use super::report::{BenchEnd, BenchReport, JobFigures, JobRun, Observed};
 use super::who::{Competitor, competitors};
-use super::{Options, warn};
+use super::{BenchOptions, warn};
 use crate::lab::Host;
 use crate::lab::extents::Layout;
 use crate::lab::fio::{Direction, Latency, Summary};
@@ -14,8 +14,8 @@ use minivmm::disk::DiskConfig;
 use minivmm::disk::cache::CachePolicy;
 use minivmm::observe::control::HostCache;
 
-fn options(rounds: usize, modes: &[&str]) -> Options {
-    Options {
+fn options(rounds: usize, modes: &[&str]) -> BenchOptions {
+    BenchOptions {
         disk: DiskConfig::new("a.img"),
         keys: Vec::new(),
         modes: modes.iter().map(|name| CachePolicy::by_name(name).unwrap()).collect(),
@@ -34,7 +34,7 @@ fn options(rounds: usize, modes: &[&str]) -> Options {
 }
 
 /// Returns a prepared bench on a machine without any caveat.
-fn prepared(options: &Options) -> Prepared {
+fn prepared(options: &BenchOptions) -> Prepared {
     let mut host = Host::look(Path::new("/")).unwrap();
     (host.hypervisor, host.emulated, host.load, host.dirty_expire_s) = (None, false, Some(0.0), Some(30.0));
     let layout = Layout { bytes: 1 << 30, extents: Some(1), told_by: "fiemap", ..Layout::default() };
@@ -50,20 +50,21 @@ fn fio(job: &Job, iops: f64, seconds: f64) -> Summary {
     Summary { name: job.name.clone(), seconds, read, write, syncs: None }
 }
 
-fn run(round: usize, fio: Summary, observed: Option<Observed>) -> Run {
-    Run { round, seconds: 12.0, fio, observed, device: None }
+fn run(round: usize, fio: Summary, observed: Option<Observed>) -> JobRun {
+    JobRun { round, seconds: 12.0, fio, observed, device: None }
 }
 
 /// Returns a report with the figures that `figures` gives for each job, competitor and round. `None` stands for
 /// no run.
 fn report(
-    options: &Options,
+    options: &BenchOptions,
     prepared: &Prepared,
-    ended: Ended,
+    ended: BenchEnd,
     figures: impl Fn(&Job, &Competitor, usize) -> Option<(Summary, Observed)>,
-) -> Report {
+) -> BenchReport {
     let plan: Vec<_> = prepared.jobs.iter().map(|job| (job, competitors(job, &options.modes))).collect();
-    let mut report = Report::new(options, prepared, plan.iter().map(|(job, who)| JobFigures::new(job, who)));
+    let mut report =
+        BenchReport::new(options, prepared, plan.iter().map(|(job, who)| JobFigures::new(job, who)));
     for (at, (job, who)) in plan.iter().enumerate() {
         for (place, competitor) in who.iter().enumerate() {
             for round in 0..options.rounds {
@@ -80,7 +81,7 @@ fn report(
 }
 
 /// Returns (code, job, who) of each warning.
-fn told(report: &Report) -> Vec<(&'static str, &str, &str)> {
+fn codes_and_places(report: &BenchReport) -> Vec<(&'static str, &str, &str)> {
     let warnings = report.warnings.iter();
     warnings
         .map(|it| (it.code, it.job.as_deref().unwrap_or_default(), it.who.as_deref().unwrap_or_default()))
@@ -91,11 +92,11 @@ fn told(report: &Report) -> Vec<(&'static str, &str, &str)> {
 fn figures_of_a_disk_are_told_without_a_word() {
     let options = options(3, &["none"]);
     let prepared = prepared(&options);
-    let report = report(&options, &prepared, Ended::Whole, |job, who, round| {
+    let report = report(&options, &prepared, BenchEnd::Whole, |job, who, round| {
         let iops = if who.mode.is_some() { 900.0 } else { 1000.0 };
         Some((fio(job, iops + round as f64, 40.0), Observed::default()))
     });
-    assert_eq!(told(&report), []);
+    assert_eq!(codes_and_places(&report), []);
     let text = super::table::text(&report);
     assert!(!text.contains("want a word") && text.contains("0.90 (0.90-0.90)"), "{text}");
     assert!(text.contains("1 GiB, every byte written, in 1 extent;"), "{text}");
@@ -112,7 +113,7 @@ fn figures_of_a_disk_are_told_without_a_word() {
 fn each_way_to_fool_oneself_is_found_in_the_figures() {
     let options = options(3, &["none", "writeback", "unsafe"]);
     let prepared = prepared(&options);
-    let report = report(&options, &prepared, Ended::Whole, |job, who, round| {
+    let report = report(&options, &prepared, BenchEnd::Whole, |job, who, round| {
         let mut observed = Observed::default();
         let mut iops = 1000.0;
         match (job.name.as_str(), who.name.as_str()) {
@@ -146,7 +147,7 @@ fn each_way_to_fool_oneself_is_found_in_the_figures() {
         ("short", "seqwrite", "unsafe"),
         ("spread", "seqwrite", "none"),
     ];
-    assert_eq!(told(&report), expected);
+    assert_eq!(codes_and_places(&report), expected);
     let text = super::table::text(&report);
     let row = text.lines().find(|line| line.starts_with("  unsafe") && line.contains("dirty")).unwrap();
     assert!(row.ends_with("dirty ignored short"), "{text}");
@@ -170,10 +171,10 @@ fn what_is_wrong_with_machine_image_or_run_is_said_first() {
     (prepared.host.hypervisor, prepared.host.emulated) = (Some("TCG".into()), true);
     (prepared.host.load, prepared.host.cpus) = (Some(2.0), 2);
     (prepared.layout.shared_bytes, prepared.layout.encoded_bytes) = (1 << 20, 4096);
-    let report = report(&options, &prepared, Ended::Interrupted, |job, who, _| {
+    let report = report(&options, &prepared, BenchEnd::Interrupted, |job, who, _| {
         (job.name == "randread" && who.mode.is_some()).then(|| (fio(job, 1000.0, 1.0), Observed::default()))
     });
-    let codes: Vec<_> = told(&report).iter().map(|it| it.0).collect();
+    let codes: Vec<_> = codes_and_places(&report).iter().map(|it| it.0).collect();
     assert_eq!(codes, ["stopped", "emulated", "disk", "rounds", "busy", "shared"]);
     let text = super::table::text(&report);
     // One round has neither a spread nor an interval, and jobs that did not run have no line.
@@ -211,7 +212,7 @@ fn fields(value: &serde_json::Value, names: &mut Vec<String>) {
 fn the_guide_lists_every_field_of_the_json_and_every_warning() {
     let options = options(2, &["none", "writeback"]);
     let prepared = prepared(&options);
-    let report = report(&options, &prepared, Ended::Whole, |job, _, _| {
+    let report = report(&options, &prepared, BenchEnd::Whole, |job, _, _| {
         let mut fio = fio(job, 1000.0, 1.0);
         let latency = fio.write.as_ref().and_then(|side| side.latency);
         fio.syncs = Some(crate::lab::fio::Syncs { count: 1, latency });

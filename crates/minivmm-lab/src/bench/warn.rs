@@ -3,10 +3,10 @@
 //! Owns the threshold of each warning.
 
 use super::prepare::Prepared;
-use super::report::{Competing, Ended, JobFigures, Observed, Report};
+use super::report::{BenchEnd, BenchReport, CompetitorFigures, JobFigures, Observed};
 use super::warning::{ABOUT, Warning};
-use super::{Options, figures};
-use crate::lab::host::Meaning;
+use super::{BenchOptions, figures};
+use crate::lab::host::MeaningfulFigures;
 use minivmm::disk::cache::CachePolicy;
 
 /// A smaller share is not mentioned.
@@ -21,7 +21,7 @@ const ROUNDS_MIN: usize = 3;
 const LOAD_MAX: f64 = 0.5;
 
 /// Returns all warnings, in the order of [`ABOUT`].
-pub fn all(options: &Options, prepared: &Prepared, report: &Report) -> Vec<Warning> {
+pub fn all(options: &BenchOptions, prepared: &Prepared, report: &BenchReport) -> Vec<Warning> {
     let mut found = general(options, prepared, report);
     for job in &report.jobs {
         for who in &job.competitors {
@@ -37,15 +37,15 @@ fn whole(code: &'static str, text: impl Into<String>) -> Warning {
     Warning { code, job: None, who: None, value: None, text: text.into() }
 }
 
-fn general(options: &Options, prepared: &Prepared, report: &Report) -> Vec<Warning> {
+fn general(options: &BenchOptions, prepared: &Prepared, report: &BenchReport) -> Vec<Warning> {
     let mut found = Vec::new();
     match report.ended {
-        Ended::Whole => {}
-        Ended::Interrupted => found.push(whole("stopped", "it was stopped")),
-        Ended::Failed => found.push(whole("stopped", report.error.clone().unwrap_or_default())),
+        BenchEnd::Whole => {}
+        BenchEnd::Interrupted => found.push(whole("stopped", "it was stopped")),
+        BenchEnd::Failed => found.push(whole("stopped", report.error.clone().unwrap_or_default())),
     }
     if let Some(caveat) = report.meaning.caveat() {
-        let code = if report.meaning == Meaning::Counts { "emulated" } else { "virtual" };
+        let code = if report.meaning == MeaningfulFigures::Counts { "emulated" } else { "virtual" };
         found.push(whole(code, caveat));
     }
     if options.rounds < ROUNDS_MIN {
@@ -94,7 +94,7 @@ fn general(options: &Options, prepared: &Prepared, report: &Report) -> Vec<Warni
     found
 }
 
-fn of(job: &JobFigures, who: &Competing, dirty_expire_s: Option<f64>) -> Vec<Warning> {
+fn of(job: &JobFigures, who: &CompetitorFigures, dirty_expire_s: Option<f64>) -> Vec<Warning> {
     let Some(figures) = &who.figures else { return Vec::new() };
     let mut found = Vec::new();
     let mut add = |code, value: f64, words: String| {
@@ -107,7 +107,7 @@ fn of(job: &JobFigures, who: &Competing, dirty_expire_s: Option<f64>) -> Vec<War
         });
     };
     let share = |figure: fn(&Observed) -> Option<f64>| {
-        who.observed(figure).map(|spread| spread.median).filter(|&share| share >= SHARE_MIN)
+        who.observed(figure).map(|distribution| distribution.median).filter(|&share| share >= SHARE_MIN)
     };
     // A job that only writes reads no more than a partition table.
     let reads = who.rounds.iter().any(|run| run.fio.read.is_some());

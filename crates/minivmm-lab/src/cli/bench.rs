@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
-use crate::bench::Options;
+use crate::bench::BenchOptions;
 use minivmm::cli::{size, values};
 use minivmm::disk::DiskConfig;
 use minivmm::disk::cache::{CachePolicy, POLICIES};
@@ -151,8 +151,8 @@ impl BenchArgs {
     }
 
     /// Converts the arguments into options.
-    pub fn options(self) -> Options {
-        Options {
+    pub fn options(self) -> BenchOptions {
+        BenchOptions {
             disk: self.disk.config,
             keys: self.disk.keys,
             modes: self.modes.0,

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use crate::child::{Group, How};
+use crate::child::{EndCause, Group};
 use minivmm::files::output;
 use minivmm::text::shell_word;
 
@@ -159,10 +159,10 @@ fn wait(group: Group, deadline: Instant, stops: &[&AtomicBool]) -> io::Result<Co
     let ended = group.watch(deadline, stops);
     let status = group.end()?;
     Ok(match (ended?, status.code()) {
-        (How::Interrupted, _) => CommandEnd::Interrupted,
-        (How::Late, _) => CommandEnd::Late,
-        (How::ByItself, Some(code)) => CommandEnd::Status(code),
-        (How::ByItself, None) => CommandEnd::Signal(status.signal().unwrap_or_default()),
+        (EndCause::Interrupted, _) => CommandEnd::Interrupted,
+        (EndCause::Late, _) => CommandEnd::Late,
+        (EndCause::ByItself, Some(code)) => CommandEnd::Status(code),
+        (EndCause::ByItself, None) => CommandEnd::Signal(status.signal().unwrap_or_default()),
     })
 }
 

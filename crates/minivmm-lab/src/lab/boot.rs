@@ -15,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 
-use super::child::{self, How};
+use super::child::{self, EndCause};
 use crate::scratch_dir::ScratchDir;
 use minivmm::disk::cache::CachePolicy;
 use minivmm::files::output;
@@ -115,11 +115,11 @@ impl Boot {
 
 /// The results of a boot.
 #[derive(Debug)]
-pub struct Outcome {
+pub struct BootOutcome {
     /// Exit status of the script, or of minivmm (docs/running-commands.md).
     pub status: i32,
     /// Why the VM ended.
-    pub how: How,
+    pub cause: EndCause,
     /// Standard output of the script.
     pub stdout: String,
     /// Standard error of the script and of minivmm.
@@ -132,7 +132,7 @@ pub struct Outcome {
     pub seconds: f64,
 }
 
-impl Outcome {
+impl BootOutcome {
     /// Returns the rows of one disk, for example `vda`.
     pub fn rows_of<'a>(&'a self, disk: &'a str) -> impl DoubleEndedIterator<Item = &'a Row> {
         self.rows.iter().filter(move |row| row.text("disk") == disk)
@@ -140,7 +140,7 @@ impl Outcome {
 
     /// Returns `true` if the script ended by itself with status 0.
     pub fn is_good(&self) -> bool {
-        self.how == How::ByItself && self.status == 0
+        self.cause == EndCause::ByItself && self.status == 0
     }
 }
 
@@ -162,14 +162,14 @@ pub enum BootError {
 
 impl Boot {
     /// Runs the boot until the guest ends, `stop` is set or the time limit is reached.
-    pub fn run(&self, stop: &AtomicBool) -> Result<Outcome, BootError> {
+    pub fn run(&self, stop: &AtomicBool) -> Result<BootOutcome, BootError> {
         let program = program::beside(program::VMM);
         let found = |source| BootError::Start { program: program::VMM.into(), source };
         self.run_by(&program.map_err(found)?, stop)
     }
 
     /// Runs the boot with this minivmm.
-    pub fn run_by(&self, program: &Path, stop: &AtomicBool) -> Result<Outcome, BootError> {
+    pub fn run_by(&self, program: &Path, stop: &AtomicBool) -> Result<BootOutcome, BootError> {
         let dir = ScratchDir::new("lab").map_err(BootError::Files)?;
         let (mut command, files) = self.command(program, dir.path()).map_err(BootError::Files)?;
         log::debug!("{command:?}");
@@ -177,9 +177,9 @@ impl Boot {
         let ended = child::run(&mut command, self.timeout + BEYOND, stop);
         let seconds = started.elapsed().as_secs_f64();
         let ended = ended.map_err(|source| BootError::Start { program: program.to_owned(), source })?;
-        Ok(Outcome {
+        Ok(BootOutcome {
             status: ended.status,
-            how: ended.how,
+            cause: ended.cause,
             stdout: ended.stdout,
             stderr: ended.stderr,
             rows: files.rows(),
@@ -190,9 +190,9 @@ impl Boot {
 
     /// Returns the command line for this minivmm, and the files that it writes. The script and these files are
     /// in `dir`.
-    pub fn command(&self, program: &Path, dir: &Path) -> io::Result<(Command, Files)> {
+    pub fn command(&self, program: &Path, dir: &Path) -> io::Result<(Command, OutputFiles)> {
         let script = dir.join("job");
-        let files = Files { observed: dir.join("observed.csv"), stats: dir.join("stats.json") };
+        let files = OutputFiles { observed: dir.join("observed.csv"), stats: dir.join("stats.json") };
         output::write_anew(&script, &self.script)?;
         let mut command = Command::new(program);
         for disk in &self.disks {
@@ -220,12 +220,12 @@ impl Boot {
 
 /// The files that minivmm writes while it runs.
 #[derive(Debug)]
-pub struct Files {
+pub struct OutputFiles {
     observed: PathBuf,
     stats: PathBuf,
 }
 
-impl Files {
+impl OutputFiles {
     /// Returns what was observed so far. An incomplete last line, left by a VM that was killed, is skipped.
     pub fn rows(&self) -> Vec<Row> {
         let text = std::fs::read_to_string(&self.observed).unwrap_or_default();
@@ -255,7 +255,8 @@ pub fn why_no_linux(stop: &AtomicBool) -> Result<Option<String>, BootError> {
     command.args(["check", "--quiet"]);
     let ended = child::run(&mut command, CHECK_MAX, stop);
     let ended = ended.map_err(|source| BootError::Start { program: name, source })?;
-    Ok((ended.how == How::ByItself && ended.status == CHECK_SAYS_NO).then(|| ended.stdout.trim().to_owned()))
+    Ok((ended.cause == EndCause::ByItself && ended.status == CHECK_SAYS_NO)
+        .then(|| ended.stdout.trim().to_owned()))
 }
 
 fn joined(before: &str, path: &Path, behind: &str) -> OsString {
@@ -305,8 +306,8 @@ mod tests {
         );
         let outcome = boot(Duration::from_secs(60)).run_by(&program, &AtomicBool::new(false)).unwrap();
         assert_eq!(
-            (outcome.status, outcome.how, outcome.is_good()),
-            (3, How::ByItself, false),
+            (outcome.status, outcome.cause, outcome.is_good()),
+            (3, EndCause::ByItself, false),
             "{outcome:?}"
         );
         let (line, said) = outcome.stdout.split_once('\n').unwrap();
@@ -330,7 +331,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let program = fake(dir.path(), "exec sleep 60");
         let outcome = boot(Duration::from_secs(60)).run_by(&program, &AtomicBool::new(true)).unwrap();
-        assert_eq!((outcome.how, outcome.stats, outcome.rows.len()), (How::Interrupted, Value::Null, 0));
+        assert_eq!(
+            (outcome.cause, outcome.stats, outcome.rows.len()),
+            (EndCause::Interrupted, Value::Null, 0)
+        );
         let missing = boot(Duration::from_secs(1)).run_by(&dir.path().join("no"), &AtomicBool::new(false));
         assert!(missing.unwrap_err().to_string().contains("no"));
     }

@@ -8,19 +8,19 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+pub use crate::child::EndCause;
 use crate::child::Group;
-pub use crate::child::How;
 
 /// Time that a process has to end after SIGTERM. A VM drains its disks meanwhile.
 const GRACE: Duration = Duration::from_secs(20);
 
 /// A child that has ended, and its output.
 #[derive(Debug)]
-pub struct Ended {
+pub struct EndedChild {
     /// Exit status, or 128 plus the number of the signal that killed the child.
     pub status: i32,
     /// What ended it.
-    pub how: How,
+    pub cause: EndCause,
     /// Its standard output.
     pub stdout: String,
     /// Its standard error.
@@ -32,7 +32,7 @@ pub struct Ended {
 
 /// Runs `command` without input, in a process group of its own, so that a Ctrl-C on our terminal reaches it
 /// only if we pass it on. No process of the group is left afterwards.
-pub fn run(command: &mut Command, limit: Duration, stop: &AtomicBool) -> io::Result<Ended> {
+pub fn run(command: &mut Command, limit: Duration, stop: &AtomicBool) -> io::Result<EndedChild> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let before = disk_read_bytes();
     let mut group = Group::start(command)?;
@@ -43,10 +43,10 @@ pub fn run(command: &mut Command, limit: Duration, stop: &AtomicBool) -> io::Res
         let waited = wait(group, limit, stop);
         let said = |reader: std::thread::ScopedJoinHandle<'_, String>| reader.join().unwrap_or_default();
         let (stdout, stderr) = (said(stdout), said(stderr));
-        let (status, how) = waited?;
+        let (status, cause) = waited?;
         let status = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
         let disk_read_bytes = disk_read_bytes().saturating_sub(before);
-        Ok(Ended { status, how, stdout, stderr, disk_read_bytes })
+        Ok(EndedChild { status, cause, stdout, stderr, disk_read_bytes })
     })
 }
 
@@ -71,23 +71,23 @@ fn read_all(from: Option<impl Read>) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-fn wait(group: Group, limit: Duration, stop: &AtomicBool) -> io::Result<(ExitStatus, How)> {
-    let mut how = group.watch(Instant::now() + limit, &[stop]);
-    if !matches!(how, Ok(How::ByItself)) {
+fn wait(group: Group, limit: Duration, stop: &AtomicBool) -> io::Result<(ExitStatus, EndCause)> {
+    let mut cause = group.watch(Instant::now() + limit, &[stop]);
+    if !matches!(cause, Ok(EndCause::ByItself)) {
         group.terminate();
         // The reason for the stop stays the same, whether or not the process ends in time.
         if let Err(error) = group.watch(Instant::now() + GRACE, &[]) {
-            how = how.and(Err(error));
+            cause = cause.and(Err(error));
         }
     }
-    Ok((group.end()?, how?))
+    Ok((group.end()?, cause?))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn sh(script: &str, limit: Duration, stop: &AtomicBool) -> Ended {
+    fn sh(script: &str, limit: Duration, stop: &AtomicBool) -> EndedChild {
         run(Command::new("sh").args(["-c", script]), limit, stop).unwrap()
     }
 
@@ -95,10 +95,10 @@ mod tests {
     fn what_it_said_and_how_it_ended_is_told() {
         let never = AtomicBool::new(false);
         let ended = sh("echo out; echo err >&2; exit 7", Duration::from_secs(60), &never);
-        assert_eq!((ended.status, ended.how), (7, How::ByItself));
+        assert_eq!((ended.status, ended.cause), (7, EndCause::ByItself));
         assert_eq!((ended.stdout.as_str(), ended.stderr.as_str()), ("out\n", "err\n"));
         let ended = sh("kill -USR1 $$", Duration::from_secs(60), &never);
-        assert_eq!((ended.status, ended.how), (128 + libc::SIGUSR1, How::ByItself));
+        assert_eq!((ended.status, ended.cause), (128 + libc::SIGUSR1, EndCause::ByItself));
     }
 
     #[test]
@@ -127,8 +127,8 @@ mod tests {
         // A background process holds the pipes. If it were not killed, the test would take a minute.
         let script = "trap 'echo told; exit 3' TERM; sleep 60 & echo begun; wait";
         let ended = sh(script, Duration::from_millis(500), &never);
-        assert_eq!((ended.status, ended.how, ended.stdout.as_str()), (3, How::Late, "begun\ntold\n"));
+        assert_eq!((ended.status, ended.cause, ended.stdout.as_str()), (3, EndCause::Late, "begun\ntold\n"));
         let ended = sh("exec sleep 60", Duration::from_secs(60), &AtomicBool::new(true));
-        assert_eq!((ended.status, ended.how), (128 + libc::SIGTERM, How::Interrupted));
+        assert_eq!((ended.status, ended.cause), (128 + libc::SIGTERM, EndCause::Interrupted));
     }
 }

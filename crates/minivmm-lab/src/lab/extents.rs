@@ -60,7 +60,7 @@ impl Layout {
             {
                 by_seek(file, bytes)
             }
-            told => told,
+            layout => layout,
         }
     }
 
@@ -96,12 +96,12 @@ struct Fiemap {
     mapped_extents: u32,
     extent_count: u32,
     reserved: u32,
-    extents: [Extent; EXTENTS],
+    extents: [FiemapExtent; EXTENTS],
 }
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Extent {
+struct FiemapExtent {
     logical: u64,
     physical: u64,
     length: u64,
@@ -121,7 +121,7 @@ fn by_fiemap(file: &File, bytes: u64) -> io::Result<Layout> {
             mapped_extents: 0,
             extent_count: 256,
             reserved: 0,
-            extents: [Extent::default(); EXTENTS],
+            extents: [FiemapExtent::default(); EXTENTS],
         };
         // SAFETY: `map` is a struct fiemap with room for the `extent_count` extents that it names.
         if unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP, &raw mut map) } != 0 {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::child::{self, How};
+use super::child::{self, EndCause};
 
 /// Why there are no figures.
 #[derive(Debug, thiserror::Error)]
@@ -142,14 +142,14 @@ pub fn on_host_counted(
     let mut command = Command::new("fio");
     command.arg("--output-format=json").args(arguments);
     let ended = child::run(&mut command, limit, stop).map_err(FioError::Start)?;
-    match ended.how {
-        How::Interrupted => Err(FioError::Interrupted),
-        How::Late => Err(FioError::Late(limit.as_secs())),
-        How::ByItself if ended.status != 0 => {
+    match ended.cause {
+        EndCause::Interrupted => Err(FioError::Interrupted),
+        EndCause::Late => Err(FioError::Late(limit.as_secs())),
+        EndCause::ByItself if ended.status != 0 => {
             let said = shortened(&format!("{}{}", ended.stderr, ended.stdout));
             Err(FioError::Failed { status: ended.status, said })
         }
-        How::ByItself => Ok((parse(&ended.stdout)?, ended.disk_read_bytes)),
+        EndCause::ByItself => Ok((parse(&ended.stdout)?, ended.disk_read_bytes)),
     }
 }
 

@@ -48,7 +48,7 @@ pub struct Host {
 /// Which figures of a machine are meaningful beyond this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Meaning {
+pub enum MeaningfulFigures {
     /// All figures.
     All,
     /// Ratios, because the machine is virtual: its disk belongs to a hypervisor, and the other work there is
@@ -58,7 +58,7 @@ pub enum Meaning {
     Counts,
 }
 
-impl Meaning {
+impl MeaningfulFigures {
     /// Returns the caveat for readers; `None` if there is none.
     pub fn caveat(self) -> Option<&'static str> {
         match self {
@@ -111,11 +111,11 @@ impl Host {
     }
 
     /// Returns which figures are meaningful.
-    pub fn figures_that_mean_something(&self) -> Meaning {
+    pub fn meaningful_figures(&self) -> MeaningfulFigures {
         match (self.emulated, &self.hypervisor) {
-            (true, _) => Meaning::Counts,
-            (false, Some(_)) => Meaning::Relative,
-            (false, None) => Meaning::All,
+            (true, _) => MeaningfulFigures::Counts,
+            (false, Some(_)) => MeaningfulFigures::Relative,
+            (false, None) => MeaningfulFigures::All,
         }
     }
 
@@ -205,8 +205,8 @@ mod tests {
         assert!(!host.kernel.trim().is_empty() && !host.place.file_system.is_empty(), "{host:?}");
         assert!(host.cpus > 0 && host.memory_bytes.unwrap() > 1 << 20 && host.unix_time > 1_700_000_000);
         assert!(host.dirty_expire_s.unwrap() > 0.0, "{host:?}");
-        let told = read("/proc/cpuinfo");
-        let flagged = told.lines().any(|line| line.starts_with("flags") && line.contains(" hypervisor"));
+        let cpuinfo = read("/proc/cpuinfo");
+        let flagged = cpuinfo.lines().any(|line| line.starts_with("flags") && line.contains(" hypervisor"));
         assert_eq!(host.hypervisor.is_some(), flagged, "{host:?}");
         assert!(host.in_words().contains(&host.place.file_system), "{}", host.in_words());
         assert!(Host::look(Path::new("/nowhere")).is_err());
@@ -216,13 +216,13 @@ mod tests {
     fn what_means_something_follows_from_what_it_runs_under() {
         let mut host = Host::look(Path::new("/")).unwrap();
         for (hypervisor, emulated, meaning) in [
-            (None, false, Meaning::All),
-            (Some("KVM"), false, Meaning::Relative),
-            (Some("TCG"), true, Meaning::Counts),
+            (None, false, MeaningfulFigures::All),
+            (Some("KVM"), false, MeaningfulFigures::Relative),
+            (Some("TCG"), true, MeaningfulFigures::Counts),
         ] {
             (host.hypervisor, host.emulated) = (hypervisor.map(str::to_owned), emulated);
-            assert_eq!(host.figures_that_mean_something(), meaning);
-            assert_eq!(meaning.caveat().is_none(), meaning == Meaning::All);
+            assert_eq!(host.meaningful_figures(), meaning);
+            assert_eq!(meaning.caveat().is_none(), meaning == MeaningfulFigures::All);
         }
         assert_eq!(
             (known("TCGTCGTCGTCG").starts_with("TCG"), known("KVMKVMKVM"), known("bhyve")),

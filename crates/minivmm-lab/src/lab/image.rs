@@ -235,11 +235,11 @@ mod tests {
     fn one_is_made_whole_and_then_reused() {
         let dir = place();
         let path = dir.path().join("a,b:c.img");
-        let mut told = 0;
+        let mut written = 0;
         // The size is a multiple neither of CHUNK nor of ALIGNMENT.
         let bytes = 3 * MIB + 512;
-        let made = ready(&path, bytes, &mut |more| told += more, &NEVER).unwrap();
-        assert!(made.is_written() && made.bytes == bytes && told == bytes, "{made:?}, {told}");
+        let made = ready(&path, bytes, &mut |more| written += more, &NEVER).unwrap();
+        assert!(made.is_written() && made.bytes == bytes && written == bytes, "{made:?}, {written}");
         let content = std::fs::read(&path).unwrap();
         assert!(content.chunks(64).all(|piece| piece.iter().any(|&byte| byte != 0)));
         let again = ready(&path, bytes, &mut |_| panic!("written again"), &NEVER).unwrap();
@@ -261,9 +261,9 @@ mod tests {
         file.sync_all().unwrap();
         assert!(!look(&path).unwrap().is_written());
         let before = std::fs::read(&path).unwrap();
-        let mut told = 0;
-        let filled = fill(&path, &mut |more| told += more, &NEVER).unwrap();
-        assert!(filled.is_written() && told > 2 * MIB && told < 3 * MIB, "{filled:?}, {told}");
+        let mut written = 0;
+        let filled = fill(&path, &mut |more| written += more, &NEVER).unwrap();
+        assert!(filled.is_written() && written > 2 * MIB && written < 3 * MIB, "{filled:?}, {written}");
         assert!(std::fs::read(&path).unwrap() == before);
         let in_use = Image::open(&DiskConfig::new(&path)).unwrap();
         assert!(matches!(fill(&path, &mut |_| {}, &NEVER), Err(ImageError::Disk(_))));

@@ -10,9 +10,9 @@ pub mod extents;
 pub mod fio;
 pub mod host;
 pub mod image;
-pub mod spread;
+pub mod rounds;
 
-pub use boot::{Boot, BootError, DiskSpec, Outcome};
-pub use child::How;
+pub use boot::{Boot, BootError, BootOutcome, DiskSpec};
+pub use child::EndCause;
 pub use host::Host;
-pub use spread::{Ratio, Spread};
+pub use rounds::{Distribution, Ratio};

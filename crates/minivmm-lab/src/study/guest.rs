@@ -26,7 +26,7 @@ use serde_json::Value;
 use super::figures::StepRecord;
 use super::steps::{StepContext, open};
 use crate::child::Group;
-use crate::lab::boot::Files;
+use crate::lab::boot::OutputFiles;
 use crate::lab::{Boot, DiskSpec, fio};
 use crate::scratch_dir::ScratchDir;
 use minivmm::disk::cache::CachePolicy;
@@ -140,7 +140,7 @@ struct Conversation {
     lines: Receiver<String>,
     images: Vec<(String, File)>,
     disk: Option<HostDisk>,
-    files: Files,
+    files: OutputFiles,
     stderr_path: PathBuf,
     spans: Vec<Span>,
     begun: Instant,

@@ -37,7 +37,7 @@ impl StudyMachine {
     /// Inspects this machine. `directory` holds the images.
     pub fn look(directory: &Path) -> io::Result<Self> {
         let host = Host::look(directory)?;
-        let caveat = host.figures_that_mean_something().caveat().map(str::to_owned);
+        let caveat = host.meaningful_figures().caveat().map(str::to_owned);
         Ok(Self { host, caveat })
     }
 

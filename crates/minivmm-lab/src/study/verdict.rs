@@ -38,7 +38,7 @@ pub struct Spread {
 impl Spread {
     /// Computes the spread of these values; `None` if there are none.
     pub fn of(values: &[f64]) -> Option<Self> {
-        let found = lab::Spread::of(values.iter().copied())?;
+        let found = lab::Distribution::of(values.iter().copied())?;
         let (low, high) = match found.count >= QUARTILES_FROM {
             true => (found.lower_quartile, found.upper_quartile),
             false => (found.min, found.max),

@@ -17,7 +17,7 @@ use crate::crash::legal::{Pending, StateName};
 use crate::crash::log::WriteLog;
 use crate::crash::plan::Breadth;
 use crate::crash::points::At;
-use crate::lab::child::{self, How};
+use crate::lab::child::{self, EndCause};
 use crate::scratch_dir::ScratchDir;
 use crate::study::figures::StepRecord;
 use crate::study::guest::{Guest, device, disk, no_other_requests};
@@ -82,7 +82,7 @@ fn ext4(context: &StepContext<'_>) -> Result<Option<PathBuf>> {
     let mut command = Command::new("mkfs.ext4");
     command.args(["-q", "-F", "-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0"]);
     match child::run(command.arg(&part), MKFS_MAX, context.stop) {
-        Ok(ended) if ended.how == How::ByItself && ended.status == 0 => {
+        Ok(ended) if ended.cause == EndCause::ByItself && ended.status == 0 => {
             fs::rename(&part, &path)?;
             Ok(Some(path))
         }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::StepContext;
-use crate::lab::Spread;
+use crate::lab::Distribution;
 use crate::study::figures::StepRecord;
 use crate::study::guest::{Guest, disk};
 use crate::study::steadiness::{MODES, PHASES};
@@ -148,7 +148,8 @@ fn steadiness(record: &mut StepRecord) {
             let rates = rates(points);
             // The first and the last interval contain the start and the end of the job.
             let inner = rates.iter().skip(1).take(rates.len().saturating_sub(2));
-            let variation = Spread::of(inner.map(|(_, rate)| *rate)).and_then(|spread| spread.variation);
+            let variation = Distribution::of(inner.map(|(_, rate)| *rate))
+                .and_then(|distribution| distribution.variation);
             if let Some(variation) = variation {
                 record.put(&format!("{name}.variation"), variation);
             }

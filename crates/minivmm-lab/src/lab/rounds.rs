@@ -10,7 +10,7 @@ const SURE: f64 = 0.95;
 
 /// The distribution of a figure over rounds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Spread {
+pub struct Distribution {
     /// Number of rounds.
     pub count: usize,
     /// The median. For an even number of values it is the mean of the two in the middle.
@@ -27,7 +27,7 @@ pub struct Spread {
     pub variation: Option<f64>,
 }
 
-impl Spread {
+impl Distribution {
     /// Computes the distribution of these values; `None` if there are none.
     pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut values: Vec<f64> = values.into_iter().collect();
@@ -92,16 +92,16 @@ impl Ratio {
         let mut ratios: Vec<f64> = ratios.collect();
         ratios.sort_by(f64::total_cmp);
         let count = ratios.len();
-        let spread = Spread::of(ratios.iter().copied())?;
+        let distribution = Distribution::of(ratios.iter().copied())?;
         // Find the narrowest interval that leaves out the same number of ratios at both ends.
         let mut out = 0;
         while out + 1 < count.div_ceil(2) && covers(count, out + 1) >= SURE {
             out += 1;
         }
-        let at = |place: usize| ratios.get(place).copied().unwrap_or(spread.median);
+        let at = |place: usize| ratios.get(place).copied().unwrap_or(distribution.median);
         Some(Self {
             count,
-            median: spread.median,
+            median: distribution.median,
             low: at(out),
             high: at(count - 1 - out),
             sure: covers(count, out),
@@ -129,16 +129,19 @@ mod tests {
 
     #[test]
     fn a_spread_is_of_all_rounds() {
-        let spread = Spread::of([4.0, 1.0, 3.0, 2.0, 10.0]).unwrap();
-        assert_eq!((spread.count, spread.min, spread.median, spread.max), (5, 1.0, 3.0, 10.0));
-        assert_eq!((spread.lower_quartile, spread.upper_quartile), (2.0, 4.0));
-        assert!((spread.variation.unwrap() - 12.5f64.sqrt() / 4.0).abs() < 1e-12, "{spread:?}");
-        assert_eq!(spread.relative_range(), Some(3.0));
-        assert_eq!(Spread::of([1.0, 2.0]).unwrap().median, 1.5);
-        let one = Spread::of([7.0]).unwrap();
+        let distribution = Distribution::of([4.0, 1.0, 3.0, 2.0, 10.0]).unwrap();
+        assert_eq!(
+            (distribution.count, distribution.min, distribution.median, distribution.max),
+            (5, 1.0, 3.0, 10.0)
+        );
+        assert_eq!((distribution.lower_quartile, distribution.upper_quartile), (2.0, 4.0));
+        assert!((distribution.variation.unwrap() - 12.5f64.sqrt() / 4.0).abs() < 1e-12, "{distribution:?}");
+        assert_eq!(distribution.relative_range(), Some(3.0));
+        assert_eq!(Distribution::of([1.0, 2.0]).unwrap().median, 1.5);
+        let one = Distribution::of([7.0]).unwrap();
         assert_eq!((one.median, one.lower_quartile, one.variation), (7.0, 7.0, None));
-        assert_eq!(Spread::of([]), None);
-        assert_eq!(Spread::of([0.0, 0.0]).unwrap().variation, None);
+        assert_eq!(Distribution::of([]), None);
+        assert_eq!(Distribution::of([0.0, 0.0]).unwrap().variation, None);
     }
 
     #[test]
