@@ -19,7 +19,7 @@ use crate::disk::choice::{EngineKind, choose};
 use crate::disk::geometry::{self, SECTOR};
 use crate::disk::{DiskConfig, Image, ImageError};
 
-pub use dry_run::{Answer, Driver};
+pub use dry_run::{Driver, RequestOutcome};
 pub use layers::{Layer, below, below_device};
 pub use place::Place;
 pub use print::to_text;

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use minivmm::disk::Image;
 use minivmm::disk_options;
-use minivmm::observe::cache::{Means, Watched};
+use minivmm::observe::cache::{ResidencySource, Watched};
 use minivmm::observe::control::HostCache;
 use minivmm::observe::control::{self, drop_cache, warm_cache};
 use minivmm::observe::follow;
@@ -83,7 +83,7 @@ fn the_cache_holds_what_was_read_and_what_is_dirty_as_fincore_says() {
     file.write_all_at(&vec![7; MIB], 4 * MIB as u64).unwrap();
     let written = must_agree(&path, &file, "written behind it");
     assert_eq!(written.cached_bytes(), 5 * MIB as u64);
-    if written.means == Means::Cachestat {
+    if written.source == ResidencySource::Cachestat {
         assert_eq!(read.dirty, Some(0));
         // The kernel may have begun to write them back already.
         let moving = written.dirty.unwrap() + written.writeback.unwrap();
@@ -101,8 +101,8 @@ fn the_cache_holds_what_was_read_and_what_is_dirty_as_fincore_says() {
     let watched = Watched::new(&file);
     file.read_exact_at(&mut half, 0).unwrap();
     let page = synced.page_bytes;
-    assert_eq!(watched.look_at(0, 3 * page).unwrap().cached, 3);
-    assert_eq!(watched.look_at(6 * MIB as u64, MIB as u64).unwrap().cached, 0);
+    assert_eq!(watched.measure_range(0, 3 * page).unwrap().cached, 3);
+    assert_eq!(watched.measure_range(6 * MIB as u64, MIB as u64).unwrap().cached, 0);
 }
 
 #[test]

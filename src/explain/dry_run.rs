@@ -33,22 +33,22 @@ pub struct Driver {
     /// Host calls that the write to config.writeback itself causes.
     pub on_setting: Vec<&'static str>,
     /// The result of IN.
-    pub read: Answer,
+    pub read: RequestOutcome,
     /// The result of OUT.
-    pub write: Answer,
+    pub write: RequestOutcome,
     /// The result of FLUSH.
-    pub flush: Answer,
+    pub flush: RequestOutcome,
     /// The result of DISCARD.
-    pub discard: Answer,
+    pub discard: RequestOutcome,
     /// The result of WRITE_ZEROES.
-    pub write_zeroes: Answer,
+    pub write_zeroes: RequestOutcome,
     /// The result of WRITE_ZEROES with the unmap flag.
-    pub write_zeroes_unmap: Answer,
+    pub write_zeroes_unmap: RequestOutcome,
 }
 
 /// What one request becomes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Answer {
+pub struct RequestOutcome {
     /// The status byte: OK, IOERR or UNSUPP.
     pub status: &'static str,
     /// The host's system calls in order. Each is made once per piece of the request.
@@ -97,12 +97,12 @@ fn driver(image: &Arc<Image>, engine: EngineKind, negotiated: Negotiated, sets: 
         sets_writeback: sets,
         writeback: config::space(image, image.queues(), cache.writeback())[config::WRITEBACK],
         on_setting,
-        read: trial.answer(kind::IN, 0),
-        write: trial.answer(kind::OUT, 0),
-        flush: trial.answer(kind::FLUSH, 0),
-        discard: trial.answer(kind::DISCARD, 0),
-        write_zeroes: trial.answer(kind::WRITE_ZEROES, 0),
-        write_zeroes_unmap: trial.answer(kind::WRITE_ZEROES, UNMAP),
+        read: trial.try_request(kind::IN, 0),
+        write: trial.try_request(kind::OUT, 0),
+        flush: trial.try_request(kind::FLUSH, 0),
+        discard: trial.try_request(kind::DISCARD, 0),
+        write_zeroes: trial.try_request(kind::WRITE_ZEROES, 0),
+        write_zeroes_unmap: trial.try_request(kind::WRITE_ZEROES, UNMAP),
     }
 }
 
@@ -117,9 +117,9 @@ struct Trial<'a> {
 impl Trial<'_> {
     /// Returns a disk in the state in which this driver's requests begin, and the calls that were made to get
     /// there.
-    fn begin(&self, refuse: bool) -> (Arc<WriteCache>, (DiskQueue, Calls), Vec<&'static str>) {
+    fn begin(&self, refuse: bool) -> (Arc<WriteCache>, (DiskQueue, CallLog), Vec<&'static str>) {
         let cache = Arc::new(WriteCache::new(self.image.policy()));
-        let calls = Calls::default();
+        let calls = CallLog::default();
         let (kind, buffered) = (self.engine, !self.image.policy().direct);
         let engine = Box::new(Recorder { calls: calls.clone(), kind, buffered, ended: Vec::new(), refuse });
         let mut disk =
@@ -135,14 +135,14 @@ impl Trial<'_> {
     }
 
     /// Returns what a request for the first block of the image becomes.
-    fn answer(&self, kind: u32, flags: u32) -> Answer {
+    fn try_request(&self, kind: u32, flags: u32) -> RequestOutcome {
         let (status, calls) = self.run(kind, flags, 1, false);
         let (_, refused) = self.run(kind, flags, 1, true);
         let (_, two) = self.run(kind, flags, 2, false);
         let (mut twice, mut sorted) = ([calls.as_slice(), &calls].concat(), two.clone());
         twice.sort_unstable();
         sorted.sort_unstable();
-        Answer {
+        RequestOutcome {
             status,
             where_refused: (refused != calls).then_some(refused),
             two_at_once: (sorted != twice).then_some(two),
@@ -219,9 +219,9 @@ fn finish(disk: &mut DiskQueue) -> bool {
 
 /// The calls so far, shared by all clones.
 #[derive(Debug, Clone, Default)]
-struct Calls(Arc<Mutex<Vec<&'static str>>>);
+struct CallLog(Arc<Mutex<Vec<&'static str>>>);
 
-impl Calls {
+impl CallLog {
     fn push(&self, call: &'static str) {
         unpoisoned(self.0.lock()).push(call);
     }
@@ -233,7 +233,7 @@ impl Calls {
 
 /// An engine without a file. All operations succeed, or those that a host may lack are refused.
 struct Recorder {
-    calls: Calls,
+    calls: CallLog,
     /// The engine whose calls are named.
     kind: EngineKind,
     /// True if the page cache is used.
@@ -371,8 +371,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let looked = image(&directory, "writethrough", |config| config.readonly = true);
         for driver in drivers(&looked, EngineKind::Blocking) {
-            for answer in [&driver.write, &driver.discard, &driver.write_zeroes] {
-                assert_eq!((answer.status, answer.calls.len()), ("IOERR", 0), "{driver:?}");
+            for outcome in [&driver.write, &driver.discard, &driver.write_zeroes] {
+                assert_eq!((outcome.status, outcome.calls.len()), ("IOERR", 0), "{driver:?}");
             }
             assert_eq!(driver.read.calls, ["preadv"]);
             assert!(driver.on_setting.is_empty());

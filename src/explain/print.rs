@@ -1,6 +1,6 @@
 //! Prints an explanation for people: 80 columns wide, and drivers with the same results together.
 
-use super::{Answer, Driver, Explanation};
+use super::{Driver, Explanation, RequestOutcome};
 use crate::text::hang;
 
 /// Returns the text of all disks, one after the other.
@@ -106,7 +106,7 @@ fn groups(drivers: &[Driver]) -> Vec<(Vec<String>, &Driver)> {
     groups
 }
 
-fn answers(driver: &Driver) -> [(&'static str, &Answer); 6] {
+fn outcomes(driver: &Driver) -> [(&'static str, &RequestOutcome); 6] {
     [
         ("read", &driver.read),
         ("write", &driver.write),
@@ -118,7 +118,7 @@ fn answers(driver: &Driver) -> [(&'static str, &Answer); 6] {
 }
 
 fn same(a: &Driver, b: &Driver) -> bool {
-    a.on_setting == b.on_setting && answers(a) == answers(b)
+    a.on_setting == b.on_setting && outcomes(a) == outcomes(b)
 }
 
 fn driver_text(driver: &Driver) -> String {
@@ -126,13 +126,13 @@ fn driver_text(driver: &Driver) -> String {
     if !driver.on_setting.is_empty() {
         text += &hang("    by setting it ", &calls(&driver.on_setting));
     }
-    for (name, answer) in answers(driver) {
-        let mut words = match answer.status {
-            "OK" => calls(&answer.calls),
-            status => format!("{status}, {}", calls(&answer.calls)),
+    for (name, outcome) in outcomes(driver) {
+        let mut words = match outcome.status {
+            "OK" => calls(&outcome.calls),
+            status => format!("{status}, {}", calls(&outcome.calls)),
         };
         // Only writes are shown, because whatever else shares a sync shares it in the same way.
-        if let (Some(two), "write") = (&answer.two_at_once, name) {
+        if let (Some(two), "write") = (&outcome.two_at_once, name) {
             words += &format!("; for two at once {}", calls(two));
         }
         text += &hang(&format!("    {name:<13} "), &words);

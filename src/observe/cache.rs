@@ -22,7 +22,7 @@ const WINDOW_BYTES: u64 = 1 << 30;
 
 /// struct cachestat_range of the kernel. Length 0 means to the end of the file.
 #[repr(C)]
-struct Range {
+struct CachestatRange {
     offset: u64,
     length: u64,
 }
@@ -30,7 +30,7 @@ struct Range {
 /// struct cachestat of the kernel, in pages.
 #[repr(C)]
 #[derive(Debug, Default)]
-struct Found {
+struct CachestatCounts {
     cached: u64,
     dirty: u64,
     writeback: u64,
@@ -40,7 +40,7 @@ struct Found {
 
 /// The system call that supplied the figures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Means {
+pub enum ResidencySource {
     /// cachestat(2), which supplies all figures.
     Cachestat,
     /// mincore(2), which supplies only the number of cached pages.
@@ -64,7 +64,7 @@ pub struct Residency {
     /// small.
     pub recently_evicted: Option<u64>,
     /// The system call that supplied the figures.
-    pub means: Means,
+    pub source: ResidencySource,
 }
 
 /// Why a cache cannot be measured.
@@ -94,7 +94,7 @@ impl Residency {
     /// Measures the whole of `file`, a regular file or a block device. On an overlay the file below is
     /// measured.
     pub fn of(file: &File) -> Result<Self, CacheError> {
-        Watched::new(file).look()
+        Watched::new(file).measure()
     }
 
     /// Returns the number of bytes in the cache.
@@ -115,7 +115,7 @@ pub struct Watched<F> {
     path: PathBuf,
     below: Below,
     /// True if mincore(2) tells this process the truth.
-    is_told: bool,
+    mincore_is_truthful: bool,
 }
 
 #[derive(Debug)]
@@ -141,17 +141,17 @@ impl<F: Borrow<File>> Watched<F> {
         } else {
             below_overlay(own, &path, &place).map_or(Below::OutOfReach, Below::File)
         };
-        let is_told = may_be_told(own).unwrap_or(false);
-        Self { file, path, below, is_told }
+        let mincore_is_truthful = is_mincore_truthful(own).unwrap_or(false);
+        Self { file, path, below, mincore_is_truthful }
     }
 
     /// Measures the whole file.
-    pub fn look(&self) -> Result<Residency, CacheError> {
-        self.look_at(0, 0)
+    pub fn measure(&self) -> Result<Residency, CacheError> {
+        self.measure_range(0, 0)
     }
 
     /// Measures `length` bytes from `offset` on. Length 0 means to the end of the file.
-    pub fn look_at(&self, offset: u64, length: u64) -> Result<Residency, CacheError> {
+    pub fn measure_range(&self, offset: u64, length: u64) -> Result<Residency, CacheError> {
         let asked = match &self.below {
             Below::Own => Some(self.file.borrow()),
             Below::File(file) => Some(file),
@@ -163,7 +163,7 @@ impl<F: Borrow<File>> Watched<F> {
             Some(Err(error)) => Some(error),
             None => None,
         };
-        let seen = if self.is_told {
+        let seen = if self.mincore_is_truthful {
             mincore(self.file.borrow(), offset, length)
         } else {
             Err(io::ErrorKind::PermissionDenied.into())
@@ -187,8 +187,8 @@ fn page_bytes() -> u64 {
 }
 
 fn cachestat(file: &File, offset: u64, length: u64) -> io::Result<Residency> {
-    let range = Range { offset, length };
-    let mut found = Found::default();
+    let range = CachestatRange { offset, length };
+    let mut found = CachestatCounts::default();
     // SAFETY: the kernel reads one range and writes one answer. Both have the layout of its header and live
     // until the call returns.
     let result =
@@ -203,7 +203,7 @@ fn cachestat(file: &File, offset: u64, length: u64) -> io::Result<Residency> {
         writeback: Some(found.writeback),
         evicted: Some(found.evicted),
         recently_evicted: Some(found.recently_evicted),
-        means: Means::Cachestat,
+        source: ResidencySource::Cachestat,
     })
 }
 
@@ -258,13 +258,13 @@ fn mincore(file: &File, offset: u64, length: u64) -> io::Result<Residency> {
         writeback: None,
         evicted: None,
         recently_evicted: None,
-        means: Means::Mincore,
+        source: ResidencySource::Mincore,
     })
 }
 
 /// Returns `true` if mincore(2) tells this process the truth. Since Linux 5.2 it reports every page as resident
 /// to a process that neither owns the file nor may write it.
-fn may_be_told(file: &File) -> io::Result<bool> {
+fn is_mincore_truthful(file: &File) -> io::Result<bool> {
     // SAFETY: geteuid cannot fail and touches no memory.
     let me = unsafe { libc::geteuid() };
     if me == 0 || file.metadata()?.uid() == me {
@@ -341,7 +341,7 @@ mod tests {
         let asked = cachestat(&file, 0, 0);
         let counted = mincore(&file, 0, 0).unwrap();
         assert_eq!(counted.cached_bytes(), 100_000u64.next_multiple_of(page_bytes()));
-        assert_eq!((counted.dirty, counted.evicted, counted.means), (None, None, Means::Mincore));
+        assert_eq!((counted.dirty, counted.evicted, counted.source), (None, None, ResidencySource::Mincore));
         match asked {
             Ok(found) => assert_eq!(found.cached, counted.cached),
             Err(error) => assert!(is_missing(&error), "{error}"),

@@ -120,7 +120,7 @@ impl GuestEnd {
     }
 
     /// Asks the guest and waits at most `patience` for the answer. Returns the newest view and its age.
-    pub fn look(&mut self, patience: Duration) -> Option<(GuestView, Duration)> {
+    pub fn ask(&mut self, patience: Duration) -> Option<(GuestView, Duration)> {
         if !self.asked {
             // At most one byte is unread, so the pipe has room.
             self.asked = self.questions.write_all(QUESTION).is_ok();
@@ -204,19 +204,19 @@ mod tests {
         let file = |fd: std::os::fd::OwnedFd| File::from(fd);
         let mut end = GuestEnd::new(file(questions.into()), file(answers.into()));
         for _ in 0..3 {
-            assert_eq!(end.look(Duration::from_millis(1)), None);
+            assert_eq!(end.ask(Duration::from_millis(1)), None);
         }
         let mut bytes = [0; 16];
         assert_eq!(asked.read(&mut bytes).unwrap(), 1, "one question");
         // The answer arrives in two pieces.
         answer.write_all(b"cached 8 dirt").unwrap();
-        assert_eq!(end.look(Duration::from_millis(1)), None);
+        assert_eq!(end.ask(Duration::from_millis(1)), None);
         answer.write_all(b"y 4\n").unwrap();
-        let (view, age) = end.look(Duration::from_secs(60)).unwrap();
+        let (view, age) = end.ask(Duration::from_secs(60)).unwrap();
         assert_eq!((view.cached_bytes, view.dirty_bytes), (8192, 4096));
         assert!(age < Duration::from_secs(30), "it did not wait for more: {age:?}");
-        // The next look asks again, and returns the old view meanwhile.
-        assert!(end.look(Duration::from_millis(1)).is_some());
+        // The next call asks again, and returns the old view meanwhile.
+        assert!(end.ask(Duration::from_millis(1)).is_some());
         assert_eq!(asked.read(&mut bytes).unwrap(), 1);
     }
 }

@@ -65,7 +65,7 @@ impl HostDisk {
 
     /// Returns the counters of the disk.
     pub fn io(&self) -> Option<DiskIo> {
-        parse_stat(&anew(&self.stat).ok()?)
+        parse_stat(&reread(&self.stat).ok()?)
     }
 }
 
@@ -92,9 +92,9 @@ pub struct ProcessIo {
 
 /// The I/O accounting of this process.
 #[derive(Debug)]
-pub struct Accounts(File);
+pub struct IoAccounting(File);
 
-impl Accounts {
+impl IoAccounting {
     /// Opens the accounting; `None` if the kernel has none (CONFIG_TASK_IO_ACCOUNTING).
     pub fn of_this_process() -> Option<Self> {
         File::open("/proc/self/io").ok().map(Self)
@@ -102,12 +102,12 @@ impl Accounts {
 
     /// Returns the I/O that this process has caused so far.
     pub fn now(&self) -> Option<ProcessIo> {
-        parse_io(&anew(&self.0).ok()?)
+        parse_io(&reread(&self.0).ok()?)
     }
 }
 
 /// Reads a small file of procfs or sysfs again. The kernel generates it for each read from its beginning.
-fn anew(file: &File) -> io::Result<String> {
+fn reread(file: &File) -> io::Result<String> {
     let mut bytes = [0; 1024];
     let mut used = 0;
     while let Some(rest) = bytes.get_mut(used..).filter(|rest| !rest.is_empty()) {

@@ -100,8 +100,8 @@ impl Drop for MemoryLimit {
 }
 
 /// Pause between two attempts to remove the cgroup while a process in it still exits.
-const LOOK: std::time::Duration = std::time::Duration::from_millis(10);
-const LOOKS_MAX: u32 = 1000;
+const RETRY_AFTER: std::time::Duration = std::time::Duration::from_millis(10);
+const TRIES_MAX: u32 = 1000;
 
 impl Remover {
     /// Starts the remover, as a copy of this thread alone.
@@ -126,9 +126,9 @@ fn remove_when_ended(mut alive: PipeReader, group: &Path) {
     // Nothing is ever written to the pipe, so this returns when it is closed. read_exact repeats a read that a
     // signal interrupts.
     let _ = alive.read_exact(&mut [0]);
-    for _ in 0..LOOKS_MAX {
+    for _ in 0..TRIES_MAX {
         match fs::remove_dir(group) {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(LOOK),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(RETRY_AFTER),
             _ => return,
         }
     }

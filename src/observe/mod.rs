@@ -2,7 +2,7 @@
 //! the host's disk, and what follows from them (docs/observing.md).
 //!
 //! Owns the measurements ([`cache`], [`host`], [`guest`]), their combination ([`sample`]), the file that
-//! records them ([`csv`], [`sampler`], read by [`follow`]), and what is done to a cache before a guest starts
+//! records them ([`csv`], [`observer`], read by [`follow`]), and what is done to a cache before a guest starts
 //! ([`control`], [`limit`]). It decides nothing about requests: an observed disk works like any other.
 
 pub mod cache;
@@ -12,9 +12,9 @@ pub mod follow;
 pub mod guest;
 pub mod host;
 pub mod limit;
+pub mod observer;
 pub mod sample;
-pub mod sampler;
 
 pub use cache::Residency;
+pub use observer::Observer;
 pub use sample::Sample;
-pub use sampler::Observer;

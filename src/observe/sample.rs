@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::cache::{Residency, Watched};
 use super::guest::{GuestDisk, GuestEnd, GuestView};
-use super::host::{Accounts, DiskIo, HostDisk, ProcessIo};
+use super::host::{DiskIo, HostDisk, IoAccounting, ProcessIo};
 use crate::disk::Image;
 
 /// How long an answer of the guest is waited for.
@@ -99,22 +99,22 @@ impl Requests {
 
 /// Takes samples repeatedly.
 #[derive(Debug)]
-pub struct Looker {
+pub struct Sampler {
     begun: Instant,
-    disks: Vec<Disk>,
-    process: Option<(Accounts, ProcessIo)>,
+    disks: Vec<ObservedDisk>,
+    process: Option<(IoAccounting, ProcessIo)>,
     guest: Option<GuestEnd>,
     /// Size of the guest's page cache at its first report.
     guest_first_bytes: Option<u64>,
 }
 
 #[derive(Debug)]
-struct Disk {
+struct ObservedDisk {
     name: String,
     image: Arc<Image>,
     watched: Watched<SharedFile>,
     host: Option<(HostDisk, DiskIo)>,
-    told: bool,
+    warned: bool,
 }
 
 /// The descriptor of an image.
@@ -127,20 +127,20 @@ impl Borrow<File> for SharedFile {
     }
 }
 
-impl Looker {
+impl Sampler {
     /// Begins the observation of these images and, through `guest`, of the guest.
     pub fn begin(images: impl IntoIterator<Item = Arc<Image>>, guest: Option<GuestEnd>) -> Self {
-        let disk = |(image, letter): (Arc<Image>, char)| Disk {
+        let disk = |(image, letter): (Arc<Image>, char)| ObservedDisk {
             name: format!("vd{letter}"),
             watched: Watched::new(SharedFile(Arc::clone(image.file()))),
             host: HostDisk::of(&image).and_then(|disk| disk.io().map(|io| (disk, io))),
             image,
-            told: false,
+            warned: false,
         };
         Self {
             disks: images.into_iter().zip('a'..='z').map(disk).collect(),
-            process: Accounts::of_this_process()
-                .and_then(|accounts| accounts.now().map(|now| (accounts, now))),
+            process: IoAccounting::of_this_process()
+                .and_then(|accounting| accounting.now().map(|now| (accounting, now))),
             guest,
             guest_first_bytes: None,
             begun: Instant::now(),
@@ -148,11 +148,11 @@ impl Looker {
     }
 
     /// Takes a sample. If the guest is `running`, it is asked, and its answer is waited for briefly.
-    pub fn look(&mut self, running: bool) -> Sample {
-        let guest = self.look_at_guest(running);
-        let disks: Vec<_> = self.disks.iter_mut().map(|disk| disk.look(guest.as_ref())).collect();
-        let process = self.process.as_ref().and_then(|(accounts, then)| {
-            let now = accounts.now()?;
+    pub fn sample(&mut self, running: bool) -> Sample {
+        let guest = self.ask_guest(running);
+        let disks: Vec<_> = self.disks.iter_mut().map(|disk| disk.sample(guest.as_ref())).collect();
+        let process = self.process.as_ref().and_then(|(accounting, then)| {
+            let now = accounting.now()?;
             Some(ProcessIo {
                 read_bytes: now.read_bytes.saturating_sub(then.read_bytes),
                 written_bytes: now.written_bytes.saturating_sub(then.written_bytes),
@@ -163,21 +163,21 @@ impl Looker {
         Sample { at: self.begun.elapsed(), disks, process, guest, host_hit_share }
     }
 
-    fn look_at_guest(&mut self, running: bool) -> Option<GuestSample> {
+    fn ask_guest(&mut self, running: bool) -> Option<GuestSample> {
         let end = self.guest.as_mut()?;
-        let (view, age) = if running { end.look(GUEST_PATIENCE) } else { end.newest() }?;
+        let (view, age) = if running { end.ask(GUEST_PATIENCE) } else { end.newest() }?;
         let now = view.page_cache_bytes();
         let first = *self.guest_first_bytes.get_or_insert(now);
         Some(GuestSample { view, age, page_cache_growth_bytes: now.saturating_sub(first) })
     }
 }
 
-impl Disk {
-    fn look(&mut self, guest: Option<&GuestSample>) -> DiskSample {
-        let residency = match self.watched.look() {
+impl ObservedDisk {
+    fn sample(&mut self, guest: Option<&GuestSample>) -> DiskSample {
+        let residency = match self.watched.measure() {
             Ok(found) => Some(found),
             Err(error) => {
-                if !std::mem::replace(&mut self.told, true) {
+                if !std::mem::replace(&mut self.warned, true) {
                     log::warn!("{}: {error}", self.name);
                 }
                 None
@@ -232,7 +232,7 @@ pub fn amplification(asked: u64, done: u64) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::observe::cache::Means;
+    use crate::observe::cache::ResidencySource;
 
     #[test]
     fn derived_figures_are_what_the_documentation_defines() {
@@ -251,7 +251,7 @@ mod tests {
             writeback: None,
             evicted: None,
             recently_evicted: None,
-            means: Means::Mincore,
+            source: ResidencySource::Mincore,
         };
         let guest = |bytes| GuestSample {
             view: GuestView::default(),

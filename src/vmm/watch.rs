@@ -15,7 +15,7 @@ use crate::console::PortConfig;
 use crate::console::stream::{Sink, Source};
 use crate::files::{Inventory, output};
 use crate::observe::guest::GuestEnd;
-use crate::observe::sample::Looker;
+use crate::observe::sample::Sampler;
 use crate::observe::{Observer, follow};
 
 /// An observation of this machine.
@@ -49,8 +49,8 @@ impl Watch {
         }
         let file = output::emptied(opened).map_err(refused)?;
         let images = machine.disks.iter().map(|disk| Arc::clone(&disk.image));
-        let looker = Looker::begin(images, machine.observed.take());
-        let observer = Observer::start(looker, file, target.interval).map_err(refused)?;
+        let sampler = Sampler::begin(images, machine.observed.take());
+        let observer = Observer::start(sampler, file, target.interval).map_err(refused)?;
         Ok(Self { path, observer })
     }
 

@@ -9,7 +9,7 @@ use minivmm::observe::csv::Row;
 use super::figures::{count, factor, percent, size};
 
 /// Most samples that a curve shows.
-const MOMENTS_MAX: usize = 512;
+const SAMPLES_MAX: usize = 512;
 
 /// The samples of all disks so far.
 #[derive(Debug, Default)]
@@ -57,7 +57,7 @@ impl History {
 
 impl Disk {
     fn take(&mut self, row: Row) {
-        if self.cached.len() == MOMENTS_MAX {
+        if self.cached.len() == SAMPLES_MAX {
             self.cached.pop_front();
         }
         let seconds = row.number("time_s").unwrap_or_default();

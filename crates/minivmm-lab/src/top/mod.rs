@@ -24,7 +24,7 @@ use minivmm::terminal;
 use view::Screen;
 
 /// How often the file is checked for new rows.
-const LOOK: Duration = Duration::from_millis(100);
+const CHECK_EVERY: Duration = Duration::from_millis(100);
 
 /// Why an observation cannot be shown.
 #[derive(Debug, thiserror::Error)]
@@ -58,7 +58,7 @@ pub fn run(path: &Path, stop: &AtomicBool) -> Result<(), TopError> {
     let mut follower = Follower::new(file);
     // Read before the screen is taken over, so that an error stays visible.
     let mut history = History::default();
-    look(&mut follower, &mut history, &name)?;
+    read_rows(&mut follower, &mut history, &name)?;
     if !io::stdout().is_terminal() {
         return print(follower, history, &name, stop);
     }
@@ -70,7 +70,7 @@ pub fn run(path: &Path, stop: &AtomicBool) -> Result<(), TopError> {
 }
 
 /// Reads the new rows. Returns `true` if more may come.
-fn look(follower: &mut Follower, history: &mut History, name: &str) -> Result<bool, TopError> {
+fn read_rows(follower: &mut Follower, history: &mut History, name: &str) -> Result<bool, TopError> {
     // Asked before reading, so that what the writer wrote last is read too.
     let goes_on = follower.is_written();
     let rows = follower.read().map_err(|source| TopError::Read { path: name.to_owned(), source })?;
@@ -87,7 +87,7 @@ fn print(
 ) -> Result<(), TopError> {
     let mut out = io::stdout().lock();
     loop {
-        let goes_on = look(&mut follower, &mut history, name)?;
+        let goes_on = read_rows(&mut follower, &mut history, name)?;
         for line in history.take_lines() {
             match writeln!(out, "{line}") {
                 // A reader that has closed the pipe, as `head` does, wants no more.
@@ -98,7 +98,7 @@ fn print(
         if !goes_on || stop.load(Ordering::SeqCst) {
             return Ok(());
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(CHECK_EVERY);
     }
 }
 
@@ -121,12 +121,12 @@ fn show(
 ) -> Result<(), TopError> {
     let colours = has_colours(std::env::var_os("NO_COLOR").as_deref(), std::env::var_os("TERM").as_deref());
     while !stop.load(Ordering::SeqCst) {
-        let goes_on = look(&mut follower, &mut history, name)?;
+        let goes_on = read_rows(&mut follower, &mut history, name)?;
         history.take_lines();
-        let moment = Screen { name, goes_on, colours };
-        screen.draw(|frame| view::draw(frame, &history, &moment)).map_err(TopError::Terminal)?;
+        let content = Screen { name, goes_on, colours };
+        screen.draw(|frame| view::draw(frame, &history, &content)).map_err(TopError::Terminal)?;
         let mut stops = terminal::take_stop();
-        if event::poll(LOOK).map_err(TopError::Terminal)?
+        if event::poll(CHECK_EVERY).map_err(TopError::Terminal)?
             && let Event::Key(key) = event::read().map_err(TopError::Terminal)?
             && key.kind == KeyEventKind::Press
         {

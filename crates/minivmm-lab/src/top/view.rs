@@ -158,15 +158,15 @@ fn draw_curve(frame: &mut Frame<'_>, disk: &Disk, screen: &Screen<'_>, area: Rec
     ];
     let text = titles.into_iter().find(|text| fits(text, title.width)).unwrap_or_default();
     frame.render_widget(Line::from(text), title);
-    let moments: Vec<&(f64, u64)> = disk.cached.iter().rev().take(usize::from(curve.width)).collect();
+    let samples: Vec<&(f64, u64)> = disk.cached.iter().rev().take(usize::from(curve.width)).collect();
     let style = if screen.colours { Style::new().fg(Color::Cyan) } else { Style::new() };
-    let bytes = moments.iter().map(|(_, bytes)| *bytes);
+    let bytes = samples.iter().map(|(_, bytes)| *bytes);
     let line = Sparkline::default().data(bytes).direction(RenderDirection::RightToLeft).style(style);
     frame.render_widget(line, curve);
     if axis_rows > 0
-        && let (Some((newest, _)), Some((oldest, _))) = (moments.first(), moments.last())
+        && let (Some((newest, _)), Some((oldest, _))) = (samples.first(), samples.last())
     {
-        let drawn = u16::try_from(moments.len()).unwrap_or(axis.width).min(axis.width);
+        let drawn = u16::try_from(samples.len()).unwrap_or(axis.width).min(axis.width);
         let under = Rect { x: axis.x + axis.width - drawn, width: drawn, ..axis };
         draw_axis(frame, *oldest, *newest, under, axis);
     }
@@ -235,17 +235,17 @@ mod tests {
              read_bytes,writes,written_bytes,flushes,flush_amplification,bytes_at_risk,guest_age_s,guest_cached_bytes,\
              guest_buffers_bytes,guest_cache_growth_bytes,guest_dirty_bytes,guest_writeback_bytes,host_disk,\
              host_disk_read_bytes,host_disk_written_bytes,host_disk_flushes,host_hit_share,process_read_bytes";
-        for moment in 0..300_u32 {
-            let seconds = f64::from(moment) / 2.0;
+        for sample in 0..300_u32 {
+            let seconds = f64::from(sample) / 2.0;
             for (disk, mode) in [("vda", "writethrough"), ("vdb", "none")] {
-                let grown = u64::from(moment) * 123_456_789;
+                let grown = u64::from(sample) * 123_456_789;
                 let row = format!(
                     "{seconds},{disk},{mode},{grown},{grown},{grown},{grown},{},{grown},{},{grown},{},12.34,{grown},0.012,{grown},\
                      {grown},{grown},{grown},{grown},nvme0n1,{grown},{grown},{},0.987,{}",
-                    moment * 54_321,
-                    moment * 54_322,
-                    moment * 1_234,
-                    moment * 4_321,
+                    sample * 54_321,
+                    sample * 54_322,
+                    sample * 1_234,
+                    sample * 4_321,
                     grown / 2
                 );
                 history.take(Row::parse(header, &row).unwrap());

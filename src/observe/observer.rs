@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::csv;
-use super::sample::Looker;
+use super::sample::Sampler;
 use crate::sandbox::{Role, Ticket};
 
 /// A running observation.
@@ -22,10 +22,10 @@ pub struct Observer {
 
 impl Observer {
     /// Writes the header and the first sample, and starts a thread that adds a sample at every interval.
-    pub fn start(mut looker: Looker, mut to: File, interval: Duration) -> io::Result<Self> {
+    pub fn start(mut sampler: Sampler, mut to: File, interval: Duration) -> io::Result<Self> {
         // Written before the guest runs, so that an unwritable file is reported at the start.
         to.write_all(csv::header().as_bytes())?;
-        to.write_all(csv::lines(&looker.look(false)).as_bytes())?;
+        to.write_all(csv::lines(&sampler.sample(false)).as_bytes())?;
         let (stop, stopped) = mpsc::channel();
         let ticket = Ticket::new(Role::Observe);
         let work = move || {
@@ -37,7 +37,7 @@ impl Observer {
                     Ok(()) | Err(RecvTimeoutError::Disconnected) => false,
                 };
                 // Each sample is one write, so that a reader who follows the file sees whole samples.
-                to.write_all(csv::lines(&looker.look(running)).as_bytes())?;
+                to.write_all(csv::lines(&sampler.sample(running)).as_bytes())?;
                 if !running {
                     return Ok(());
                 }
