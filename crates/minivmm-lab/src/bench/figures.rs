@@ -1,6 +1,6 @@
-//! Figures for people: three digits and a unit.
+//! Formats figures for people, with three digits and a unit.
 //!
-//! Owns their words. The table and the warnings use the same.
+//! Owns the units and the rounding, which the table and the warnings share.
 
 /// Formats a number with three digits.
 pub fn count(value: f64) -> String {

@@ -1,6 +1,6 @@
-//! A warning about figures, and the kinds there are.
+//! A warning about figures, and the kinds of warnings.
 //!
-//! Owns the table of kinds. [`super::warn`] finds which apply.
+//! Owns the table of kinds. [`super::warn`] finds which of them apply.
 
 use serde::Serialize;
 

@@ -1,6 +1,6 @@
-//! Figures in few characters.
+//! Formats figures in few characters.
 //!
-//! Owns their widths: columns and facts are laid out by them.
+//! Owns the widths of the figures, by which columns and facts are laid out.
 
 /// Formats a number of bytes in at most seven characters.
 pub fn size(bytes: Option<f64>) -> String {
