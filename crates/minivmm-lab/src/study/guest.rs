@@ -41,7 +41,7 @@ use minivmm::program;
 const PRELUDE: &str = r#"
 ask() { echo "!$*"; read -r answer || exit 90; [ "$answer" = ok ] || { echo "the host: $answer" >&2; exit 91; }; }
 put() { echo "=$1 $2"; }
-# What the guest's page cache has, in bytes.
+# Prints the size of the guest's page cache in bytes.
 cached() { awk '/^(Cached|Buffers):/ { sum += $2 } END { printf "%d\n", sum * 1024 }' /proc/meminfo; }
 forget() { echo 3 >/proc/sys/vm/drop_caches; }
 # job NAME DEVICE OPTION...
