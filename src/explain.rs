@@ -108,13 +108,13 @@ pub fn explain(config: &DiskConfig) -> Result<Explanation, ImageError> {
     let image = Arc::new(Image::look(config)?);
     let place = Place::of(&image);
     let host_disks = layers::below(&image, &place);
-    let policy = image.policy();
+    let policy = image.config().cache;
     let mut warnings = image.warnings().to_vec();
-    let mut refusals: Vec<String> = image.refusals(config).iter().map(ToString::to_string).collect();
+    let mut refusals: Vec<String> = image.refusals().iter().map(ToString::to_string).collect();
     if std::env::var("LD_PRELOAD").is_ok_and(|libraries| libraries.contains("eatmydata")) {
         warnings.push("LD_PRELOAD names libeatmydata: fdatasync will do nothing".into());
     }
-    let queues = image.queues();
+    let queues = image.config().queue_count();
     let engine = match choose(&image, None, queues) {
         Ok(chosen) => {
             warnings.extend(chosen.why.map(|why| format!("engine=sync is used: {why}")));
@@ -130,11 +130,11 @@ pub fn explain(config: &DiskConfig) -> Result<Explanation, ImageError> {
     let geometry = image.geometry();
     Ok(Explanation {
         image: config.path.display().to_string(),
-        kind: if image.is_device() { "block device" } else { "file" },
+        kind: if image.file().is_device() { "block device" } else { "file" },
         bytes: geometry.capacity_sectors * SECTOR,
         cache: policy.name,
-        readonly: image.readonly(),
-        open_flags: image.wanted_flags(),
+        readonly: image.config().readonly,
+        open_flags: image.file().wanted_flags(),
         features: config::names(config::offered(&image, queues)),
         queues,
         writeback,
@@ -147,7 +147,7 @@ pub fn explain(config: &DiskConfig) -> Result<Explanation, ImageError> {
             other_modes: other_modes(&image, config),
         },
         engine: engine.name(),
-        stable: image.stable().name(),
+        stable: image.config().stable.name(),
         calls: Calls {
             start: dry_run::at_start(&image),
             drivers: dry_run::drivers(&image, engine),
@@ -164,10 +164,14 @@ pub fn explain(config: &DiskConfig) -> Result<Explanation, ImageError> {
 /// Returns the logical block size in the modes that use the page cache if this one does not, or the reverse;
 /// `None` if it is the same or unknown.
 fn other_modes(image: &Image, config: &DiskConfig) -> Option<u32> {
-    if config.block_size.is_some() || image.is_device() {
+    if config.block_size.is_some() || image.file().is_device() {
         return None;
     }
-    let other = if image.policy().direct { 512 } else { geometry::direct_block(image.file())?.max(512) };
+    let other = if image.config().cache.direct {
+        512
+    } else {
+        geometry::direct_block(image.file().descriptor())?.max(512)
+    };
     (other != image.geometry().logical_block).then_some(other)
 }
 

@@ -264,18 +264,18 @@ fn at(counter: &AtomicU64) -> u64 {
 }
 
 fn disk(name: String, image: &Image) -> DiskStats {
-    let counters = &image.counters();
-    let queues = image.queue_stats();
+    let counters = &image.stats.counters();
+    let queues = image.stats.queues();
     DiskStats {
         name,
-        path: image.path().display().to_string(),
-        cache: image.policy().name,
-        readonly: image.readonly(),
-        deleted: image.is_deleted(),
-        cut_to_bytes: image.cut().map(|(_, least)| least),
-        engine: image.engine_in_use(),
-        stable: image.stable().name(),
-        queues: image.queues(),
+        path: image.config().path.display().to_string(),
+        cache: image.config().cache.name,
+        readonly: image.config().readonly,
+        deleted: image.file().is_deleted(),
+        cut_to_bytes: image.file().cut().map(|(_, least)| least),
+        engine: image.stats.engine(),
+        stable: image.config().stable.name(),
+        queues: image.config().queue_count(),
         requests: requests(counters),
         bytes: bytes(counters),
         in_flight: InFlight {
@@ -287,7 +287,7 @@ fn disk(name: String, image: &Image) -> DiskStats {
             pwritev: at(&counters.pwritevs),
             pwritev_dsync: at(&counters.pwritevs_dsync),
             // The sync at the start happens before the counters exist.
-            fdatasync: at(&counters.fdatasyncs) + u64::from(image.is_synced_at_both_ends()),
+            fdatasync: at(&counters.fdatasyncs) + u64::from(image.config().is_synced_at_both_ends()),
             fallocate: at(&counters.fallocates),
             io_uring_enter: at(&counters.io_uring_enters),
         },
@@ -373,9 +373,9 @@ fn phases(found: &KindSummary) -> PhaseFigures {
 }
 
 fn durability(image: &Image) -> Durability {
-    let (found, counters) = (image.monitor.snapshot(), image.counters());
+    let (found, counters) = (image.monitor.snapshot(), image.stats.counters());
     Durability {
-        honours_flush: image.policy().honour_flush,
+        honours_flush: image.config().cache.honour_flush,
         flushes_asked: at(&counters.flushes),
         flushes_ignored: at(&counters.flushes_ignored),
         volatile_bytes_acknowledged: found.acknowledged_bytes,

@@ -176,7 +176,7 @@ fn steady(turns: &mut Turns, shape: Shape, (_, warm_up, counted): (By, u16, u16)
 fn queue(image: &Arc<Image>, by: By, features: u64) -> Option<Turns> {
     let engine: Box<dyn Engine> = match by {
         By::Nobody => return Some(Turns::new(Arc::clone(image), QUEUE, features)),
-        By::Blocking => Box::new(BlockingEngine::new(Arc::clone(image.file()))),
+        By::Blocking => Box::new(BlockingEngine::new(Arc::clone(image.file().descriptor()))),
         // Not every host has it.
         By::Uring => Box::new(UringEngine::new(Arc::clone(image), QUEUE, None).ok()?),
     };

@@ -388,7 +388,7 @@ fn bounce_always_copies_aligned_transfers_too_and_long_ones_in_turns() {
     assert_eq!(rig.write_sectors(8, &data), OK);
     assert_eq!(rig.read_sectors(8, 768 << 10), (OK, data.clone()));
     assert_eq!(image.content()[4096..4096 + data.len()], data);
-    let bounces = rig.image.counters().bounces.load(std::sync::atomic::Ordering::Relaxed);
+    let bounces = rig.image.stats.counters().bounces.load(std::sync::atomic::Ordering::Relaxed);
     assert_eq!(bounces, 6, "three turns of 256 KiB each way");
 }
 

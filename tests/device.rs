@@ -48,7 +48,7 @@ fn a_block_device_is_a_disk_with_its_own_block_size_in_every_mode() {
                 assert_eq!(rig.read_sectors(sector & !7, 4096).1, vec![0; 4096], "{mode} {sector_bytes}");
             }
             let small = rig.write_sectors(17, &[1; 512]);
-            let refused = sector_bytes == 4096 && opened.policy().direct;
+            let refused = sector_bytes == 4096 && opened.config().cache.direct;
             assert_eq!(small, if refused { IOERR } else { OK }, "{mode} {sector_bytes}: 512 bytes");
             assert_eq!(rig.read_sectors(24, 4096).1, vec![0x77; 4096]);
             drop(rig);
@@ -134,9 +134,9 @@ fn a_real_sync_error_is_latched_though_the_kernel_forgets_it() {
         }
         // An O_DIRECT write that fails by itself has promised nothing and lost nothing but itself.
         // With RWF_DSYNC it cannot be told from a sync that failed.
-        let by_dsync = match opened.stable() {
+        let by_dsync = match opened.config().stable {
             StableBy::Dsync => true,
-            StableBy::Auto => opened.dsync_is_one_flush(),
+            StableBy::Auto => opened.file().dsync_is_one_flush(),
             StableBy::Fdatasync | StableBy::Group => false,
         };
         if matches!(mode, "writeback" | "writethrough") || (mode == "directsync" && by_dsync) {

@@ -237,7 +237,7 @@ fn short_transfers_are_continued_to_the_last_byte() {
         assert_eq!(rig.write_sectors(24, &data), OK, "{mode}");
         assert_eq!(rig.read_sectors(24, 65536), (OK, data.clone()), "{mode}");
         assert_eq!(image.content()[24 * 512..24 * 512 + 65536], data, "{mode}");
-        assert!(rig.image.counters().continued.load(Ordering::Relaxed) > 0);
+        assert!(rig.image.stats.counters().continued.load(Ordering::Relaxed) > 0);
     }
 }
 
@@ -317,7 +317,7 @@ fn the_end_is_an_fdatasync_except_where_flushes_are_ignored() {
         let image = TestImage::new(IMAGE_BYTES);
         let opened = image.open(policy.name);
         opened.close().unwrap();
-        let syncs = opened.counters().fdatasyncs.load(Ordering::Relaxed);
+        let syncs = opened.stats.counters().fdatasyncs.load(Ordering::Relaxed);
         assert_eq!(syncs, u64::from(policy.honour_flush), "{}", policy.name);
     }
 }
@@ -394,11 +394,11 @@ fn each_mode_opens_with_its_flags() {
     for policy in &POLICIES {
         let opened = image.open(policy.name);
         let expected = if policy.direct { "O_RDWR|O_DIRECT" } else { "O_RDWR" };
-        assert_eq!(opened.open_flags(), expected, "{}", policy.name);
+        assert_eq!(opened.file().open_flags(), expected, "{}", policy.name);
         assert_eq!(opened.warnings().iter().any(|line| line.contains("ignores")), !policy.honour_flush);
     }
     let readonly = Image::open(&DiskConfig { readonly: true, ..image.options("none") }).unwrap();
-    assert_eq!(readonly.open_flags(), "O_RDONLY|O_DIRECT");
+    assert_eq!(readonly.file().open_flags(), "O_RDONLY|O_DIRECT");
 }
 
 #[test]

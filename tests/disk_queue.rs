@@ -137,7 +137,7 @@ fn error(errno: i32) -> io::Result<usize> {
 fn disk(mode: &str) -> (TestImage, Arc<Image>, Arc<WriteCache>) {
     let test = TestImage::new(1 << 20);
     let image = test.open(mode);
-    let cache = Arc::new(WriteCache::new(image.policy()));
+    let cache = Arc::new(WriteCache::new(image.config().cache));
     cache.negotiate(Negotiated { flush: true, config_wce: true });
     (test, image, cache)
 }
@@ -532,7 +532,7 @@ fn whatever_the_error_of_a_sync_is_it_latches() {
                 continue;
             }
             let image = test.open("directsync");
-            let cache = Arc::new(WriteCache::new(image.policy()));
+            let cache = Arc::new(WriteCache::new(image.config().cache));
             cache.negotiate(Negotiated { flush: true, config_wce: false });
             let mut queue = Queue::new(&image, &cache, stable_by);
             start(&mut queue);

@@ -318,7 +318,7 @@ impl Machine {
     }
 
     fn counter(&self, name: &str) -> u64 {
-        self.image.counters().snapshot().into_iter().find(|counter| counter.0 == name).unwrap().1
+        self.image.stats.counters().snapshot().into_iter().find(|counter| counter.0 == name).unwrap().1
     }
 }
 
@@ -396,7 +396,7 @@ fn each_write_and_flush_costs_the_host_syncs_that_its_mode_says() {
         driver.flush().unwrap();
         driver.flush().unwrap();
         // Where the writes' own way is an fdatasync each (they come one after another).
-        let by_dsync = matches!(machine.image.stable(), StableBy::Dsync | StableBy::Auto);
+        let by_dsync = matches!(machine.image.config().stable, StableBy::Dsync | StableBy::Auto);
         let (dsyncs, fdatasyncs) = if by_dsync { (dsyncs, fdatasyncs) } else { (0, fdatasyncs + dsyncs) };
         let seen = (machine.counter("pwritevs_dsync"), machine.counter("fdatasyncs"));
         assert_eq!(seen, (dsyncs, fdatasyncs), "{mode}, FLUSH {flush}");

@@ -48,7 +48,7 @@ fn auto_takes_the_blocking_engine_where_io_uring_is_forbidden_and_says_why() {
         for mode in ["none", "writeback"] {
             let image = Arc::new(Image::open(&with_engine(&test, mode, "auto")).unwrap());
             let Chosen { engines, kind, why } = choose(&image, None, 1).unwrap();
-            assert_eq!((kind, image.engine_in_use()), (EngineKind::Blocking, "sync"));
+            assert_eq!((kind, image.stats.engine()), (EngineKind::Blocking, "sync"));
             assert!(why.unwrap().contains("forbids io_uring"));
             // Both hold the file, and with it the lock.
             drop((engines, image));
@@ -93,7 +93,7 @@ fn an_image_is_free_as_soon_as_its_device_is_gone() {
         assert_eq!(rig.write_sectors(round, &[round as u8; 512]), OK);
         drop(rig);
         let seen = Image::look(&with_engine(&test, "none", "sync")).unwrap();
-        assert!(!seen.is_locked_by_another(), "round {round}: the ring still has the image");
+        assert!(!seen.file().is_locked_by_another(), "round {round}: the ring still has the image");
     }
 }
 

@@ -23,7 +23,7 @@ fn each(modes: &[&str], fault: &str, test: impl Fn(&TestImage, &mut Rig, &str)) 
             let options = DiskConfig { fault: Some(fault.parse().unwrap()), engine, ..image.options(mode) };
             let mut rig = Rig::new(Arc::new(Image::open(&options).unwrap()));
             rig.start(ALL);
-            let what = format!("{mode}, {}, {fault}", rig.image.engine_in_use());
+            let what = format!("{mode}, {}, {fault}", rig.image.stats.engine());
             test(&image, &mut rig, &what);
         }
     }
@@ -39,7 +39,7 @@ fn the_nth_write_fails_and_the_others_do_not() {
         let last = if rig.image.latch.check().is_err() { IOERR } else { OK };
         assert_eq!(statuses, [OK, IOERR, last], "{what}");
         assert_eq!(test.content()[4096], pattern(8), "{what}: nothing was written");
-        assert_eq!(rig.image.counters().faults_failed.load(Ordering::Relaxed), 1, "{what}");
+        assert_eq!(rig.image.stats.counters().faults_failed.load(Ordering::Relaxed), 1, "{what}");
     });
 }
 
@@ -62,7 +62,7 @@ fn after_one_failed_flush_none_succeeds_though_the_host_would_say_so() {
         assert!(write == IOERR || flush == IOERR, "{what}");
         assert_eq!(rig.flush(), IOERR, "{what}: latched");
         assert_eq!(rig.read_sectors(0, 4096).0, OK, "{what}: reads go on");
-        assert_eq!(rig.image.counters().faults_failed.load(Ordering::Relaxed), 1, "{what}");
+        assert_eq!(rig.image.stats.counters().faults_failed.load(Ordering::Relaxed), 1, "{what}");
         assert!(rig.image.close().is_err(), "{what}: the end tells");
     });
 }
@@ -74,7 +74,7 @@ fn short_transfers_are_continued_to_the_last_byte() {
         assert_eq!(rig.write_sectors(8, &data), OK, "{what}");
         let (status, read) = rig.read_sectors(8, 65536);
         assert!(status == OK && read == data && test.content()[4096..][..65536] == data, "{what}");
-        assert!(rig.image.counters().continued.load(Ordering::Relaxed) > 2, "{what}");
+        assert!(rig.image.stats.counters().continued.load(Ordering::Relaxed) > 2, "{what}");
     });
 }
 
@@ -107,7 +107,7 @@ fn what_is_lost_is_told_as_done() {
         assert_eq!(rig.flush(), OK, "{what}");
         assert_eq!(rig.erase(WRITE_ZEROES, &[(8, 8, 0)]), OK, "{what}");
         assert!(test.content() == before, "{what}");
-        assert_eq!(rig.image.counters().faults_lost.load(Ordering::Relaxed), 3, "{what}");
+        assert_eq!(rig.image.stats.counters().faults_lost.load(Ordering::Relaxed), 3, "{what}");
     });
 }
 
@@ -116,7 +116,7 @@ fn a_lost_flush_of_a_stable_write_leaves_the_write() {
     each(&["writethrough", "directsync"], "lose:flush", |test, rig, what| {
         assert_eq!(rig.write_sectors(0, &[0xee; 4096]), OK, "{what}");
         assert_eq!(test.content()[..4096], [0xee; 4096], "{what}");
-        assert!(rig.image.counters().faults_lost.load(Ordering::Relaxed) > 0, "{what}");
+        assert!(rig.image.stats.counters().faults_lost.load(Ordering::Relaxed) > 0, "{what}");
     });
 }
 
@@ -154,7 +154,7 @@ fn a_reset_waits_for_what_is_held() {
         rig.put_chain(DESC, &[(HEADER, 16, 0), (DATA, 4096, 0), (STATUS_BYTE, 1, WRITE)]);
         rig.make_available(&[0]);
         rig.ring_doorbell();
-        while rig.image.counters().faults_delayed.load(Ordering::Relaxed) == 0 {
+        while rig.image.stats.counters().faults_delayed.load(Ordering::Relaxed) == 0 {
             std::thread::yield_now();
         }
         rig.write(reg::STATUS, 0);

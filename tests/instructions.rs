@@ -129,7 +129,7 @@ fn run_load(kind: Kind, depth: u16, timed: bool) -> u64 {
     let geometry =
         Geometry { capacity_sectors: IMAGE_BLOCKS * 8, logical_block: 512, physical_block: 4096, alignment };
     let image = Arc::new(Image::simulated(&options, geometry).unwrap());
-    let cache = Arc::new(WriteCache::new(image.policy()));
+    let cache = Arc::new(WriteCache::new(image.config().cache));
     cache.negotiate(Negotiated { flush: true, config_wce: true });
     let mut disk = DiskQueue::new(image, cache, Box::new(Null::default()), StableBy::Dsync);
     let mut rings = Rings::new(depth, BLOCK_BYTES, BLOCK_BYTES).unwrap();

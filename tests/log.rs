@@ -96,7 +96,7 @@ fn replaying_the_log_of_any_mode_and_engine_gives_the_disk() {
             let writes = log.entries.iter().filter(|entry| entry.data_at.is_some());
             let stable = writes.filter(|entry| entry.is_fua()).count();
             assert_eq!(stable > 0, stable_mode, "{mode}");
-            assert!(replay(&log, base) == test.content(), "{mode}, {}", image.engine_in_use());
+            assert!(replay(&log, base) == test.content(), "{mode}, {}", image.stats.engine());
         }
     }
 }
@@ -207,7 +207,7 @@ impl Queue {
 fn queues<const N: usize>(mode: &str, stable_by: StableBy) -> (TestImage, Arc<Image>, [Queue; N]) {
     let test = TestImage::new(1 << 20);
     let image = open(&test, test.options(mode));
-    let cache = Arc::new(WriteCache::new(image.policy()));
+    let cache = Arc::new(WriteCache::new(image.config().cache));
     cache.negotiate(Negotiated { flush: true, config_wce: true });
     let queue = |_| {
         let hands = Hands::default();

@@ -123,7 +123,7 @@ struct Model {
 
 impl Model {
     fn new(image: Arc<Image>, stable_by: StableBy, room: usize) -> Self {
-        let cache = Arc::new(WriteCache::new(image.policy()));
+        let cache = Arc::new(WriteCache::new(image.config().cache));
         cache.negotiate(Negotiated { flush: true, config_wce: true });
         let clock = Arc::<Mutex<u64>>::default();
         let queue = || {

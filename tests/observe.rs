@@ -172,7 +172,7 @@ fn on_tmpfs_there_is_nothing_to_drop_and_the_error_tells_why() {
     let text = format!("{},cache=writeback,host-cache=drop", path.display());
     let options = disk_options::parse(text).unwrap();
     let image = Image::open(&options.config).unwrap();
-    if !image.is_on_tmpfs() {
+    if !image.file().is_on_tmpfs() {
         println!("skipped: /dev/shm is no tmpfs");
         return;
     }

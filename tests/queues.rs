@@ -65,15 +65,16 @@ impl Many {
     fn new(image: &Arc<Image>) -> Self {
         let ram = mem::map_ram(&[(0, RAM_BYTES)]).unwrap();
         let device = BlockDevice::with_ram("vda", Arc::clone(image), Some(&ram)).unwrap();
-        let cache = Arc::new(WriteCache::new(image.policy()));
+        let cache = Arc::new(WriteCache::new(image.config().cache));
         Self { rig: Rig::over(Arc::clone(image), cache, ram, device), avail: [0; 4] }
     }
 
     /// A device over engines of the test's own, one a queue.
     fn over(image: &Arc<Image>, engines: Vec<Box<dyn Engine>>) -> Self {
         let ram = mem::map_ram(&[(0, RAM_BYTES)]).unwrap();
-        let cache = Arc::new(WriteCache::new(image.policy()));
-        let disk = |engine| DiskQueue::new(Arc::clone(image), Arc::clone(&cache), engine, image.stable());
+        let cache = Arc::new(WriteCache::new(image.config().cache));
+        let disk =
+            |engine| DiskQueue::new(Arc::clone(image), Arc::clone(&cache), engine, image.config().stable);
         let disks = engines.into_iter().map(disk).collect();
         let device = BlockDevice::with_disks("vda", Arc::clone(image), Arc::clone(&cache), disks).unwrap();
         Self { rig: Rig::over(Arc::clone(image), cache, ram, device), avail: [0; 4] }
@@ -152,7 +153,13 @@ fn dirty_pages(image: &Image) -> Option<u64> {
     let mut counts = [0u64; 5];
     // SAFETY: cachestat reads two u64 and writes five, to memory that is there for the call.
     let result = unsafe {
-        libc::syscall(CACHESTAT, image.file().as_raw_fd(), range.as_ptr(), counts.as_mut_ptr(), 0u32)
+        libc::syscall(
+            CACHESTAT,
+            image.file().descriptor().as_raw_fd(),
+            range.as_ptr(),
+            counts.as_mut_ptr(),
+            0u32,
+        )
     };
     (result == 0).then(|| counts[1] + counts[2])
 }
@@ -191,10 +198,10 @@ fn a_flush_on_one_queue_covers_what_is_complete_on_all() {
                     assert_eq!(many.write(queue, 8 * u64::from(queue), byte), OK, "{what}");
                 }
                 let at_risk = image.monitor.snapshot().at_risk_bytes;
-                assert_eq!(at_risk, if image.policy().write_cache { 4 * 4096 } else { 0 }, "{what}");
-                let before = image.counters().fdatasyncs.load(Ordering::Relaxed);
+                assert_eq!(at_risk, if image.config().cache.write_cache { 4 * 4096 } else { 0 }, "{what}");
+                let before = image.stats.counters().fdatasyncs.load(Ordering::Relaxed);
                 assert_eq!(many.flush(flushing), OK, "{what}");
-                assert_eq!(image.counters().fdatasyncs.load(Ordering::Relaxed), before + 1, "{what}");
+                assert_eq!(image.stats.counters().fdatasyncs.load(Ordering::Relaxed), before + 1, "{what}");
                 assert_eq!(image.monitor.snapshot().at_risk_bytes, 0, "{what}");
                 if let Some(pages) = dirty_pages(&image) {
                     assert_eq!(pages, 0, "{what}: dirty in the host's page cache");
@@ -272,7 +279,7 @@ fn whoever_works_syncs_when_the_guest_turns_its_write_cache_off() {
             many.rig.set_writeback(0);
             // No doorbell of the driver's.
             until("nobody syncs", || image.monitor.snapshot().at_risk_bytes == 0);
-            assert_eq!(image.counters().fdatasyncs.load(Ordering::Relaxed), 1, "{engine} {enabled:?}");
+            assert_eq!(image.stats.counters().fdatasyncs.load(Ordering::Relaxed), 1, "{engine} {enabled:?}");
         }
     }
 }
@@ -365,7 +372,7 @@ fn held(
 ) -> (Many, Arc<Gate>, Arc<Mutex<Vec<&'static str>>>) {
     let image = open(test, "writeback", engine);
     let (gate, wakes) = (Arc::new(Gate::default()), Arc::new(Mutex::new(Vec::new())));
-    let blocking = || Box::new(BlockingEngine::new(Arc::clone(image.file()))) as Box<dyn Engine>;
+    let blocking = || Box::new(BlockingEngine::new(Arc::clone(image.file().descriptor()))) as Box<dyn Engine>;
     let inner: Box<dyn Engine> = match engine {
         "sync" => blocking(),
         _ => Box::new(UringEngine::new(Arc::clone(&image), 256, None).unwrap()),
@@ -378,7 +385,7 @@ fn held(
     until("queue 1 syncs", || gate.someone_waits());
     many.submit(0, FLUSH, 0, None);
     let syncs = || image.monitor.snapshot().syncs.map_or(0, |syncs| syncs.count);
-    until("queue 0 syncs", || image.counters().fdatasyncs.load(Ordering::Relaxed) == 2);
+    until("queue 0 syncs", || image.stats.counters().fdatasyncs.load(Ordering::Relaxed) == 2);
     // The wait that ends the fdatasync, and the one that holds it.
     until("queue 0 holds", || wakes.lock().unwrap().len() >= 3);
     assert_eq!(syncs(), 0, "neither counts yet");

@@ -55,7 +55,7 @@ impl Slow {
         let (ours, returned) = channel();
         let executed = Arc::new(AtomicUsize::new(0));
         let gate = Gate { started: theirs, returned: ours, executed: Arc::clone(&executed) };
-        let inner = BlockingEngine::new(Arc::clone(image.file()));
+        let inner = BlockingEngine::new(Arc::clone(image.file().descriptor()));
         (Box::new(Self { inner, writes: 0, started, returned, executed }), gate)
     }
 }

@@ -76,7 +76,7 @@ fn every_request_has_its_latency_and_the_phases_are_the_whole_in_every_mode() {
             let test = TestImage::new(1 << 20);
             let mut rig = timed(&test, mode, engine, None);
             ask(&mut rig);
-            let what = format!("{mode}, {}", rig.image.engine_in_use());
+            let what = format!("{mode}, {}", rig.image.stats.engine());
             let found = when_all_are_recorded(&rig);
             for (kind, count, bytes) in [
                 ("read", 3, Some(3 * 4096)),
@@ -150,7 +150,7 @@ fn a_delay_of_the_host_shows_in_the_hosts_phase_and_nowhere_else() {
             let mut rig = timed(&test, mode, engine, Some(fault));
             ask(&mut rig);
             let found = when_all_are_recorded(&rig);
-            let what = format!("{mode}, {}, {fault}: {:#}", rig.image.engine_in_use(), found["latency_ns"]);
+            let what = format!("{mode}, {}, {fault}: {:#}", rig.image.stats.engine(), found["latency_ns"]);
             for (other, phase) in KINDS.iter().flat_map(|kind| PHASES.map(|phase| (*kind, phase))) {
                 let times = &found["latency_ns"][other][phase];
                 if (other, phase) == (kind, "submitted_to_host_done") {

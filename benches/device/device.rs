@@ -103,7 +103,7 @@ pub fn run(load: &Load, setup: &Setup<'_>, count: Count) -> Result<Run> {
     drop(device);
     let (seen, last) = outcome.map_err(|_| anyhow!("the driver has panicked"))??;
     check_moved(setup.image, &last)?;
-    let counters = image.counters().snapshot();
+    let counters = image.stats.counters().snapshot();
     image.close()?;
     Ok(Run { seen, counters, engine, huge_bytes })
 }

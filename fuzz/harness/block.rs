@@ -477,7 +477,7 @@ impl Machine {
         assert!(came, "a good driver does not get to DRIVER_OK");
         self.look();
         let sync_failed = self.host.lock().sync_failed;
-        let write = if self.image.readonly() {
+        let write = if self.image.config().readonly {
             vec![1]
         } else if sync_failed {
             vec![0, 1]

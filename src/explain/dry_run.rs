@@ -64,7 +64,7 @@ pub struct RequestOutcome {
 
 /// Returns the calls before the guest runs.
 pub fn at_start(image: &Image) -> Vec<&'static str> {
-    match (image.is_synced_at_both_ends(), image.is_device()) {
+    match (image.config().is_synced_at_both_ends(), image.file().is_device()) {
         (false, _) => vec![],
         (true, true) => vec![system_call(&HostOp::Fdatasync)],
         (true, false) => vec![system_call(&HostOp::Fdatasync), "fsync(directory)"],
@@ -73,7 +73,7 @@ pub fn at_start(image: &Image) -> Vec<&'static str> {
 
 /// Returns the calls after the guest has ended.
 pub fn at_end(image: &Image) -> Vec<&'static str> {
-    if image.is_synced_at_both_ends() { vec![system_call(&HostOp::Fdatasync)] } else { vec![] }
+    if image.config().is_synced_at_both_ends() { vec![system_call(&HostOp::Fdatasync)] } else { vec![] }
 }
 
 /// Tries every possible driver: what it negotiates, and what it writes to `writeback`.
@@ -95,7 +95,7 @@ fn driver(image: &Arc<Image>, engine: EngineKind, negotiated: Negotiated, sets: 
         negotiates_flush: negotiated.flush,
         negotiates_config_wce: negotiated.config_wce,
         sets_writeback: sets,
-        writeback: config::space(image, image.queues(), cache.writeback())[config::WRITEBACK],
+        writeback: config::space(image, image.config().queue_count(), cache.writeback())[config::WRITEBACK],
         on_setting,
         read: trial.try_request(kind::IN, 0),
         write: trial.try_request(kind::OUT, 0),
@@ -118,12 +118,12 @@ impl Trial<'_> {
     /// Returns a disk in the state in which this driver's requests begin, and the calls that were made to get
     /// there.
     fn begin(&self, refuse: bool) -> (Arc<WriteCache>, (DiskQueue, CallLog), Vec<&'static str>) {
-        let cache = Arc::new(WriteCache::new(self.image.policy()));
+        let cache = Arc::new(WriteCache::new(self.image.config().cache));
         let calls = CallLog::default();
-        let (kind, buffered) = (self.engine, !self.image.policy().direct);
+        let (kind, buffered) = (self.engine, !self.image.config().cache.direct);
         let engine = Box::new(Recorder { calls: calls.clone(), kind, buffered, ended: Vec::new(), refuse });
         let mut disk =
-            DiskQueue::new(Arc::clone(self.image), Arc::clone(&cache), engine, self.image.stable());
+            DiskQueue::new(Arc::clone(self.image), Arc::clone(&cache), engine, self.image.config().stable);
         cache.negotiate(self.negotiated);
         if let Some(value) = self.sets {
             cache.guest_sets_writeback(value != 0);
@@ -171,11 +171,11 @@ impl Trial<'_> {
         let mut payload = vec![0; 8];
         payload.extend((block / 512).to_le_bytes());
         payload.extend(flags.to_le_bytes());
-        let mut features =
-            config::offered(self.image, self.image.queues()) & !(config::FLUSH | config::CONFIG_WCE);
+        let mut features = config::offered(self.image, self.image.config().queue_count())
+            & !(config::FLUSH | config::CONFIG_WCE);
         features |= if self.negotiated.flush { config::FLUSH } else { 0 };
         features |= if self.negotiated.config_wce { config::CONFIG_WCE } else { 0 };
-        let limits = Limits { geometry, features, readonly: self.image.readonly() };
+        let limits = Limits { geometry, features, readonly: self.image.config().readonly };
         Ok(match request::parse(Header { kind, sector: 0 }, &frame, &payload, &limits)? {
             Request::In(range) => Op::Read(range, memory(block)?),
             Request::Out(range) => Op::Write(range, memory(block)?),
@@ -358,12 +358,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let looked = image(&directory, "writeback", |_| ());
         drivers(&looked, EngineKind::Blocking);
-        assert_eq!(std::fs::read(looked.path()).unwrap(), [7; 8192]);
-        let config = DiskConfig { cache: &POLICIES[1], ..DiskConfig::new(looked.path()) };
+        assert_eq!(std::fs::read(&looked.config().path).unwrap(), [7; 8192]);
+        let config = DiskConfig { cache: &POLICIES[1], ..DiskConfig::new(&looked.config().path) };
         let running = Image::open(&config).unwrap();
-        assert!(matches!(looked.refusals(&config)[..], [ImageProblem::Locked(_)]));
+        assert!(matches!(looked.refusals()[..], [ImageProblem::Locked(_)]));
         drop(running);
-        assert!(looked.refusals(&config).is_empty());
+        assert!(looked.refusals().is_empty());
     }
 
     #[test]

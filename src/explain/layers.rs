@@ -40,8 +40,8 @@ const DEPTH_MAX: usize = 8;
 
 /// Returns the disks below `image`, from the top down.
 pub fn below(image: &Image, place: &Place) -> Vec<Layer> {
-    let device = if image.is_device() {
-        image.file().metadata().ok().map(|found| Device::from_number(found.rdev()))
+    let device = if image.file().is_device() {
+        image.file().descriptor().metadata().ok().map(|found| Device::from_number(found.rdev()))
     } else {
         place.device
     };

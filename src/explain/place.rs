@@ -124,13 +124,16 @@ const CHECKSUMS: &str = "btrfs with checksums: since Linux 6.14 an O_DIRECT writ
 impl Place {
     /// Finds where `image` lies.
     pub fn of(image: &Image) -> Self {
-        let mut place = Self::of_file(image.file());
-        if image.is_device() {
+        let mut place = Self::of_file(image.file().descriptor());
+        if image.file().is_device() {
             // The file system found is the one of the device's node. It says nothing about the data.
             return Self { mount_point: place.mount_point, ..Self::default() };
         }
-        place.judge(image.policy().direct);
-        if place.file_system == "btrfs" && image.policy().direct && !place.is_unchecked(image.file()) {
+        place.judge(image.config().cache.direct);
+        if place.file_system == "btrfs"
+            && image.config().cache.direct
+            && !place.is_unchecked(image.file().descriptor())
+        {
             place.notes.push(CHECKSUMS.into());
         }
         place

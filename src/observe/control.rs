@@ -107,16 +107,16 @@ fn host(what: &'static str) -> impl FnOnce(io::Error) -> ControlProblem {
 pub fn apply(wish: HostCache, image: &Image) -> Result<(), ControlError> {
     let done = match wish {
         HostCache::Keep => Ok(()),
-        HostCache::Drop if image.is_on_tmpfs() => Err(ControlProblem::Memory),
-        HostCache::Drop => drop_cache(image.file()),
-        HostCache::Warm => match (image.is_on_tmpfs(), warm_cache(image.file())) {
+        HostCache::Drop if image.file().is_on_tmpfs() => Err(ControlProblem::Memory),
+        HostCache::Drop => drop_cache(image.file().descriptor()),
+        HostCache::Warm => match (image.file().is_on_tmpfs(), warm_cache(image.file().descriptor())) {
             (true, Err(ControlProblem::TooLarge { wanted, found })) => {
                 Err(ControlProblem::Holes(wanted - found))
             }
             (_, done) => done,
         },
     };
-    done.map_err(|source| ControlError { wish, path: image.path().to_owned(), source })
+    done.map_err(|source| ControlError { wish, path: image.config().path.to_owned(), source })
 }
 
 /// Writes the dirty pages of `file` and drops all its pages. When this succeeds, none is in the cache.

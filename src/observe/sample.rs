@@ -86,7 +86,7 @@ pub struct Requests {
 impl Requests {
     fn of(image: &Image) -> Self {
         let at = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let counters = image.counters();
+        let counters = image.stats.counters();
         Self {
             reads: at(&counters.reads),
             read_bytes: at(&counters.read_bytes),
@@ -132,7 +132,7 @@ impl Sampler {
     pub fn begin(images: impl IntoIterator<Item = Arc<Image>>, guest: Option<GuestEnd>) -> Self {
         let disk = |(image, letter): (Arc<Image>, char)| ObservedDisk {
             name: format!("vd{letter}"),
-            watched: Watched::new(SharedFile(Arc::clone(image.file()))),
+            watched: Watched::new(SharedFile(Arc::clone(image.file().descriptor()))),
             host: HostDisk::of(&image).and_then(|disk| disk.io().map(|io| (disk, io))),
             image,
             warned: false,
@@ -188,10 +188,10 @@ impl ObservedDisk {
         let double = residency.zip(guest).map(|(host, guest)| double_cached(&host, guest));
         DiskSample {
             name: self.name.clone(),
-            cache: self.image.policy().name,
+            cache: self.image.config().cache.name,
             residency,
             requests,
-            syncs: self.image.counters().fdatasyncs.load(Ordering::Relaxed),
+            syncs: self.image.stats.counters().fdatasyncs.load(Ordering::Relaxed),
             at_risk_bytes: self.image.monitor.snapshot().at_risk_bytes,
             host_disk: self.host.as_ref().map(|(disk, _)| disk.name().to_owned()),
             host_io,

@@ -249,7 +249,7 @@ fn block_devices(config: &Config, disks: &[OpenDisk], ram: &Ram) -> Result<Vec<P
             "vd{letter}: transport={}, engine={}, stable={}, queues={}",
             transport.name(),
             device.engine().name(),
-            disk.image.stable().name(),
+            disk.image.config().stable.name(),
             device.queues()
         );
         Ok((Box::new(device) as Box<dyn VirtioDevice>, transport))

@@ -224,8 +224,9 @@ impl<'a> Run<'a> {
 
     /// Returns how the VM ends if a time limit has expired, or `None`.
     fn over_limit(&mut self) -> Option<Ending> {
-        let counted =
-            |image: &Arc<Image>| image.counters().snapshot().iter().map(|(_, count)| count).sum::<u64>();
+        let counted = |image: &Arc<Image>| {
+            image.stats.counters().snapshot().iter().map(|(_, count)| count).sum::<u64>()
+        };
         let heard = self.job.as_ref().map(JobEnd::heard);
         let requests = match heard {
             Some(Heard::Ended) => self.images.iter().map(counted).fold(0, u64::wrapping_add),

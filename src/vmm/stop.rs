@@ -201,7 +201,7 @@ pub fn drain(
 /// Describes how many requests the host still holds, and for which images.
 fn in_flight(disks: &[OpenDisk]) -> String {
     let words = disks.iter().filter_map(|disk| {
-        let count: u64 = disk.image.queue_stats().iter().map(|queue| queue.in_flight()).sum();
+        let count: u64 = disk.image.stats.queues().iter().map(|queue| queue.in_flight()).sum();
         (count > 0).then(|| format!("{count} of {}", disk.path.display()))
     });
     match words.collect::<Vec<_>>() {
@@ -225,7 +225,7 @@ pub fn close(
         let what = || format!("the last fdatasync of {}", disk.path.display());
         wait_until(|| work.is_finished(), what, patience.close, signals)?;
         let result = work.result().unwrap_or_else(|| Err(io::Error::other("the thread panicked")));
-        log::info!("{}: {}", disk.path.display(), disk.image.counters().summary());
+        log::info!("{}: {}", disk.path.display(), disk.image.stats.counters().summary());
         if let Err(source) = result {
             let error = StopError::Sync { path: disk.path.clone(), source };
             // Only the last error is returned; those of other disks are reported here.
@@ -233,7 +233,7 @@ pub fn close(
                 log::error!("{:#}", anyhow::Error::from(earlier));
             }
         }
-        if failed.is_ok() && !disk.image.readonly() {
+        if failed.is_ok() && !disk.image.config().readonly {
             failed = is_whole(disk);
         }
         let image = Arc::clone(&disk.image);
@@ -253,10 +253,10 @@ pub fn close(
 /// Returns an error if whoever opens the image next will not find what the guest wrote.
 fn is_whole(disk: &OpenDisk) -> Result<(), StopError> {
     let path = disk.path.clone();
-    if disk.image.is_deleted() {
+    if disk.image.file().is_deleted() {
         return Err(StopError::Deleted { path });
     }
-    disk.image.cut().map_or(Ok(()), |(before, now)| Err(StopError::Cut { path, before, now }))
+    disk.image.file().cut().map_or(Ok(()), |(before, now)| Err(StopError::Cut { path, before, now }))
 }
 
 /// Where the statistics are written. It is opened before the guest runs, so that a bad path is reported then

@@ -58,12 +58,12 @@ impl ImageFiles {
             while rustix::io::read(renamed, &mut events).is_ok_and(|count| count > 0) {}
         }
         for (disk, told) in disks.iter().zip(&mut self.told) {
-            if !told.deleted && disk.image.is_deleted() {
+            if !told.deleted && disk.image.file().is_deleted() {
                 told.deleted = true;
                 tell_deleted(disk);
             }
             if !told.cut
-                && let Some((before, now)) = disk.image.cut()
+                && let Some((before, now)) = disk.image.file().cut()
             {
                 told.cut = true;
                 tell_cut(disk, before, now);
@@ -74,10 +74,10 @@ impl ImageFiles {
 
 fn watch(disks: &[OpenDisk]) -> io::Result<OwnedFd> {
     let changes = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-    for disk in disks.iter().filter(|disk| !disk.image.is_device()) {
+    for disk in disks.iter().filter(|disk| !disk.image.file().is_device()) {
         // Watched through its descriptor, so that it is the file which is open. The link count is an
         // attribute.
-        let path = format!("/proc/self/fd/{}", disk.image.file().as_raw_fd());
+        let path = format!("/proc/self/fd/{}", disk.image.file().descriptor().as_raw_fd());
         inotify::add_watch(&changes, path, WatchFlags::ATTRIB)?;
     }
     Ok(changes)
@@ -85,13 +85,13 @@ fn watch(disks: &[OpenDisk]) -> io::Result<OwnedFd> {
 
 fn tell_deleted(disk: &OpenDisk) {
     let path = disk.path.display();
-    if disk.image.readonly() {
+    if disk.image.config().readonly {
         log::warn!(
             "disk image {path} was deleted, or another file has taken its name; the guest goes on with the old one"
         );
         return;
     }
-    let (pid, fd) = (std::process::id(), disk.image.file().as_raw_fd());
+    let (pid, fd) = (std::process::id(), disk.image.file().descriptor().as_raw_fd());
     log::error!(
         "disk image {path} was deleted, or another file has taken its name: all that the guest writes is lost when \
          minivmm ends. Until then root can save it (the process cannot be inspected by its own user): `kill -STOP {pid}; \
@@ -101,7 +101,7 @@ fn tell_deleted(disk: &OpenDisk) {
 
 fn tell_cut(disk: &OpenDisk, before: u64, now: u64) {
     let path = disk.path.display();
-    if disk.image.readonly() {
+    if disk.image.config().readonly {
         log::warn!(
             "another program has cut disk image {path} from {before} to {now} bytes: the guest's reads beyond fail"
         );

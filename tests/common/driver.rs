@@ -102,7 +102,7 @@ impl Rig {
     pub fn new(image: Arc<Image>) -> Self {
         let ram = mem::map_ram(&[(0, RAM_BYTES)]).unwrap();
         let mut chosen = minivmm::disk::choice::choose(&image, Some(&ram), 1).unwrap();
-        let stable_by = image.stable();
+        let stable_by = image.config().stable;
         Self::with_parts(image, ram, chosen.engines.remove(0), stable_by)
     }
 
@@ -112,7 +112,7 @@ impl Rig {
     }
 
     fn with_parts(image: Arc<Image>, ram: Ram, engine: Box<dyn Engine>, stable_by: StableBy) -> Self {
-        let cache = Arc::new(WriteCache::new(image.policy()));
+        let cache = Arc::new(WriteCache::new(image.config().cache));
         let disk = DiskQueue::new(Arc::clone(&image), Arc::clone(&cache), engine, stable_by);
         let device =
             BlockDevice::with_disks("vda", Arc::clone(&image), Arc::clone(&cache), vec![disk]).unwrap();

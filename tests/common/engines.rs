@@ -62,7 +62,7 @@ pub struct Scripted {
 impl Scripted {
     pub fn with_log(image: &Image, script: Script) -> (Box<dyn Engine>, Log) {
         let log = Log::default();
-        let inner = BlockingEngine::new(Arc::clone(image.file()));
+        let inner = BlockingEngine::new(Arc::clone(image.file().descriptor()));
         let engine = Self { inner, script, log: Arc::clone(&log), queued: VecDeque::new() };
         (Box::new(engine), log)
     }

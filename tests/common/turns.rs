@@ -85,7 +85,7 @@ impl Turns {
         engine: Box<dyn Engine>,
         stable_by: StableBy,
     ) -> Self {
-        let cache = Arc::new(WriteCache::new(image.policy()));
+        let cache = Arc::new(WriteCache::new(image.config().cache));
         cache.negotiate(Negotiated { flush: true, config_wce: false });
         Self {
             ram: mem::map_ram(&[(0, RAM_BYTES)]).unwrap(),

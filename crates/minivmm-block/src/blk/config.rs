@@ -43,8 +43,8 @@ pub const ERASE_SECTORS_MAX: u32 = 1 << 22;
 pub fn offered(image: &Image, queues: u16) -> u64 {
     let always = feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC;
     let block = SEG_MAX | BLK_SIZE | TOPOLOGY | FLUSH | CONFIG_WCE;
-    let writing = if image.readonly() { RO } else { WRITE_ZEROES };
-    let discard = if image.discard() { DISCARD } else { 0 };
+    let writing = if image.config().readonly { RO } else { WRITE_ZEROES };
+    let discard = if image.config().offers_discard() { DISCARD } else { 0 };
     let many = if queues > 1 { MQ } else { 0 };
     always | block | writing | discard | many
 }
@@ -80,7 +80,7 @@ pub fn space(image: &Image, queues: u16, writeback: bool) -> [u8; CONFIG_BYTES] 
     let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, &geometry.capacity_sectors.to_le_bytes());
     // The header and the status take two descriptors; the rest is for data.
-    put(12, &u32::from(image.queue_size().saturating_sub(2)).to_le_bytes());
+    put(12, &u32::from(image.config().queue_size.saturating_sub(2)).to_le_bytes());
     put(20, &geometry.logical_block.to_le_bytes());
     put(24, &[physical_block_exp(geometry.physical_block, geometry.logical_block)]);
     // alignment_offset stays 0; min_io_size is in logical blocks; opt_io_size stays 0, unknown.
@@ -97,7 +97,7 @@ pub fn space(image: &Image, queues: u16, writeback: bool) -> [u8; CONFIG_BYTES] 
     if offered & WRITE_ZEROES != 0 {
         put(48, &ERASE_SECTORS_MAX.to_le_bytes());
         put(52, &ERASE_SEGMENTS_MAX.to_le_bytes());
-        put(56, &[u8::from(image.discard())]);
+        put(56, &[u8::from(image.config().offers_discard())]);
     }
     space
 }

@@ -53,12 +53,13 @@ impl BlockDevice {
     /// Creates the device like [`BlockDevice::new`]. If guest memory is to be registered with the engine
     /// (buffers=fixed), `ram` is that memory.
     pub fn with_ram(name: &str, image: Arc<Image>, ram: Option<&Ram>) -> Result<Self, DeviceError> {
-        let cache = Arc::new(WriteCache::new(image.policy()));
-        let Chosen { engines, kind, why } = choose(&image, ram, image.queues())?;
+        let cache = Arc::new(WriteCache::new(image.config().cache));
+        let Chosen { engines, kind, why } = choose(&image, ram, image.config().queue_count())?;
         if let Some(why) = why {
-            log::info!("disk {}: engine=sync: {why}", image.path().display());
+            log::info!("disk {}: engine=sync: {why}", image.config().path.display());
         }
-        let disk = |engine| DiskQueue::new(Arc::clone(&image), Arc::clone(&cache), engine, image.stable());
+        let disk =
+            |engine| DiskQueue::new(Arc::clone(&image), Arc::clone(&cache), engine, image.config().stable);
         let disks = engines.into_iter().map(disk).collect();
         let mut device = Self::with_disks(name, image, cache, disks).map_err(DeviceError::Thread)?;
         device.engine = kind;
@@ -72,7 +73,7 @@ impl BlockDevice {
         cache: Arc<WriteCache>,
         disks: Vec<DiskQueue>,
     ) -> io::Result<Self> {
-        let queue_sizes = vec![image.queue_size(); disks.len()];
+        let queue_sizes = vec![image.config().queue_size; disks.len()];
         let thread = |(index, disk)| WorkerThread::park(format!("{name}-q{index}"), disk, image.threads());
         let workers = disks.into_iter().enumerate().map(thread).collect::<io::Result<_>>()?;
         Ok(Self { image, cache, queue_sizes, workers, engine: EngineKind::Blocking })

@@ -255,7 +255,7 @@ impl<'a> QueueWorker<'a> {
         mem::gather(ram, &frame.data_out, payload).map_err(|why| bad(&why))?;
         let image = &self.image;
         let features = self.job.features;
-        let limits = Limits { geometry: image.geometry(), features, readonly: image.readonly() };
+        let limits = Limits { geometry: image.geometry(), features, readonly: image.config().readonly };
         match request::parse(header, frame, payload, &limits)? {
             Request::In(range) => {
                 let iov = Iov::new(ram, &frame.data_in).map_err(|why| bad(&why))?;
@@ -286,7 +286,7 @@ impl<'a> QueueWorker<'a> {
             let status = match result {
                 Ok(()) => Status::Ok,
                 Err(error) => {
-                    let path = self.image.path().display();
+                    let path = self.image.config().path.display();
                     warn_limited!(self.errors, "disk {path}: request fails: {}", Chained(&error));
                     // The driver cannot rely on what was transferred before the error; a length of 0 is always
                     // true.
@@ -507,7 +507,7 @@ fn work(mailbox: &Mailbox, mut disk: DiskQueue) {
     let mut broken = RateLimit::for_guest_errors("blk: broken queues");
     while let Some(job) = next_job(mailbox) {
         let interrupt = Arc::clone(&job.interrupt);
-        let poll = disk.image().poll();
+        let poll = disk.image().config().poll();
         let mut worker = QueueWorker::new(job, &mut disk, &mut errors).polling(poll);
         let mut outcome = Ok(());
         while outcome.is_ok() && matches!(*mailbox.lock(), State::Working(_)) {

@@ -67,7 +67,7 @@ pub struct EngineError {
 /// engine is wrapped in the image's write log and faults.
 pub fn choose(image: &Arc<Image>, ram: Option<&Ram>, queues: u16) -> Result<Chosen, EngineError> {
     let chosen = find(image, ram, queues)?;
-    image.engine_is(chosen.kind.name());
+    image.stats.engine_is(chosen.kind.name());
     let engines = chosen.engines.into_iter().map(|engine| equip(engine, image)).collect();
     Ok(Chosen { engines, ..chosen })
 }
@@ -80,17 +80,18 @@ pub fn equip(engine: Box<dyn Engine>, image: &Arc<Image>) -> Box<dyn Engine> {
 
 fn find(image: &Arc<Image>, ram: Option<&Ram>, queues: u16) -> Result<Chosen, EngineError> {
     let blocking = |why| {
-        let engine = |_| Box::new(BlockingEngine::new(Arc::clone(image.file()))) as Box<dyn Engine>;
+        let engine =
+            |_| Box::new(BlockingEngine::new(Arc::clone(image.file().descriptor()))) as Box<dyn Engine>;
         Chosen { engines: (0..queues).map(engine).collect(), kind: EngineKind::Blocking, why }
     };
     let ring = |_| {
-        let fixed = ram.filter(|_| image.fixed_buffers());
-        let ring = UringEngine::new(Arc::clone(image), image.queue_size(), fixed)?;
+        let fixed = ram.filter(|_| image.config().fixed_buffers);
+        let ring = UringEngine::new(Arc::clone(image), image.config().queue_size, fixed)?;
         Ok(Box::new(ring) as Box<dyn Engine>)
     };
-    match image.engine() {
+    match image.config().engine {
         EngineChoice::Blocking => return Ok(blocking(None)),
-        EngineChoice::Auto if image.is_on_tmpfs() => {
+        EngineChoice::Auto if image.file().is_on_tmpfs() => {
             return Ok(blocking(Some("the image is on tmpfs, where data is in memory already".to_owned())));
         }
         EngineChoice::Auto | EngineChoice::Uring => {}
@@ -99,10 +100,12 @@ fn find(image: &Arc<Image>, ram: Option<&Ram>, queues: u16) -> Result<Chosen, En
         Ok(engines) => Ok(Chosen { engines, kind: EngineKind::Uring, why: None }),
         // `auto` does not fall back if memory could not be pinned, because buffers=fixed asks for that
         // explicitly.
-        Err(error) if image.engine() == EngineChoice::Auto && !matches!(error, UringError::Memory { .. }) => {
+        Err(error)
+            if image.config().engine == EngineChoice::Auto && !matches!(error, UringError::Memory { .. }) =>
+        {
             Ok(blocking(Some(in_words(&error))))
         }
-        Err(source) => Err(EngineError { path: image.path().display().to_string(), source }),
+        Err(source) => Err(EngineError { path: image.config().path.display().to_string(), source }),
     }
 }
 

@@ -4,6 +4,7 @@
 //! says them belongs to the embedder.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::cache::{CachePolicy, POLICIES};
 use super::fault::spec::FaultSpec;
@@ -83,9 +84,9 @@ pub enum EngineChoice {
     Blocking,
 }
 
-/// A field of a [`DiskConfig`] has a value that no device can work with.
+/// A field of a [`DiskConfig`] is out of its range.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("its {field} cannot be {value}: expected {range}")]
+#[error("invalid {field}={value}: expected {range}")]
 pub struct ConfigError {
     /// The field.
     pub field: &'static str,
@@ -127,23 +128,45 @@ impl DiskConfig {
         self
     }
 
-    /// Returns an error for the first field whose value is out of its range.
+    /// Returns how many virtqueues the device has.
+    pub fn queue_count(&self) -> u16 {
+        self.queues.unwrap_or(1)
+    }
+
+    /// Returns `true` if the device offers DISCARD.
+    pub fn offers_discard(&self) -> bool {
+        self.discard && !self.readonly
+    }
+
+    /// Returns how long a worker spins before it blocks.
+    pub fn poll(&self) -> Duration {
+        Duration::from_micros(u64::from(self.poll_us.unwrap_or(POLL_US)))
+    }
+
+    /// Returns `true` if the image is synced at the start and at the end: it is writable, and the mode honours
+    /// flushes.
+    pub fn is_synced_at_both_ends(&self) -> bool {
+        !self.readonly && self.cache.honour_flush
+    }
+
+    /// Returns an error if a field is out of its range, about the first such field.
+    /// [`Image::open`](super::Image::open) calls this.
     pub fn check(&self) -> Result<(), ConfigError> {
         let serial_bytes = self.serial.as_ref().map_or(0, String::len);
-        let (size, queues, poll_us) = (self.queue_size, self.queues.unwrap_or(1), self.poll_us.unwrap_or(0));
+        let (size, queues, poll_us) = (self.queue_size, self.queue_count(), self.poll_us.unwrap_or(0));
         let block = self.block_size.unwrap_or(512);
         let size_fits = size.is_power_of_two() && (QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&size);
         let quoted = || format!("{:?}", self.serial.as_deref().unwrap_or_default());
-        must(serial_bytes <= SERIAL_MAX, "serial", "at most 20 bytes", quoted)?;
-        must((1..=QUEUES_MAX).contains(&queues), "queues", "1 to 16", || queues.to_string())?;
-        must(size_fits, "queue_size", "a power of two from 4 to 1024", || size.to_string())?;
-        must(block == 512 || block == 4096, "block_size", "512 or 4096", || block.to_string())?;
-        must((1..=BATCH_MAX).contains(&self.batch), "batch", "1 to 1024", || self.batch.to_string())?;
-        must(poll_us <= POLL_US_MAX, "poll_us", "0 to 1000", || poll_us.to_string())
+        ensure(serial_bytes <= SERIAL_MAX, "serial", "at most 20 bytes", quoted)?;
+        ensure((1..=QUEUES_MAX).contains(&queues), "queues", "1 to 16", || queues.to_string())?;
+        ensure(size_fits, "queue_size", "a power of two from 4 to 1024", || size.to_string())?;
+        ensure(block == 512 || block == 4096, "block_size", "512 or 4096", || block.to_string())?;
+        ensure((1..=BATCH_MAX).contains(&self.batch), "batch", "1 to 1024", || self.batch.to_string())?;
+        ensure(poll_us <= POLL_US_MAX, "poll_us", "0 to 1000", || poll_us.to_string())
     }
 }
 
-fn must(
+fn ensure(
     fits: bool,
     field: &'static str,
     range: &'static str,
@@ -174,22 +197,22 @@ mod tests {
         for (config, message) in [
             (
                 DiskConfig { serial: long, ..plain() },
-                "serial cannot be \"123456789012345678901\": expected at most 20",
+                "invalid serial=\"123456789012345678901\": expected at most 20",
             ),
-            (DiskConfig { queues: Some(0), ..plain() }, "queues cannot be 0: expected 1 to 16"),
-            (DiskConfig { queues: Some(17), ..plain() }, "queues cannot be 17"),
+            (DiskConfig { queues: Some(0), ..plain() }, "invalid queues=0: expected 1 to 16"),
+            (DiskConfig { queues: Some(17), ..plain() }, "invalid queues=17"),
             (
                 DiskConfig { queue_size: 0, ..plain() },
-                "queue_size cannot be 0: expected a power of two from 4 to 1024",
+                "invalid queue_size=0: expected a power of two from 4 to 1024",
             ),
-            (DiskConfig { queue_size: 2, ..plain() }, "queue_size cannot be 2"),
-            (DiskConfig { queue_size: 48, ..plain() }, "queue_size cannot be 48"),
-            (DiskConfig { queue_size: 2048, ..plain() }, "queue_size cannot be 2048"),
-            (DiskConfig { block_size: Some(0), ..plain() }, "block_size cannot be 0: expected 512 or 4096"),
-            (DiskConfig { block_size: Some(1024), ..plain() }, "block_size cannot be 1024"),
-            (DiskConfig { batch: 0, ..plain() }, "batch cannot be 0: expected 1 to 1024"),
-            (DiskConfig { batch: 1025, ..plain() }, "batch cannot be 1025"),
-            (DiskConfig { poll_us: Some(1001), ..plain() }, "poll_us cannot be 1001: expected 0 to 1000"),
+            (DiskConfig { queue_size: 2, ..plain() }, "invalid queue_size=2"),
+            (DiskConfig { queue_size: 48, ..plain() }, "invalid queue_size=48"),
+            (DiskConfig { queue_size: 2048, ..plain() }, "invalid queue_size=2048"),
+            (DiskConfig { block_size: Some(0), ..plain() }, "invalid block_size=0: expected 512 or 4096"),
+            (DiskConfig { block_size: Some(1024), ..plain() }, "invalid block_size=1024"),
+            (DiskConfig { batch: 0, ..plain() }, "invalid batch=0: expected 1 to 1024"),
+            (DiskConfig { batch: 1025, ..plain() }, "invalid batch=1025"),
+            (DiskConfig { poll_us: Some(1001), ..plain() }, "invalid poll_us=1001: expected 0 to 1000"),
         ] {
             for error in [super::super::Image::open(&config), super::super::Image::look(&config)] {
                 let error = error.unwrap_err();

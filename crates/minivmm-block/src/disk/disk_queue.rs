@@ -79,7 +79,7 @@ impl DiskQueue {
         engine: Box<dyn Engine>,
         stable_by: StableBy,
     ) -> Self {
-        let stats = image.add_queue();
+        let stats = image.stats.add_queue();
         let moments = stats.is_timed().then(Moments::begin);
         Self {
             pool: bounce_buffers(&image),
@@ -137,7 +137,8 @@ impl DiskQueue {
 
     /// Makes stable what has completed by now, if the guest has turned its write cache off.
     pub fn sync_if_switched_off(&mut self) {
-        if self.cache.take_switched_off() && self.cache.policy().honour_flush && !self.image.readonly() {
+        if self.cache.take_switched_off() && self.cache.policy().honour_flush && !self.image.config().readonly
+        {
             self.group.joins(None, true);
             // Unless another sync is running, this one starts before the guest's next request.
             self.start_shared_sync();
@@ -346,7 +347,7 @@ impl DiskQueue {
                 let failed = matches!(result, Err(DiskError::Host { .. }));
                 // Records the file's size now, because the next write may extend a truncated file again.
                 if let Err(DiskError::Short { .. }) = result {
-                    let _ = self.image.cut();
+                    let _ = self.image.file().cut();
                 }
                 self.end_sync(covers, if failed { SyncEnd::Failed } else { SyncEnd::Void });
                 // Counts the bytes before the guest is told that they are written.

@@ -97,7 +97,7 @@ impl Transfer {
         let fits = window.is_aligned(alignment.memory, alignment.offset);
         // The write log must record exactly what is written, even if the guest changes its memory meanwhile.
         let recorded = self.write && image.write_log().is_some();
-        if recorded || image.policy().direct && (image.bounce_always() || !fits) {
+        if recorded || image.config().cache.direct && (image.config().bounce_always || !fits) {
             window = self.bounce(stats, pool)?;
             self.bounce = Some(window.clone());
         }

@@ -113,10 +113,10 @@ impl UringEngine {
     /// memory is registered, which pins all of it.
     pub fn new(image: Arc<Image>, entries: u16, ram: Option<&Ram>) -> Result<Self, UringError> {
         let ring = build(u32::from(entries).next_power_of_two())?;
-        register_file(&ring, image.file())?;
+        register_file(&ring, image.file().descriptor())?;
         let fixed = ram.map_or(Ok(Vec::new()), |ram| register_memory(&ring, ram))?;
         restrict(&ring)?;
-        let buffered = !image.policy().direct;
+        let buffered = !image.config().cache.direct;
         Ok(Self {
             ring,
             ops: Slab::default(),
@@ -125,7 +125,7 @@ impl UringEngine {
             inline: Inline { read: buffered, write: buffered },
             at_once: Vec::new(),
             fixed,
-            batch: usize::from(image.batch()),
+            batch: usize::from(image.config().batch),
             image,
             enabled: false,
             cries_wolf: false,
@@ -153,7 +153,7 @@ impl UringEngine {
     /// Submits what is queued and waits for at least `want` completions, in one system call.
     fn enter(&mut self, want: usize) -> io::Result<()> {
         self.enable()?;
-        Counters::count(&self.image.beside_queues.io_uring_enters);
+        Counters::count(&self.image.stats.beside_queues.io_uring_enters);
         match self.ring.submit_and_wait(want) {
             Ok(_) => {
                 self.cries_wolf = self.ring.completion().is_empty() && self.ring.submission().taskrun();
@@ -224,7 +224,7 @@ impl UringEngine {
     /// Tries to execute `op` from the page cache without waiting. Returns the bytes moved, or `None` if `op` must go
     /// through the ring.
     fn try_inline(&mut self, op: &HostOp) -> Option<usize> {
-        let fd = self.image.file().as_raw_fd();
+        let fd = self.image.file().descriptor().as_raw_fd();
         let (result, may) = match op {
             HostOp::Readv { iov, offset } if self.inline.read => {
                 let (iovecs, count, offset) = vectors(iov, *offset)?;

@@ -87,7 +87,7 @@ pub fn prepare(
         let disk = disk(options, mode, writing.is_empty());
         let failed = |source| PrepareError::Mode { mode: mode.name, image: path.clone(), source };
         let looked = minivmm::disk::Image::look(&disk).map_err(failed)?;
-        if let Some(reason) = looked.refusals(&disk).into_iter().next() {
+        if let Some(reason) = looked.refusals().into_iter().next() {
             return Err(PrepareError::Refused { image: path.clone(), why: reason.to_string() });
         }
         explained.push(explain::explain(&disk).map_err(failed)?);

@@ -259,7 +259,7 @@ fn on_host(options: &BenchOptions, competitor: &Competitor, stop: &AtomicBool) -
     };
     let seconds = started.elapsed().as_secs_f64();
     let summary = first(Ok(summaries), job, &competitor.name)?;
-    let after = Residency::of(locked.file()).ok();
+    let after = Residency::of(locked.file().descriptor()).ok();
     let observed = Observed::on_host(before, after, &summary, disk_read_bytes);
     Ok(JobRun { round: 0, seconds, fio: summary, observed: Some(observed), device: None })
 }

@@ -35,7 +35,7 @@ impl DiskQueue {
                 let (dsync, later) = match self.stable_by {
                     _ if !stable || !self.has_dsync => (false, false),
                     StableBy::Dsync => (true, false),
-                    StableBy::Auto => (false, self.image.dsync_is_one_flush()),
+                    StableBy::Auto => (false, self.image.file().dsync_is_one_flush()),
                     StableBy::Fdatasync | StableBy::Group => (false, false),
                 };
                 self.begin_transfer(range, iov, Way { write: true, dsync, later })
@@ -92,7 +92,7 @@ impl DiskQueue {
     }
 
     fn check_writable(&self) -> Result<(), DiskError> {
-        if self.image.readonly() { Err(DiskError::Readonly) } else { Ok(()) }
+        if self.image.config().readonly { Err(DiskError::Readonly) } else { Ok(()) }
     }
 
     pub(super) fn check_latch(&self) -> Result<(), DiskError> {

@@ -230,7 +230,7 @@ impl Engine for FaultEngine {
         // An operation is counted once, however often it is submitted.
         let plan = match self.refused.take() {
             Some((refused, plan)) if refused == token => plan,
-            _ => self.faults.plan(&op, &self.image.beside_queues),
+            _ => self.faults.plan(&op, &self.image.stats.beside_queues),
         };
         if !plan.delay.is_zero() {
             let act = self.act(op, plan.fate);
