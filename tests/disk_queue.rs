@@ -13,8 +13,8 @@ use minivmm::disk::Image;
 use minivmm::disk::cache::{Negotiated, POLICIES, WriteCache};
 use minivmm::disk::disk_queue::{DiskQueue, Op, RequestId, StableBy};
 use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
-use minivmm::disk::erase::ZeroedRange;
 use minivmm::disk::geometry::SectorRange;
+use minivmm::disk::op::ZeroedRange;
 use minivmm::mem::{AlignedBuffer, Iov};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 

@@ -2,6 +2,8 @@
 //! file contains (`docs/architecture.md`; the map of a crate is its `lib.rs`).
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
+#[path = "tidy/circles.rs"]
+mod circles;
 #[path = "tidy/pages.rs"]
 mod pages;
 #[path = "tidy/requirements.rs"]

@@ -4,8 +4,8 @@
 //! the header, the last writable byte is the status. Pure: the input was copied out of guest memory once, and
 //! the parsed request is private from then on.
 
-use crate::disk::erase::ZeroedRange;
 use crate::disk::geometry::{Geometry, SECTOR, SectorRange};
+use crate::disk::op::ZeroedRange;
 use crate::mem::Segment;
 use crate::virtio::queue::Chain;
 

@@ -7,20 +7,11 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use super::disk_queue::DiskError;
 use super::engine::HostOp;
 use super::geometry::{Alignment, SectorRange};
+use super::op::{DiskError, ZeroedRange};
 use super::transfer::BOUNCE_MAX;
 use crate::mem::{AlignedBuffer, Iov};
-
-/// One range of a WRITE_ZEROES.
-#[derive(Debug, Clone, Copy)]
-pub struct ZeroedRange {
-    /// The sectors.
-    pub range: SectorRange,
-    /// `true` if the space may be given back to the host.
-    pub unmap: bool,
-}
 
 /// The ranges that are still to be erased, and the progress of the first of them.
 pub(super) struct Erase {

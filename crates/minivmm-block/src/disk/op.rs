@@ -2,7 +2,6 @@
 
 use std::io;
 
-use super::erase::ZeroedRange;
 use super::geometry::SectorRange;
 use crate::mem::Iov;
 use crate::slab::slab_number;
@@ -12,6 +11,15 @@ slab_number! {
     ///
     /// [`DiskQueue::submit`]: super::disk_queue::DiskQueue::submit
     RequestId
+}
+
+/// One range of a WRITE_ZEROES.
+#[derive(Debug, Clone, Copy)]
+pub struct ZeroedRange {
+    /// The sectors.
+    pub range: SectorRange,
+    /// `true` if the space may be given back to the host.
+    pub unmap: bool,
 }
 
 /// What a request asks of the disk.

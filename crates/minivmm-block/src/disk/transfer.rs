@@ -5,9 +5,9 @@
 
 use std::io;
 
-use super::disk_queue::DiskError;
 use super::engine::HostOp;
 use super::image::Image;
+use super::op::DiskError;
 use super::queue_stats::QueueStats;
 use crate::mem::{BufferPool, Iov};
 

@@ -4,10 +4,10 @@
 //! ways to a stable write. [`super`] does everything that follows.
 
 use super::DiskQueue;
-use crate::disk::erase::{Erase, ZeroedRange};
+use crate::disk::erase::Erase;
 use crate::disk::flight::{Next, Stage};
 use crate::disk::geometry::SectorRange;
-use crate::disk::op::{DiskError, Op};
+use crate::disk::op::{DiskError, Op, ZeroedRange};
 use crate::disk::stable::StableBy;
 use crate::disk::transfer::Transfer;
 use crate::mem::Iov;
