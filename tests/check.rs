@@ -6,17 +6,19 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[allow(dead_code, reason = "each test file uses its part")]
 #[path = "common/host.rs"]
 mod host;
+#[allow(dead_code, reason = "each test file uses its part")]
+#[path = "common/skips.rs"]
+mod skips;
 
-use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use skips::skip;
 use tempfile::TempDir;
 
 const RUNS: i32 = 0;
@@ -47,11 +49,6 @@ fn row<'a>(report: &'a Value, key: &str) -> &'a Value {
     rows.iter().find(|row| row["key"] == key).unwrap_or(&Value::Null)
 }
 
-#[expect(clippy::explicit_write, reason = "the test harness swallows what eprintln prints")]
-fn skip(reason: &str) {
-    writeln!(std::io::stderr(), "skipped: {reason}").unwrap();
-}
-
 /// A binary that every user may run, wherever the build directory is.
 struct Public {
     _directory: TempDir,
@@ -75,7 +72,7 @@ impl Public {
 fn with_dev(script: &str) -> Option<Output> {
     let can = Command::new("unshare").args(["-m", "true"]).output().is_ok_and(|done| done.status.success());
     if !can {
-        skip("no right to make a mount namespace, so no other /dev");
+        skip("root", "no right to make a mount namespace, so no other /dev");
         return None;
     }
     let public = Public::new();
@@ -108,7 +105,7 @@ fn this_machine_is_judged_in_less_than_a_second_and_the_two_forms_agree() {
 fn a_kvm_that_lacks_instructions_is_told_from_one_that_runs_linux() {
     let report = parse(&check(&["--json"]));
     if row(&report, "interface version")["status"] != "pass" {
-        skip("this machine has no KVM to probe");
+        skip("kvm", "this machine has no KVM to probe");
         return;
     }
     let statuses: Vec<_> = PROBES.iter().map(|key| row(&report, key)["status"].as_str().unwrap()).collect();

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
 
 mod common;
+#[path = "common/skips.rs"]
+mod skips;
 
 use std::error::Error;
 use std::fs::File;
@@ -19,6 +21,7 @@ use minivmm::disk::cache::CachePolicy;
 use minivmm::disk::config::EngineChoice;
 use minivmm::disk::disk_queue::StableBy;
 use minivmm::disk::{DiskConfig, Image};
+use skips::skip;
 
 const BYTES: u64 = 4 << 20;
 const FEATURES: u64 = F_FLUSH | F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES;
@@ -186,7 +189,7 @@ fn hanging_guest(device: &LoopDevice, kernel: &Path) -> Child {
 #[test]
 fn a_failed_last_fdatasync_is_the_exit_status() {
     if File::options().read(true).write(true).open("/dev/kvm").is_err() {
-        println!("not run: no /dev/kvm");
+        skip("kvm", "no /dev/kvm");
         return;
     }
     let Some(small) = Mounted::tmpfs(64 << 10) else { return };

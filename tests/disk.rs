@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
 
 mod common;
+#[path = "common/skips.rs"]
+mod skips;
 
 use std::fs::File;
 use std::io::Write;
@@ -16,6 +18,7 @@ use common::images::{TestImage, pattern, test_dir};
 use minivmm::disk::cache::POLICIES;
 use minivmm::disk::disk_queue::StableBy;
 use minivmm::disk::{DiskConfig, Image};
+use skips::skip;
 
 const IMAGE_BYTES: u64 = 1 << 20;
 const BOTH: u64 = F_FLUSH | F_CONFIG_WCE;
@@ -404,7 +407,7 @@ fn each_mode_opens_with_its_flags() {
 #[test]
 fn o_direct_on_tmpfs_warns_and_works() {
     let Ok(dir) = tempfile::tempdir_in("/dev/shm") else {
-        println!("not run: no /dev/shm");
+        skip("tmpfs", "no /dev/shm");
         return;
     };
     let path = dir.path().join("a.img");

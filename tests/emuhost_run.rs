@@ -5,6 +5,10 @@
 //! built, it says so and looks at nothing.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
+#[path = "common/skips.rs"]
+mod skips;
+
+use skips::skip;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -34,7 +38,7 @@ impl Rig {
             !here.stdout.starts_with(b"directly") || tree("guest-images/build/host/manifest").exists()
         });
         if !usable {
-            println!("skipped: no emulated host is built, and none is needed here (make emuhost)");
+            skip("emuhost", "no emulated host is built, and none is needed here (make emuhost)");
             return None;
         }
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);

@@ -60,7 +60,7 @@ fn takes(driver: &Value) -> bool {
 fn can_run() -> bool {
     let strace = Command::new("strace").arg("-V").output().is_ok();
     if !strace {
-        skip("strace is not installed, system calls are not seen");
+        skip("strace", "strace is not installed, system calls are not seen");
     }
     strace && kvm()
 }
@@ -200,7 +200,7 @@ fn what_would_keep_a_guest_from_starting_keeps_it_from_being_explained() {
 #[test]
 fn tmpfs_is_seen_through() {
     let Ok(directory) = tempfile::tempdir_in("/dev/shm") else {
-        skip("there is no /dev/shm");
+        skip("tmpfs", "there is no /dev/shm");
         return;
     };
     let path = directory.path().join("a.img");
@@ -216,7 +216,7 @@ fn in_namespace(script: &str, directory: &std::path::Path) -> Option<Vec<Value>>
     command.args(["-m", "sh", "-ec", script, "sh"]).arg(binary()).current_dir(directory);
     let output = command.output().ok()?;
     if !output.status.success() {
-        skip(&format!("no right to mount here: {}", String::from_utf8_lossy(&output.stderr)));
+        skip("root", &format!("no right to mount here: {}", String::from_utf8_lossy(&output.stderr)));
         return None;
     }
     let answers = serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>();

@@ -7,9 +7,12 @@
 
 #[path = "common/host.rs"]
 mod host;
+#[path = "common/skips.rs"]
+mod skips;
 
 use host::{Host, Outcome};
 use serde_json::Value;
+use skips::skip;
 
 /// A tmpfs of 24 MiB under a sparse file of 96; it gets larger when the guest says that a FLUSH has failed.
 const SCRIPT: &str = r#"
@@ -63,7 +66,7 @@ fn after_the_first_failed_flush_nothing_is_called_stable_though_the_host_would()
     let script = SCRIPT.replace("-- sh /work", "--add job:/work -- sh /work");
     let outcome = place.sh(&script);
     if outcome.status == 77 {
-        println!("skipped: a loop device needs root");
+        skip("root", "a loop device needs root");
         return;
     }
     let must = |name: &str, good: bool| {

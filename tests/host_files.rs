@@ -4,9 +4,11 @@
 //! mounts) says so where it is not run.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot begin has failed")]
 
-#[allow(dead_code, reason = "other tests use the rest")]
 #[path = "common/loops.rs"]
 mod loops;
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "common/skips.rs"]
+mod skips;
 #[path = "common/tools.rs"]
 mod tools;
 
@@ -16,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use loops::{LoopDevice, Mounted};
+use skips::skip;
 
 const FAILURE: i32 = 125;
 
@@ -317,7 +320,7 @@ fn a_status_file_that_cannot_be_written_is_named() {
 fn an_image_larger_than_the_hosts_memory_is_not_read_into_its_cache() {
     let place = Place::new();
     if let Err(error) = File::create(place.at("huge")).unwrap().set_len(8 << 40) {
-        println!("not run: no file of 8 TiB can be made here: {error}");
+        skip("large-files", &format!("no file of 8 TiB can be made here: {error}"));
         return;
     }
     let guest =
@@ -392,7 +395,7 @@ fn a_swap_file_is_refused() {
     let script = "dd if=/dev/zero of=swap bs=1M count=2 2>&1; chmod 600 swap; mkswap swap && swapon swap";
     let made = Command::new("sh").args(["-ec", script]).current_dir(place.dir.path()).output().unwrap();
     if !made.status.success() {
-        println!("not run: this user, or this file system, cannot swap: {}", words_of(&made.stderr));
+        skip("swap", &format!("this user, or this file system, cannot swap: {}", words_of(&made.stderr)));
         return;
     }
     let refused = std::panic::catch_unwind(|| {

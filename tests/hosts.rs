@@ -4,16 +4,18 @@
 //! machine whose KVM runs Linux nothing is refused; which of the two this is, `check` says.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
+#[path = "common/skips.rs"]
+mod skips;
 #[path = "common/tools.rs"]
 mod tools;
 
 use std::fs;
-use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use skips::skip;
 use tempfile::TempDir;
 
 /// A tree with both binaries as built, a kernel that bears Linux's marks, and perhaps an emulated host.
@@ -79,11 +81,10 @@ fn lines(output: &Output) -> Vec<String> {
 }
 
 /// Whether this machine's KVM cannot run Linux. If it can, says so.
-#[expect(clippy::explicit_write, reason = "the test harness swallows what eprintln prints")]
 fn linux_runs_nowhere() -> bool {
     let checked = Command::new(env!("CARGO_BIN_EXE_minivmm")).args(["check", "--quiet"]).output().unwrap();
     if checked.status.success() {
-        writeln!(std::io::stderr(), "skipped: Linux guests run on this machine").unwrap();
+        skip("no-kernel", "Linux guests run on this machine");
     }
     !checked.status.success()
 }

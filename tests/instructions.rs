@@ -10,6 +10,8 @@ mod random;
 #[path = "../benches/device/rings.rs"]
 #[allow(dead_code, reason = "the benchmark's driver needs more of it")]
 mod rings;
+#[path = "common/skips.rs"]
+mod skips;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::BTreeMap;
@@ -30,6 +32,7 @@ use minivmm::virtio::Interrupt;
 use minivmm::virtio::queue::Ring;
 use random::Random;
 use rings::{FEATURES, Kind, QUEUE_SIZE, Rings};
+use skips::skip;
 use vmm_sys_util::eventfd::EventFd;
 
 /// What is measured: its name in the file, the direction, requests a turn, whether latencies are measured
@@ -209,7 +212,7 @@ fn kept_file() -> PathBuf {
 #[test]
 fn a_request_takes_no_more_instructions_than_it_did() {
     if cfg!(debug_assertions) {
-        println!("not run: a debug build's instructions say nothing; `make test` builds with --release");
+        skip("release", "a debug build's instructions say nothing; `make test` builds with --release");
         return;
     }
     let dir = tempfile::tempdir().unwrap();

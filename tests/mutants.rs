@@ -10,12 +10,15 @@
 
 #[path = "common/patched.rs"]
 mod patched;
+#[path = "common/skips.rs"]
+mod skips;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use patched::{cargo_test, copy, copy_of_the_tree, patch, root, words};
+use skips::skip;
 
 /// Seeds of a suite that has them (`durability`): it must find a mistake within few.
 const SEEDS: &str = "10000";
@@ -97,7 +100,7 @@ fn killed_by(tree: &Path, suite: &[String]) -> Result<String, String> {
 #[test]
 fn every_patch_dies() {
     let Ok(wanted) = std::env::var("MINIVMM_MUTANTS") else {
-        println!("skipped: builds the crate once a patch; MINIVMM_MUTANTS=all, as `make torture` has it");
+        skip("torture", "builds the crate once a patch; MINIVMM_MUTANTS=all, as `make torture` has it");
         return;
     };
     let mutants: Vec<_> =

@@ -6,6 +6,8 @@
 
 #[path = "common/pty.rs"]
 mod pty;
+#[path = "common/skips.rs"]
+mod skips;
 #[path = "common/tools.rs"]
 mod tools;
 
@@ -25,6 +27,7 @@ use minivmm::observe::control::{self, drop_cache, warm_cache};
 use minivmm::observe::follow;
 use minivmm::observe::limit::{LimitError, MemoryLimit};
 use minivmm::observe::{Residency, csv};
+use skips::skip;
 use tempfile::TempDir;
 
 const MIB: usize = 1 << 20;
@@ -164,7 +167,7 @@ fn a_disk_starts_with_the_cache_that_its_key_wishes_in_every_mode() {
 #[test]
 fn on_tmpfs_there_is_nothing_to_drop_and_the_error_tells_why() {
     let Ok(directory) = tempfile::tempdir_in("/dev/shm") else {
-        println!("skipped: no /dev/shm");
+        skip("tmpfs", "no /dev/shm");
         return;
     };
     let path = directory.path().join("disk.img");
@@ -173,7 +176,7 @@ fn on_tmpfs_there_is_nothing_to_drop_and_the_error_tells_why() {
     let options = disk_options::parse(text).unwrap();
     let image = Image::open(&options.config).unwrap();
     if !image.file().is_on_tmpfs() {
-        println!("skipped: /dev/shm is no tmpfs");
+        skip("tmpfs", "/dev/shm is no tmpfs");
         return;
     }
     let error = control::apply(options.host_cache, &image).unwrap_err();
@@ -200,7 +203,7 @@ fn on_an_overlay_the_upper_file_is_looked_at() {
     let mounted =
         Command::new("mount").args(["-t", "overlay", "overlay", "-o", &options]).arg(at("merged")).status();
     if !mounted.is_ok_and(|status| status.success()) {
-        println!("skipped: overlayfs cannot be mounted here");
+        skip("root", "overlayfs cannot be mounted here");
         return;
     }
     let outcome = std::panic::catch_unwind(|| {
@@ -330,7 +333,7 @@ fn top_draws_on_a_terminal_until_q_is_pressed() {
     };
     let top = format!("{} top {}; echo status $?; sleep 60", tools::minivmm().display(), path.display());
     if tmux(&["new", "-d", "-x", "100", "-y", "30", &top]).is_err() {
-        println!("skipped: tmux is not installed");
+        skip("tmux", "tmux is not installed");
         return;
     }
     let shows = |word: &str| {

@@ -7,9 +7,12 @@
 
 #[path = "common/host.rs"]
 mod host;
+#[path = "common/skips.rs"]
+mod skips;
 
 use host::{Host, Outcome, Place};
 use minivmm::observe::csv::Row;
+use skips::skip;
 
 const MIB: f64 = (1 << 20) as f64;
 const GUEST: &str = "minivmm --timeout 200 --kernel $GUESTS/6.12/vmlinuz --initrd $GUESTS/6.12/initrd.cpio";
@@ -126,7 +129,7 @@ fn a_memory_limit_is_on_the_whole_process_and_goes_with_it() {
          wait $child; echo status $?; [ -e $own ] || echo gone"
     ));
     if outcome.status == 77 {
-        println!("skipped: the host has no cgroup v2 with a memory controller");
+        skip("cgroup", "the host has no cgroup v2 with a memory controller");
         return;
     }
     assert_eq!(outcome.stdout, "max 268435456\nprocs 1\nstatus 0\ngone\n", "{outcome:#?}");

@@ -5,6 +5,10 @@
 //! kernels as such a user instead, and this one says so.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
+#[path = "common/skips.rs"]
+mod skips;
+
+use skips::skip;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -52,7 +56,7 @@ fn emulated() -> bool {
     let which = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-images/which-host");
     let said = String::from_utf8(Command::new(which).output().unwrap().stdout).unwrap();
     if said.starts_with("directly") {
-        println!("skipped: guests run {}: tests/as-user runs the suites with kernels", said.trim());
+        skip("emuhost", &format!("guests run {}: tests/as-user runs the suites with kernels", said.trim()));
     }
     !said.starts_with("directly")
 }

@@ -2,12 +2,16 @@
 //! And the table of `docs/reference/sandbox-calls.md`, which is the code's. What a whole VM does in it is `tests/bare`'s.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stderr, reason = "tests may")]
 
+#[path = "common/skips.rs"]
+mod skips;
+
 use std::fs::File;
 use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Output};
 
 use minivmm::sandbox::roles::{Call, When};
 use minivmm::sandbox::{self, Mode, Role, Ticket, ground};
+use skips::skip;
 
 /// Says to a child what it is to do: "MODE ROLE DEED".
 const ASKED: &str = "MINIVMM_SANDBOX_TEST";
@@ -148,7 +152,7 @@ fn a_thread_that_keeps_to_its_row_goes_on_in_every_mode_also_without_privileges(
 #[test]
 fn without_the_filter_landlock_opens_nothing_either() {
     if ground::version() == 0 {
-        println!("skipped: this kernel has no Landlock");
+        skip("landlock", "this kernel has no Landlock");
         return;
     }
     let (status, said) = ask("off", Role::Main, "landlock");

@@ -50,7 +50,7 @@ pub fn strace(log: &std::path::Path) -> Command {
 pub fn strace_is_here() -> bool {
     let here = Command::new("strace").arg("-V").output().is_ok();
     if !here {
-        machine::skip("strace is not installed, nothing is audited");
+        machine::skip("strace", "strace is not installed, nothing is audited");
     }
     here
 }

@@ -25,7 +25,7 @@ fn program() -> String {
 /// Major and minor version of QEMU, where it is installed and can be traced.
 fn version() -> Option<(u32, u32)> {
     let Ok(output) = Command::new(program()).arg("--version").output() else {
-        skip(&format!("{} is not installed, QEMU is not audited", program()));
+        skip("qemu", &format!("{} is not installed, QEMU is not audited", program()));
         return None;
     };
     if !strace_is_here() {

@@ -99,7 +99,7 @@ fn hides(operation: &Operation) -> bool {
 
 /// An eye, or why there is none.
 pub fn eye() -> Option<Eye> {
-    Eye::open().map_err(|reason| skip(&format!("{reason}; io_uring is not audited"))).ok()
+    Eye::open().map_err(|reason| skip("bpf", &format!("{reason}; io_uring is not audited"))).ok()
 }
 
 /// Runs a VMM whose console goes to this file, and audits its image.

@@ -127,7 +127,7 @@ fn holes_of_an_image_in_memory_cannot_be_warmed_and_the_error_says_so() {
     if !kvm() {
         return;
     }
-    let Ok(directory) = tempfile::tempdir_in("/dev/shm") else { return skip("no /dev/shm") };
+    let Ok(directory) = tempfile::tempdir_in("/dev/shm") else { return skip("tmpfs", "no /dev/shm") };
     let path = directory.path().join("holes.img");
     File::create(&path).unwrap().set_len(IMAGE_BYTES as u64).unwrap();
     let warm = |status| {
@@ -160,7 +160,7 @@ fn a_host_without_proc_is_told_what_is_missing() {
     }
     let can = Command::new("unshare").args(["-m", "umount", "-l", "/proc"]).output();
     if !can.is_ok_and(|done| done.status.success()) {
-        return skip("no right to unmount /proc in a mount namespace of one's own");
+        return skip("root", "no right to unmount /proc in a mount namespace of one's own");
     }
     let image = Image::new();
     let mut command = Command::new("unshare");

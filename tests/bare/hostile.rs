@@ -118,7 +118,7 @@ impl Running {
     fn descriptors(&self) -> Option<usize> {
         let found = fs::read_dir(format!("/proc/{}/fd", self.id()));
         if found.is_err() && !sees_all() {
-            skip("only root counts the descriptors of a process that is not dumpable");
+            skip("root", "only root counts the descriptors of a process that is not dumpable");
             return None;
         }
         Some(found.unwrap().count())

@@ -137,7 +137,7 @@ fn a_quota_that_is_used_up_is_told_to_the_guest() {
         return;
     }
     if Command::new("strace").arg("-V").output().is_err() {
-        skip("strace is not installed, no quota is used up");
+        skip("strace", "strace is not installed, no quota is used up");
         return;
     }
     // Every write from the tenth on: a quota of nine blocks.
@@ -223,7 +223,7 @@ fn a_host_disk_that_hangs_stops_neither_the_console_nor_the_other_disk_nor_the_e
         session.read_until("ready");
         File::open(&image).unwrap().sync_all().unwrap();
         if !freeze("-f", mounted.dir.path()) {
-            skip("no file system can be frozen here (root only)");
+            skip("root", "no file system can be frozen here (root only)");
             return;
         }
         let frozen = Frozen(mounted.dir.path());

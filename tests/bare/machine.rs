@@ -1,5 +1,8 @@
 //! What the tests run: the guest in both forms, minivmm's command line, and images of known content.
 
+#[path = "../common/skips.rs"]
+mod skips;
+
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -10,6 +13,8 @@ use std::time::Duration;
 
 use minivmm::layout;
 use tempfile::TempDir;
+
+pub use skips::skip;
 
 /// Exit statuses of the program, as `--help` documents them.
 pub const ORDERLY: i32 = 0;
@@ -32,14 +37,9 @@ pub const IMAGE_BYTES: usize = 1 << 20;
 pub fn kvm() -> bool {
     let opened = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     if let Err(error) = &opened {
-        skip(&format!("cannot open /dev/kvm: {error}"));
+        skip("kvm", &format!("cannot open /dev/kvm: {error}"));
     }
     opened.is_ok()
-}
-
-#[expect(clippy::explicit_write, reason = "the test harness swallows what eprintln prints")]
-pub fn skip(reason: &str) {
-    writeln!(std::io::stderr(), "skipped: {reason}").unwrap();
 }
 
 /// Whether this process may look into one that is not dumpable, as minivmm in its sandbox is: only root of the
@@ -66,10 +66,10 @@ pub fn may_lock(mib: u64) -> bool {
     assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) }, 0);
     let may = sees_all() || limit.rlim_cur >> 20 > mib;
     if !may {
-        skip(&format!(
-            "buffers=fixed: this user may lock {} KiB of memory (ulimit -l)",
-            limit.rlim_cur >> 10
-        ));
+        skip(
+            "memlock",
+            &format!("buffers=fixed: this user may lock {} KiB of memory (ulimit -l)", limit.rlim_cur >> 10),
+        );
     }
     may
 }

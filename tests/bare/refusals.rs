@@ -22,7 +22,7 @@ fn strace(log: &Path, inject: Option<&str>) -> Command {
 fn ready() -> bool {
     let there = Command::new("strace").arg("-V").output().is_ok();
     if !there {
-        skip("strace is not installed, KVM's answers cannot be replaced");
+        skip("strace", "strace is not installed, KVM's answers cannot be replaced");
     }
     there && kvm()
 }

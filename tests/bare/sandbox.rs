@@ -106,7 +106,7 @@ fn calls_in_the_sandbox(log: &str) -> BTreeMap<String, BTreeSet<String>> {
 /// strace over minivmm, and where it writes.
 fn strace(image: &Image) -> Option<(Command, PathBuf)> {
     if Command::new("strace").arg("-V").output().is_err() {
-        skip("strace is not installed");
+        skip("strace", "strace is not installed");
         return None;
     }
     let log = image.path.with_extension("strace");

@@ -92,7 +92,7 @@ fn the_program_takes_at_most_five_mib_beyond_guest_ram() {
         return;
     }
     if cfg!(debug_assertions) {
-        return skip("a debug build has more code than a user runs");
+        return skip("release", "a debug build has more code than a user runs");
     }
     // One queue, the default; and four.
     for cpus in ["1", "4"] {

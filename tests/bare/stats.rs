@@ -28,7 +28,7 @@ fn the_json_counts_what_strace_counts_in_every_mode() {
         return;
     }
     if Command::new("strace").arg("-V").output().is_err() {
-        skip("strace is not installed, host calls are not counted");
+        skip("strace", "strace is not installed, host calls are not counted");
         return;
     }
     for mode in MODES {
@@ -121,7 +121,7 @@ fn the_json_counts_the_calls_of_io_uring_that_strace_counts() {
         return;
     }
     if Command::new("strace").arg("-V").output().is_err() {
-        skip("strace is not installed, host calls are not counted");
+        skip("strace", "strace is not installed, host calls are not counted");
         return;
     }
     for mode in MODES {
@@ -137,7 +137,7 @@ fn the_json_counts_the_calls_of_io_uring_that_strace_counts() {
         run(&mut strace, b"").expect(exit(0x20), what);
         let found: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
         if found["disks"][0]["engine"] == "sync" {
-            skip("no io_uring here");
+            skip("io_uring", "no io_uring here");
             return;
         }
         // A call that lasts is in two lines, of which the second does not have the parenthesis.

@@ -92,7 +92,7 @@ fn the_host_syncs_as_often_as_mode_and_negotiation_demand() {
         return;
     }
     if Command::new("strace").arg("-V").output().is_err() {
-        skip("strace is not installed, host syncs are not counted");
+        skip("strace", "strace is not installed, host syncs are not counted");
         return;
     }
     for mode in MODES {

@@ -48,7 +48,7 @@ fn the_command_that_is_told_saves_the_image() {
     }
     // SAFETY: geteuid has no argument and cannot fail.
     if unsafe { libc::geteuid() } != 0 {
-        skip("only root can inspect minivmm's descriptors");
+        skip("root", "only root can inspect minivmm's descriptors");
         return;
     }
     let image = Image::new();

@@ -1,9 +1,14 @@
 //! Loop devices over files of ours, and a file system too small for what is written to it.
 
+#[path = "skips.rs"]
+mod skips;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tempfile::TempDir;
+
+use skips::skip;
 
 /// A block device of our own; gone with this.
 pub struct LoopDevice(pub PathBuf);
@@ -21,7 +26,7 @@ impl LoopDevice {
                 Some(Self(String::from_utf8(output.stdout).unwrap().trim().into()))
             }
             other => {
-                println!("not run: no loop device can be had here (root only): {other:?}");
+                skip("root", &format!("no loop device can be had here (root only): {other:?}"));
                 None
             }
         }
@@ -61,7 +66,7 @@ impl Mounted {
         if status.is_ok_and(|status| status.success()) {
             return Some(Self { dir });
         }
-        println!("not run: this user cannot mount (root only)");
+        skip("root", "this user cannot mount (root only)");
         None
     }
 }

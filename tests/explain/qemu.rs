@@ -115,7 +115,7 @@ fn sync(calls: &[String]) -> Sync {
 #[test]
 fn qemu_with_the_same_driver_differs_only_where_the_docs_say_so() {
     let (Some(version), true) = (version(), Command::new("strace").arg("-V").output().is_ok()) else {
-        skip("QEMU or strace is not installed, nothing stands beside");
+        skip("qemu", "QEMU or strace is not installed, nothing stands beside");
         return;
     };
     let kernel = guest();

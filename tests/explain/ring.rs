@@ -9,7 +9,8 @@ use crate::machine::*;
 use crate::{MODES, calls, expected, explain, takes, words};
 
 fn watch(image: &Image, disk: &str, words: &str, status: i32) -> Option<Log> {
-    let mut eye = Eye::open().map_err(|reason| skip(&format!("{reason}; io_uring is not seen"))).ok()?;
+    let mut eye =
+        Eye::open().map_err(|reason| skip("bpf", &format!("{reason}; io_uring is not seen"))).ok()?;
     let console = log::console(&image.path);
     std::fs::write(&console, "").unwrap();
     for file in [&image.path, &console, image.path.parent().unwrap()] {

@@ -33,7 +33,7 @@ fn emuhost() -> Command {
 pub fn is_possible() -> Option<()> {
     let built = tree("guest-images/build/host/initrd.cpio").exists();
     if !built {
-        println!("skipped: there is no emulated host (make emuhost)");
+        crate::skip("emuhost", "there is no emulated host (make emuhost)");
     }
     built.then_some(())
 }

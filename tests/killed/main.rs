@@ -13,6 +13,8 @@ mod cpio;
 mod disk;
 mod host;
 mod records;
+#[path = "../common/skips.rs"]
+mod skips;
 #[path = "../common/tools.rs"]
 mod tools;
 
@@ -21,6 +23,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use host::{EmulatedHost, Vmm};
 use records::{Claim, Found};
+use skips::skip;
 
 const MODES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];
 /// Records between two flushes of a guest that flushes.
@@ -217,7 +220,7 @@ fn a_killed_vmm_loses_nothing_in_any_mode() {
 #[test]
 fn qemu_under_the_same_harness() {
     if std::env::var_os("MINIVMM_BESIDE_QEMU").is_none() {
-        println!("skipped: MINIVMM_BESIDE_QEMU=1 runs the guests in QEMU as well (make torture)");
+        skip("torture", "MINIVMM_BESIDE_QEMU=1 runs the guests in QEMU as well (make torture)");
         return;
     }
     let Some(()) = host::is_possible() else { return };
