@@ -8,7 +8,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use super::image::{ImageProblem, host};
+use super::problem::{ImageProblem, host};
 use crate::text::shell_word;
 
 /// First bytes of other formats. A guest could write them to its own raw disk, so only this refusal ever

@@ -6,7 +6,6 @@
 mod fate;
 mod file;
 mod opening;
-mod problem;
 mod stats;
 
 use std::fs::{File, OpenOptions};
@@ -24,6 +23,8 @@ use super::geometry::{Geometry, SECTOR};
 use super::latch::SyncLatch;
 use super::lock;
 use super::monitor::{Monitor, SyncEnd};
+use super::problem::host;
+pub use super::problem::{ImageError, ImageProblem};
 use super::writelog::WriteLog;
 use crate::files::locks;
 use crate::threads::{PlainThreads, Threads};
@@ -31,7 +32,6 @@ pub use file::ImageFile;
 use opening::{
     Kind, check_access, check_flock, check_host_use, check_kind, open_file, open_problem, wanted_flags,
 };
-pub use problem::{ImageError, ImageProblem};
 pub use stats::ImageStats;
 
 /// An open, locked image and everything that its queues share: the file, what was asked for, and the state of
@@ -256,10 +256,6 @@ impl Image {
     pub fn close_log(&self) -> io::Result<()> {
         self.write_log.as_ref().map_or(Ok(()), WriteLog::end)
     }
-}
-
-pub(super) fn host(what: &'static str) -> impl FnOnce(io::Error) -> ImageProblem {
-    move |source| ImageProblem::Host { what, source }
 }
 
 fn host_metadata(path: &Path) -> Result<std::fs::Metadata, ImageProblem> {

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use super::image::{ImageProblem, host};
+use super::problem::{ImageProblem, host};
 use crate::files::locks::{LOCK_WAIT, whole_file};
 
 const LOCK_STEP: Duration = Duration::from_millis(10);

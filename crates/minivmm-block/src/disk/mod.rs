@@ -24,6 +24,7 @@ pub mod latency;
 mod lock;
 pub mod monitor;
 pub mod op;
+pub mod problem;
 pub mod queue_stats;
 pub mod stable;
 pub mod sync_ledger;

@@ -12,9 +12,9 @@ use std::sync::Arc;
 use super::fate::Fate;
 use super::host;
 use super::opening::{Kind, flags_in_words, wanted_flags};
-use super::problem::ImageProblem;
 use crate::disk::config::DiskConfig;
 use crate::disk::geometry::{self, BUFFERED, Geometry, SECTOR};
+use crate::disk::problem::ImageProblem;
 use crate::files::locks;
 use crate::text::shell_word;
 

@@ -14,8 +14,8 @@ use super::format::{HEADER_BYTES, Header, SUPERBLOCK_BYTES, Superblock};
 use crate::disk::blocking::BlockingEngine;
 use crate::disk::engine::{Engine, HostOp, OpToken, Wake};
 use crate::disk::geometry::SECTOR;
-use crate::disk::image::ImageProblem;
 use crate::disk::lock;
+use crate::disk::problem::ImageProblem;
 use crate::files::{Content, FileId, Output, output};
 use crate::mem::Iov;
 

@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
 use super::geometry::SECTOR;
-use super::image::ImageProblem;
+use super::problem::ImageProblem;
 use super::sync_ledger::{SyncLedger, SyncTicket};
 use crate::mem::Iov;
 use crate::sync::unpoisoned;

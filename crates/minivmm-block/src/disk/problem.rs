@@ -1,6 +1,6 @@
 //! Why an image cannot be used.
 //!
-//! Owns the wording; the checks belong to [`super`].
+//! Owns the wording; the checks belong to [`super::image`] and what stands below it.
 
 use std::io;
 use std::path::PathBuf;
@@ -152,4 +152,8 @@ pub enum ImageProblem {
         /// The host's error.
         source: io::Error,
     },
+}
+
+pub(super) fn host(what: &'static str) -> impl FnOnce(io::Error) -> ImageProblem {
+    move |source| ImageProblem::Host { what, source }
 }
