@@ -6,9 +6,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[allow(dead_code, reason = "each test file uses its part")]
 #[path = "common/host.rs"]
 mod host;
-#[allow(dead_code, reason = "each test file uses its part")]
 #[path = "common/skips.rs"]
 mod skips;
 

@@ -3,9 +3,6 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
 
 mod common;
-#[path = "common/skips.rs"]
-mod skips;
-
 use std::error::Error;
 use std::fs::File;
 use std::io::Read;
@@ -17,11 +14,11 @@ use std::sync::Arc;
 use common::driver::*;
 use common::images::{TestImage, pattern, test_dir};
 use common::loops::{LoopDevice, Mounted};
+use common::skips::skip;
 use minivmm::disk::cache::CachePolicy;
 use minivmm::disk::config::EngineChoice;
 use minivmm::disk::disk_queue::StableBy;
 use minivmm::disk::{DiskConfig, Image};
-use skips::skip;
 
 const BYTES: u64 = 4 << 20;
 const FEATURES: u64 = F_FLUSH | F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES;

@@ -3,9 +3,6 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
 
 mod common;
-#[path = "common/skips.rs"]
-mod skips;
-
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -15,10 +12,10 @@ use std::sync::atomic::Ordering;
 use common::driver::*;
 use common::engines::{Fate, Kind, Log, Script, Scripted};
 use common::images::{TestImage, pattern, test_dir};
+use common::skips::skip;
 use minivmm::disk::cache::POLICIES;
 use minivmm::disk::disk_queue::StableBy;
 use minivmm::disk::{DiskConfig, Image};
-use skips::skip;
 
 const IMAGE_BYTES: u64 = 1 << 20;
 const BOTH: u64 = F_FLUSH | F_CONFIG_WCE;

@@ -19,6 +19,8 @@ mod machine;
 mod qemu;
 #[path = "explain/ring.rs"]
 mod ring;
+#[path = "common/skips.rs"]
+mod skips;
 
 use std::process::Command;
 

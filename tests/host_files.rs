@@ -4,9 +4,9 @@
 //! mounts) says so where it is not run.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot begin has failed")]
 
+#[allow(dead_code, reason = "other tests use the rest")]
 #[path = "common/loops.rs"]
 mod loops;
-#[allow(dead_code, reason = "other tests use the rest")]
 #[path = "common/skips.rs"]
 mod skips;
 #[path = "common/tools.rs"]

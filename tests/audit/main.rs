@@ -27,6 +27,8 @@ mod loops;
 #[path = "../bare/machine.rs"]
 #[allow(dead_code, reason = "the auditor's tests use a part")]
 mod machine;
+#[path = "../common/skips.rs"]
+mod skips;
 
 use std::process::Command;
 

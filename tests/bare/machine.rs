@@ -1,8 +1,5 @@
 //! What the tests run: the guest in both forms, minivmm's command line, and images of known content.
 
-#[path = "../common/skips.rs"]
-mod skips;
-
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -14,7 +11,7 @@ use std::time::Duration;
 use minivmm::layout;
 use tempfile::TempDir;
 
-pub use skips::skip;
+pub use super::skips::skip;
 
 /// Exit statuses of the program, as `--help` documents them.
 pub const ORDERLY: i32 = 0;

@@ -27,6 +27,8 @@ mod sandbox;
 #[path = "../common/signalled.rs"]
 mod signalled;
 mod signals;
+#[path = "../common/skips.rs"]
+mod skips;
 mod start;
 mod stats;
 mod syncs;

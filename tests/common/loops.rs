@@ -1,14 +1,11 @@
 //! Loop devices over files of ours, and a file system too small for what is written to it.
 
-#[path = "skips.rs"]
-mod skips;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tempfile::TempDir;
 
-use skips::skip;
+use super::skips::skip;
 
 /// A block device of our own; gone with this.
 pub struct LoopDevice(pub PathBuf);

@@ -10,4 +10,5 @@ pub mod engines;
 pub mod images;
 pub mod loops;
 pub mod over_pci;
+pub mod skips;
 pub mod turns;

@@ -7,7 +7,6 @@ use std::io::Write;
 /// Says that this test, or a part of it, is skipped for `reason`, because `need` is not here: a word such as `kvm`,
 /// `root`, `kernel`, `odirect`, `strace`. A need that MINIVMM_REQUIRE names (words with commas between) is a failure.
 /// The list goes to the file that MINIVMM_SKIPS names.
-#[expect(clippy::explicit_write, reason = "the test harness swallows what eprintln prints")]
 pub fn skip(need: &str, reason: &str) {
     let thread = std::thread::current();
     let suite = std::env::args().next().unwrap_or_default();
