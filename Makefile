@@ -58,7 +58,7 @@ run: deps build guest
 export MINIVMM_SKIPS := $(CURDIR)/target/skipped
 test: test-deps lint build guest-all guest-small
 	@echo "Guests with a kernel run $$(guest-images/which-host)."
-	@rm -f $(MINIVMM_SKIPS)
+	@mkdir -p target; rm -f $(MINIVMM_SKIPS); : > $(MINIVMM_SKIPS); chmod a+w $(MINIVMM_SKIPS)
 	@case ,$(MINIVMM_REQUIRE), in *,kernel,*) [ -r /dev/kvm ] || \
 		{ echo "make test: error: MINIVMM_REQUIRE has kernel, and no Linux guest runs here" >&2; exit 1; } ;; esac
 	@cargo test --release --locked
