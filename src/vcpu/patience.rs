@@ -62,14 +62,15 @@ mod tests {
     /// up.
     fn last(most: Duration, is_started: bool) -> (u32, Option<Duration>) {
         let (begin, mut passed, mut patience) = (Instant::now(), Duration::ZERO, Patience::default());
-        for attempt in 1.. {
+        let mut attempt = 1;
+        loop {
             match patience.judge(begin + passed, is_started) {
                 Verdict::GiveUp => return (attempt, Some(passed)),
                 Verdict::Retry(_) if passed >= most => return (attempt, None),
                 Verdict::Retry(pause) => passed += pause,
             }
+            attempt += 1;
         }
-        unreachable!()
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! `cargo run --example serve -- disk.img`, a file of at least 64 KiB whose first 4 KiB may be overwritten.
 
+use std::process::ExitCode;
 use std::sync::Arc;
 
 use minivmm_block::blk::{BlockDevice, config};
@@ -84,7 +85,16 @@ impl Driver {
     }
 }
 
-fn main() -> Result<(), Failure> {
+fn main() -> ExitCode {
+    let Err(error) = serve() else { return ExitCode::SUCCESS };
+    eprint!("serve: {error}");
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.for_each(|cause| eprint!(": {cause}"));
+    eprintln!();
+    ExitCode::FAILURE
+}
+
+fn serve() -> Result<(), Failure> {
     let path = std::env::args_os().nth(1).ok_or("usage: serve FILE (its first 4 KiB are overwritten)")?;
     let asked = DiskConfig { queues: Some(1), queue_size: 8, ..DiskConfig::new(path) };
     let image = Arc::new(Image::open(&asked)?);
