@@ -3,9 +3,9 @@
 //! The subcommands that run no guest of their own (`top`, `log`, `crash`, `bench`, `study`) are another crate's,
 //! minivmm-lab, which stands on this one.
 //!
-//! This is the map of the crate. Dependencies point down the list, never up
-//! (`tests/tidy.rs` enforces it by reading the `use crate::` lines). The device itself, what it does to files and
-//! its guest memory are the crate [`minivmm_block`], whose modules are named here as if they were this crate's:
+//! This is the map of the crate. `tests/tidy.rs` has who may use whom, and fails on anything else and on every
+//! circle. The device itself, what it does to files and its guest memory are the crate [`minivmm_block`], most of
+//! whose modules can be named here as if they were this crate's:
 //!
 //! | module | owns | must not know |
 //! |---|---|---|
@@ -25,7 +25,7 @@
 //! | [`explain`] | describes what a disk will do, without doing it | KVM |
 //! | [`console`] | virtio-console: ports, their control messages, the host's streams | KVM, transports |
 //! | [`pci`] | configuration space, host bridge, MSI-X | virtio, KVM |
-//! | [`sandbox`] | what every thread gives up before the guest runs | everything |
+//! | [`sandbox`] | what every thread gives up before the guest runs | everything but the terminal |
 //! | [`layout`] | the address map | everything |
 //! | [`text`], [`program`] | wrapped lines; where the binaries are | everything |
 //! | [`signals`] | signals that ask the process to end | everything |

@@ -99,6 +99,7 @@ fn serve() -> Result<(), Failure> {
     let asked = DiskConfig { queues: Some(1), queue_size: 8, ..DiskConfig::new(path) };
     let image = Arc::new(Image::open(&asked)?);
     println!("{}", image.banner());
+    image.warnings().iter().for_each(|warning| eprintln!("{warning}"));
 
     // The VMM's part: guest memory, the device, and what the driver negotiates.
     let ram = Ram::from_memory(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)])?);

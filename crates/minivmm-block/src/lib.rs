@@ -7,7 +7,7 @@
 //!
 //! The crate knows no KVM, no transport, no command line and no sandbox. The embedder brings guest memory, a
 //! transport that has the device's registers, a way to interrupt the driver, and, if it likes, a way to start
-//! threads. `examples/serve.rs` is an embedder of a hundred lines.
+//! threads. `examples/serve.rs` is a small embedder.
 //!
 //! # Architecture
 //!
@@ -29,7 +29,7 @@
 //! # Using it
 //!
 //! 1. Open the image that a [`disk::DiskConfig`] describes: [`disk::Image::open`] checks the configuration, then
-//!    checks, locks and probes the image, and writes nothing to it.
+//!    checks, locks and probes the image, and writes nothing to it. Show the user its [`disk::Image::warnings`].
 //! 2. Make the device: [`blk::BlockDevice::with_ram`]. All its threads are started here, and wait.
 //! 3. Answer the transport's registers by [`virtio::VirtioDevice`]: features, configuration space, and at
 //!    FEATURES_OK [`virtio::VirtioDevice::negotiated`].
@@ -42,9 +42,9 @@
 //! # I/O model
 //!
 //! Each queue has one worker thread, one state machine and one engine. Queues share the image, its error latch and
-//! its `writeback` byte, and nothing else. A worker sleeps in its engine until its doorbell is rung or an operation
-//! ends; before it sleeps it looks for either for a while, as long as that pays ([`blk::poll`]). A request has at
-//! most one host operation in flight. Requests complete in any order (virtio 5.2.6). All completions of a batch
+//! its `writeback` byte, and nothing else. A worker blocks in its engine until its doorbell is rung or an operation
+//! completes; before it blocks it spins for either, for as long as spinning has paid lately ([`blk::poll`]). A
+//! request has at most one host operation in flight. Requests complete in any order (virtio 5.2.6). All completions of a batch
 //! are published by one store of the used index, with at most one interrupt.
 //!
 //! Nothing is allocated for a request once the queues run. The worker opens no file and starts no thread, so the
@@ -70,14 +70,14 @@
 //! - A FLUSH that is acknowledged means that every write that completed before the FLUSH was submitted is on the
 //!   disk: an fdatasync of this image has started after those writes ended, and has succeeded, and no sync of the
 //!   image has ever failed.
-//! - A write is acknowledged only once it is stable if the driver did not negotiate FLUSH, if the `writeback`
-//!   byte was 0 when the write was submitted or when it completed, or if the cache mode has no write cache.
-//!   "Stable" means that it was written with RWF_DSYNC, or that an fdatasync that started after the write had
-//!   ended has succeeded.
+//! - A write is acknowledged only once it is stable in three cases: FLUSH was not negotiated; FLUSH was negotiated
+//!   without CONFIG_WCE and the cache mode has no write cache; CONFIG_WCE was negotiated and the `writeback` byte
+//!   was 0 when the write was submitted or when it completed. "Stable" means that it was written with RWF_DSYNC, or
+//!   that an fdatasync that started after the write had ended has succeeded.
 //! - A success counts only when every sync that overlapped it has been judged, because the kernel may have
 //!   reported the error to one of those.
 //! - Discards and write-zeroes are writes in this respect.
-//! - `unsafe` is the one mode that breaks this, on purpose, and warns when it is opened.
+//! - `unsafe` is the one mode that breaks this, on purpose; [`disk::Image::warnings`] says so.
 //!
 //! # Memory ownership
 //!
@@ -85,7 +85,7 @@
 //! here ([`mem::map_ram`]). No Rust reference ever points into it, because the guest may change any byte at any
 //! time: bytes are copied in and out, or a [`mem::Iov`], a checked list of pieces, is handed to a system call. An
 //! `Iov` keeps the memory alive, so an operation that the kernel still works on never outlives its buffer. Each
-//! byte of a ring, a descriptor and a header is read once. A direct transfer whose pieces are not aligned goes
+//! ring entry, descriptor and header is read once. A direct transfer whose pieces are not aligned goes
 //! through a private buffer.
 //!
 //! # Threads

@@ -410,7 +410,7 @@ pub struct WorkerThread {
     thread: Option<JoinHandle<()>>,
 }
 
-/// The worker's thread has exited.
+/// The worker is not parked, or its thread has exited.
 #[derive(Debug, thiserror::Error)]
 #[error("the worker's thread has ended")]
 pub struct WorkerGone;

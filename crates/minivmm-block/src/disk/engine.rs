@@ -1,8 +1,8 @@
 //! The engines, which execute host operations, and those operations.
 //!
 //! Owns the seam below the disk's state machine. An engine knows nothing of guests, stability or
-//! policy. It hands back the kernel's own answers, including short counts and errors. The blocking
-//! engine is [`super::blocking`]; tests have others.
+//! policy. It hands back the kernel's own answers, including short counts and errors. They are
+//! [`super::uring`] and [`super::blocking`]; the write log and faults wrap either; tests have others.
 
 use std::io;
 use std::sync::Arc;

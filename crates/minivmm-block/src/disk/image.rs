@@ -56,7 +56,7 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens, checks, locks and probes the image. Writes nothing to it; a writable image is synced once (E3).
+    /// Opens, checks, locks and probes the image. Writes nothing to it; a writable image is synced once, except in `unsafe` (E3).
     pub fn open(config: &DiskConfig) -> Result<Self, ImageError> {
         Self::try_open(config).map_err(|reason| ImageError { path: config.path.clone(), reason })
     }
