@@ -176,12 +176,6 @@ impl<'a> QueueWorker<'a> {
         self.disk.is_idle()
     }
 
-    /// Completes requests whose I/O has finished. Pops no new chain.
-    pub fn wait_for_ends(&mut self) -> Result<(), TurnError> {
-        self.disk.wait(Wake::Now)?;
-        self.answer()
-    }
-
     /// Pops at most as many chains as the ring has entries, and returns `true` if there may be more. The bound
     /// keeps a flood of new requests from delaying the completion of others (R17).
     fn take_available(&mut self) -> Result<bool, RingError> {
