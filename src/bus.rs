@@ -60,10 +60,8 @@ impl<T: BusDevice + ?Sized> SharedDevice for Mutex<T> {
 /// Why a device could not be placed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum BusError {
-    /// Two devices would own the same address, or the range is empty or wraps.
-    #[error(
-        "cannot place {name} at {base:#x}, {len:#x} bytes: the range overlaps that of {other}, or is empty"
-    )]
+    /// Two devices would own the same address.
+    #[error("cannot place {name} at {base:#x}, {len:#x} bytes: the range overlaps that of {other}")]
     Overlap {
         /// The device that was to be placed.
         name: &'static str,
@@ -73,6 +71,18 @@ pub enum BusError {
         len: u64,
         /// The device that owns part of the range already.
         other: &'static str,
+    },
+    /// The range has no bytes, or ends beyond the address space.
+    #[error(
+        "cannot place {name} at {base:#x}, {len:#x} bytes: the range is empty or ends beyond the address space"
+    )]
+    Range {
+        /// The device that was to be placed.
+        name: &'static str,
+        /// First address of the range.
+        base: u64,
+        /// Length of the range in bytes.
+        len: u64,
     },
 }
 
@@ -104,10 +114,7 @@ impl Bus {
         device: Arc<dyn SharedDevice>,
     ) -> Result<(), BusError> {
         let overlap = |other: &'static str| BusError::Overlap { name, base, len, other };
-        let end = base.checked_add(len).ok_or_else(|| overlap("the end of the address space"))?;
-        if len == 0 {
-            return Err(overlap("nobody"));
-        }
+        let end = base.checked_add(len).filter(|_| len > 0).ok_or(BusError::Range { name, base, len })?;
         if let Some(slot) = self.slots.iter().find(|slot| base < slot.base + slot.len && slot.base < end) {
             return Err(overlap(slot.name));
         }

@@ -1,7 +1,7 @@
 //! `minivmm check`: can this machine run Linux guests, and if not, what can the user do?
 //!
-//! Owns the rows of the answer, the verdict, and both ways to print them. The checks are in [`devkvm`] (KVM),
-//! [`probe`] (guests of a few instructions) and [`features`] (what minivmm uses if it is available). Starts
+//! Owns the rows of the answer, the verdict, and both ways to print them. The checks are in `devkvm` (KVM),
+//! `probe` (guests of a few instructions) and `features` (what minivmm uses if it is available). Starts
 //! no guest of the user, and changes nothing.
 
 mod devkvm;
@@ -57,7 +57,7 @@ impl Row {
 
 /// The whole answer.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct CheckReport {
     /// `true` if Linux guests run here.
     pub linux_runs: bool,
     /// The verdict in a sentence.
@@ -83,7 +83,7 @@ const EMULATED_HOST: &str = "run Linux guests in the emulated host, from minivmm
                              run -- minivmm ...";
 
 /// Checks this machine. Starts threads, so a process that may become a VMM runs this in another process.
-pub fn check() -> Report {
+pub fn check() -> CheckReport {
     let mut rows = Vec::new();
     let (is_certain, (verdict, remedy)) = match devkvm::look(&mut rows) {
         Err(cause) => (false, (cause.what, Some(cause.remedy))),
@@ -93,7 +93,7 @@ pub fn check() -> Report {
         }
     };
     rows.extend(features::rows());
-    Report { linux_runs: remedy.is_none(), verdict, remedy, rows, is_certain }
+    CheckReport { linux_runs: remedy.is_none(), verdict, remedy, rows, is_certain }
 }
 
 /// The results of the probes.
@@ -211,7 +211,7 @@ fn judge(probed: Probed) -> (String, Option<String>) {
     (verdict, Some(format!("{EMULATED_HOST}; or use a machine, or a VM, with VMX or SVM")))
 }
 
-impl Report {
+impl CheckReport {
     /// Returns the report as JSON. `docs/reference/explain-json.md` describes its keys.
     pub fn to_json(&self) -> serde_json::Result<String> {
         serde_json::to_string_pretty(self)

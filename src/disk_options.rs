@@ -14,7 +14,7 @@ use crate::disk::fault::spec::{FaultError, FaultSpec};
 use crate::disk::stable::StableBy;
 use crate::observe::control::HostCache;
 use crate::virtio::TransportChoice;
-pub use spellings::of_qemu;
+pub use spellings::from_qemu;
 
 /// `Key::takes` of a key whose value is a path, which may be any bytes.
 const FILE: &str = "FILE";
@@ -50,7 +50,7 @@ pub enum OptionsError {
     #[error("the key '{0}' is given twice")]
     Twice(&'static str),
     /// The key does not take this value.
-    #[error("invalid {key}={value}: expected {}{}", expected(takes), spellings::of_value(key, value, &words(takes)))]
+    #[error("invalid {key}={value}: expected {}{}", expected(takes), spellings::hint_after_value(key, value, &words(takes)))]
     Value {
         /// The key.
         key: &'static str,
@@ -305,7 +305,11 @@ pub fn parse(text: impl AsRef<OsStr>) -> Result<DiskOptions, OptionsError> {
         let name = halves.next().unwrap_or_default().to_string_lossy();
         let Some(key) = KEYS.iter().find(|key| key.name == name) else {
             let known: Vec<_> = KEYS.iter().map(|key| key.name).collect();
-            let hint = spellings::of_key(&name, &halves.next().unwrap_or_default().to_string_lossy(), &known);
+            let hint = spellings::hint_after_key(
+                &name,
+                &halves.next().unwrap_or_default().to_string_lossy(),
+                &known,
+            );
             let known = known.join(", ");
             return Err(OptionsError::UnknownKey { key: name.into_owned(), hint, known });
         };

@@ -2,7 +2,7 @@
 //!
 //! Owns the description of one disk, and its two forms, JSON and text. It contains no second table of modes:
 //! the host calls come from the device's own parser, the disk's own state machine and the engine's own names
-//! ([`dry_run`]). [`place`] finds the file system of the image, and [`layers`] the host's disks below it.
+//! (`dry_run`). `place` finds the file system of the image, and `layers` the host's disks below it.
 
 mod dry_run;
 mod layers;

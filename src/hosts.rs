@@ -1,8 +1,8 @@
 //! Where a Linux guest runs: on this machine's KVM, or in the emulated host.
 //!
 //! Owns `--host`, the decision, and the refusal with the command to type. What KVM can do is `check`'s.
-//! [`verdict`] keeps the verdict for this boot. [`emulated`] finds and calls the emulated host's script.
-//! Guests that are not Linux ([`linux`] recognizes it) always run here: a KVM without vmx or svm can run
+//! `verdict` keeps the verdict for this boot. `emulated` finds and calls the emulated host's script.
+//! Guests that are not Linux (`linux` recognizes it) always run here: a KVM without vmx or svm can run
 //! them.
 
 mod emulated;
@@ -137,7 +137,7 @@ pub fn replace(command: &mut Command) -> HostError {
 }
 
 /// Runs `check`, and keeps its verdict for this boot if it is certain.
-pub fn check() -> check::Report {
+pub fn check() -> check::CheckReport {
     let report = check::check();
     if report.is_certain {
         verdict::keep(&Verdict { linux_runs: report.linux_runs, verdict: report.verdict.clone() });

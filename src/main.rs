@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
 use minivmm::cli::command::{self, End};
-use minivmm::cli::process::{self, ended, print, tell_all, told};
+use minivmm::cli::process::{self, exit_with, print, report_errors, report_outcome};
 use minivmm::cli::{Args, ExitStatus, STATUS_FILE, Task};
 use minivmm::files::{Inventory, Output};
 use minivmm::hosts::{self, HostError};
@@ -33,17 +33,17 @@ fn run(args: Args, signals: Signals) -> ExitStatus {
             let host = if args.files().check().is_empty() { hosts::decide(&args.asked()) } else { Ok(None) };
             if let Ok(Some(mut command)) = host {
                 signals.release();
-                return told(Err(hosts::replace(&mut command).into()));
+                return report_outcome(Err(hosts::replace(&mut command).into()));
             }
             return run_guest(args, &signals, host.err());
         }
-        Task::Tool => return told(hand_over()),
+        Task::Tool => return report_outcome(hand_over()),
         // These commands leave nothing to clean up, so a signal may end them at once.
         Task::Check { .. } | Task::Explain { .. } => signals.release(),
     }
     match args.task() {
-        Task::Check { json, quiet } => told(run_check(json, quiet)),
-        Task::Explain { plan, json } => told(explain_disks(&plan, json)),
+        Task::Check { json, quiet } => report_outcome(run_check(json, quiet)),
+        Task::Explain { plan, json } => report_outcome(explain_disks(&plan, json)),
         _ => ExitStatus::Usage,
     }
 }
@@ -51,27 +51,27 @@ fn run(args: Args, signals: Signals) -> ExitStatus {
 /// Runs the guest on this machine, or reports the error in `host` if the host for it could not be provided.
 fn run_guest(args: Args, signals: &Signals, host: Option<HostError>) -> ExitStatus {
     let (command, quiet) = args.command_args();
-    let telling = Arc::new(command::Run::begin(command.name(), quiet));
-    let told_early = Arc::clone(&telling);
+    let reporter = Arc::new(command::RunReporter::begin(command.name(), quiet));
+    let early_reporter = Arc::clone(&reporter);
     // A signal during a start that hangs ends the process at once: no machine exists yet that needs an
     // orderly stop.
-    let watched = signals.while_starting(move |signal| ended(told_early.tell(&End::signal(signal))));
+    let watched = signals.while_starting(move |signal| exit_with(early_reporter.tell(&End::signal(signal))));
     if let Err(error) = watched {
-        return telling.tell(&End::failed(format!("cannot start a thread: {error}")));
+        return reporter.tell(&End::failed(format!("cannot start a thread: {error}")));
     }
     let files = args.files();
     match command.status_file().map(|path| open_status_file(path, &files)).transpose() {
-        Ok(file) => telling.keep_in(file),
-        Err(error) => return telling.tell(&End::failed(format!("{error:#}"))),
+        Ok(file) => reporter.keep_in(file),
+        Err(error) => return reporter.tell(&End::failed(format!("{error:#}"))),
     }
     if let Some(error) = host {
-        return telling.tell(&End::failed(format!("{:#}", anyhow::Error::from(error))));
+        return reporter.tell(&End::failed(format!("{:#}", anyhow::Error::from(error))));
     }
     let panicked = "minivmm has panicked (see above); this is an error in minivmm";
     let end = catch_unwind(AssertUnwindSafe(|| run_vm(args, &files, signals)))
         .unwrap_or_else(|_| End::failed(panicked.to_owned()));
     signals.started();
-    telling.tell(&end)
+    reporter.tell(&end)
 }
 
 fn open_status_file(path: &Path, files: &Inventory) -> Result<StatusFile> {
@@ -123,7 +123,7 @@ fn explain_disks(plan: &Plan, json: bool) -> Result<ExitStatus> {
     }
     let disks = explained.iter().flat_map(|disk| disk.refusals.iter().map(|why| (&disk.image, why)));
     let disks: Vec<_> = disks.map(|(image, why)| anyhow!("cannot use disk image {image}: {why}")).collect();
-    Ok(tell_all(refused.into_iter().chain(disks)))
+    Ok(report_errors(refused.into_iter().chain(disks)))
 }
 
 /// Replaces this process with the other binary, which gets the same arguments.

@@ -1,6 +1,6 @@
 //! Statistics of a run: the same figures as JSON for programs and as text for people.
 //!
-//! Owns the schema and its version (`docs/reference/statistics-json.md`); [`print`] owns the words. The figures
+//! Owns the schema and its version (`docs/reference/statistics-json.md`); [`mod@print`] owns the words. The figures
 //! are counted in [`crate::disk`]. Fields may be added under the same version. Removing a field, or changing
 //! its meaning, requires a higher version.
 
@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::disk::Image;
 use crate::disk::counters::Counters;
-use crate::disk::latency::{Kind, KindSummary, Latencies};
+use crate::disk::latency::{KindSummary, Latencies, RequestKind};
 use crate::disk::queue_stats::QueueStats;
 use crate::disk::times::Summary;
 
@@ -219,11 +219,11 @@ impl LatencyFigures {
     fn of(found: &Latencies) -> Self {
         let of = |kind| found.summary(kind).as_ref().map(phases);
         Self {
-            read: of(Kind::Read),
-            write: of(Kind::Write),
-            flush: of(Kind::Flush),
-            discard: of(Kind::Discard),
-            write_zeroes: of(Kind::WriteZeroes),
+            read: of(RequestKind::Read),
+            write: of(RequestKind::Write),
+            flush: of(RequestKind::Flush),
+            discard: of(RequestKind::Discard),
+            write_zeroes: of(RequestKind::WriteZeroes),
         }
     }
 

@@ -40,14 +40,14 @@ use crate::kvm::failure::Failure;
 use crate::mem::RamError;
 use crate::observe::control::ControlError;
 use crate::observe::limit::{LimitError, MemoryLimit};
-use crate::sandbox::{self, Role, SandboxError, Ticket};
+use crate::sandbox::{self, Role, SandboxEntry, SandboxError};
 use crate::signals::Signals;
 use crate::virtio::TransportChoice;
 pub use job::Times;
 pub use limits::BootTimeout;
 use machine::Machine;
 pub use preflight::Plan;
-use running::Run;
+use running::RunningMachine;
 use stop::StopError;
 use vanished::ImageFiles;
 
@@ -255,15 +255,15 @@ fn run_logged(config: &Config, signals: &Signals, log: &KernelLog) -> Result<End
     }
     let _limit = config.host_memory_limit.map(MemoryLimit::of_this_process).transpose()?;
     sandbox::arm(config.sandbox)?;
-    let ticket = Ticket::new(Role::Main);
+    let entry = SandboxEntry::new(Role::Main);
     let mut machine = build::build(config, log)?;
     let open = |target| stop::StatsReport::open(target, &config.files);
     let mut report = config.stats.as_ref().map(open).transpose()?;
     signals.started();
     let mut files = ImageFiles::watch(&machine.disks);
-    let mut run = Run::new(&mut machine, signals, config)?;
+    let mut run = RunningMachine::new(&mut machine, signals, config)?;
     let ended = run
-        .start(&mut machine, ticket)
+        .start(&mut machine, entry)
         .and_then(|()| run.supervise(&mut files, &machine, &mut || tell(report.as_mut(), &machine)));
     let stopped = run.stop(&machine);
     let observed = std::mem::replace(&mut run.observed, Ok(()));

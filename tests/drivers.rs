@@ -56,7 +56,7 @@ struct Pages {
 
 impl Pages {
     fn new(ram: &Ram, (base, bytes): (u64, u64)) -> Self {
-        let &(guest, host, _) = mem::regions(ram).iter().find(|region| region.0 == base).unwrap();
+        let &(guest, host, _) = ram.regions().iter().find(|region| region.0 == base).unwrap();
         let mut taken = vec![false; usize::try_from(bytes).unwrap() / PAGE_SIZE];
         // The driver takes the guest address 0 for a failure.
         taken[0] = true;

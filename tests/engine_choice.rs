@@ -104,7 +104,7 @@ fn guest_memory_that_cannot_be_pinned_is_an_error_that_names_the_limit() {
     let image = Arc::new(Image::open(&options).unwrap());
     // Memory that the kernel refuses to register: not mapped any more by the time it looks.
     let ram = minivmm::mem::map_ram(&[(0, 1 << 20)]).unwrap();
-    let (_, host, bytes) = minivmm::mem::regions(&ram)[0];
+    let (_, host, bytes) = ram.regions()[0];
     // SAFETY: nobody touches this RAM, and a mapping of nothing takes its place until it goes.
     let hidden = unsafe { libc::mprotect(host as *mut libc::c_void, bytes as usize, libc::PROT_NONE) };
     assert_eq!(hidden, 0);

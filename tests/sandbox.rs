@@ -10,7 +10,7 @@ use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Output};
 
 use minivmm::sandbox::roles::{Call, When};
-use minivmm::sandbox::{self, Mode, Role, Ticket, ground};
+use minivmm::sandbox::{self, Mode, Role, SandboxEntry, ground};
 use skips::skip;
 
 /// Says to a child what it is to do: "MODE ROLE DEED".
@@ -64,10 +64,10 @@ fn child() {
         std::process::exit(0);
     }
     sandbox::arm(Mode::by_name(words[0]).unwrap()).unwrap();
-    let ticket = Ticket::new(role);
+    let entry = SandboxEntry::new(role);
     let deed = DEEDS.iter().find(|(name, _)| *name == words[2]).map(|(_, deed)| *deed);
     let thread = std::thread::spawn(move || {
-        ticket.enter();
+        entry.enter();
         sandbox::wait_for_all();
         eprintln!("entered");
         if let Some(deed) = deed {

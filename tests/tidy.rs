@@ -81,12 +81,22 @@ const LAB_LAYERS: [(&str, Option<&[&str]>); 7] = [
     ("main", None),
     ("cli", None),
     ("crash", Some(&["disk", "files", "text", "child", "estimate", "scratch_dir"])),
-    ("bench", Some(&["lab", "disk", "explain", "files", "observe", "text", "estimate", "scratch_dir"])),
+    ("bench", Some(&["measuring", "disk", "explain", "files", "observe", "text", "estimate", "scratch_dir"])),
     (
         "study",
-        Some(&["lab", "crash", "disk", "observe", "files", "program", "child", "estimate", "scratch_dir"]),
+        Some(&[
+            "measuring",
+            "crash",
+            "disk",
+            "observe",
+            "files",
+            "program",
+            "child",
+            "estimate",
+            "scratch_dir",
+        ]),
     ),
-    ("lab", Some(&["disk", "observe", "explain", "files", "program", "child", "scratch_dir"])),
+    ("measuring", Some(&["disk", "observe", "explain", "files", "program", "child", "scratch_dir"])),
     ("top", Some(&["observe", "terminal"])),
 ];
 const LAB_ALONE: [&str; 3] = ["child", "scratch_dir", "estimate"];

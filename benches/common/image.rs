@@ -1,14 +1,14 @@
 //! The image that everybody works on, one after the other.
 //!
 //! Owns the words in which the benchmarks speak of it; the making (every block written, no hole, no unwritten
-//! extent) and the state of the host's page cache before a run are [`minivmm_lab::lab::image`]'s.
+//! extent) and the state of the host's page cache before a run are [`minivmm_lab::measuring::image`]'s.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
 use minivmm::observe::control::HostCache;
-use minivmm_lab::lab::image;
+use minivmm_lab::measuring::image;
 
 /// What is in the host's page cache when a run begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

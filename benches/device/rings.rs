@@ -138,7 +138,7 @@ impl Rings {
         }
         let layout = Layout::new(depth, u64::from(block_bytes), pieces);
         let ram = mem::map_ram(&[(0, layout.end)])?;
-        let base = mem::regions(&ram)[0].1 as *mut u8;
+        let base = ram.regions()[0].1 as *mut u8;
         let rings = Self {
             ram,
             base,

@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use minivmm::sandbox::{self, Mode, Role, Ticket};
+use minivmm::sandbox::{self, Mode, Role, SandboxEntry};
 
 use median::median;
 
@@ -93,9 +93,9 @@ impl Filtered {
     fn start(role: Role, calls: u32) -> Result<Self> {
         let (ask, asked) = mpsc::channel::<Call>();
         let (give, answer) = mpsc::channel();
-        let ticket = Ticket::new(role);
+        let entry = SandboxEntry::new(role);
         let work = move || {
-            ticket.enter();
+            entry.enter();
             for call in asked {
                 if give.send(time(&call, calls)).is_err() {
                     return;

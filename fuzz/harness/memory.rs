@@ -39,7 +39,7 @@ impl Memory {
             let host = usize::try_from(host).unwrap();
             host..host + usize::try_from(bytes).unwrap()
         };
-        mem::regions(&self.ram).into_iter().map(host).collect()
+        self.ram.regions().into_iter().map(host).collect()
     }
 
     /// The bytes of a range that is wholly in one region, as they were when the device was last left.

@@ -8,7 +8,7 @@ use crate::layout;
 /// The type of a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
-pub enum Kind {
+pub enum RangeKind {
     /// Usable RAM.
     Ram = 1,
     /// Reserved: the guest must not use it as RAM.
@@ -23,7 +23,7 @@ pub struct Range {
     /// The length in bytes.
     pub len: u64,
     /// The type.
-    pub kind: Kind,
+    pub kind: RangeKind,
 }
 
 /// Returns the map of RAM in `regions` (guest address, bytes). All of it is usable except the BIOS area,
@@ -34,9 +34,9 @@ pub fn map(regions: &[(u64, u64)], pci: bool) -> Vec<Range> {
     for &(base, len) in regions {
         let end = base + len;
         let pieces = [
-            (0, layout::LOW_RAM_END, Kind::Ram),
-            (layout::LOW_RAM_END, layout::HIGH_RAM, Kind::Reserved),
-            (layout::HIGH_RAM, u64::MAX, Kind::Ram),
+            (0, layout::LOW_RAM_END, RangeKind::Ram),
+            (layout::LOW_RAM_END, layout::HIGH_RAM, RangeKind::Reserved),
+            (layout::HIGH_RAM, u64::MAX, RangeKind::Ram),
         ];
         for (piece_base, piece_end, kind) in pieces {
             let (from, to) = (base.max(piece_base), end.min(piece_end));
@@ -47,7 +47,7 @@ pub fn map(regions: &[(u64, u64)], pci: bool) -> Vec<Range> {
     }
     if pci {
         let len = layout::PCI_ECAM_END - layout::PCI_ECAM;
-        ranges.push(Range { base: layout::PCI_ECAM, len, kind: Kind::Reserved });
+        ranges.push(Range { base: layout::PCI_ECAM, len, kind: RangeKind::Reserved });
         ranges.sort_by_key(|range| range.base);
     }
     ranges
@@ -61,14 +61,14 @@ mod tests {
     #[test]
     fn the_bios_area_is_reserved_and_the_hole_is_left_out() {
         let low = [
-            Range { base: 0, len: 0x9_fc00, kind: Kind::Ram },
-            Range { base: 0x9_fc00, len: MIB - 0x9_fc00, kind: Kind::Reserved },
+            Range { base: 0, len: 0x9_fc00, kind: RangeKind::Ram },
+            Range { base: 0x9_fc00, len: MIB - 0x9_fc00, kind: RangeKind::Reserved },
         ];
-        let ram = |base, len| Range { base, len, kind: Kind::Ram };
+        let ram = |base, len| Range { base, len, kind: RangeKind::Ram };
         assert_eq!(map(&ram_regions(512 * MIB), false), [low[0], low[1], ram(MIB, 511 * MIB)]);
         let split = [low[0], low[1], ram(MIB, 3 * GIB - MIB), ram(4 * GIB, GIB)];
         assert_eq!(map(&ram_regions(4 * GIB), false), split);
-        let ecam = Range { base: layout::PCI_ECAM, len: MIB, kind: Kind::Reserved };
+        let ecam = Range { base: layout::PCI_ECAM, len: MIB, kind: RangeKind::Reserved };
         assert_eq!(map(&ram_regions(4 * GIB), true), [split[0], split[1], split[2], ecam, split[3]]);
     }
 }

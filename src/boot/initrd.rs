@@ -14,7 +14,7 @@ use super::kernel_file::{self, Kernel};
 use super::need::{Need, TooLittle};
 use super::tail::{Piece, Tail};
 use crate::layout;
-use crate::mem::{self, Ram};
+use crate::mem::Ram;
 
 /// Where the initrd is in guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,7 +105,7 @@ pub fn load(
     let total = tail_at.saturating_add(tail_bytes);
     check_reach(total, kernel)?;
     if tail_bytes > 0 {
-        need_of(&file, metadata.len(), tail, kernel.bytes, cmdline)?.check(mem::bytes(ram))?;
+        need_of(&file, metadata.len(), tail, kernel.bytes, cmdline)?.check(ram.size_bytes())?;
     }
     let limit = kernel_file::low_ram_end(ram).min(kernel.initrd_limit);
     let initrd = place(total, kernel.end, limit)?;
@@ -190,6 +190,7 @@ mod tests {
     use super::super::Entry;
     use super::*;
     use crate::layout::{MIB, ram_regions};
+    use crate::mem;
 
     fn kernel() -> Kernel {
         Kernel {

@@ -13,7 +13,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::Entry;
 use crate::layout;
-use crate::mem::{self, Ram};
+use crate::mem::Ram;
 
 /// A kernel in guest memory.
 pub struct Kernel {
@@ -154,5 +154,5 @@ pub fn check_room(ram: &Ram, what: &'static str, base: u64, len: u64) -> Result<
 
 /// Returns the end of RAM below the hole.
 pub fn low_ram_end(ram: &Ram) -> u64 {
-    mem::regions(ram).first().map_or(0, |&(base, _, len)| base + len)
+    ram.regions().first().map_or(0, |&(base, _, len)| base + len)
 }

@@ -138,7 +138,7 @@ pub fn load(ram: &Ram, guest: &Guest<'_>) -> Result<Entry, BootError> {
     mem::write_bytes(ram, layout::RESET_VECTOR, &RESET_CODE)?;
     acpi::write(ram, &Hardware { cpus: guest.cpus, devices: guest.devices, pci: guest.pci })?;
     mptable::write(ram, guest.cpus)?;
-    let regions: Vec<_> = mem::regions(ram).iter().map(|&(base, _, len)| (base, len)).collect();
+    let regions: Vec<_> = ram.regions().iter().map(|&(base, _, len)| (base, len)).collect();
     let map = e820::map(&regions, guest.pci);
     match kernel.entry {
         Entry::Long64 { .. } => params::write_zero_page(ram, &kernel, initrd, cmdline.len(), &map)?,
@@ -155,7 +155,7 @@ fn no_kernel(ram: &Ram, guest: &Guest<'_>, source: KernelError) -> BootError {
         && let Some(initrd) = guest.initrd
         && let Err(too_little) =
             initrd::need(initrd, &guest.initrd_tail, to - layout::HIGH_RAM, guest.cmdline)
-                .map_or(Ok(()), |need| need.check(mem::bytes(ram)))
+                .map_or(Ok(()), |need| need.check(ram.size_bytes()))
     {
         return BootError::TooLittle(too_little);
     }

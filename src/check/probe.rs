@@ -308,7 +308,7 @@ fn machine(kvm: &Kvm, ram: &Ram) -> Result<VmFd, Failed> {
     let vm = kvm::empty_vm(kvm)?;
     let tss = usize::try_from(layout::KVM_TSS).unwrap_or_default();
     vm.set_tss_address(tss).map_err(refused("the task segment's place"))?;
-    for (slot, (guest_phys_addr, userspace_addr, memory_size)) in (0..).zip(mem::regions(ram)) {
+    for (slot, (guest_phys_addr, userspace_addr, memory_size)) in (0..).zip(ram.regions()) {
         let region =
             kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr, memory_size, userspace_addr };
         // SAFETY: the range is a mapping of `ram`, which `execute` creates before the VM and so drops after

@@ -170,14 +170,14 @@ impl End {
 }
 
 /// A run whose end is to be reported.
-pub struct Run {
+pub struct RunReporter {
     began: Instant,
     command: String,
     quiet: bool,
     file: Mutex<Option<StatusFile>>,
 }
 
-impl Run {
+impl RunReporter {
     /// Starts the run's clock.
     pub fn begin(command: String, quiet: bool) -> Self {
         Self { began: Instant::now(), command, quiet, file: Mutex::new(None) }

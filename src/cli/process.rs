@@ -28,10 +28,10 @@ pub fn begin<A>(
     // A panic has already been reported.
     let status = catch_unwind(AssertUnwindSafe(|| match signals {
         Ok(signals) => with_args(parse, run, signals),
-        Err(error) => told(Err(error)),
+        Err(error) => report_outcome(Err(error)),
     }));
     last();
-    ended(status.unwrap_or(ExitStatus::Failure))
+    exit_with(status.unwrap_or(ExitStatus::Failure))
 }
 
 fn with_args<A>(
@@ -49,7 +49,7 @@ fn with_args<A>(
 }
 
 /// Exits. Signals stay blocked, so that one which arrives now changes nothing.
-pub fn ended(status: ExitStatus) -> ! {
+pub fn exit_with(status: ExitStatus) -> ! {
     std::process::exit(status.code())
 }
 
@@ -59,7 +59,7 @@ pub fn ended(status: ExitStatus) -> ! {
 pub struct WrongUsage(pub anyhow::Error);
 
 /// Returns the status. An error is reported first, and gives the status of a failure or of wrong usage.
-pub fn told(outcome: Result<ExitStatus>) -> ExitStatus {
+pub fn report_outcome(outcome: Result<ExitStatus>) -> ExitStatus {
     outcome.unwrap_or_else(|error| {
         say_error(format_args!("{error:#}"));
         if error.is::<WrongUsage>() { ExitStatus::Usage } else { ExitStatus::Failure }
@@ -67,8 +67,8 @@ pub fn told(outcome: Result<ExitStatus>) -> ExitStatus {
 }
 
 /// Reports all `errors`. Returns success if there are none, otherwise the last one's status.
-pub fn tell_all(errors: impl Iterator<Item = anyhow::Error>) -> ExitStatus {
-    errors.fold(ExitStatus::Success, |_, error| told(Err(error)))
+pub fn report_errors(errors: impl Iterator<Item = anyhow::Error>) -> ExitStatus {
+    errors.fold(ExitStatus::Success, |_, error| report_outcome(Err(error)))
 }
 
 /// Reports an error on standard error.

@@ -10,7 +10,7 @@ use std::path::Path;
 use clap::CommandFactory;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-use super::process::{print, say, told};
+use super::process::{print, report_outcome, say};
 use super::{Args, ExitStatus};
 use crate::disk_options;
 use crate::text;
@@ -36,7 +36,7 @@ impl Answer {
             say(format_args!("minivmm: {}", styled(io::stderr().is_terminal()).trim_end()));
             return ExitStatus::Usage;
         }
-        told(print(&styled(io::stdout().is_terminal())).map(|()| ExitStatus::Success))
+        report_outcome(print(&styled(io::stdout().is_terminal())).map(|()| ExitStatus::Success))
     }
 }
 
@@ -153,7 +153,7 @@ fn drive(value: &str) -> String {
     for (key, value) in value.split(',').filter_map(|part| part.split_once('=')) {
         match key {
             "file" => value.clone_into(&mut disk),
-            _ => keys.extend(disk_options::of_qemu(key, value)),
+            _ => keys.extend(disk_options::from_qemu(key, value)),
         }
     }
     // QEMU has several keys for the cache; the first given here counts.

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use crate::virtio::{ActivateError, Activation, VirtioDevice, feature};
 use stream::{Sink, Source};
 use window::{Window, WindowSize};
-use worker::WorkerThread;
+use worker::ConsoleThread;
 
 /// Device ID of a console (virtio 5.3.1).
 const DEVICE_ID: u32 = 3;
@@ -72,7 +72,7 @@ pub struct ConsoleDevice {
     ports_max: u32,
     /// `Some` for a terminal's device.
     window: Option<Arc<Window>>,
-    worker: WorkerThread,
+    worker: ConsoleThread,
 }
 
 impl ConsoleDevice {
@@ -81,13 +81,13 @@ impl ConsoleDevice {
         let mut queue_sizes = vec![PORT_QUEUE_SIZE, PORT_QUEUE_SIZE, CONTROL_QUEUE_SIZE, CONTROL_QUEUE_SIZE];
         queue_sizes.resize(queue_sizes.len() + 2 * ports.len(), PORT_QUEUE_SIZE);
         let ports_max = u32::try_from(ports.len() + 1).map_err(io::Error::other)?;
-        Ok(Self { queue_sizes, ports_max, window: None, worker: WorkerThread::park(ports, None)? })
+        Ok(Self { queue_sizes, ports_max, window: None, worker: ConsoleThread::park(ports, None)? })
     }
 
     /// Creates a device with only one port, a terminal, and returns it with the window whose size it shows.
     pub fn terminal(source: Source, sink: Sink, size: WindowSize) -> io::Result<(Self, Arc<Window>)> {
         let port = PortConfig { name: "", source: Some(source), sink: Some(sink), after_others: false };
-        let worker = WorkerThread::park(vec![port], Some(size))?;
+        let worker = ConsoleThread::park(vec![port], Some(size))?;
         let window = worker.window().ok_or(io::ErrorKind::NotFound)?;
         let queue_sizes = vec![PORT_QUEUE_SIZE, PORT_QUEUE_SIZE];
         Ok((Self { queue_sizes, ports_max: 0, window: Some(Arc::clone(&window)), worker }, window))

@@ -16,7 +16,7 @@ use super::live::Live;
 use super::window::{Window, WindowSize};
 use crate::doorbell;
 use crate::ratelimit::RateLimit;
-use crate::sandbox::{Role, Ticket};
+use crate::sandbox::{Role, SandboxEntry};
 use crate::virtio::Activation;
 use crate::warn_limited;
 
@@ -34,17 +34,17 @@ enum Order {
 /// The worker's thread no longer exists.
 #[derive(Debug, thiserror::Error)]
 #[error("the console's worker has ended")]
-pub struct WorkerGone;
+pub struct ConsoleGone;
 
 /// The device's end.
-pub struct WorkerThread {
+pub struct ConsoleThread {
     orders: Option<Sender<Order>>,
     wake: Arc<EventFd>,
     window: Option<Arc<Window>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl WorkerThread {
+impl ConsoleThread {
     /// Starts the thread, which waits for a driver. With a `size`, the only port is a terminal's.
     pub fn park(ports: Vec<PortConfig>, size: Option<WindowSize>) -> io::Result<Self> {
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
@@ -58,9 +58,9 @@ impl WorkerThread {
             errors: RateLimit::for_guest_errors("console"),
             live: None,
         };
-        let ticket = Ticket::new(Role::Console);
+        let entry = SandboxEntry::new(Role::Console);
         let thread = std::thread::Builder::new().name("console".into()).spawn(move || {
-            ticket.enter();
+            entry.enter();
             worker.work();
         })?;
         Ok(Self { orders: Some(orders), wake, window, thread: Some(thread) })
@@ -72,7 +72,7 @@ impl WorkerThread {
     }
 
     /// Hands the queues to the worker.
-    pub fn start(&self, parts: Activation) -> Result<(), WorkerGone> {
+    pub fn start(&self, parts: Activation) -> Result<(), ConsoleGone> {
         self.order(Order::Start(Box::new(parts)))
     }
 
@@ -86,8 +86,8 @@ impl WorkerThread {
         self.order_and_wait(Order::Stop);
     }
 
-    fn order(&self, order: Order) -> Result<(), WorkerGone> {
-        self.orders.as_ref().ok_or(WorkerGone)?.send(order).map_err(|_| WorkerGone)?;
+    fn order(&self, order: Order) -> Result<(), ConsoleGone> {
+        self.orders.as_ref().ok_or(ConsoleGone)?.send(order).map_err(|_| ConsoleGone)?;
         wake(&self.wake);
         Ok(())
     }
@@ -101,7 +101,7 @@ impl WorkerThread {
     }
 }
 
-impl Drop for WorkerThread {
+impl Drop for ConsoleThread {
     fn drop(&mut self) {
         self.orders = None;
         wake(&self.wake);

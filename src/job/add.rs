@@ -30,7 +30,7 @@ pub struct Add {
 }
 
 impl Add {
-    /// Parses HOST[:GUEST]. GUEST begins with a `/`, so a colon before anything else belongs to HOST.
+    /// Parses `HOST[:GUEST]`. GUEST begins with a `/`, so a colon before anything else belongs to HOST.
     pub fn parse(text: &OsStr) -> Result<Self, String> {
         let bytes = text.as_bytes();
         let (host, guest) = match bytes.windows(2).rposition(|pair| pair == b":/") {

@@ -60,7 +60,7 @@ pub enum JobError {
     Endless(PathBuf),
     /// The path is one that minivmm itself needs.
     #[error("cannot add anything at {0}: the command travels there; choose another place (--add HOST:GUEST)")]
-    Taken(PathBuf),
+    Reserved(PathBuf),
     /// The guest covers the path with a file system of its own.
     #[error("cannot add anything at {0}: the guest has {1} of its own there")]
     Covered(PathBuf, &'static str),
@@ -107,7 +107,7 @@ pub fn archive(job: &Job) -> Result<Archive, JobError> {
         add::put(&mut added, &mut libraries, add)?;
     }
     if let Some(place) = PLACES.iter().map(Path::new).find(|place| added.has(place)) {
-        return Err(JobError::Taken(place.into()));
+        return Err(JobError::Reserved(place.into()));
     }
     let mut env = Vec::new();
     if let Some(path) = libraries.path_for_the_loader() {
@@ -178,7 +178,7 @@ mod tests {
         let host = tempfile::NamedTempFile::new().unwrap();
         for place in PLACES {
             let error = archive(&job(&[&format!("{}:{place}", host.path().display())])).unwrap_err();
-            assert!(matches!(error, JobError::Taken(_)), "{error}");
+            assert!(matches!(error, JobError::Reserved(_)), "{error}");
         }
         archive(&job(&[&format!("{}:/job/data", host.path().display())])).unwrap();
     }

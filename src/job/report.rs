@@ -1,7 +1,7 @@
 //! The launcher's messages about its command (guest-images/guest/job.c), and their meaning in words and
 //! numbers.
 //!
-//! Owns the messages: lines of at most [`LINE_BYTES_MAX`] bytes. They come from the guest, which may send
+//! Owns the messages: lines of at most `LINE_BYTES_MAX` bytes. They come from the guest, which may send
 //! anything; what is no message is skipped.
 
 use std::fmt;

@@ -9,7 +9,7 @@ use kvm_ioctls::{Kvm, VmFd};
 
 use super::{KvmError, uninterrupted};
 use crate::layout::GIB;
-use crate::mem::{self, Ram, size};
+use crate::mem::{Ram, size};
 
 /// The maximum size of a slot in bytes. KVM takes less than 2^31 pages; this is a multiple of every page
 /// size.
@@ -70,9 +70,9 @@ fn advice(error: &kvm_ioctls::Error, asked: u64, bits: Option<u32>) -> String {
 
 /// Gives `vm` the memory `ram`, which the caller keeps mapped until the VM is gone.
 pub fn give(kvm: &Kvm, vm: &VmFd, ram: &Ram) -> Result<(), KvmError> {
-    let asked = mem::bytes(ram);
+    let asked = ram.size_bytes();
     check(asked, available(&fs::read_to_string("/proc/meminfo").unwrap_or_default()))?;
-    for (slot, (guest_phys_addr, userspace_addr, memory_size)) in (0..).zip(slots(mem::regions(ram))) {
+    for (slot, (guest_phys_addr, userspace_addr, memory_size)) in (0..).zip(slots(ram.regions())) {
         let region =
             kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr, memory_size, userspace_addr };
         // SAFETY: the range is a mapping of `ram`, which the caller keeps until the VM is gone;

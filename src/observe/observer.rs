@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::csv;
 use super::sample::Sampler;
-use crate::sandbox::{Role, Ticket};
+use crate::sandbox::{Role, SandboxEntry};
 
 /// A running observation.
 #[derive(Debug)]
@@ -27,9 +27,9 @@ impl Observer {
         to.write_all(csv::header().as_bytes())?;
         to.write_all(csv::lines(&sampler.sample(false)).as_bytes())?;
         let (stop, stopped) = mpsc::channel();
-        let ticket = Ticket::new(Role::Observe);
+        let entry = SandboxEntry::new(Role::Observe);
         let work = move || {
-            ticket.enter();
+            entry.enter();
             let mut next = Instant::now() + interval;
             loop {
                 let running = match stopped.recv_timeout(next.saturating_duration_since(Instant::now())) {

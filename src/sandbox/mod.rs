@@ -1,7 +1,7 @@
 //! The sandbox: what every thread of a VM gives up before its guest executes an instruction.
 //!
 //! Owns the order. [`arm`] prepares the process before its first thread is started. Each thread has a
-//! [`Ticket`] that names its [`Role`], gives up its own part, and reports that. No CPU runs before all
+//! [`SandboxEntry`] that names its [`Role`], gives up its own part, and reports that. No CPU runs before all
 //! threads have done so ([`wait_for_all`]). Without [`arm`], or with `--sandbox=off`, nothing is given up:
 //! devices in tests have threads too.
 //!
@@ -110,12 +110,12 @@ pub fn arm(mode: Mode) -> Result<(), SandboxError> {
 /// Stands for a thread that is to enter the sandbox. Whoever starts the thread creates it. When it is
 /// dropped, nobody waits for the thread any more.
 #[derive(Debug)]
-pub struct Ticket {
+pub struct SandboxEntry {
     role: Role,
 }
 
-impl Ticket {
-    /// Creates a ticket for a thread with this role.
+impl SandboxEntry {
+    /// Creates a entry for a thread with this role.
     pub fn new(role: Role) -> Self {
         *unpoisoned(PENDING.lock()) += 1;
         Self { role }
@@ -134,7 +134,7 @@ impl Ticket {
     }
 }
 
-impl Drop for Ticket {
+impl Drop for SandboxEntry {
     fn drop(&mut self) {
         *unpoisoned(PENDING.lock()) -= 1;
         CHANGED.notify_all();

@@ -1,7 +1,7 @@
 //! virtio over PCI (virtio 4.1), modern only: all registers in one memory region, MSI-X, no INTx.
 //!
 //! Owns the meaning of the region's registers, the capabilities that describe them, and the vectors that events
-//! are mapped to. [`region`] maps offsets to registers. An access of any width and start takes effect on each
+//! are mapped to. `region` maps offsets to registers. An access of any width and start takes effect on each
 //! register that it touches. The machine behind the registers is [`super::core`]; masks and pending bits are in
 //! [`crate::pci::msix`]. Knows nothing of KVM: doorbells are eventfds, messages go to a [`MessageSink`].
 

@@ -13,7 +13,7 @@ use crate::vcpu::End;
 
 /// A thread's report to the main thread.
 #[derive(Debug)]
-pub enum Report {
+pub enum ThreadReport {
     /// This vCPU ended.
     Vcpu(u8, End),
     /// This vCPU's thread panicked, which is an error in minivmm.
@@ -23,13 +23,13 @@ pub enum Report {
 /// A thread's channel to the main thread. A report is never lost, even if the thread panics.
 #[derive(Debug)]
 pub struct Reporter {
-    reports: mpsc::Sender<Report>,
+    reports: mpsc::Sender<ThreadReport>,
     wake: EventFd,
 }
 
 impl Reporter {
     /// Sends `report` and wakes the main thread.
-    pub fn send(&self, report: Report) {
+    pub fn send(&self, report: ThreadReport) {
         // Neither call can fail while the main thread waits. Once it no longer waits, nobody needs the
         // report.
         let _ = self.reports.send(report);
@@ -39,8 +39,8 @@ impl Reporter {
 
 /// The main thread's end of the channel.
 pub struct Reports {
-    receiver: mpsc::Receiver<Report>,
-    sender: mpsc::Sender<Report>,
+    receiver: mpsc::Receiver<ThreadReport>,
+    sender: mpsc::Sender<ThreadReport>,
     wake: EventFd,
 }
 
@@ -58,7 +58,7 @@ impl Reports {
     }
 
     /// Returns the next report, or `None` if there is none.
-    pub fn take(&self) -> Option<Report> {
+    pub fn take(&self) -> Option<ThreadReport> {
         let _ = self.wake.read();
         self.receiver.try_recv().ok()
     }
@@ -98,9 +98,9 @@ mod tests {
         let fds = || [Some(reports.as_raw_fd()), None];
         assert_eq!(wait(fds(), Some(Duration::ZERO)).unwrap(), [false, false]);
         let reporter = reports.reporter().unwrap();
-        std::thread::spawn(move || reporter.send(Report::Panicked(3))).join().unwrap();
+        std::thread::spawn(move || reporter.send(ThreadReport::Panicked(3))).join().unwrap();
         assert_eq!(wait(fds(), None).unwrap(), [true, false]);
-        assert!(matches!(reports.take(), Some(Report::Panicked(3))));
+        assert!(matches!(reports.take(), Some(ThreadReport::Panicked(3))));
         assert!(reports.take().is_none());
     }
 }

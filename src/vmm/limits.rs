@@ -18,7 +18,7 @@ const OFF_MAX: Duration = Duration::from_secs(60);
 /// How long the guest's init may take to report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BootTimeout {
-    /// [`BOOT_MAX`], and longer on a slow machine.
+    /// `BOOT_MAX`, and longer on a slow machine.
     Default,
     /// The time that the user gave.
     Given(Duration),

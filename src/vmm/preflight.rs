@@ -55,13 +55,17 @@ impl Plan {
 
     /// Returns an error for each pair of disks that share bytes, unless both are read-only.
     fn shared_disks(&self) -> Vec<VmmError> {
-        let found: Vec<_> = self.disks.iter().map(|disk| std::fs::metadata(&disk.config.path).ok()).collect();
+        // An image without metadata is refused when it is opened.
+        let with_metadata = |disk: &DiskOptions| {
+            let metadata = std::fs::metadata(&disk.config.path).ok()?;
+            Some((disk.config.clone(), metadata))
+        };
+        let images: Vec<_> = self.disks.iter().filter_map(with_metadata).collect();
         let mut pairs = Vec::new();
-        for (at, (first, is_first)) in self.disks.iter().zip(&found).enumerate() {
-            for (second, is_second) in self.disks.iter().zip(&found).skip(at + 1) {
-                let (Some(a), Some(b)) = (is_first, is_second) else { continue };
-                let (first, second) = (&first.config, &second.config);
-                if !(first.readonly && second.readonly) && host_use::share_bytes(a, b) {
+        for (at, (first, first_metadata)) in images.iter().enumerate() {
+            for (second, second_metadata) in images.iter().skip(at + 1) {
+                let is_written = !(first.readonly && second.readonly);
+                if is_written && host_use::share_bytes(first_metadata, second_metadata) {
                     let (first, second): (PathBuf, PathBuf) = (first.path.clone(), second.path.clone());
                     pairs.push(VmmError::SameDisk { first, second });
                 }

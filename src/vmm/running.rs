@@ -10,7 +10,7 @@ use std::sync::{Arc, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::events::{self, Report, Reporter, Reports};
+use super::events::{self, Reporter, Reports, ThreadReport};
 use super::hvc::{self, HvcEnd};
 use super::input::{Console, READ_BYTES_MAX, Wish};
 use super::job::JobEnd;
@@ -22,7 +22,7 @@ use super::watch::Watch;
 use super::{Config, ConsoleTarget, Ending, VmmError, host, pace};
 use crate::bus::Outcome;
 use crate::disk::Image;
-use crate::sandbox::{self, Role, Ticket};
+use crate::sandbox::{self, Role, SandboxEntry};
 use crate::signals::Signals;
 use crate::terminal::{self, Input, RawMode};
 use crate::vcpu::{End, Vcpu};
@@ -31,7 +31,7 @@ use crate::vcpu::{End, Vcpu};
 const RETRY: Duration = Duration::from_millis(10);
 
 /// A running machine.
-pub(super) struct Run<'a> {
+pub(super) struct RunningMachine<'a> {
     signals: &'a Signals,
     reports: Reports,
     threads: Vec<VcpuThread>,
@@ -53,7 +53,7 @@ pub(super) struct Run<'a> {
     begin: Instant,
 }
 
-impl<'a> Run<'a> {
+impl<'a> RunningMachine<'a> {
     pub(super) fn new(
         machine: &mut Machine,
         signals: &'a Signals,
@@ -96,13 +96,13 @@ impl<'a> Run<'a> {
     }
 
     /// Starts the CPUs. None runs a guest before every thread is in the sandbox, including this one through
-    /// its `ticket`.
-    pub(super) fn start(&mut self, machine: &mut Machine, ticket: Ticket) -> Result<(), VmmError> {
+    /// its `entry`.
+    pub(super) fn start(&mut self, machine: &mut Machine, entry: SandboxEntry) -> Result<(), VmmError> {
         for vcpu in machine.vcpus.drain(..) {
             let reporter = self.reports.reporter().map_err(host("make an eventfd"))?;
             let page = Arc::clone(&vcpu.page);
             let stopping = machine.stopping.clone();
-            let theirs = Ticket::new(Role::Vcpu);
+            let theirs = SandboxEntry::new(Role::Vcpu);
             let thread = thread::Builder::new()
                 .name(format!("vcpu{}", vcpu.id))
                 .spawn(move || {
@@ -115,7 +115,7 @@ impl<'a> Run<'a> {
         }
         self.begin = Instant::now();
         self.limits = Limits::begin(self.begin, self.timeout, self.boot_timeout, pace::slowness);
-        ticket.enter();
+        entry.enter();
         Ok(())
     }
 
@@ -186,11 +186,11 @@ impl<'a> Run<'a> {
         None
     }
 
-    fn ending_of(&self, report: Report) -> Result<Ending, VmmError> {
+    fn ending_of(&self, report: ThreadReport) -> Result<Ending, VmmError> {
         match report {
-            Report::Panicked(id) => Err(VmmError::Panicked(id)),
-            Report::Vcpu(_, End::Failed(failure)) => Err(VmmError::Vcpu(failure)),
-            Report::Vcpu(_, End::Outcome(outcome)) => Ok(match outcome {
+            ThreadReport::Panicked(id) => Err(VmmError::Panicked(id)),
+            ThreadReport::Vcpu(_, End::Failed(failure)) => Err(VmmError::Vcpu(failure)),
+            ThreadReport::Vcpu(_, End::Outcome(outcome)) => Ok(match outcome {
                 Outcome::Exit(value) => Ending::ExitPort(value),
                 Outcome::GuestPanic => Ending::GuestPanic,
                 // Until its pvpanic driver is loaded, a guest can only print a panic and reset.
@@ -199,7 +199,7 @@ impl<'a> Run<'a> {
                 Outcome::Shutdown | Outcome::Continue => Ending::PowerOff,
             }),
             // A CPU is told to stop only when the machine is stopped, which has not begun.
-            Report::Vcpu(id, End::Stopped) => Err(VmmError::Panicked(id)),
+            ThreadReport::Vcpu(id, End::Stopped) => Err(VmmError::Panicked(id)),
         }
     }
 
@@ -301,7 +301,7 @@ fn run_vcpu(mut vcpu: Vcpu, reporter: Reporter, stopping: &dyn Fn() -> bool) {
     impl Drop for Unreported<'_> {
         fn drop(&mut self) {
             if thread::panicking() {
-                self.0.send(Report::Panicked(self.1));
+                self.0.send(ThreadReport::Panicked(self.1));
             }
         }
     }
@@ -310,5 +310,5 @@ fn run_vcpu(mut vcpu: Vcpu, reporter: Reporter, stopping: &dyn Fn() -> bool) {
     if let End::Stopped = end {
         return;
     }
-    reporter.send(Report::Vcpu(vcpu.id, end));
+    reporter.send(ThreadReport::Vcpu(vcpu.id, end));
 }

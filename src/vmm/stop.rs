@@ -19,7 +19,7 @@ use super::machine::{Machine, OpenDisk};
 use super::{StatsTarget, VmmError};
 use crate::files::{Inventory, Opened};
 use crate::kvm::run_page::RunPage;
-use crate::sandbox::{Role, Ticket};
+use crate::sandbox::{Role, SandboxEntry};
 use crate::signals::{Arrived, Signals};
 use crate::stats::{ExitStats, Stats};
 use crate::sync::unpoisoned;
@@ -129,9 +129,9 @@ impl Ender {
     /// Starts the thread. It ends when this value is dropped, or with the process if it hangs.
     pub fn start() -> io::Result<Self> {
         let (orders, received) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
-        let ticket = Ticket::new(Role::End);
+        let entry = SandboxEntry::new(Role::End);
         thread::Builder::new().name("end".into()).spawn(move || {
-            ticket.enter();
+            entry.enter();
             for order in received {
                 order();
             }

@@ -7,7 +7,7 @@ use std::thread::{Builder, JoinHandle};
 
 use minivmm_block::threads::{ThreadKind, Threads};
 
-use crate::sandbox::{Role, Ticket};
+use crate::sandbox::{Role, SandboxEntry};
 
 /// Starts a disk's threads so that no CPU runs before each of them has entered the sandbox.
 #[derive(Debug, Clone, Copy)]
@@ -20,12 +20,12 @@ impl Threads for SandboxedThreads {
         builder: Builder,
         body: Box<dyn FnOnce() + Send>,
     ) -> io::Result<JoinHandle<()>> {
-        let ticket = Ticket::new(match kind {
+        let entry = SandboxEntry::new(match kind {
             ThreadKind::Worker => Role::Worker,
             ThreadKind::Delays => Role::Delays,
         });
         builder.spawn(move || {
-            ticket.enter();
+            entry.enter();
             body();
         })
     }

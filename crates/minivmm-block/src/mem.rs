@@ -70,6 +70,18 @@ impl Ram {
         let slice = self.0.regions.get_slice(GuestAddress(addr), len).map_err(|_| outside)?;
         Ok(slice.ptr_guard_mut().as_ptr())
     }
+
+    /// Returns the size of all RAM in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.iter().map(GuestMemoryRegion::len).sum()
+    }
+
+    /// Returns the regions of RAM as (guest address, host address, bytes), for KVM's memory slots.
+    pub fn regions(&self) -> Vec<(u64, u64, u64)> {
+        let region =
+            |region: &GuestRegionMmap<()>| (region.start_addr().0, region.as_ptr() as u64, region.len());
+        self.iter().map(region).collect()
+    }
 }
 
 /// A guest range is not wholly inside one region of RAM.
@@ -168,21 +180,6 @@ pub fn read_bytes(ram: &Ram, addr: u64, data: &mut [u8]) -> Result<(), OutsideRa
     Ok(())
 }
 
-/// Returns the size of all RAM in bytes.
-pub fn bytes(ram: &Ram) -> u64 {
-    ram.iter().map(GuestMemoryRegion::len).sum()
-}
-
-/// Returns the regions of RAM as (guest address, host address, bytes), for KVM's memory slots.
-pub fn regions(ram: &Ram) -> Vec<(u64, u64, u64)> {
-    ram.iter()
-        .map(|region| {
-            let host = region.as_ptr() as u64;
-            (region.start_addr().0, host, region.len())
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,7 +192,7 @@ mod tests {
         for (below, above) in [(512 * MIB, 0), (3 * GIB, 0x5000), (3 * GIB, 4 * GIB)] {
             let wanted: Vec<_> = [(0, below), (4 * GIB, above)].into_iter().filter(|r| r.1 > 0).collect();
             let ram = map_ram(&wanted).unwrap();
-            let mapped = regions(&ram);
+            let mapped = ram.regions();
             assert_eq!(mapped.iter().map(|r| (r.0, r.2)).collect::<Vec<_>>(), wanted);
             for (guest, host, _) in mapped {
                 assert_eq!(guest % HUGE_PAGE, host % HUGE_PAGE, "{guest:#x} is at {host:#x}");

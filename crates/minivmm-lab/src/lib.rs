@@ -14,7 +14,7 @@
 //! | [`mod@bench`] | fio in a guest beside its host, and which results do not measure a disk | KVM, devices |
 //! | [`top`] | an observation as it grows, on a terminal or as lines | guests, disks |
 //! | [`crash`] | write logs, and the disk states that a power loss could have left | guests, KVM |
-//! | [`lab`] | a boot of a real guest as an experiment: images, host description, fio, rounds | KVM, devices |
+//! | [`measuring`] | a boot of a real guest as an experiment: images, host description, fio, rounds | KVM, devices |
 //! | [`child`], [`scratch_dir`], [`estimate`] | child processes under watch; directories for temporary files; how much longer something takes | everything |
 
 pub mod bench;
@@ -22,7 +22,7 @@ pub mod child;
 pub mod cli;
 pub mod crash;
 pub mod estimate;
-pub mod lab;
+pub mod measuring;
 pub mod scratch_dir;
 pub mod study;
 pub mod top;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use minivmm::cli::ExitStatus;
-use minivmm::cli::process::{self, WrongUsage, ended, print, say, told};
+use minivmm::cli::process::{self, WrongUsage, exit_with, print, report_outcome, say};
 use minivmm::files::output;
 use minivmm::hosts::{self, HostError};
 use minivmm::signals::{Signals, Stop};
@@ -35,21 +35,21 @@ fn run(task: Option<Task>, signals: Signals) -> ExitStatus {
     process::start_logging(log::LevelFilter::Warn);
     let Some(task) = task else {
         let why = "minivmm-tools is for minivmm's own use: call minivmm with these arguments";
-        return told(Err(anyhow::anyhow!(why)));
+        return report_outcome(Err(anyhow::anyhow!(why)));
     };
     if let Err(error) = child::adopt_orphans() {
         log::debug!("cannot adopt what children leave behind: {error}");
     }
     if let Err(error) = check_names(&task) {
-        return told(Err(WrongUsage(error).into()));
+        return report_outcome(Err(WrongUsage(error).into()));
     }
     match host_of(&task) {
         Ok(None) => {}
         Ok(Some(mut command)) => {
             signals.release();
-            return told(Err(hosts::replace(&mut command).into()));
+            return report_outcome(Err(hosts::replace(&mut command).into()));
         }
-        Err(error) => return told(Err(error.into())),
+        Err(error) => return report_outcome(Err(error.into())),
     }
     let stop = if leaves_nothing(&task) {
         signals.release();
@@ -59,9 +59,9 @@ fn run(task: Option<Task>, signals: Signals) -> ExitStatus {
     };
     let stop = match stop {
         Ok(stop) => stop,
-        Err(error) => return told(Err(error)),
+        Err(error) => return report_outcome(Err(error)),
     };
-    told(match task {
+    report_outcome(match task {
         Task::Log { log, json } => list_log(&log, json),
         Task::Top { observation } => show_observation(&observation, &stop),
         Task::Crash(args) => crash(*args, &stop),
@@ -112,7 +112,7 @@ fn end_by_force(signal: i32) {
         "minivmm: ended by signal {signal}, without a report: something did not end within {} s",
         END_MAX.as_secs()
     ));
-    ended(ExitStatus::Signal(signal));
+    exit_with(ExitStatus::Signal(signal));
 }
 
 /// Returns the exit status for the signal that stopped the tool; `None` if no signal did.

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 /// The first polling time after zero.
 const STEP: Duration = Duration::from_micros(4);
-/// Polls between two readings of the clock.
-const LOOKS: u32 = 8;
+/// Number of polls between two readings of the clock.
+const POLLS: u32 = 8;
 
 /// Decides how long one worker spins before it blocks.
 #[derive(Debug)]
@@ -31,13 +31,13 @@ impl Poller {
     }
 
     /// Spins until `ready` returns `true` or the time is over. Returns `true` if it was ready.
-    pub fn look(&self, mut ready: impl FnMut() -> bool) -> bool {
+    pub fn spin(&self, mut ready: impl FnMut() -> bool) -> bool {
         if self.window.is_zero() {
             return false;
         }
         let since = Instant::now();
         loop {
-            for _ in 0..LOOKS {
+            for _ in 0..POLLS {
                 if ready() {
                     return true;
                 }
@@ -74,7 +74,7 @@ mod tests {
         for _ in 0..10 {
             poller.learn(Duration::from_millis(5));
         }
-        assert!(!poller.look(|| panic!("it does not even look")));
+        assert!(!poller.spin(|| panic!("it does not even poll")));
         poller.learn(Duration::from_micros(30));
         assert_eq!(poller.window, STEP);
         for _ in 0..10 {
@@ -88,12 +88,12 @@ mod tests {
         let mut poller = Poller::new(MAX);
         poller.learn(Duration::from_micros(10));
         assert_eq!(poller.window, MAX);
-        let mut looks = 0;
-        assert!(poller.look(|| {
-            looks += 1;
-            looks == 5
+        let mut polls = 0;
+        assert!(poller.spin(|| {
+            polls += 1;
+            polls == 5
         }));
-        assert!(!poller.look(|| false));
+        assert!(!poller.spin(|| false));
     }
 
     #[test]
@@ -102,6 +102,6 @@ mod tests {
         assert!(!poller.is_on());
         poller.learn(Duration::ZERO);
         poller.learn(Duration::from_micros(1));
-        assert!(!poller.look(|| true));
+        assert!(!poller.spin(|| true));
     }
 }

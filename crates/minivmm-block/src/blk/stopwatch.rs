@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::disk::disk_queue::{DiskQueue, Op, RequestId};
-use crate::disk::latency::{Kind, Moments};
+use crate::disk::latency::{RequestKind, RequestMoments};
 use crate::disk::queue_stats::QueueStats;
 use crate::slab::Number;
 
@@ -17,13 +17,13 @@ pub(super) struct Stopwatch {
     /// The requests in flight, by slot.
     open: Vec<Open>,
     /// Completed but not yet published.
-    answered: Vec<Moments>,
+    completed: Vec<RequestMoments>,
 }
 
 /// A request that is in flight.
 #[derive(Clone, Copy)]
 struct Open {
-    kind: Kind,
+    kind: RequestKind,
     doorbell: Instant,
     popped: Instant,
     submitted: Option<Instant>,
@@ -38,13 +38,13 @@ impl Stopwatch {
             disk.woke_now();
             // Left over from an earlier driver.
             disk.take_submitted().for_each(drop);
-            Self { stats, open: Vec::new(), answered: Vec::new() }
+            Self { stats, open: Vec::new(), completed: Vec::new() }
         })
     }
 
     /// Notes that a request was popped just now and is about to be submitted to the disk.
     pub(super) fn pops(&mut self, id: RequestId, op: &Op, doorbell: Instant) {
-        let taken = Open { kind: Kind::of(op), doorbell, popped: Instant::now(), submitted: None };
+        let taken = Open { kind: RequestKind::of(op), doorbell, popped: Instant::now(), submitted: None };
         let slot = id.slot();
         // Slots are given out in ascending order.
         if self.open.len() <= slot {
@@ -62,17 +62,25 @@ impl Stopwatch {
 
     /// Notes that the request completed. `heard` is when the last host operation was seen to end, if the
     /// request needed one.
-    pub(super) fn answers(&mut self, id: RequestId, heard: Instant) {
+    pub(super) fn completes(&mut self, id: RequestId, heard: Instant) {
         let Some(&Open { kind, doorbell, popped, submitted }) = self.open.get(id.slot()) else { return };
         let host_done = heard.max(submitted.unwrap_or(popped));
-        self.answered.push(Moments { kind, doorbell, popped, submitted, host_done, interrupt: host_done });
+        self.completed.push(RequestMoments {
+            kind,
+            doorbell,
+            popped,
+            submitted,
+            host_done,
+            interrupt: host_done,
+        });
     }
 
     /// Records what was completed: it is published now, and the driver was notified.
     pub(super) fn publishes(&mut self) {
-        if !self.answered.is_empty() {
+        if !self.completed.is_empty() {
             let interrupt = Instant::now();
-            self.stats.record(self.answered.drain(..).map(|moments| Moments { interrupt, ..moments }));
+            self.stats
+                .record(self.completed.drain(..).map(|moments| RequestMoments { interrupt, ..moments }));
         }
     }
 }

@@ -59,10 +59,18 @@ struct Owed {
 
 /// The request that is being parsed, as a private copy. Its memory is reused for the next request.
 #[derive(Default)]
-struct Taken {
+struct Popped {
     chain: Chain,
     frame: Frame,
     payload: Vec<u8>,
+}
+
+/// What a valid chain turned out to be.
+enum Parsed {
+    /// An operation for the disk. `data_bytes` is what the driver gets if it succeeds.
+    Submit { op: Op, data_bytes: u32 },
+    /// GET_ID needs no disk: its `data_bytes` are written already.
+    Completed { data_bytes: u32 },
 }
 
 /// Serves one queue from DRIVER_OK to reset. It needs no thread of its own: tests call [`QueueWorker::turn`]
@@ -72,7 +80,7 @@ pub struct QueueWorker<'a> {
     disk: &'a mut DiskQueue,
     image: Arc<Image>,
     pending: Slab<RequestId, Owed>,
-    taken: Taken,
+    popped: Popped,
     errors: &'a mut RateLimit,
     poller: Poller,
     /// `None` if latencies are not recorded.
@@ -92,7 +100,7 @@ impl<'a> QueueWorker<'a> {
             disk,
             image,
             pending: Slab::default(),
-            taken: Taken::default(),
+            popped: Popped::default(),
             errors,
             poller: Poller::new(Duration::ZERO),
             stopwatch,
@@ -109,33 +117,33 @@ impl<'a> QueueWorker<'a> {
     pub fn turn(&mut self) -> Result<(), TurnError> {
         self.disk.sync_if_switched_off();
         let more = self.take_available()?;
-        self.answer()?;
+        self.complete_finished()?;
         if more {
             self.disk.wait(Wake::Now)?;
-            return self.answer();
+            return self.complete_finished();
         }
         let since = self.poller.is_on().then(Instant::now);
-        let is_ready = self.look()? || (!self.is_full() && self.job.ring.enable_doorbell());
+        let is_ready = self.spin()? || (!self.is_full() && self.job.ring.enable_doorbell());
         let wake = if is_ready { Wake::Now } else { Wake::Doorbell(&self.job.doorbell) };
         self.disk.wait(wake)?;
         if let Some(since) = since {
             self.poller.learn(since.elapsed());
         }
-        self.answer()
+        self.complete_finished()
     }
 
     /// Spins for new chains or finished I/O where that pays, and returns `true` if there are any. The driver
     /// rings no doorbell meanwhile.
-    fn look(&mut self) -> Result<bool, TurnError> {
+    fn spin(&mut self) -> Result<bool, TurnError> {
         if !self.poller.is_on() {
             return Ok(false);
         }
         // Submit what was popped before spinning.
         self.disk.wait(Wake::Now)?;
-        self.answer()?;
+        self.complete_finished()?;
         let is_full = self.is_full();
         let (ring, disk) = (&self.job.ring, &mut self.disk);
-        Ok(self.poller.look(|| (!is_full && ring.has_available()) || disk.is_ready()))
+        Ok(self.poller.spin(|| (!is_full && ring.has_available()) || disk.is_ready()))
     }
 
     /// Returns `true` if as many requests are in flight as the ring has entries. Only a driver that submits
@@ -154,12 +162,12 @@ impl<'a> QueueWorker<'a> {
             let held = self.disk.holds_success();
             self.disk.wait(if held { Wake::Doorbell(&self.job.doorbell) } else { Wake::EndOnly })?;
             match outcome {
-                Ok(()) => outcome = self.answer(),
+                Ok(()) => outcome = self.complete_finished(),
                 Err(_) => self.disk.take_completions().for_each(drop),
             }
         }
         // If the ring broke during a turn, what completed before is not published yet.
-        outcome.and_then(|()| self.answer())
+        outcome.and_then(|()| self.complete_finished())
     }
 
     /// Returns an error if a popped chain was never completed: the guest would wait for it for ever. To be
@@ -179,41 +187,40 @@ impl<'a> QueueWorker<'a> {
     /// Pops at most as many chains as the ring has entries, and returns `true` if there may be more. The bound
     /// keeps a flood of new requests from delaying the completion of others (R17).
     fn take_available(&mut self) -> Result<bool, RingError> {
-        let mut taken = std::mem::take(&mut self.taken);
-        let more = self.take_into(&mut taken);
-        self.taken = taken;
+        let mut popped = std::mem::take(&mut self.popped);
+        let more = self.take_into(&mut popped);
+        self.popped = popped;
         more
     }
 
-    fn take_into(&mut self, taken: &mut Taken) -> Result<bool, RingError> {
+    fn take_into(&mut self, popped: &mut Popped) -> Result<bool, RingError> {
         let size = usize::from(self.job.ring.size());
         self.job.ring.disable_doorbell();
         for _ in 0..size {
-            if self.is_full() || !self.job.ring.pop_into(&mut taken.chain)? {
+            if self.is_full() || !self.job.ring.pop_into(&mut popped.chain)? {
                 return Ok(false);
             }
-            self.take(taken)?;
+            self.take(popped)?;
         }
         Ok(true)
     }
 
     /// Turns a chain into a request to the disk, or completes it at once.
-    fn take(&mut self, taken: &mut Taken) -> Result<(), RingError> {
-        let head = taken.chain.head;
-        if !taken.frame.take_apart(&taken.chain) {
+    fn take(&mut self, popped: &mut Popped) -> Result<(), RingError> {
+        let head = popped.chain.head;
+        if !popped.frame.take_apart(&popped.chain) {
             return Err(RingError::NoStatus(head));
         }
-        let (status_addr, room) = (taken.frame.status_addr, taken.frame.data_in_bytes());
-        let parsed = self.parse(taken);
-        let data_bytes = match &parsed {
-            Ok((_, data_bytes)) | Err(Answer { data_bytes, .. }) => *data_bytes,
-        };
-        let owed = Owed { head, status_addr, room, data_bytes };
-        match parsed {
-            Ok((op, _)) => self.submit(owed, op),
-            Err(Answer { status, .. }) => finish(&mut self.job, &owed, status)?,
+        let (status_addr, room) = (popped.frame.status_addr, popped.frame.data_in_bytes());
+        let owed = |data_bytes| Owed { head, status_addr, room, data_bytes };
+        match self.parse(popped) {
+            Ok(Parsed::Submit { op, data_bytes }) => {
+                self.submit(owed(data_bytes), op);
+                Ok(())
+            }
+            Ok(Parsed::Completed { data_bytes }) => finish(&mut self.job, &owed(data_bytes), Status::Ok),
+            Err(status) => finish(&mut self.job, &owed(0), status),
         }
-        Ok(())
     }
 
     fn submit(&mut self, owed: Owed, op: Op) {
@@ -224,12 +231,13 @@ impl<'a> QueueWorker<'a> {
         self.disk.submit(id, op);
     }
 
-    /// Reads header and payload once, and makes an operation of them.
-    fn parse(&mut self, taken: &mut Taken) -> Result<(Op, u32), Answer> {
-        let Taken { chain, frame, payload } = taken;
+    /// Reads header and payload once, and makes an operation of them. The error is the status of a request that
+    /// is refused.
+    fn parse(&mut self, popped: &mut Popped) -> Result<Parsed, Status> {
+        let Popped { chain, frame, payload } = popped;
         let mut bad = |why: &dyn std::fmt::Display| {
             warn_limited!(self.errors, "blk: request at descriptor {}: {why}", chain.head);
-            Answer::from(Status::IoErr)
+            Status::IoErr
         };
         if let Some(fault) = chain.fault {
             return Err(bad(&fault));
@@ -250,30 +258,31 @@ impl<'a> QueueWorker<'a> {
         let image = &self.image;
         let features = self.job.features;
         let limits = Limits { geometry: image.geometry(), features, readonly: image.config().readonly };
-        match request::parse(header, frame, payload, &limits)? {
+        let (op, data_bytes) = match request::parse(header, frame, payload, &limits)? {
             Request::In(range) => {
                 let iov = Iov::new(ram, &frame.data_in).map_err(|why| bad(&why))?;
                 // The walk has refused more than 4 GiB; the largest used length is 2^32 - 1.
                 let data_bytes = u32::try_from(range.bytes()).unwrap_or(u32::MAX - 1);
-                Ok((Op::Read(range, iov), data_bytes))
+                (Op::Read(range, iov), data_bytes)
             }
             Request::Out(range) => {
                 let iov = Iov::new(ram, &frame.data_out).map_err(|why| bad(&why))?;
-                Ok((Op::Write(range, iov), 0))
+                (Op::Write(range, iov), 0)
             }
-            Request::Flush => Ok((Op::Flush, 0)),
-            Request::Discard(ranges) => Ok((Op::Discard(ranges), 0)),
-            Request::WriteZeroes(ranges) => Ok((Op::WriteZeroes(ranges), 0)),
+            Request::Flush => (Op::Flush, 0),
+            Request::Discard(ranges) => (Op::Discard(ranges), 0),
+            Request::WriteZeroes(ranges) => (Op::WriteZeroes(ranges), 0),
             Request::GetId => {
                 mem::scatter(ram, &frame.data_in, image.serial()).map_err(|why| bad(&why))?;
-                Err(Answer { status: Status::Ok, data_bytes: ID_BYTES })
+                return Ok(Parsed::Completed { data_bytes: ID_BYTES });
             }
-        }
+        };
+        Ok(Parsed::Submit { op, data_bytes })
     }
 
     /// Completes what the disk has finished. Then publishes all of it by one store, and notifies the driver at
     /// most once.
-    fn answer(&mut self) -> Result<(), TurnError> {
+    fn complete_finished(&mut self) -> Result<(), TurnError> {
         let heard = self.note_submitted();
         for Completion { id, result } in self.disk.take_completions() {
             let mut owed = self.pending.remove(id).ok_or(TurnError::Lost(id))?;
@@ -290,7 +299,7 @@ impl<'a> QueueWorker<'a> {
             };
             finish(&mut self.job, &owed, status)?;
             if let (Some(watch), Some(heard)) = (&mut self.stopwatch, heard) {
-                watch.answers(id, heard);
+                watch.completes(id, heard);
             }
         }
         if self.job.ring.publish() {
@@ -317,18 +326,6 @@ fn finish(job: &mut Job, owed: &Owed, status: Status) -> Result<(), RingError> {
     mem::write_bytes(&job.ram, owed.status_addr, &[status as u8])
         .map_err(|_| RingError::NoStatus(owed.head))?;
     job.ring.push_used(owed.head, request::written(owed.data_bytes, owed.room))
-}
-
-/// The outcome of a request that needs no disk.
-struct Answer {
-    status: Status,
-    data_bytes: u32,
-}
-
-impl From<Status> for Answer {
-    fn from(status: Status) -> Self {
-        Self { status, data_bytes: 0 }
-    }
 }
 
 /// Why a worker cannot continue.

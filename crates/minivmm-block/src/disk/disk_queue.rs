@@ -41,7 +41,7 @@ use super::stable::{Group, Member};
 use super::sync_ledger::SyncTicket;
 use super::transfer::{Transfer, bounce_buffers};
 use crate::mem::BufferPool;
-use figures::Moments;
+use figures::QueueClock;
 
 /// The state machine of one queue of one disk.
 pub struct DiskQueue {
@@ -68,7 +68,7 @@ pub struct DiskQueue {
     done: Vec<Completion>,
     stats: Arc<QueueStats>,
     /// `None` unless latencies are recorded.
-    moments: Option<Moments>,
+    clock: Option<QueueClock>,
 }
 
 impl DiskQueue {
@@ -80,7 +80,7 @@ impl DiskQueue {
         stable_by: StableBy,
     ) -> Self {
         let stats = image.stats.add_queue();
-        let moments = stats.is_timed().then(Moments::begin);
+        let clock = stats.is_timed().then(QueueClock::begin);
         Self {
             pool: bounce_buffers(&image),
             image,
@@ -97,7 +97,7 @@ impl DiskQueue {
             held: Vec::new(),
             done: Vec::new(),
             stats,
-            moments,
+            clock,
         }
     }
 
@@ -125,7 +125,7 @@ impl DiskQueue {
         let flight = Flight { wb_at_submit, writes, grouped, ..Flight::new(Some(id), stage) };
         match next {
             Next::Op(first) => self.take_off(flight, first),
-            Next::Later => {
+            Next::DeferToBatch => {
                 let token = self.in_flight.insert(flight);
                 self.undecided.push(token);
             }
@@ -284,7 +284,7 @@ impl DiskQueue {
     fn feed_engine(&mut self) {
         while let Some((token, op)) = self.waiting.pop_front() {
             let kind = HostKind::of(&op);
-            let now = self.moments.is_some().then(Instant::now);
+            let now = self.clock.is_some().then(Instant::now);
             // Opened before the engine may begin it, so that no overlap is missed (E7).
             let sync = self.open_sync(&op);
             match self.engine.submit(token, op) {
@@ -367,7 +367,7 @@ impl DiskQueue {
                     None => self.succeed(success),
                 }
             }
-            Next::Join | Next::Later => {
+            Next::Join | Next::DeferToBatch => {
                 self.end_sync(covers, SyncEnd::Void);
                 self.group.joins(flight.id, false);
             }

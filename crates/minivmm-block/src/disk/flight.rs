@@ -171,6 +171,6 @@ pub(super) enum Next {
     Stable,
     /// Everything is written. Wait for the next shared fdatasync to make it stable.
     Join,
-    /// Wait until the whole batch is known; `decide` then chooses RWF_DSYNC or a shared fdatasync.
-    Later,
+    /// Wait: `decide` chooses RWF_DSYNC or a shared fdatasync once the whole batch is known.
+    DeferToBatch,
 }

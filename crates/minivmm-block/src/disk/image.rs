@@ -30,7 +30,7 @@ use crate::files::locks;
 use crate::threads::{PlainThreads, Threads};
 pub use file::ImageFile;
 use opening::{
-    Kind, check_access, check_flock, check_host_use, check_kind, open_file, open_problem, wanted_flags,
+    FileKind, check_access, check_flock, check_host_use, check_kind, open_file, open_problem, wanted_flags,
 };
 pub use stats::ImageStats;
 
@@ -120,7 +120,7 @@ impl Image {
     }
 
     /// Collects everything that can be found without changing anything.
-    fn describe(config: &DiskConfig, kind: Kind, file: Arc<File>) -> Result<Self, ImageProblem> {
+    fn describe(config: &DiskConfig, kind: FileKind, file: Arc<File>) -> Result<Self, ImageProblem> {
         if !config.force_raw {
             format::refuse(&file, &config.path, config.readonly)?;
         }
@@ -159,7 +159,7 @@ impl Image {
     pub fn simulated(config: &DiskConfig, geometry: Geometry) -> io::Result<Self> {
         config.check().map_err(io::Error::other)?;
         let file = Arc::new(File::open("/dev/null")?);
-        let file = ImageFile::with_geometry(file, Kind::File, config, geometry);
+        let file = ImageFile::with_geometry(file, FileKind::File, config, geometry);
         Ok(Self::assemble(config, file, Vec::new()))
     }
 

@@ -11,7 +11,7 @@ use super::times::{Summary, Times};
 
 /// The kind of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum RequestKind {
     /// A read.
     Read,
     /// A write.
@@ -24,27 +24,33 @@ pub enum Kind {
     WriteZeroes,
 }
 
-impl Kind {
+impl RequestKind {
     /// All kinds, in the order of the reports.
-    pub const ALL: [Kind; 5] = [Kind::Read, Kind::Write, Kind::Flush, Kind::Discard, Kind::WriteZeroes];
+    pub const ALL: [RequestKind; 5] = [
+        RequestKind::Read,
+        RequestKind::Write,
+        RequestKind::Flush,
+        RequestKind::Discard,
+        RequestKind::WriteZeroes,
+    ];
 
     /// Returns the kind of `op`.
     pub fn of(op: &Op) -> Self {
         match op {
-            Op::Read(..) => Kind::Read,
-            Op::Write(..) => Kind::Write,
-            Op::Flush => Kind::Flush,
-            Op::Discard(_) => Kind::Discard,
-            Op::WriteZeroes(_) => Kind::WriteZeroes,
+            Op::Read(..) => RequestKind::Read,
+            Op::Write(..) => RequestKind::Write,
+            Op::Flush => RequestKind::Flush,
+            Op::Discard(_) => RequestKind::Discard,
+            Op::WriteZeroes(_) => RequestKind::WriteZeroes,
         }
     }
 }
 
 /// The moments of a request that has completed.
 #[derive(Debug, Clone, Copy)]
-pub struct Moments {
+pub struct RequestMoments {
     /// The kind of the request.
-    pub kind: Kind,
+    pub kind: RequestKind,
     /// When the worker woke, or polling found something in the queue.
     pub doorbell: Instant,
     /// When the request was taken from the queue.
@@ -60,7 +66,7 @@ pub struct Moments {
 /// The number of phases, the whole included.
 const PHASES: usize = 5;
 
-impl Moments {
+impl RequestMoments {
     /// Returns the times between successive moments, and last the whole. The phases add up to the whole.
     fn phases(&self) -> [Option<Duration>; PHASES] {
         let between = |from: Instant, to: Instant| to.saturating_duration_since(from);
@@ -78,7 +84,7 @@ impl Moments {
 
 /// The latencies of one queue, or of several.
 #[derive(Debug, Clone, Default)]
-pub struct Latencies([Phases; Kind::ALL.len()]);
+pub struct Latencies([Phases; RequestKind::ALL.len()]);
 
 /// The latencies of one kind of request, by phase. A phase is `None` until the first request that has it.
 #[derive(Debug, Clone, Default)]
@@ -101,7 +107,7 @@ pub struct KindSummary {
 
 impl Latencies {
     /// Adds a completed request.
-    pub fn record(&mut self, moments: &Moments) {
+    pub fn record(&mut self, moments: &RequestMoments) {
         let Phases(times) = &mut self.0[moments.kind as usize];
         for (times, took) in times.iter_mut().zip(moments.phases()) {
             if let Some(took) = took {
@@ -122,7 +128,7 @@ impl Latencies {
     }
 
     /// Returns the figures to report for requests of this kind, or `None` if there was none.
-    pub fn summary(&self, kind: Kind) -> Option<KindSummary> {
+    pub fn summary(&self, kind: RequestKind) -> Option<KindSummary> {
         let Phases(times) = &self.0[kind as usize];
         let [first, prepared, host, last, total] = times.each_ref().map(|found| found.as_deref());
         Some(KindSummary {
@@ -145,16 +151,16 @@ mod tests {
         let at = |micros| begin + Duration::from_micros(micros);
         for submitted in [Some(at(15)), None] {
             let mut latencies = Latencies::default();
-            latencies.record(&Moments {
-                kind: Kind::Flush,
+            latencies.record(&RequestMoments {
+                kind: RequestKind::Flush,
                 doorbell: at(0),
                 popped: at(5),
                 submitted,
                 host_done: at(115),
                 interrupt: at(116),
             });
-            assert_eq!(latencies.summary(Kind::Read), None);
-            let found = latencies.summary(Kind::Flush).unwrap();
+            assert_eq!(latencies.summary(RequestKind::Read), None);
+            let found = latencies.summary(RequestKind::Flush).unwrap();
             let host = found.submitted_to_host_done.as_ref();
             assert_eq!(host.map(|found| found.max), submitted.map(|_| Duration::from_micros(100)));
             let sum = found.doorbell_to_popped.max

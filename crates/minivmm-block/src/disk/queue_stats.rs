@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use super::counters::Counters;
-use super::latency::{Latencies, Moments};
+use super::latency::{Latencies, RequestMoments};
 
 use crate::sync::unpoisoned;
 
@@ -76,9 +76,9 @@ impl QueueStats {
 
     /// Records the latencies of completed requests. Call this once per batch: it takes a lock. Only a report takes
     /// that lock as well, for the time of a copy.
-    pub fn record(&self, answered: impl IntoIterator<Item = Moments>) {
+    pub fn record(&self, completed: impl IntoIterator<Item = RequestMoments>) {
         if let Some(mut latencies) = self.lock() {
-            answered.into_iter().for_each(|moments| latencies.record(&moments));
+            completed.into_iter().for_each(|moments| latencies.record(&moments));
         }
     }
 

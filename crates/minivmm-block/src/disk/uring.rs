@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::counters::Counters;
 use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use super::image::Image;
-use crate::mem::{self, Iov, Ram};
+use crate::mem::{Iov, Ram};
 use crate::slab::Slab;
 
 /// Largest buffer that the kernel registers in one piece, in bytes.
@@ -77,7 +77,7 @@ pub struct UringEngine {
     bell: Bell,
     inline: Inline,
     /// Operations that completed without the ring.
-    at_once: Vec<Ended>,
+    without_ring: Vec<Ended>,
     /// Registered guest memory by buffer index: address of the first byte, and length in bytes.
     fixed: Vec<(u64, u64)>,
     /// With this many operations queued, enter the kernel before the rest of the batch is queued.
@@ -123,7 +123,7 @@ impl UringEngine {
             room: usize::from(entries),
             bell: Bell { counter: Box::new(0), waits_on: None, blocking: None, rung: false },
             inline: Inline { read: buffered, write: buffered },
-            at_once: Vec::new(),
+            without_ring: Vec::new(),
             fixed,
             batch: usize::from(image.config().batch),
             image,
@@ -307,7 +307,7 @@ impl UringEngine {
 impl Engine for UringEngine {
     fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         if let Some(moved) = self.try_inline(&op) {
-            self.at_once.push(Ended { token, result: Ok(moved) });
+            self.without_ring.push(Ended { token, result: Ok(moved) });
             return Ok(());
         }
         if self.ops.len() >= self.room {
@@ -316,7 +316,7 @@ impl Engine for UringEngine {
         let entry = match self.entry(&op) {
             Ok(entry) => entry,
             Err(error) => {
-                self.at_once.push(Ended { token, result: Err(error) });
+                self.without_ring.push(Ended { token, result: Err(error) });
                 return Ok(());
             }
         };
@@ -325,7 +325,7 @@ impl Engine for UringEngine {
         if let Err(error) = self.push(&entry.user_data(number)) {
             // The kernel has not seen it.
             self.ops.remove(number);
-            self.at_once.push(Ended { token, result: Err(error) });
+            self.without_ring.push(Ended { token, result: Err(error) });
         }
         // Unless the disk has enough to do, it begins with the first operations of a long batch while
         // the worker still parses the last ones. An error here recurs in the wait that follows, and is
@@ -344,7 +344,7 @@ impl Engine for UringEngine {
             if let Wake::Doorbell(doorbell) = wake {
                 self.listen(doorbell)?;
             }
-            ended.append(&mut self.at_once);
+            ended.append(&mut self.without_ring);
             let may_wait = match wake {
                 Wake::Now => false,
                 Wake::EndOnly => !self.ops.is_empty(),
@@ -364,7 +364,7 @@ impl Engine for UringEngine {
     }
 
     fn is_ready(&mut self) -> bool {
-        let has_ends = !self.at_once.is_empty() || !self.ring.completion().is_empty();
+        let has_ends = !self.without_ring.is_empty() || !self.ring.completion().is_empty();
         // A completion that arrives while the flag is ignored is fetched when the worker blocks.
         has_ends || !self.ring.submission().is_empty() || (self.has_ends_to_fetch() && !self.cries_wolf)
     }
@@ -380,7 +380,7 @@ impl Engine for UringEngine {
             self.reap(&mut ended)?;
         }
         (self.bell.rung, self.bell.blocking) = (false, None);
-        self.at_once.append(&mut ended);
+        self.without_ring.append(&mut ended);
         Ok(())
     }
 }
@@ -441,7 +441,7 @@ fn register_file(ring: &IoUring, file: &File) -> Result<(), UringError> {
 /// Registers all of guest memory. Returns the address and length of each buffer, by index.
 fn register_memory(ring: &IoUring, ram: &Ram) -> Result<Vec<(u64, u64)>, UringError> {
     let mut buffers = Vec::new();
-    for (_, host, bytes) in mem::regions(ram) {
+    for (_, host, bytes) in ram.regions() {
         let mut at = 0;
         while at < bytes {
             let len = (bytes - at).min(FIXED_MAX);

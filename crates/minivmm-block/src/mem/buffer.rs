@@ -84,8 +84,8 @@ impl BufferPool {
     /// memory of its own, which is freed with its last user.
     pub fn take_zeroed(&mut self, len: usize) -> io::Result<Iov> {
         let buffer = match self.take(len)? {
-            Taken::Fresh(buffer) => buffer,
-            Taken::Used(at) => {
+            FreeBuffer::Fresh(buffer) => buffer,
+            FreeBuffer::Used(at) => {
                 if let Some(buffer) = self.buffers.get_mut(at).and_then(Arc::get_mut) {
                     buffer.clear(len);
                 }
@@ -99,8 +99,8 @@ impl BufferPool {
     pub fn take_copy(&mut self, from: &Iov) -> io::Result<Iov> {
         let len = usize::try_from(from.bytes()).map_err(io::Error::other)?;
         let buffer = match self.take(len)? {
-            Taken::Fresh(buffer) => buffer,
-            Taken::Used(at) => self.handle(at)?,
+            FreeBuffer::Fresh(buffer) => buffer,
+            FreeBuffer::Used(at) => self.handle(at)?,
         };
         let copy = Iov::from_buffer(&buffer, len);
         from.copy_to(&copy);
@@ -117,9 +117,9 @@ impl BufferPool {
         self.buffers.is_empty()
     }
 
-    fn take(&mut self, len: usize) -> io::Result<Taken> {
+    fn take(&mut self, len: usize) -> io::Result<FreeBuffer> {
         if len > self.buffer_bytes {
-            return AlignedBuffer::new(len, self.align).map(|buffer| Taken::Fresh(Arc::new(buffer)));
+            return AlignedBuffer::new(len, self.align).map(|buffer| FreeBuffer::Fresh(Arc::new(buffer)));
         }
         let count = self.buffers.len();
         let free = (self.next..count).chain(0..self.next.min(count)).find(|&at| {
@@ -128,7 +128,7 @@ impl BufferPool {
         });
         if let Some(at) = free {
             self.next = at + 1;
-            return Ok(Taken::Used(at));
+            return Ok(FreeBuffer::Used(at));
         }
         let keeps = count < self.buffers_max;
         let bytes = if keeps { self.buffer_bytes } else { len };
@@ -137,7 +137,7 @@ impl BufferPool {
             self.buffers.push(Arc::clone(&buffer));
             self.next = 0;
         }
-        Ok(Taken::Fresh(buffer))
+        Ok(FreeBuffer::Fresh(buffer))
     }
 
     fn handle(&self, at: usize) -> io::Result<Arc<AlignedBuffer>> {
@@ -146,7 +146,7 @@ impl BufferPool {
 }
 
 /// A buffer that nobody else uses.
-enum Taken {
+enum FreeBuffer {
     /// Just allocated, all zero.
     Fresh(Arc<AlignedBuffer>),
     /// The pool's buffer at this index, with old bytes in it.

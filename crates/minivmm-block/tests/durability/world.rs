@@ -89,7 +89,7 @@ impl Worker {
 /// Has this thread's fibers stop in front of what queues share, and counts the heads they take.
 fn observe(ram: &Ram, queues: &[Queue]) {
     let count: Vec<_> = queues.iter().map(Queue::counts_heads).collect();
-    let guest = minivmm_block::mem::regions(ram);
+    let guest = ram.regions();
     let is_guests = move |at: usize| {
         let at = u64::try_from(at).unwrap();
         guest.iter().any(|&(_, host, len)| (host..host + len).contains(&at))

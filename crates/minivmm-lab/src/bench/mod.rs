@@ -2,7 +2,7 @@
 //! can tell which figures are really those of the disk (docs/benchmarking.md).
 //!
 //! Owns the protocol: which jobs are accepted ([`jobs`]), who runs them ([`who`]), what is refused before
-//! anything runs ([`prepare`]), the order and the state in which they run ([`run`]), which figures cannot be
+//! anything runs (`prepare`), the order and the state in which they run ([`run`]), which figures cannot be
 //! those of a disk ([`warn`]), and how the result is printed ([`report`], [`table`]).
 
 mod figures;

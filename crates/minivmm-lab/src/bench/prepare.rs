@@ -8,9 +8,9 @@ use std::sync::atomic::AtomicBool;
 
 use super::BenchOptions;
 use super::jobs::{self, Job, JobError};
-use crate::lab::Host;
-use crate::lab::extents::Layout;
-use crate::lab::image;
+use crate::measuring::Host;
+use crate::measuring::extents::Layout;
+use crate::measuring::image;
 use minivmm::disk::cache::CachePolicy;
 use minivmm::disk::{DiskConfig, ImageError};
 use minivmm::explain::{self, Explanation};

@@ -14,10 +14,10 @@ use super::jobs::Job;
 use super::prepare::Prepared;
 use super::warning::Warning;
 use super::who::{Competitor, HOST};
-use crate::lab::extents::Layout;
-use crate::lab::fio::{Latency, Summary};
-use crate::lab::host::MeaningfulFigures;
-use crate::lab::{BootOutcome, Distribution, Host, Ratio};
+use crate::measuring::extents::Layout;
+use crate::measuring::fio::{Latency, Summary};
+use crate::measuring::host::MeaningfulFigures;
+use crate::measuring::{BootOutcome, Distribution, Host, Ratio};
 use minivmm::observe::Residency;
 
 /// The version of the schema.

@@ -7,7 +7,7 @@ use std::fmt::Write;
 use super::figures::{bytes, count, percent, time};
 use super::report::{BenchReport, CompetitorFigures, JobFigures, Latencies};
 use super::warning::ABOUT;
-use crate::lab::{Distribution, Ratio};
+use crate::measuring::{Distribution, Ratio};
 use minivmm::text::hang;
 
 const HEAD: [&str; 9] = ["by", "IOPS", "spread", "MB/s", "p50", "p99", "of host", "of its peer", "see"];

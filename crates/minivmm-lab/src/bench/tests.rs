@@ -7,9 +7,9 @@ use super::prepare::Prepared;
 use super::report::{BenchEnd, BenchReport, JobFigures, JobRun, Observed};
 use super::who::{Competitor, competitors};
 use super::{BenchOptions, warn};
-use crate::lab::Host;
-use crate::lab::extents::Layout;
-use crate::lab::fio::{Direction, Latency, Summary};
+use crate::measuring::Host;
+use crate::measuring::extents::Layout;
+use crate::measuring::fio::{Direction, Latency, Summary};
 use minivmm::disk::DiskConfig;
 use minivmm::disk::cache::CachePolicy;
 use minivmm::observe::control::HostCache;
@@ -215,7 +215,7 @@ fn the_guide_lists_every_field_of_the_json_and_every_warning() {
     let report = report(&options, &prepared, BenchEnd::Whole, |job, _, _| {
         let mut fio = fio(job, 1000.0, 1.0);
         let latency = fio.write.as_ref().and_then(|side| side.latency);
-        fio.syncs = Some(crate::lab::fio::Syncs { count: 1, latency });
+        fio.syncs = Some(crate::measuring::fio::Syncs { count: 1, latency });
         Some((fio, Observed::default()))
     });
     let mut names = Vec::new();

@@ -6,7 +6,7 @@ use super::prepare::Prepared;
 use super::report::{BenchEnd, BenchReport, CompetitorFigures, JobFigures, Observed};
 use super::warning::{ABOUT, Warning};
 use super::{BenchOptions, figures};
-use crate::lab::host::MeaningfulFigures;
+use crate::measuring::host::MeaningfulFigures;
 use minivmm::disk::cache::CachePolicy;
 
 /// A smaller share is not mentioned.

@@ -9,7 +9,7 @@
 //! | `<NAME` ... `>STATUS` | fio's JSON, and its exit status |
 //! | `!WORD ...` | a request; the host answers `ok` on standard input |
 //!
-//! [`crate::lab::boot`] builds the command line, and boots guests without a conversation.
+//! [`crate::measuring::boot`] builds the command line, and boots guests without a conversation.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -26,8 +26,8 @@ use serde_json::Value;
 use super::figures::StepRecord;
 use super::steps::{StepContext, open};
 use crate::child::Group;
-use crate::lab::boot::OutputFiles;
-use crate::lab::{Boot, DiskSpec, fio};
+use crate::measuring::boot::OutputFiles;
+use crate::measuring::{Boot, DiskSpec, fio};
 use crate::scratch_dir::ScratchDir;
 use minivmm::disk::cache::CachePolicy;
 use minivmm::files::{Inventory, Output, output};

@@ -1,13 +1,13 @@
 //! The machine that a study measures, and how to recognize a record of the same machine.
 //!
-//! Owns the texts of the page's table of facts. [`crate::lab::host`] inspects the machine.
+//! Owns the texts of the page's table of facts. [`crate::measuring::host`] inspects the machine.
 
 use std::io;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::lab::Host;
+use crate::measuring::Host;
 
 /// The machine.
 #[derive(Debug, Clone, Serialize)]

@@ -13,7 +13,7 @@
 use serde::Serialize;
 
 use super::experiment::{Bound, FigureKind};
-use crate::lab;
+use crate::measuring;
 
 /// With this many values or more, the spread is given by their quartiles.
 pub const QUARTILES_FROM: usize = 5;
@@ -38,7 +38,7 @@ pub struct Spread {
 impl Spread {
     /// Computes the spread of these values; `None` if there are none.
     pub fn of(values: &[f64]) -> Option<Self> {
-        let found = lab::Distribution::of(values.iter().copied())?;
+        let found = measuring::Distribution::of(values.iter().copied())?;
         let (low, high) = match found.count >= QUARTILES_FROM {
             true => (found.lower_quartile, found.upper_quartile),
             false => (found.min, found.max),

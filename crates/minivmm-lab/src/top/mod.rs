@@ -1,7 +1,7 @@
 //! `minivmm top FILE`: shows an observation while it grows, on a terminal or as lines.
 //!
 //! Owns the choice between the two, and the loop. [`minivmm::observe::follow`] reads the file, [`view`] draws a
-//! sample and [`columns`] chooses the figures that fit. It only reads the file and does not contact the minivmm
+//! sample and `columns` chooses the figures that fit. It only reads the file and does not contact the minivmm
 //! that writes it, so whoever may read the file may use this.
 
 mod columns;

@@ -1,7 +1,7 @@
 //! How a sample of an observation is shown on a terminal.
 //!
 //! Owns the texts and the layout. Nothing is cut off: what does not fit is omitted as a whole
-//! ([`super::columns`], [`lines_of`]).
+//! (`columns`, `lines_of`).
 
 use ratatui::Frame;
 use ratatui::layout::{Alignment, Constraint, Layout, Rect};

@@ -18,7 +18,7 @@ struct Way {
     write: bool,
     dsync: bool,
     /// `true` if `decide` chooses RWF_DSYNC or a shared fdatasync once the whole batch is known.
-    later: bool,
+    deferred: bool,
 }
 
 impl DiskQueue {
@@ -32,13 +32,13 @@ impl DiskQueue {
                 if stable {
                     self.check_latch()?;
                 }
-                let (dsync, later) = match self.stable_by {
+                let (dsync, deferred) = match self.stable_by {
                     _ if !stable || !self.has_dsync => (false, false),
                     StableBy::Dsync => (true, false),
                     StableBy::Auto => (false, self.image.file().dsync_is_one_flush()),
                     StableBy::Fdatasync | StableBy::Group => (false, false),
                 };
-                self.begin_transfer(range, iov, Way { write: true, dsync, later })
+                self.begin_transfer(range, iov, Way { write: true, dsync, deferred })
             }
             Op::Flush if !self.cache.policy().honour_flush => {
                 self.stats.count(|counters| &counters.flushes_ignored);
@@ -62,8 +62,8 @@ impl DiskQueue {
         let mut transfer = Transfer::new(range.offset(), iov, way.write, way.dsync);
         let next = if transfer.is_empty() {
             Next::Done(Ok(()))
-        } else if way.later {
-            Next::Later
+        } else if way.deferred {
+            Next::DeferToBatch
         } else {
             Next::Op(transfer.next_window(&self.image, &self.stats, &mut self.pool)?)
         };

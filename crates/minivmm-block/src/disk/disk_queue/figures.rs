@@ -12,14 +12,14 @@ use crate::disk::op::{Op, RequestId};
 use crate::disk::queue_stats::QueueStats;
 
 /// The moments that the latencies are made from. Kept only if latencies are recorded.
-pub(super) struct Moments {
+pub(super) struct QueueClock {
     /// When the engine's last wait returned.
     woke: Instant,
     /// The requests whose operations were handed to the engine, and when. One entry per operation.
     submitted: Vec<(RequestId, Instant)>,
 }
 
-impl Moments {
+impl QueueClock {
     pub(super) fn begin() -> Self {
         Self { woke: Instant::now(), submitted: Vec::new() }
     }
@@ -33,20 +33,20 @@ impl DiskQueue {
 
     /// Records that the queue begins to work now.
     pub fn woke_now(&mut self) {
-        if let Some(moments) = &mut self.moments {
-            moments.woke = Instant::now();
+        if let Some(clock) = &mut self.clock {
+            clock.woke = Instant::now();
         }
     }
 
     /// Returns the time of the last [`DiskQueue::woke_now`]: when the last wait returned and reported the completed
     /// operations. `None` if latencies are not recorded.
     pub fn woke_at(&self) -> Option<Instant> {
-        self.moments.as_ref().map(|moments| moments.woke)
+        self.clock.as_ref().map(|clock| clock.woke)
     }
 
     /// Returns the requests whose operations were handed to the engine since the last call, and when.
     pub fn take_submitted(&mut self) -> impl Iterator<Item = (RequestId, Instant)> + '_ {
-        self.moments.iter_mut().flat_map(|moments| moments.submitted.drain(..))
+        self.clock.iter_mut().flat_map(|clock| clock.submitted.drain(..))
     }
 
     /// Counts a new request and its bytes.
@@ -72,12 +72,12 @@ impl DiskQueue {
 
     /// Records `at` for the request whose operation `token` was handed to the engine, or for all that share it.
     pub(super) fn note_submitted(&mut self, token: OpToken, at: Option<Instant>) {
-        let (Some(moments), Some(at)) = (&mut self.moments, at) else { return };
+        let (Some(clock), Some(at)) = (&mut self.clock, at) else { return };
         match self.in_flight.get(token) {
             Some(Flight { stage: Stage::GroupSync, .. }) => {
-                moments.submitted.extend(self.group.running().map(|id| (id, at)));
+                clock.submitted.extend(self.group.running().map(|id| (id, at)));
             }
-            Some(Flight { id: Some(id), .. }) => moments.submitted.push((*id, at)),
+            Some(Flight { id: Some(id), .. }) => clock.submitted.push((*id, at)),
             _ => {}
         }
     }

@@ -40,16 +40,18 @@ pub struct FaultEngine {
     alarm: Option<Alarm>,
     /// The plan of an operation that the engine below had no room for.
     refused: Option<(OpToken, Plan)>,
+    /// Operations that are delayed, the first to be due on top.
     held: BinaryHeap<Reverse<(Instant, OpToken)>>,
-    /// What to do with each held operation.
-    ops: HashMap<OpToken, Act>,
+    /// What to do with each operation in `held` or `due`.
+    held_acts: HashMap<OpToken, Act>,
     /// Operations whose delay is over, not yet submitted.
     due: VecDeque<OpToken>,
     /// Operations that fail with this errno if the engine below completes them successfully.
     to_fail: HashMap<OpToken, i32>,
     /// How many operations the engine below has.
     below: usize,
-    at_once: Vec<Ended>,
+    /// Operations that ended without the engine below. The next wait reports them.
+    without_io: Vec<Ended>,
 }
 
 impl FaultEngine {
@@ -64,11 +66,11 @@ impl FaultEngine {
             alarm: faults.may_delay().then(|| Alarm::start(image.threads())).and_then(Result::ok),
             refused: None,
             held: BinaryHeap::new(),
-            ops: HashMap::new(),
+            held_acts: HashMap::new(),
             due: VecDeque::new(),
             to_fail: HashMap::new(),
             below: 0,
-            at_once: Vec::new(),
+            without_io: Vec::new(),
         })
     }
 
@@ -122,7 +124,7 @@ impl FaultEngine {
     fn carry_out(&mut self, token: OpToken, act: Act) -> Result<(), Act> {
         let (op, errno) = match act {
             Act::Ended(result) => {
-                self.at_once.push(Ended { token, result });
+                self.without_io.push(Ended { token, result });
                 return Ok(());
             }
             Act::Run(op) => (op, None),
@@ -145,7 +147,7 @@ impl FaultEngine {
 
     fn hold(&mut self, token: OpToken, until: Instant, act: Act) {
         self.held.push(Reverse((until, token)));
-        self.ops.insert(token, act);
+        self.held_acts.insert(token, act);
     }
 
     /// Submits the operations whose delay is over, as far as the engine below has room.
@@ -158,9 +160,9 @@ impl FaultEngine {
             self.due.push_back(token);
         }
         while let Some(token) = self.due.pop_front() {
-            let Some(act) = self.ops.remove(&token) else { continue };
+            let Some(act) = self.held_acts.remove(&token) else { continue };
             if let Err(act) = self.carry_out(token, act) {
-                self.ops.insert(token, act);
+                self.held_acts.insert(token, act);
                 self.due.push_front(token);
                 return;
             }
@@ -250,8 +252,8 @@ impl Engine for FaultEngine {
         let mut may_block = true;
         loop {
             self.release();
-            if !self.at_once.is_empty() {
-                ended.append(&mut self.at_once);
+            if !self.without_io.is_empty() {
+                ended.append(&mut self.without_io);
                 may_block = false;
             }
             match wake {
@@ -264,7 +266,7 @@ impl Engine for FaultEngine {
                     self.wait_below(wake, ended)?;
                     // The alarm may have rung for a held operation, so submit it now.
                     self.release();
-                    ended.append(&mut self.at_once);
+                    ended.append(&mut self.without_io);
                     return Ok(());
                 }
                 Wake::EndOnly | Wake::Now => {
@@ -279,7 +281,7 @@ impl Engine for FaultEngine {
 
     fn is_ready(&mut self) -> bool {
         let is_due = self.held.peek().is_some_and(|Reverse((until, _))| *until <= Instant::now());
-        is_due || !self.at_once.is_empty() || !self.due.is_empty() || self.inner.is_ready()
+        is_due || !self.without_io.is_empty() || !self.due.is_empty() || self.inner.is_ready()
     }
 
     fn rest(&mut self) -> io::Result<()> {

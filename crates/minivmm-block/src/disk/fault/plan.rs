@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::spec::{Action, FaultSpec, Kind, Rule, When};
+use super::spec::{Action, FaultSpec, FaultedOp, Rule, When};
 use crate::disk::counters::Counters;
 use crate::disk::engine::HostOp;
 use crate::disk::geometry::SECTOR;
@@ -101,9 +101,9 @@ impl Plan {
     }
 }
 
-fn fate(action: Action, kind: Kind, op: &HostOp, dice: u64) -> Fate {
+fn fate(action: Action, kind: FaultedOp, op: &HostOp, dice: u64) -> Fate {
     // For a rule about flushes, a stable write is only its sync, not the write itself.
-    let sync_of_write = kind == Kind::Flush && matches!(op, HostOp::Writev { .. });
+    let sync_of_write = kind == FaultedOp::Flush && matches!(op, HostOp::Writev { .. });
     match action {
         Action::Fail(errno) if sync_of_write => Fate::FailSync(errno),
         Action::Fail(errno) => Fate::Fail(errno),
@@ -117,10 +117,10 @@ fn fate(action: Action, kind: Kind, op: &HostOp, dice: u64) -> Fate {
 impl Rule {
     fn is_about(&self, op: &HostOp) -> bool {
         let is_kind = match self.kind {
-            Kind::Read => matches!(op, HostOp::Readv { .. }),
-            Kind::Write => matches!(op, HostOp::Writev { .. }),
-            Kind::Flush => op.is_sync(),
-            Kind::Discard => matches!(op, HostOp::PunchHole { .. } | HostOp::ZeroRange { .. }),
+            FaultedOp::Read => matches!(op, HostOp::Readv { .. }),
+            FaultedOp::Write => matches!(op, HostOp::Writev { .. }),
+            FaultedOp::Flush => op.is_sync(),
+            FaultedOp::Discard => matches!(op, HostOp::PunchHole { .. } | HostOp::ZeroRange { .. }),
         };
         is_kind && self.sectors.as_ref().is_none_or(|sectors| touches(op, *sectors.start(), *sectors.end()))
     }

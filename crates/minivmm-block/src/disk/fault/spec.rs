@@ -36,7 +36,7 @@ pub struct Rule {
     /// What happens.
     pub action: Action,
     /// The kind of operation it happens to.
-    pub kind: Kind,
+    pub kind: FaultedOp,
     /// Sectors of 512 bytes, of which the operation must touch one; `None` for anywhere.
     pub sectors: Option<RangeInclusive<u64>>,
     /// Which of the matching operations it happens to.
@@ -62,7 +62,7 @@ pub enum Action {
 
 /// Which of the host's operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum FaultedOp {
     /// Reads.
     Read,
     /// Writes, with RWF_DSYNC or without.
@@ -144,7 +144,7 @@ fn parse_item(item: &str) -> Result<Item, String> {
                 _ => return Err("flush-fail is once or always".into()),
             };
             let action = Action::Fail(libc::EIO);
-            return Ok(Item::Rule(Rule { action, kind: Kind::Flush, sectors: None, when }));
+            return Ok(Item::Rule(Rule { action, kind: FaultedOp::Flush, sectors: None, when }));
         }
         _ => {}
     }
@@ -194,10 +194,12 @@ impl Rule {
     /// Refuses combinations that make no sense.
     fn check(&self) -> Result<(), String> {
         let why = match (self.action, self.kind) {
-            (Action::Short, Kind::Flush | Kind::Discard) => "only reads and writes can be short",
-            (Action::Tear, Kind::Read | Kind::Flush | Kind::Discard) => "only writes can be torn",
-            (Action::Lose, Kind::Read) => "a read cannot be lost",
-            (_, Kind::Flush) if self.sectors.is_some() => "a flush is of no sectors",
+            (Action::Short, FaultedOp::Flush | FaultedOp::Discard) => "only reads and writes can be short",
+            (Action::Tear, FaultedOp::Read | FaultedOp::Flush | FaultedOp::Discard) => {
+                "only writes can be torn"
+            }
+            (Action::Lose, FaultedOp::Read) => "a read cannot be lost",
+            (_, FaultedOp::Flush) if self.sectors.is_some() => "a flush is of no sectors",
             _ => return Ok(()),
         };
         Err(why.into())
@@ -217,12 +219,12 @@ fn parse_action(text: &str) -> Result<Action, String> {
     }
 }
 
-fn parse_kind(text: &str) -> Result<Kind, String> {
+fn parse_kind(text: &str) -> Result<FaultedOp, String> {
     match text {
-        "read" => Ok(Kind::Read),
-        "write" => Ok(Kind::Write),
-        "flush" => Ok(Kind::Flush),
-        "discard" => Ok(Kind::Discard),
+        "read" => Ok(FaultedOp::Read),
+        "write" => Ok(FaultedOp::Write),
+        "flush" => Ok(FaultedOp::Flush),
+        "discard" => Ok(FaultedOp::Discard),
         "" => Err("it needs an operation behind a colon: read, write, flush or discard".into()),
         _ => Err(format!("'{text}' is none of read, write, flush, discard")),
     }
@@ -270,17 +272,17 @@ mod tests {
         use Action::{Delay, Fail, Lose, Short, Tear};
         let ms = Duration::from_millis;
         for (text, action, kind, when) in [
-            ("fail:flush", Fail(libc::EIO), Kind::Flush, When::Always),
-            ("flush-fail=once", Fail(libc::EIO), Kind::Flush, When::Nth(1)),
-            ("flush-fail=always", Fail(libc::EIO), Kind::Flush, When::Always),
-            ("fail=ENOSPC:write:nth=3", Fail(libc::ENOSPC), Kind::Write, When::Nth(3)),
-            ("fail=EIO:discard:once", Fail(libc::EIO), Kind::Discard, When::Nth(1)),
-            ("delay=5ms:read:every=10", Delay(ms(5)), Kind::Read, When::Every(10)),
-            ("delay=1500us:flush", Delay(Duration::from_micros(1500)), Kind::Flush, When::Always),
-            ("delay=2s:discard", Delay(ms(2000)), Kind::Discard, When::Always),
-            ("short:write:chance=50%", Short, Kind::Write, When::Chance(50)),
-            ("tear:write", Tear, Kind::Write, When::Always),
-            ("lose:flush:every=2", Lose, Kind::Flush, When::Every(2)),
+            ("fail:flush", Fail(libc::EIO), FaultedOp::Flush, When::Always),
+            ("flush-fail=once", Fail(libc::EIO), FaultedOp::Flush, When::Nth(1)),
+            ("flush-fail=always", Fail(libc::EIO), FaultedOp::Flush, When::Always),
+            ("fail=ENOSPC:write:nth=3", Fail(libc::ENOSPC), FaultedOp::Write, When::Nth(3)),
+            ("fail=EIO:discard:once", Fail(libc::EIO), FaultedOp::Discard, When::Nth(1)),
+            ("delay=5ms:read:every=10", Delay(ms(5)), FaultedOp::Read, When::Every(10)),
+            ("delay=1500us:flush", Delay(Duration::from_micros(1500)), FaultedOp::Flush, When::Always),
+            ("delay=2s:discard", Delay(ms(2000)), FaultedOp::Discard, When::Always),
+            ("short:write:chance=50%", Short, FaultedOp::Write, When::Chance(50)),
+            ("tear:write", Tear, FaultedOp::Write, When::Always),
+            ("lose:flush:every=2", Lose, FaultedOp::Flush, When::Every(2)),
         ] {
             assert_eq!(one(text), Rule { action, kind, sectors: None, when }, "{text}");
         }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, Statx, StatxFlags, statx};
 
-use super::Kind;
+use super::FileKind;
 
 /// The file's state at the start, and what has happened to it since.
 #[derive(Debug)]
@@ -23,8 +23,8 @@ pub(super) struct Fate {
 
 impl Fate {
     /// Records the file's present state.
-    pub fn of(file: &File, kind: Kind) -> Self {
-        let found = look(file).filter(|_| kind == Kind::File);
+    pub fn of(file: &File, kind: FileKind) -> Self {
+        let found = look(file).filter(|_| kind == FileKind::File);
         let (links, bytes) = found.map_or((0, 0), |found| (found.stx_nlink, found.stx_size));
         Self { had_name: links > 0, bytes, least: AtomicU64::new(bytes) }
     }
@@ -57,7 +57,7 @@ mod tests {
     fn a_file_that_was_cut_stays_one_when_it_is_as_long_again() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(8192).unwrap();
-        let fate = Fate::of(&file, Kind::File);
+        let fate = Fate::of(&file, FileKind::File);
         file.set_len(16384).unwrap();
         assert_eq!(fate.cut(&file), None, "it may grow");
         file.set_len(4096).unwrap();
@@ -70,7 +70,7 @@ mod tests {
     #[test]
     fn a_device_has_no_size_to_lose() {
         let null = File::open("/dev/null").unwrap();
-        assert_eq!(Fate::of(&null, Kind::Device).cut(&null), None);
-        assert_eq!(Fate::of(&null, Kind::File).cut(&null), None);
+        assert_eq!(Fate::of(&null, FileKind::Device).cut(&null), None);
+        assert_eq!(Fate::of(&null, FileKind::File).cut(&null), None);
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::fate::Fate;
 use super::host;
-use super::opening::{Kind, flags_in_words, wanted_flags};
+use super::opening::{FileKind, flags_in_words, wanted_flags};
 use crate::disk::config::DiskConfig;
 use crate::disk::geometry::{self, BUFFERED, Geometry, SECTOR};
 use crate::disk::problem::ImageProblem;
@@ -22,7 +22,7 @@ use crate::text::shell_word;
 #[derive(Debug)]
 pub struct ImageFile {
     file: Arc<File>,
-    kind: Kind,
+    kind: FileKind,
     wanted_flags: libc::c_int,
     geometry: Geometry,
     dsync_is_one_flush: bool,
@@ -31,7 +31,7 @@ pub struct ImageFile {
 
 impl ImageFile {
     /// Probes the open file; changes nothing.
-    pub(super) fn probe(file: Arc<File>, kind: Kind, config: &DiskConfig) -> Result<Self, ImageProblem> {
+    pub(super) fn probe(file: Arc<File>, kind: FileKind, config: &DiskConfig) -> Result<Self, ImageProblem> {
         let geometry = find_geometry(&file, config, kind)?;
         Ok(Self::with_geometry(file, kind, config, geometry))
     }
@@ -39,14 +39,14 @@ impl ImageFile {
     /// Takes the geometry as given.
     pub(super) fn with_geometry(
         file: Arc<File>,
-        kind: Kind,
+        kind: FileKind,
         config: &DiskConfig,
         geometry: Geometry,
     ) -> Self {
         Self {
             fate: Fate::of(&file, kind),
             // On a raw device without FUA, pwritev2 with RWF_DSYNC flushes the disk twice (H3).
-            dsync_is_one_flush: kind == Kind::File || geometry::has_fua(&file).unwrap_or(true),
+            dsync_is_one_flush: kind == FileKind::File || geometry::has_fua(&file).unwrap_or(true),
             wanted_flags: wanted_flags(config, kind),
             geometry,
             kind,
@@ -72,7 +72,7 @@ impl ImageFile {
     /// Returns `true` if the image is a file on tmpfs, which is memory that nothing makes stable. A device is
     /// excluded: its node lies on a tmpfs too, which says nothing about the device.
     pub fn is_on_tmpfs(&self) -> bool {
-        self.kind == Kind::File && is_tmpfs(&self.file)
+        self.kind == FileKind::File && is_tmpfs(&self.file)
     }
 
     /// Returns, in words, the flags that the image is open with, as the kernel reports them.
@@ -89,7 +89,7 @@ impl ImageFile {
 
     /// Returns `true` for a block device, `false` for a regular file.
     pub fn is_device(&self) -> bool {
-        self.kind == Kind::Device
+        self.kind == FileKind::Device
     }
 
     /// Returns `true` if the file has lost its last name since it was opened: it was deleted, or another file
@@ -111,7 +111,7 @@ impl ImageFile {
     }
 }
 
-fn find_geometry(file: &Arc<File>, config: &DiskConfig, kind: Kind) -> Result<Geometry, ImageProblem> {
+fn find_geometry(file: &Arc<File>, config: &DiskConfig, kind: FileKind) -> Result<Geometry, ImageProblem> {
     let bytes = (&**file).seek(SeekFrom::End(0)).map_err(host("its size cannot be found"))?;
     let path = shell_word(&config.path);
     if bytes == 0 {
@@ -142,10 +142,10 @@ fn find_geometry(file: &Arc<File>, config: &DiskConfig, kind: Kind) -> Result<Ge
 
 /// Returns the unit in bytes that the host rewrites as a whole: the device's physical block, or the file
 /// system's block.
-fn physical_block(file: &File, kind: Kind) -> u32 {
+fn physical_block(file: &File, kind: FileKind) -> u32 {
     let found = match kind {
-        Kind::Device => geometry::physical_block_of_device(file),
-        Kind::File => file.metadata().ok().and_then(|found| u32::try_from(found.blksize()).ok()),
+        FileKind::Device => geometry::physical_block_of_device(file),
+        FileKind::File => file.metadata().ok().and_then(|found| u32::try_from(found.blksize()).ok()),
     };
     found.filter(|bytes| bytes.is_power_of_two()).unwrap_or(512)
 }

@@ -18,22 +18,22 @@ use crate::files::locks;
 use crate::text::shell_word;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum FileKind {
     File,
     Device,
 }
 
 /// Checks the file's type before it is opened, because opening a FIFO or a tape has side effects.
-pub(super) fn check_kind(path: &Path) -> Result<Kind, ImageProblem> {
+pub(super) fn check_kind(path: &Path) -> Result<FileKind, ImageProblem> {
     let found = std::fs::metadata(path).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => missing(path),
         _ => ImageProblem::Open { flags: "at all", source },
     })?;
     let kind = found.file_type();
     if kind.is_file() {
-        Ok(Kind::File)
+        Ok(FileKind::File)
     } else if kind.is_block_device() {
-        Ok(Kind::Device)
+        Ok(FileKind::Device)
     } else if kind.is_dir() {
         Err(ImageProblem::Kind("a directory"))
     } else if kind.is_char_device() {
@@ -58,12 +58,12 @@ fn missing(path: &Path) -> ImageProblem {
 }
 
 /// Returns the flags to open the image with.
-pub(super) fn wanted_flags(config: &DiskConfig, kind: Kind) -> libc::c_int {
+pub(super) fn wanted_flags(config: &DiskConfig, kind: FileKind) -> libc::c_int {
     let access = if config.readonly { libc::O_RDONLY } else { libc::O_RDWR };
     let direct = if config.cache.direct { libc::O_DIRECT } else { 0 };
     // O_EXCL on a block device fails while it is mounted or otherwise in use, even where nothing else reports
     // that.
-    let exclusive = kind == Kind::Device && !config.readonly && !config.shared_with_host;
+    let exclusive = kind == FileKind::Device && !config.readonly && !config.shared_with_host;
     let exclusive = if exclusive { libc::O_EXCL } else { 0 };
     access | direct | exclusive
 }
@@ -76,7 +76,7 @@ pub(super) fn flags_in_words(flags: libc::c_int) -> String {
     std::iter::once(access).chain(set).collect::<Vec<_>>().join("|")
 }
 
-pub(super) fn open_file(config: &DiskConfig, kind: Kind) -> Result<File, ImageProblem> {
+pub(super) fn open_file(config: &DiskConfig, kind: FileKind) -> Result<File, ImageProblem> {
     let opened = OpenOptions::new()
         .read(true)
         .write(!config.readonly)
@@ -86,7 +86,7 @@ pub(super) fn open_file(config: &DiskConfig, kind: Kind) -> Result<File, ImagePr
     opened.map_err(|source| open_problem(config, kind, source))
 }
 
-pub(super) fn open_problem(config: &DiskConfig, kind: Kind, source: io::Error) -> ImageProblem {
+pub(super) fn open_problem(config: &DiskConfig, kind: FileKind, source: io::Error) -> ImageProblem {
     let exclusive = wanted_flags(config, kind) & libc::O_EXCL != 0;
     match source.raw_os_error() {
         Some(libc::EINVAL) if config.cache.direct => ImageProblem::NoDirect { mode: config.cache.name },

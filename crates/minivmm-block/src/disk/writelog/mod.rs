@@ -12,7 +12,7 @@
 //! ```
 //!
 //! So the line stays short: it holds what completed while a sync was in flight. [`engine`] sees operations
-//! begin and complete; [`file`] owns the file and [`mod@format`] its format.
+//! begin and complete; [`mod@file`] owns the file and [`mod@format`] its format.
 
 pub mod engine;
 mod file;

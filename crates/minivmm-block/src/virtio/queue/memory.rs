@@ -126,7 +126,7 @@ impl Area {
     }
 }
 
-/// The driver's area (virtio 2.7.6): flags, idx, ring[size], used_event.
+/// The driver's area (virtio 2.7.6): flags, idx, `ring[size]`, used_event.
 pub struct Available {
     area: Area,
     size: u16,
@@ -161,7 +161,7 @@ impl Available {
     }
 }
 
-/// The device's area (virtio 2.7.8): flags, idx, ring[size] of id and length, avail_event.
+/// The device's area (virtio 2.7.8): flags, idx, `ring[size]` of id and length, avail_event.
 pub struct Used {
     area: Area,
     size: u16,

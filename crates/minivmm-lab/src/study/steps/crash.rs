@@ -17,7 +17,7 @@ use crate::crash::legal::{Pending, StateName};
 use crate::crash::log::WriteLog;
 use crate::crash::plan::Breadth;
 use crate::crash::points::At;
-use crate::lab::child::{self, EndCause};
+use crate::measuring::child::{self, EndCause};
 use crate::scratch_dir::ScratchDir;
 use crate::study::figures::StepRecord;
 use crate::study::guest::{Guest, device, disk, no_other_requests};

@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 
 use super::experiment::Experiment;
 use super::figures::StepRecord;
-use crate::lab::image;
+use crate::measuring::image;
 
 /// One step.
 pub struct Step {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::StepContext;
-use crate::lab::Distribution;
+use crate::measuring::Distribution;
 use crate::study::figures::StepRecord;
 use crate::study::guest::{Guest, disk};
 use crate::study::steadiness::{MODES, PHASES};
