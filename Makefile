@@ -17,11 +17,11 @@ help: ## lists the commands
 	@echo "make bench-modes  \`minivmm bench\`, here or in the emulated host: MODES=, JOBS=, ONLY=, ROUNDS=, SECONDS=, SIZE=, ARGS="
 	@echo "make study        what was said of disk caching in 2008, measured, as a page: QUICK=1, OUT=study, ONLY=, ROUNDS="
 	@echo "make lint         formatting, clippy, licences and sources of the dependencies, shell scripts"
-	@echo "make build        target/release/minivmm"
+	@echo "make build        target/release/minivmm, and minivmm-tools, which must stay beside it"
 	@echo "make guest        the test guest's kernel and initramfs, in guest-images/build"
 	@echo "make guest-small  a small kernel of our own, with virtio built in"
 	@echo "make emuhost      the emulated host, for machines whose KVM cannot run Linux"
-	@echo "make install      binary, manual, completions, docs, guest images; PREFIX=/usr/local, DESTDIR="
+	@echo "make install      both binaries, manual, completions, docs, guest images; PREFIX=/usr/local, DESTDIR="
 	@echo "make static       a static binary, for any Linux: $(static_binary)"
 	@echo "make deb          a Debian package of it, in target/debian"
 	@echo "make test-intel   minivmm under kvm_intel on emulated processors of Intel's: check and four boots each, MODELS="
@@ -32,6 +32,7 @@ help: ## lists the commands
 	@echo "make miri         the unsafe code over guest memory under Miri, where a nightly has it"
 	@echo "make clean        removes what was built"
 
+# Two binaries: minivmm execs minivmm-tools, in its own directory, for top, log, crash, bench and study.
 build:
 	@cargo build --release --locked
 

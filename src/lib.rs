@@ -1,11 +1,11 @@
 //! minivmm: a minimal KVM hypervisor whose virtio-blk can be trusted.
 //!
-//! The subcommands that run no guest of their own (`top`, `log`, `crash`, `bench`, `study`) are another crate's,
-//! minivmm-lab, which stands on this one.
+//! The subcommands that run no guest of their own (`top`, `log`, `crash`, `bench`, `study`) are in the crate
+//! minivmm-lab, which depends on this one.
 //!
-//! This is the map of the crate. `tests/tidy.rs` has who may use whom, and fails on anything else and on every
-//! circle. The device itself, what it does to files and its guest memory are the crate [`minivmm_block`], most of
-//! whose modules can be named here as if they were this crate's:
+//! This table is the map of the crate. `tests/tidy.rs` has which module may use which, and fails on any other use
+//! and on every cycle. The disk's device, what it does to files, and guest memory are in the crate
+//! [`minivmm_block`]; this crate re-exports most of its modules.
 //!
 //! | module | owns | must not know |
 //! |---|---|---|
@@ -17,17 +17,20 @@
 //! | [`job`] | a command for the guest: its archive, libraries, messages, status file | KVM, devices |
 //! | [`terminal`] | the terminal's raw mode, its restoration, signals that stop the process | |
 //! | [`stats`] | statistics of a run as JSON and text | how they are counted |
-//! | [`vcpu`], [`kvm`] | the KVM_RUN loop, irqfd, ioeventfd, CPUID, MSRs | virtio, disks |
+//! | [`vcpu`] | the KVM_RUN loop | virtio, disks |
+//! | [`kvm`] | the VM's memory, irqfd, ioeventfd, CPUID, MSRs | virtio, disks |
 //! | [`boot`] | kernel, initrd, command line, zero page, CPU state, ACPI | devices' insides |
-//! | [`bus`], [`devices`] | port and MMIO dispatch; serial, power, RTC | KVM |
+//! | [`bus`] | port and MMIO dispatch | KVM |
+//! | [`devices`] | serial, power, RTC | KVM |
 //! | [`virtio`] | register core, mmio and pci transports | blocks, files |
-//! | [`observe`] | what caches hold and the host's disk does, before and during a run | guests' internals, KVM |
+//! | [`observe`] | what caches hold and what the host's disk does, before and during a run | guests' internals, KVM |
 //! | [`explain`] | describes what a disk will do, without doing it | KVM |
 //! | [`console`] | virtio-console: ports, their control messages, the host's streams | KVM, transports |
 //! | [`pci`] | configuration space, host bridge, MSI-X | virtio, KVM |
 //! | [`sandbox`] | what every thread gives up before the guest runs | everything but the terminal |
 //! | [`layout`] | the address map | everything |
-//! | [`text`], [`program`] | wrapped lines; where the binaries are | everything |
+//! | [`text`] | wrapped lines | everything |
+//! | [`program`] | where the two binaries are, and how one execs the other | everything |
 //! | [`signals`] | signals that ask the process to end | everything |
 //!
 //! `docs/architecture.md` follows one write through these modules and back.

@@ -19,7 +19,11 @@
 //! | [`mem`] | guest memory, and pieces of it that the kernel may read and write | everything |
 //! | [`files`] | which files are the same, who uses one, and every open for output | guests, disks |
 //! | [`threads`] | how threads are started | everything |
-//! | [`slab`], [`sync`], [`doorbell`], [`ratelimit`], [`text`] | private numbers; std's atomics and mutex, which tests may watch; how an eventfd is rung; rate-limited logs; words of messages | everything |
+//! | [`slab`] | numbers that a guest never sees, and what is kept under them | everything |
+//! | [`sync`] | std's atomics and mutex, which tests may watch | everything |
+//! | [`doorbell`] | how an eventfd is rung | everything |
+//! | [`ratelimit`] | rate-limited log lines | everything |
+//! | [`text`] | words of messages | everything |
 //!
 //! From top to bottom: a [`virtio::queue::Ring`] pops descriptor chains, [`blk::request`] parses each,
 //! [`disk::disk_queue::DiskQueue`] turns a request into host operations and decides when it is complete, and a
@@ -44,8 +48,8 @@
 //! Each queue has one worker thread, one state machine and one engine. Queues share the image, its error latch and
 //! its `writeback` byte, and nothing else. A worker blocks in its engine until its doorbell is rung or an operation
 //! completes; before it blocks it spins for either, for as long as spinning has paid lately ([`blk::poll`]). A
-//! request has at most one host operation in flight. Requests complete in any order (virtio 5.2.6). All completions of a batch
-//! are published by one store of the used index, with at most one interrupt.
+//! request has at most one host operation in flight. Requests complete in any order (virtio 5.2.6). All
+//! completions of a batch are published by one store of the used index, with at most one interrupt.
 //!
 //! Nothing is allocated for a request once the queues run. The worker opens no file and starts no thread, so the
 //! embedder can confine it.

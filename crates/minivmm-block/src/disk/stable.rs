@@ -25,7 +25,8 @@ pub enum StableBy {
     /// All writes in flight, then one fdatasync for all of them.
     Group,
     /// `Dsync` for a write that is alone in flight, `Group` for several. Always `Group` on a block device whose
-    /// disk has no FUA, because a DSYNC write costs two flushes there.
+    /// disk has no FUA: there an O_DIRECT `pwritev2` with RWF_DSYNC costs two flushes, one for the write and one
+    /// of the sync behind it. (Through io_uring no sync follows, so it is one flush; `Group` costs one too.) H3.
     Auto,
 }
 
