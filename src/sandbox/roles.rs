@@ -111,12 +111,12 @@ const ALL: &[Call] = calls! {
     mmap NotExecutable, "memory";
     munmap Always, "memory that is given back";
     mremap Always, "memory that grows";
-    mprotect NotExecutable, "memory of the allocator's";
+    mprotect NotExecutable, "the allocator's memory";
     madvise Always, "memory that is given back; a stack at the end of a thread";
     brk Always, "memory";
     rt_sigprocmask Always, "a thread's end; signals to a thread";
     rt_sigreturn Always, "the end of a signal's handler";
-    rt_sigaction Always, "a fatal signal that is handed on when the terminal is put back";
+    rt_sigaction Always, "passing on a fatal signal after the terminal is restored";
     sigaltstack Always, "a thread's end";
     sched_yield Always, "locks";
     clock_gettime Always, "time, where the vDSO has none";
@@ -125,8 +125,8 @@ const ALL: &[Call] = calls! {
     gettid Always, "the same";
     tgkill ThisProcess, "the signal that stops a CPU; abort; the stop that SIGTSTP asks for";
     restart_syscall Always, "a call that SIGSTOP has interrupted";
-    ioctl Request(&[TCGETS, TCSETS]), "the terminal, put back when something panics or SIGTSTP stops the process";
-    close Always, "a descriptor whose owner goes";
+    ioctl Request(&[TCGETS, TCSETS]), "restoring the terminal when a thread panics or SIGTSTP stops the process";
+    close Always, "a descriptor that is no longer needed";
     exit Always, "a thread's end";
     exit_group Always, "the process's end";
 };
@@ -135,15 +135,15 @@ const MAIN: &[Call] = calls! {
     poll Always, "waiting for events";
     ppoll Always, "waiting for events";
     read Always, "signals, eventfds, standard input";
-    clock_nanosleep Always, "waiting for the end of threads";
+    clock_nanosleep Always, "waiting until threads end";
     fstat Always, "the statistics' file";
     statx Always, "the statistics' file";
     flock Always, "the statistics' file: a reader sees all of it";
     ftruncate Always, "the statistics' file";
     lseek Always, "the statistics' file";
-    fcntl Command(&[GETFL, SETFL]), "streams that are put back as they were";
+    fcntl Command(&[GETFL, SETFL]), "restoring the flags of streams";
     wait4 Always, "the process that removes the memory limit's cgroup";
-    io_uring_enter Always, "rings that end";
+    io_uring_enter Always, "closing rings";
     ioctl Request(&[TIOCGWINSZ]), "the terminal's size";
 };
 
@@ -160,8 +160,8 @@ const VCPU: &[Call] = calls! {
 };
 
 const WORKER: &[Call] = calls! {
-    io_uring_enter Always, "requests, and waiting for their ends";
-    io_uring_register Always, "a ring begins; its registered files are let go";
+    io_uring_enter Always, "requests, and waiting for their completion";
+    io_uring_register Always, "enabling a ring; releasing its registered files";
     read Always, "the doorbell";
     poll Always, "waiting for the doorbell";
     ppoll Always, "waiting for the doorbell";
@@ -169,26 +169,26 @@ const WORKER: &[Call] = calls! {
     preadv2 Always, "reads of what the page cache has";
     pread64 Always, "reads around a piece that is not aligned";
     pwritev Always, "writes";
-    pwritev2 Always, "writes that are stable when they end (RWF_DSYNC)";
+    pwritev2 Always, "writes that are stable when they complete (RWF_DSYNC)";
     pwrite64 Always, "zeroes";
     fdatasync Always, "FLUSH";
     fallocate Always, "DISCARD, WRITE_ZEROES";
     ftruncate Always, "a write log that grows";
     ioctl Request(&[BLKDISCARD, BLKZEROOUT]), "the same on a block device";
-    fcntl Command(&[GETFL, SETFL]), "a doorbell that the ring waits for";
-    fstat Always, "how long the image is";
-    statx Always, "how long the image is";
+    fcntl Command(&[GETFL, SETFL]), "making a doorbell blocking, for the ring's read of it";
+    fstat Always, "the image's size";
+    statx Always, "the image's size";
     lseek Always, "where a file has holes";
-    clock_nanosleep Always, "faults on purpose that are late";
+    clock_nanosleep Always, "delays of `fault=delay`";
 };
 
 const CONSOLE: &[Call] = calls! {
     poll Always, "waiting for doorbells and streams";
     ppoll Always, "waiting for doorbells and streams";
     read Always, "eventfds, streams";
-    readv Always, "what the host says";
-    writev Always, "what the guest says";
-    fcntl Command(&[GETFL, SETFL]), "streams that are put back as they were";
+    readv Always, "input for the guest";
+    writev Always, "the guest's output";
+    fcntl Command(&[GETFL, SETFL]), "restoring the flags of streams";
 };
 
 const OBSERVE: &[Call] = calls! {
@@ -198,19 +198,19 @@ const OBSERVE: &[Call] = calls! {
     read Always, "the guest's answers";
     poll Always, "waiting for the guest's answers";
     ppoll Always, "waiting for the guest's answers";
-    fstat Always, "how long an image is";
-    statx Always, "how long an image is";
-    lseek Always, "how long a block device is";
+    fstat Always, "an image's size";
+    statx Always, "an image's size";
+    lseek Always, "a block device's size";
 };
 
 const END: &[Call] = calls! {
     fdatasync Always, "the last sync of an image";
-    io_uring_enter Always, "rings that end";
+    io_uring_enter Always, "closing rings";
     read Always, "eventfds";
     pwrite64 Always, "the end of a write log";
-    pwritev Always, "the end of a write log: what was still waiting";
+    pwritev Always, "the end of a write log: writes that were still queued";
     ftruncate Always, "the end of a write log";
-    ioctl Request(&[KVM_SET_GSI_ROUTING, KVM_IRQFD]), "interrupts that end";
+    ioctl Request(&[KVM_SET_GSI_ROUTING, KVM_IRQFD]), "unbinding interrupts";
 };
 
 const DELAYS: &[Call] = &[];
