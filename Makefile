@@ -71,8 +71,8 @@ test: test-deps lint build guest-all guest-small
 	@MINIVMM_TRANSPORT=pci cargo test --release --locked --quiet $(PCI_SUITES)
 	@cargo test --release --locked -p minivmm-block --features observed --test durability --test fences
 	@case $$(guest-images/which-host) in \
-		directly*) kernels="job kernel" ;; \
-		*) kernels="job:arguments_environment kernel:power_off" ;; \
+		directly*) kernels="guests:job:: guests:kernel::" ;; \
+		*) kernels="guests:job::arguments_environment guests:kernel::power_off" ;; \
 	esac; [ "$$(id -u)" -ne 0 ] || tests/as-user $(USER_SUITES) $$kernels
 	@tests/as-user --userns $(USERNS_SUITES)
 	@[ ! -s $(MINIVMM_SKIPS) ] || { echo "Not everything ran here:"; sort -u $(MINIVMM_SKIPS); }
@@ -81,21 +81,24 @@ test: test-deps lint build guest-all guest-small
 check:
 	@cargo fmt --all -- --check
 	@cargo clippy --release --locked --workspace --all-targets --features minivmm-block/observed --quiet -- -D warnings
-	@cargo test --release --locked --quiet --lib --test tidy --test mutants --test disk_queue $(DEVICE_SUITES)
+	@cargo test --release --locked --quiet --lib --test tidy --test mutants
+	@cargo test --release --locked --quiet $(DEVICE_SUITES) disk_queue::
 
 # Once more as an ordinary user who has /dev/kvm and files of its own alone, and as root of a user namespace: what works
 # only as root fails there. An ordinary user who runs `make test` has had the first of the two already. Where
 # kernels take long because the host is emulated, one test of each suite with kernels runs.
-USER_SUITES := bare sandbox check hosts
-USERNS_SUITES := bare sandbox
+USER_SUITES := bare program:sandbox:: program:check:: program:hosts::
+USERNS_SUITES := bare program:sandbox::
 
-# The suites without a kernel run once with the defaults, and once with each engine and each way in
-# which writes are made stable.
+# A suite is a module of a test program: the words after -- choose tests by their names. These run once with the
+# defaults, and once with each engine and each way in which writes are made stable.
 ENGINES := $(foreach engine,io_uring sync,$(foreach stable,dsync fdatasync group auto,engine=$(engine),stable=$(stable))) \
 	engine=io_uring,buffers=fixed engine=io_uring,poll-us=0
-DEVICE_SUITES := --test blk --test disk --test device --test drivers --test reset --test rings --test transport
+DEVICE_SUITES := --test device --test program --test transports -- \
+	blk:: disk:: device:: drivers:: reset:: rings:: transport::
 # Those that reach the device through registers; `transport` is about virtio-mmio's own, `pci` about PCI's.
-PCI_SUITES := --test blk --test disk --test device --test drivers --test reset --test rings --test malformed --test console
+PCI_SUITES := --test device --test program --test transports -- \
+	blk:: disk:: device:: drivers:: reset:: rings:: malformed:: console::
 
 # Measures and compares, asserts nothing (docs/performance.md). As root it counts system calls as well.
 bench_arguments = $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
@@ -134,13 +137,13 @@ study: deps build guest
 # and found; half an hour of soak on this machine's KVM, and five minutes of it in the emulated host (SOAK= seconds,
 # in place of either); emulated Intel hosts.
 torture: test-deps build guest emuhost
-	@MINIVMM_TRIALS=$(or $(TRIALS),10) MINIVMM_BESIDE_QEMU=1 cargo test --release --locked --test killed -- --nocapture --test-threads 1
+	@MINIVMM_TRIALS=$(or $(TRIALS),10) MINIVMM_BESIDE_QEMU=1 cargo test --release --locked --test endurance -- killed:: --nocapture --test-threads 1
 	@MINIVMM_SEEDS=$(or $(SEEDS),5000000) cargo test --release --locked -p minivmm-block --features observed --test durability -- --nocapture
 	@MINIVMM_REQUESTS=2 cargo test --release --locked -p minivmm-block --features observed --test fences -- --nocapture
 	@MINIVMM_MUTANTS=all cargo test --release --locked --test mutants -- --nocapture
 	@case $$(guest-images/which-host) in directly*) \
-		MINIVMM_SOAK_SECONDS=$(or $(SOAK),1800) cargo test --release --locked --test soak -- --nocapture ;; esac
-	@MINIVMM_HOST=emulated MINIVMM_SOAK_SECONDS=$(or $(SOAK),300) cargo test --release --locked --test soak -- --nocapture
+		MINIVMM_SOAK_SECONDS=$(or $(SOAK),1800) cargo test --release --locked --test endurance -- soak:: --nocapture ;; esac
+	@MINIVMM_HOST=emulated MINIVMM_SOAK_SECONDS=$(or $(SOAK),300) cargo test --release --locked --test endurance -- soak:: --nocapture
 	@$(MAKE) --no-print-directory test-intel
 
 # A smoke test under kvm_intel wherever this runs: Bochs emulates the processors (CONTRIBUTING.md).

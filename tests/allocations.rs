@@ -3,20 +3,18 @@
 //! allocator of this binary counts what happens in its turns.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests may")]
 
-mod common;
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::Arc;
 
-use common::driver::*;
-use common::images::TestImage;
-use common::turns::{Driver, Turns};
 use minivmm::blk::worker::QueueWorker;
 use minivmm::disk::blocking::BlockingEngine;
 use minivmm::disk::engine::Engine;
 use minivmm::disk::uring::UringEngine;
 use minivmm::disk::{DiskConfig, Image};
+use minivmm_testkit::driver::*;
+use minivmm_testkit::images::TestImage;
+use minivmm_testkit::turns::{Driver, Turns};
 
 const BATCH: u16 = 32;
 const QUEUE: u16 = 256;

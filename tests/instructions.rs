@@ -10,8 +10,6 @@ mod random;
 #[path = "../benches/device/rings.rs"]
 #[allow(dead_code, reason = "the benchmark's driver needs more of it")]
 mod rings;
-#[path = "common/skips.rs"]
-mod skips;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::BTreeMap;
@@ -30,9 +28,9 @@ use minivmm::disk::{DiskConfig, Image};
 use minivmm::ratelimit::RateLimit;
 use minivmm::virtio::Interrupt;
 use minivmm::virtio::queue::Ring;
+use minivmm_testkit::skips::skip;
 use random::Random;
 use rings::{FEATURES, Kind, QUEUE_SIZE, Rings};
-use skips::skip;
 use vmm_sys_util::eventfd::EventFd;
 
 /// What is measured: its name in the file, the direction, requests a turn, whether latencies are measured

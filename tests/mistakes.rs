@@ -5,13 +5,11 @@
 //! Mistakes that need a build each are `tests/mutants.rs`'.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
-#[path = "common/patched.rs"]
-mod patched;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use patched::{cargo_test, copy, copy_of_the_tree, patch, root, words};
+use minivmm_testkit::patched::{cargo_test, copy, copy_of_the_tree, patch, words};
+use minivmm_testkit::places::root;
 
 const PATCH: &str = "crates/minivmm-block/tests/durability/mistakes.patch";
 

@@ -8,17 +8,13 @@
 //! that, and has the suites find it: some minutes (`make torture`). In the place of `all`, a part of a patch's name.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may")]
 
-#[path = "common/patched.rs"]
-mod patched;
-#[path = "common/skips.rs"]
-mod skips;
-
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
-use patched::{cargo_test, copy, copy_of_the_tree, patch, root, words};
-use skips::skip;
+use minivmm_testkit::patched::{cargo_test, copy, copy_of_the_tree, patch, words};
+use minivmm_testkit::places::root;
+use minivmm_testkit::skips::skip;
 
 /// Seeds of a suite that has them (`durability`): it must find a mistake within few.
 const SEEDS: &str = "10000";

@@ -5,8 +5,6 @@
 //! Owns the arguments and the report. It never fails because something is slow: a figure is reported,
 //! not tested.
 
-#[path = "../../tests/common/cpio.rs"]
-mod cpio;
 #[path = "../common/image.rs"]
 #[allow(clippy::cast_possible_truncation, reason = "a count of extents")]
 mod image;

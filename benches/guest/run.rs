@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use minivmm_testkit::cpio;
 
-use crate::cpio;
 use crate::fio::{self, Figures, Times};
 use crate::image::{BenchImage, Resident};
 use crate::memory::{self, Beyond};

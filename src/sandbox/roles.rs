@@ -1,6 +1,6 @@
 //! Which thread may make which system call, and why: the sandbox's one table.
 //!
-//! Owns the table. `docs/reference/sandbox-calls.md` shows it; `tests/sandbox.rs` compares the two and runs
+//! Owns the table. `docs/reference/sandbox-calls.md` shows it; `tests/program/sandbox.rs` compares the two and runs
 //! guests under strace. A call that is not in the table is trapped. `--sandbox=log` finds calls that a change
 //! to minivmm needs.
 

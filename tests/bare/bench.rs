@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use crate::machine::*;
+use minivmm_testkit::machine::*;
 
 /// The guest's exit code if what it wrote is what it read.
 const ALL_IS_WELL: i32 = 0x10;

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::fd::AsRawFd;
 use std::process::Stdio;
 
-use crate::machine::*;
+use minivmm_testkit::machine::*;
 
 #[test]
 fn the_guest_gets_the_command_line_and_what_append_adds() {

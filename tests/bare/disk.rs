@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::machine::*;
+use minivmm_testkit::machine::*;
 
 /// One row of the modes' table, as a guest and the host's kernel see it.
 #[derive(Debug, Clone, Copy)]

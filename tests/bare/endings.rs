@@ -1,6 +1,6 @@
 //! Every way a machine can end, and its exit status.
 
-use crate::machine::*;
+use minivmm_testkit::machine::*;
 
 #[test]
 fn every_way_to_end_has_its_exit_status() {

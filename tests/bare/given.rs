@@ -7,8 +7,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::machine::*;
-use crate::tools;
+use minivmm_testkit::machine::*;
+use minivmm_testkit::tools;
 
 /// What `minivmm log` tells of a write log. Beside a minivmm that `MINIVMM_BINARY` names, the tools lie already.
 pub fn listed(log: &Path) -> Output {

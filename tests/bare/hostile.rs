@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
 
-use crate::machine::*;
+use minivmm_testkit::machine::*;
 
 /// The guest's exit code if it is alive after all.
 const ALL_IS_WELL: i32 = 0x10;

@@ -6,9 +6,10 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
+use minivmm_testkit::loops::{LoopDevice, Mounted};
+use minivmm_testkit::machine::*;
+
 use crate::hostile::{Running, hostile};
-use crate::loops::{LoopDevice, Mounted};
-use crate::machine::*;
 use crate::terminal::Session;
 
 /// The guest's exit code if it was told to end.

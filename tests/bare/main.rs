@@ -14,25 +14,13 @@ mod endings;
 mod given;
 mod hostile;
 mod limits;
-#[allow(dead_code, reason = "other tests use the rest")]
-#[path = "../common/loops.rs"]
-mod loops;
-mod machine;
 mod observe;
-#[path = "../common/pty.rs"]
-mod pty;
 mod refusals;
 mod reports;
 mod sandbox;
-#[path = "../common/signalled.rs"]
-mod signalled;
 mod signals;
-#[path = "../common/skips.rs"]
-mod skips;
 mod start;
 mod stats;
 mod syncs;
 mod terminal;
-#[path = "../common/tools.rs"]
-mod tools;
 mod vanished;

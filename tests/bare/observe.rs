@@ -4,9 +4,9 @@
 use std::fs;
 
 use minivmm::observe::csv::Row;
+use minivmm_testkit::machine::*;
 
 use crate::disk::MODES;
-use crate::machine::*;
 
 /// The rows of an observation.
 fn rows(text: &str) -> Vec<Row> {

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::machine::*;
+use minivmm_testkit::machine::*;
 
 /// strace over minivmm, its calls of ioctl written to `log`; `inject` is what strace makes of them.
 fn strace(log: &Path, inject: Option<&str>) -> Command {

@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use crate::machine::*;
+use minivmm_testkit::machine::*;
 
 /// A run with a command that no bare guest will start, and its status file.
 fn with_command(cmdline: &str, more: &[&str]) -> (Ran, serde_json::Value) {

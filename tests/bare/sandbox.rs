@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use minivmm::sandbox::Role;
+use minivmm_testkit::machine::*;
 
 use crate::given::listed;
-use crate::machine::*;
 use crate::stats::Echo;
 
 /// A thread of the VM by its name.

@@ -6,10 +6,9 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use minivmm_testkit::machine::*;
+use minivmm_testkit::signalled::{Chance, with_default_signals};
 use serde_json::Value;
-
-use crate::machine::*;
-use crate::signalled::{Chance, with_default_signals};
 
 /// A guest that hangs, with a disk and a status file.
 fn hanging(image: &Image, status_file: &Path) -> Command {

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Read;
 use std::process::{Child, Stdio};
 
-use crate::machine::*;
+use minivmm_testkit::machine::*;
 
 /// Most that the program may have in memory beyond guest RAM in the default configuration, in KiB.
 const OWN_KIB_MAX: u64 = 5 << 10;

@@ -6,10 +6,10 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 
+use minivmm_testkit::machine::*;
 use serde_json::Value;
 
 use crate::disk::MODES;
-use crate::machine::*;
 
 /// Calls on the image in strace's log: (fdatasync, write, read).
 fn count(log: &Path, image: &Path) -> (usize, usize, usize) {

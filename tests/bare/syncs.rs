@@ -3,8 +3,9 @@
 use std::fs;
 use std::process::Command;
 
+use minivmm_testkit::machine::*;
+
 use crate::disk::{MODES, Mode};
-use crate::machine::*;
 
 /// What the host's kernel was asked about the image, in order.
 #[derive(Debug, PartialEq, Eq)]

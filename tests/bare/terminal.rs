@@ -6,9 +6,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
-use crate::machine::*;
-use crate::pty::{self, Modes, is_stopped, wait_until};
-use crate::signalled::with_default_signals;
+use minivmm_testkit::machine::*;
+use minivmm_testkit::pty::{self, Modes, is_stopped, wait_until};
+use minivmm_testkit::signalled::with_default_signals;
 
 /// A pseudo-terminal with a machine on it.
 pub struct Session {

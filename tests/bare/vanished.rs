@@ -5,7 +5,8 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
 
-use crate::machine::*;
+use minivmm_testkit::machine::*;
+
 use crate::stats::Echo;
 
 /// What is to be done with an image while a guest has it.

@@ -1,6 +1,7 @@
 //! The pages of `docs/`, README.md and CONTRIBUTING.md: every link and every `docs/…` that a file names leads
 //! somewhere, the guide (`docs/README.md`) lists each page once, and the guide stays short.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::{files, nothing_is_wrong, root};
@@ -128,24 +129,38 @@ fn the_reader_of_links_understands_what_pages_write() {
 #[test]
 fn the_map_of_the_tests_names_every_suite_and_no_other() {
     let map = std::fs::read_to_string(root().join("tests/README.md")).unwrap();
-    let mut suites = std::collections::BTreeSet::new();
+    let (mut suites, mut programs) = (BTreeSet::new(), BTreeSet::new());
     let places = ["tests", "crates/minivmm-block/tests", "crates/minivmm-lab/tests"];
     let entries = places.iter().filter_map(|tests| std::fs::read_dir(root().join(tests)).ok()).flatten();
     for path in entries.map(|entry| entry.unwrap().path()) {
-        let is_suite =
-            path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").exists();
-        if is_suite {
-            suites.insert(path.file_stem().unwrap().to_string_lossy().into_owned());
+        let program = path.file_stem().unwrap().to_string_lossy().into_owned();
+        if let Ok(main) = std::fs::read_to_string(path.join("main.rs")) {
+            let modules = main.lines().filter_map(|line| line.strip_prefix("mod ")?.strip_suffix(';'));
+            suites.extend(modules.map(|module| format!("{program}::{module}")));
+        } else if path.extension().is_none_or(|extension| extension != "rs") {
+            continue;
         }
+        programs.insert(program);
     }
     let cells = map.lines().filter_map(|line| line.strip_prefix('|')?.split('|').nth(1));
     let names: Vec<&str> = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)).collect();
     let mut wrong = Vec::new();
-    for suite in suites.iter().filter(|suite| !names.contains(&suite.as_str())) {
+    // A program that has no place itself has one for each of its modules.
+    let has_place = |name: &str| names.contains(&name);
+    let program_of =
+        |suite: &str| suite.split_once("::").map_or(suite.to_owned(), |(program, _)| program.into());
+    let is_missing = |suite: &&String| !has_place(suite) && !has_place(&program_of(suite));
+    for suite in suites.iter().filter(is_missing) {
         wrong.push(format!("tests/README.md: where is the suite {suite}?"));
     }
+    let is_missing =
+        |program: &&String| !has_place(program) && !suites.iter().any(|suite| program_of(suite) == **program);
+    for program in programs.iter().filter(is_missing) {
+        wrong.push(format!("tests/README.md: where is the suite {program}?"));
+    }
     let others = ["observed", "tests/as-user"];
-    for name in names.iter().filter(|name| !suites.contains(**name) && !others.contains(name)) {
+    let exists = |name: &str| suites.contains(name) || programs.contains(name) || others.contains(&name);
+    for name in names.iter().filter(|name| !exists(name)) {
         wrong.push(format!("tests/README.md: there is no suite {name}"));
     }
     nothing_is_wrong(&wrong);

@@ -26,7 +26,7 @@ pub unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
         return (0..len).for_each(one);
     }
     // SAFETY: the caller vouches for both ranges; the ABI has cleared the direction flag. From some hundred
-    // bytes on this is as fast as `memmove` (`tests/memory.rs` measures it).
+    // bytes on this is as fast as `memmove` (`tests/device/memory.rs` measures it).
     unsafe {
         std::arch::asm!(
             "rep movsb",
