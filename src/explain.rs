@@ -16,6 +16,7 @@ use serde::Serialize;
 use crate::blk::config;
 use crate::disk::cache::WriteCache;
 use crate::disk::choice::{EngineKind, choose};
+use crate::disk::config::EngineChoice;
 use crate::disk::geometry::{self, SECTOR};
 use crate::disk::{DiskConfig, Image, ImageError};
 
@@ -121,9 +122,13 @@ pub fn explain(config: &DiskConfig) -> Result<Explanation, ImageError> {
             chosen.kind
         }
         Err(error) => {
-            let why = error.source;
-            refusals.push(format!("there is no io_uring here (engine=io_uring): {why}"));
-            EngineKind::Uring
+            let why =
+                std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
+            refusals.push(format!("{error}{why}"));
+            match image.config().engine {
+                EngineChoice::Blocking => EngineKind::Blocking,
+                EngineChoice::Auto | EngineChoice::Uring => EngineKind::Uring,
+            }
         }
     };
     let writeback = config::space(&image, queues, WriteCache::new(policy).writeback())[config::WRITEBACK];

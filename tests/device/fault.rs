@@ -1,12 +1,17 @@
 //! Faults on purpose (`fault=`) as a driver sees them, with both engines: what fails, what is told, what
 //! is on the disk, and what is counted.
 
+use std::error::Error;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
+use minivmm::blk::BlockDevice;
 use minivmm::disk::config::EngineChoice;
 use minivmm::disk::{DiskConfig, Image};
+use minivmm_block::threads::{ThreadKind, Threads};
 use minivmm_testkit::driver::*;
 use minivmm_testkit::images::{TestImage, pattern};
 
@@ -23,6 +28,43 @@ fn each(modes: &[&str], fault: &str, test: impl Fn(&TestImage, &mut Rig, &str)) 
             let what = format!("{mode}, {}, {fault}", rig.image.stats.engine());
             test(&image, &mut rig, &what);
         }
+    }
+}
+
+/// Starts every thread but that of the delays.
+#[derive(Debug)]
+struct NoDelays;
+
+impl Threads for NoDelays {
+    fn spawn(
+        &self,
+        kind: ThreadKind,
+        builder: Builder,
+        body: Box<dyn FnOnce() + Send>,
+    ) -> io::Result<JoinHandle<()>> {
+        match kind {
+            ThreadKind::Worker => builder.spawn(body),
+            ThreadKind::Delays => Err(io::Error::from_raw_os_error(libc::EAGAIN)),
+        }
+    }
+}
+
+#[test]
+fn a_disk_whose_delays_have_no_thread_is_refused_before_the_guest_runs() {
+    let image = TestImage::new(1 << 20);
+    let device = |fault: &str, engine| {
+        let options = DiskConfig { fault: Some(fault.parse().unwrap()), engine, ..image.options("none") };
+        let image = Image::open(&options).unwrap().with_threads(Arc::new(NoDelays));
+        BlockDevice::new("vda", Arc::new(image)).map(drop)
+    };
+    for engine in [EngineChoice::Blocking, EngineChoice::Auto] {
+        let error = device("delay=5ms:read", engine).unwrap_err();
+        let (text, cause) = (error.to_string(), error.source().unwrap().to_string());
+        for word in [image.path.to_str().unwrap(), "fault-delays", "ulimit -u"] {
+            assert!(text.contains(word), "{word}: {text}");
+        }
+        assert!(cause.contains("os error 11"), "{cause}");
+        device("fail:read", engine).unwrap();
     }
 }
 

@@ -211,7 +211,7 @@ fn queues<const N: usize>(mode: &str, stable_by: StableBy) -> (TestImage, Arc<Im
     cache.negotiate(Negotiated { flush: true, config_wce: true });
     let queue = |_| {
         let hands = Hands::default();
-        let engine = equip(Box::new(hands.clone()), &image);
+        let engine = equip(Box::new(hands.clone()), &image).unwrap();
         let disk = DiskQueue::new(Arc::clone(&image), Arc::clone(&cache), engine, stable_by);
         Queue { disk, hands, ids: 0 }
     };

@@ -4,6 +4,7 @@
 //! engine. On tmpfs it is always the blocking engine: the data is in memory already, and every ring is a detour
 //! (`docs/performance.md`).
 
+use std::io;
 use std::sync::Arc;
 
 use super::blocking::{self, BlockingEngine};
@@ -53,14 +54,29 @@ pub struct Chosen {
     pub why: Option<String>,
 }
 
-/// The error that a disk has no engine.
+/// Why a disk has no engine.
 #[derive(Debug, thiserror::Error)]
-#[error("disk {path}: there is no io_uring for it: use engine=auto or engine=sync")]
-pub struct EngineError {
-    /// The path of the image.
-    pub path: String,
-    /// The error of io_uring.
-    pub source: UringError,
+#[non_exhaustive]
+pub enum EngineError {
+    /// io_uring was demanded, and the host has none for this image.
+    #[error("disk {path}: io_uring is not available here: use engine=auto or engine=sync")]
+    Uring {
+        /// The path of the image.
+        path: String,
+        /// The error of io_uring.
+        source: UringError,
+    },
+    /// The thread that times the delays of `fault=` cannot be started.
+    #[error(
+        "disk {path}: cannot start the thread 'fault-delays' for the delays of fault=: raise the limit of threads \
+         (ulimit -u, pids.max of the cgroup), or leave the delays out"
+    )]
+    Delays {
+        /// The path of the image.
+        path: String,
+        /// The error of the thread's start.
+        source: io::Error,
+    },
 }
 
 /// Returns one engine for each of `queues` queues of `image`. `ram` is guest memory, for buffers=fixed. Each
@@ -68,13 +84,14 @@ pub struct EngineError {
 pub fn choose(image: &Arc<Image>, ram: Option<&Ram>, queues: u16) -> Result<Chosen, EngineError> {
     let chosen = find(image, ram, queues)?;
     image.stats.engine_is(chosen.kind.name());
-    let engines = chosen.engines.into_iter().map(|engine| equip(engine, image)).collect();
-    Ok(Chosen { engines, ..chosen })
+    let engines = chosen.engines.into_iter().map(|engine| equip(engine, image)).collect::<io::Result<_>>();
+    let delays = |source| EngineError::Delays { path: image.config().path.display().to_string(), source };
+    Ok(Chosen { engines: engines.map_err(delays)?, ..chosen })
 }
 
 /// Wraps `engine` in the image's write log, and that in its faults. In this order the log records what was
-/// really done.
-pub fn equip(engine: Box<dyn Engine>, image: &Arc<Image>) -> Box<dyn Engine> {
+/// really done. The error is that of a thread's start: delays need one.
+pub fn equip(engine: Box<dyn Engine>, image: &Arc<Image>) -> io::Result<Box<dyn Engine>> {
     FaultEngine::wrap(LoggingEngine::wrap(engine, image), image)
 }
 
@@ -105,7 +122,7 @@ fn find(image: &Arc<Image>, ram: Option<&Ram>, queues: u16) -> Result<Chosen, En
         {
             Ok(blocking(Some(in_words(&error))))
         }
-        Err(source) => Err(EngineError { path: image.config().path.display().to_string(), source }),
+        Err(source) => Err(EngineError::Uring { path: image.config().path.display().to_string(), source }),
     }
 }
 

@@ -37,6 +37,7 @@ pub struct FaultEngine {
     inner: Box<dyn Engine>,
     image: Arc<Image>,
     faults: Arc<Faults>,
+    /// `None` if no rule delays.
     alarm: Option<Alarm>,
     /// The plan of an operation that the engine below had no room for.
     refused: Option<(OpToken, Plan)>,
@@ -55,15 +56,16 @@ pub struct FaultEngine {
 }
 
 impl FaultEngine {
-    /// Wraps `inner` in the rules of `image`, if it has any.
-    pub fn wrap(inner: Box<dyn Engine>, image: &Arc<Image>) -> Box<dyn Engine> {
-        let Some(faults) = image.faults() else { return inner };
-        Box::new(Self {
+    /// Wraps `inner` in the rules of `image`, if it has any. The error is that of the start of the thread that
+    /// delays need. It starts here and never later: once the guest runs, an embedder may forbid new threads.
+    pub fn wrap(inner: Box<dyn Engine>, image: &Arc<Image>) -> io::Result<Box<dyn Engine>> {
+        let Some(faults) = image.faults() else { return Ok(inner) };
+        let alarm = faults.may_delay().then(|| Alarm::start(image.threads())).transpose()?;
+        Ok(Box::new(Self {
             inner,
             image: Arc::clone(image),
             faults: Arc::clone(faults),
-            // Started before the guest runs: afterwards no thread can be started.
-            alarm: faults.may_delay().then(|| Alarm::start(image.threads())).and_then(Result::ok),
+            alarm,
             refused: None,
             held: BinaryHeap::new(),
             held_acts: HashMap::new(),
@@ -71,7 +73,7 @@ impl FaultEngine {
             to_fail: HashMap::new(),
             below: 0,
             without_io: Vec::new(),
-        })
+        }))
     }
 
     /// Turns an operation and its fate into what to do.
@@ -185,14 +187,10 @@ impl FaultEngine {
     }
 
     /// Sets the alarm to ring the doorbell when the first held operation may begin.
-    fn set_alarm(&mut self, doorbell: &Arc<EventFd>) -> io::Result<()> {
-        let Some(&Reverse((until, _))) = self.held.peek() else { return Ok(()) };
-        let alarm = match self.alarm.take() {
-            Some(alarm) => alarm,
-            None => Alarm::start(self.image.threads())?,
-        };
-        self.alarm.insert(alarm).set(until, doorbell);
-        Ok(())
+    fn set_alarm(&self, doorbell: &Arc<EventFd>) {
+        if let (Some(alarm), Some(&Reverse((until, _)))) = (&self.alarm, self.held.peek()) {
+            alarm.set(until, doorbell);
+        }
     }
 
     /// Sleeps until the first held operation may begin. Call it only if nothing else can complete.
@@ -262,7 +260,7 @@ impl Engine for FaultEngine {
                 }
                 Wake::EndOnly if self.below == 0 && !self.held.is_empty() => self.sleep(),
                 Wake::Doorbell(doorbell) => {
-                    self.set_alarm(doorbell)?;
+                    self.set_alarm(doorbell);
                     self.wait_below(wake, ended)?;
                     // The alarm may have rung for a held operation, so submit it now.
                     self.release();
