@@ -46,11 +46,7 @@ fn ring_at(ram: &Ram, at: u16, features: u64) -> Ring {
 
 /// A writable byte.
 fn one_descriptor() -> [u8; 16] {
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&DATA.to_le_bytes());
-    bytes[8..12].copy_from_slice(&1u32.to_le_bytes());
-    bytes[12..14].copy_from_slice(&WRITE.to_le_bytes());
-    bytes
+    desc::bytes((DATA, 1, WRITE, 0))
 }
 
 /// Shows Q9.

@@ -7,56 +7,16 @@ use std::sync::{Arc, Mutex};
 use minivmm::disk::Image;
 use minivmm::disk::cache::{Negotiated, POLICIES, WriteCache};
 use minivmm::disk::disk_queue::{DiskQueue, Op, RequestId, StableBy};
-use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
+use minivmm::disk::engine::{Ended, HostOp, OpToken, Wake};
 use minivmm::disk::geometry::SectorRange;
 use minivmm::disk::op::ZeroedRange;
 use minivmm::mem::{AlignedBuffer, Iov};
 use minivmm_testkit::engines::Kind;
+use minivmm_testkit::hands::Hands;
 use minivmm_testkit::images::TestImage;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const BLOCK: u32 = 4096;
-
-/// What the engine holds, in the order it was given.
-#[derive(Default)]
-struct Held {
-    operations: Vec<(OpToken, HostOp)>,
-    ended: Vec<Ended>,
-    room: usize,
-    /// The last wait was one that may sleep.
-    slept: bool,
-    /// What happens on the host, and on other queues, before a submission returns.
-    at_submit: Option<Box<dyn FnMut() + Send>>,
-}
-
-/// The test's side of an engine.
-#[derive(Clone)]
-struct Hands(Arc<Mutex<Held>>);
-
-struct Manual(Hands);
-
-impl Engine for Manual {
-    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
-        let mut held = self.0.0.lock().unwrap();
-        if held.operations.len() == held.room {
-            return Err(op);
-        }
-        held.operations.push((token, op));
-        let at_submit = held.at_submit.take();
-        drop(held);
-        if let Some(mut happens) = at_submit {
-            happens();
-        }
-        Ok(())
-    }
-
-    fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
-        let mut held = self.0.0.lock().unwrap();
-        held.slept = !matches!(wake, Wake::Now);
-        ended.append(&mut held.ended);
-        Ok(())
-    }
-}
 
 /// One queue: its state machine and the hands on its engine.
 struct Queue {
@@ -66,8 +26,8 @@ struct Queue {
 
 impl Queue {
     fn new(image: &Arc<Image>, cache: &Arc<WriteCache>, stable_by: StableBy) -> Self {
-        let hands = Hands(Arc::new(Mutex::new(Held { room: 64, ..Held::default() })));
-        let engine = Box::new(Manual(hands.clone()));
+        let hands = Hands::new(64);
+        let engine = hands.engine();
         Self { disk: DiskQueue::new(Arc::clone(image), Arc::clone(cache), engine, stable_by), hands }
     }
 
@@ -93,12 +53,12 @@ impl Queue {
     /// What the engine has, once the batch is known.
     fn kinds(&mut self) -> Vec<Kind> {
         self.disk.wait(Wake::Now).unwrap();
-        self.hands.0.lock().unwrap().operations.iter().map(|(_, op)| Kind::of(op)).collect()
+        self.hands.held().operations.iter().map(|held| Kind::of(&held.op)).collect()
     }
 
     /// Offset and length of the oldest transfer.
     fn transfer(&self) -> (u64, u64) {
-        match &self.hands.0.lock().unwrap().operations[0].1 {
+        match &self.hands.held().operations[0].op {
             HostOp::Readv { iov, offset } | HostOp::Writev { iov, offset, .. } => (*offset, iov.bytes()),
             other => panic!("{other:?} is no transfer"),
         }
@@ -107,11 +67,7 @@ impl Queue {
     /// The oldest operation ends so.
     fn end(&mut self, result: io::Result<usize>) {
         self.disk.wait(Wake::Now).unwrap();
-        {
-            let mut held = self.hands.0.lock().unwrap();
-            let (token, _) = held.operations.remove(0);
-            held.ended.push(Ended { token, result });
-        }
+        self.hands.end(0, result);
         self.disk.wait(Wake::Now).unwrap();
     }
 
@@ -271,7 +227,7 @@ fn an_engine_that_is_full_gets_the_rest_later() {
     for room in [1, 2, 5] {
         let (_test, image, cache) = disk("none");
         let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
-        queue.hands.0.lock().unwrap().room = room;
+        queue.hands.held().room = room;
         for id in 0..20 {
             queue.write(id, BLOCK);
             queue.disk.submit(RequestId(100 + id), Op::Flush);
@@ -304,7 +260,7 @@ fn an_engine_that_is_full_gets_the_rest_later() {
 fn an_engine_that_ends_what_it_was_never_given_is_not_trusted_again() {
     let (_test, image, cache) = disk("none");
     let mut queue = Queue::new(&image, &cache, StableBy::Dsync);
-    queue.hands.0.lock().unwrap().ended.push(Ended { token: OpToken(77), result: Ok(0) });
+    queue.hands.held().ended.push(Ended { token: OpToken(77), result: Ok(0) });
     queue.disk.wait(Wake::Now).unwrap();
     queue.disk.submit(RequestId(1), Op::Flush);
     assert_eq!(queue.completed(), [(1, false)]);
@@ -449,10 +405,8 @@ fn a_flush_in_flight_keeps_neither_reads_nor_plain_writes_waiting() {
         [Kind::Fdatasync, Kind::Read, Kind::Write],
         "the second FLUSH has the next sync"
     );
-    let (token, _) = queue.hands.0.lock().unwrap().operations.remove(1);
-    queue.hands.0.lock().unwrap().ended.push(Ended { token, result: Ok(BLOCK as usize) });
-    let (token, _) = queue.hands.0.lock().unwrap().operations.remove(1);
-    queue.hands.0.lock().unwrap().ended.push(Ended { token, result: Ok(BLOCK as usize) });
+    queue.hands.end(1, Ok(BLOCK as usize));
+    queue.hands.end(1, Ok(BLOCK as usize));
     queue.disk.wait(Wake::Now).unwrap();
     assert_eq!(queue.completed(), [(1, true), (2, true)]);
     queue.end(Ok(0));
@@ -563,7 +517,7 @@ fn a_sync_is_open_before_the_engine_may_begin_it() {
         // The host is quick: before `submit` has returned it has told the failing queue's sync the error, and
         // the other queue has heard of its own success.
         let meanwhile = Arc::clone(&other);
-        failing.hands.0.lock().unwrap().at_submit = Some(Box::new(move || {
+        failing.hands.held().at_submit = Some(Box::new(move || {
             let mut other = meanwhile.lock().unwrap();
             other.end(Ok(0));
             assert_eq!(other.completed(), [], "{what}: acknowledged beside a sync that has failed");
@@ -631,7 +585,7 @@ fn a_wait_that_releases_the_last_success_does_not_sleep_behind_it() {
     other.end(Ok(0));
     let doorbell = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
     queue.disk.wait(Wake::Doorbell(&doorbell)).unwrap();
-    assert!(!queue.hands.0.lock().unwrap().slept);
+    assert!(!queue.hands.held().slept);
     assert!(queue.disk.is_idle() && doorbell.read().is_err());
 }
 

@@ -5,18 +5,19 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use minivmm::disk::cache::{Negotiated, WriteCache};
 use minivmm::disk::choice::equip;
 use minivmm::disk::config::EngineChoice;
 use minivmm::disk::disk_queue::{DiskQueue, Op, RequestId, StableBy};
-use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
+use minivmm::disk::engine::{HostOp, Wake};
 use minivmm::disk::{DiskConfig, Image};
 use minivmm::mem::{AlignedBuffer, Iov};
 use minivmm_lab::crash::log::{Entry, WriteLog};
 use minivmm_testkit::alone;
 use minivmm_testkit::driver::*;
+use minivmm_testkit::hands::Hands;
 use minivmm_testkit::images::TestImage;
 
 use super::FORKS;
@@ -133,29 +134,6 @@ fn the_log_has_what_was_really_done_not_what_was_told() {
     assert!(replay(&log, base) == test.content());
 }
 
-/// What the engine holds, in the order it was given.
-#[derive(Default)]
-struct Held {
-    operations: Vec<(OpToken, HostOp)>,
-    ended: Vec<Ended>,
-}
-
-/// An engine whose operations end when the test says.
-#[derive(Clone, Default)]
-struct Hands(Arc<Mutex<Held>>);
-
-impl Engine for Hands {
-    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
-        self.0.lock().unwrap().operations.push((token, op));
-        Ok(())
-    }
-
-    fn wait(&mut self, _: Wake<'_>, ended: &mut Vec<Ended>) -> std::io::Result<()> {
-        ended.append(&mut self.0.lock().unwrap().ended);
-        Ok(())
-    }
-}
-
 /// One queue: its state machine and the hands on its engine.
 struct Queue {
     disk: DiskQueue,
@@ -184,10 +162,8 @@ impl Queue {
     /// The operation that `wanted` finds ends so; the oldest of them.
     fn end(&mut self, wanted: fn(&HostOp) -> bool, result: Result<usize, i32>) {
         {
-            let mut held = self.hands.0.lock().unwrap();
-            let at = held.operations.iter().position(|(_, op)| wanted(op)).unwrap();
-            let (token, _) = held.operations.remove(at);
-            held.ended.push(Ended { token, result: result.map_err(std::io::Error::from_raw_os_error) });
+            let at = self.hands.held().operations.iter().position(|held| wanted(&held.op)).unwrap();
+            self.hands.end(at, result.map_err(std::io::Error::from_raw_os_error));
         }
         self.disk.wait(Wake::Now).unwrap();
         // Whoever joined by this end has its sync begin.
@@ -210,8 +186,8 @@ fn queues<const N: usize>(mode: &str, stable_by: StableBy) -> (TestImage, Arc<Im
     let cache = Arc::new(WriteCache::new(image.config().cache));
     cache.negotiate(Negotiated { flush: true, config_wce: true });
     let queue = |_| {
-        let hands = Hands::default();
-        let engine = equip(Box::new(hands.clone()), &image).unwrap();
+        let hands = Hands::new(64);
+        let engine = equip(hands.engine(), &image).unwrap();
         let disk = DiskQueue::new(Arc::clone(&image), Arc::clone(&cache), engine, stable_by);
         Queue { disk, hands, ids: 0 }
     };

@@ -2,18 +2,20 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use minivmm::disk::Image;
 use minivmm::disk::cache::{Negotiated, POLICIES, WriteCache};
 use minivmm::disk::disk_queue::{DiskQueue, Op, RequestId, StableBy};
-use minivmm::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
+use minivmm::disk::engine::{HostOp, Wake};
 use minivmm::disk::monitor::{Monitor, Snapshot, SyncEnd};
 use minivmm::disk::op::ZeroedRange;
 use minivmm::mem::{AlignedBuffer, Iov};
 use minivmm::stats::{ExitStats, Stats};
 use minivmm_testkit::driver::*;
 use minivmm_testkit::engines::{Fate, Kind, Script, Scripted};
+use minivmm_testkit::hands::{Hands, HeldOp};
 use minivmm_testkit::images::TestImage;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -56,52 +58,17 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What the host has of one queue, each operation with the moment it was handed over.
-#[derive(Default)]
-struct Held {
-    operations: Vec<(OpToken, Kind, u64, usize)>,
-    ended: Vec<Ended>,
-    room: usize,
-}
-
-/// An engine whose operations end when the test says so.
-struct Manual {
-    held: Arc<Mutex<Held>>,
-    clock: Arc<Mutex<u64>>,
-}
-
-impl Engine for Manual {
-    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
-        let mut held = self.held.lock().unwrap();
-        if held.operations.len() == held.room {
-            return Err(op);
-        }
-        let bytes = match &op {
-            HostOp::Readv { iov, .. } | HostOp::Writev { iov, .. } => iov.bytes() as usize,
-            _ => 0,
-        };
-        held.operations.push((token, Kind::of(&op), tick(&self.clock), bytes));
-        Ok(())
-    }
-
-    fn wait(&mut self, _: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
-        ended.append(&mut self.held.lock().unwrap().ended);
-        Ok(())
-    }
-}
-
-fn tick(clock: &Mutex<u64>) -> u64 {
-    let mut clock = clock.lock().unwrap();
-    *clock += 1;
-    *clock
+fn tick(clock: &AtomicU64) -> u64 {
+    clock.fetch_add(1, Ordering::SeqCst) + 1
 }
 
 /// Two queues of one disk, and the truth sector by sector.
 struct Model {
     image: Arc<Image>,
     cache: Arc<WriteCache>,
-    queues: Vec<(DiskQueue, Arc<Mutex<Held>>)>,
-    clock: Arc<Mutex<u64>>,
+    /// Each with the hands on its engine, in which every operation has the moment when it was handed over.
+    queues: Vec<(DiskQueue, Hands)>,
+    clock: Arc<AtomicU64>,
     next_id: u64,
     /// Requests that change sectors: first and number.
     requests: HashMap<u64, (u64, u64)>,
@@ -122,11 +89,10 @@ impl Model {
     fn new(image: Arc<Image>, stable_by: StableBy, room: usize) -> Self {
         let cache = Arc::new(WriteCache::new(image.config().cache));
         cache.negotiate(Negotiated { flush: true, config_wce: true });
-        let clock = Arc::<Mutex<u64>>::default();
+        let clock = Arc::<AtomicU64>::default();
         let queue = || {
-            let held = Arc::new(Mutex::new(Held { room, ..Held::default() }));
-            let engine = Manual { held: Arc::clone(&held), clock: Arc::clone(&clock) };
-            (DiskQueue::new(Arc::clone(&image), Arc::clone(&cache), Box::new(engine), stable_by), held)
+            let hands = Hands::with_clock(room, Arc::clone(&clock));
+            (DiskQueue::new(Arc::clone(&image), Arc::clone(&cache), hands.engine(), stable_by), hands)
         };
         let queues = vec![queue(), queue()];
         Self {
@@ -170,21 +136,27 @@ impl Model {
     }
 
     fn end(&mut self, queue: usize, which: usize, fate: u8) {
-        let (disk, held) = &mut self.queues[queue];
+        let (disk, hands) = &mut self.queues[queue];
         let (kind, given, fails) = {
-            let mut held = held.lock().unwrap();
+            let held = hands.held();
             if held.operations.is_empty() {
                 return;
             }
             let which = which % held.operations.len();
-            let (token, kind, given, bytes) = held.operations.remove(which);
+            let HeldOp { op, given, .. } = &held.operations[which];
+            let (kind, given) = (Kind::of(op), *given);
+            let bytes = match op {
+                HostOp::Readv { iov, .. } | HostOp::Writev { iov, .. } => iov.bytes() as usize,
+                _ => 0,
+            };
+            drop(held);
             let errno = match fate {
                 0..16 => Some(libc::EINTR),
                 16..20 => Some(libc::EIO),
                 _ => None,
             };
             let result = errno.map_or(Ok(bytes), |errno| Err(io::Error::from_raw_os_error(errno)));
-            held.ended.push(Ended { token, result });
+            hands.end(which, result);
             (kind, given, errno)
         };
         let ended = tick(&self.clock);

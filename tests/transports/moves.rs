@@ -8,15 +8,14 @@ use minivmm::blk::BlockDevice;
 use minivmm::bus::{Bus, BusDevice, Outcome};
 use minivmm::mem::{self, Ram};
 use minivmm::pci::memory::DoorbellSink;
-use minivmm::pci::msix::{Message, MessageSink};
 use minivmm::pci::root::{Ecam, OnBus, PciMemory, PciRoot};
 use minivmm::virtio::pci::{BAR_BYTES, NOTIFY, PciTransport};
 use minivmm_testkit::driver::{
-    ACKNOWLEDGE, AVAIL, DATA, DESC, DRIVER, DRIVER_OK, F_VERSION_1, FEATURES_OK, HEADER, NEXT, OK, OUT,
-    RAM_BYTES, STATUS_BYTE, UNTOUCHED, USED, WRITE,
+    ACKNOWLEDGE, AVAIL, DATA, DESC, DRIVER, DRIVER_OK, F_VERSION_1, FEATURES_OK, HEADER, OK, OUT, RAM_BYTES,
+    STATUS_BYTE, UNTOUCHED, USED, WRITE,
 };
 use minivmm_testkit::images::TestImage;
-use minivmm_testkit::over_pci::{STATUS, WINDOW};
+use minivmm_testkit::over_pci::{STATUS, Sent, WINDOW};
 
 const ECAM: u64 = 0xe000_0000;
 /// Where nobody is from the start: the host bridge has no memory.
@@ -24,17 +23,6 @@ const HOLE: u64 = WINDOW.start;
 
 fn place(device: u64) -> u64 {
     WINDOW.start + device * BAR_BYTES
-}
-
-struct NoMessages;
-
-impl MessageSink for NoMessages {
-    fn route(&mut self, _: u16, _: Message) -> io::Result<()> {
-        Ok(())
-    }
-    fn send(&self, _: u16) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Where each function's doorbells are, and how often they were placed. No two may be at one place, as in KVM.
@@ -91,7 +79,7 @@ impl Machine {
             let device = BlockDevice::with_ram("vda", image.open("none"), Some(&ram)).unwrap();
             let base = place(index as u64 + 1);
             let function =
-                PciTransport::new(Box::new(device), ram.clone(), base, Box::new(NoMessages)).unwrap();
+                PciTransport::new(Box::new(device), ram.clone(), base, Box::new(Sent::default())).unwrap();
             let function = Arc::new(Mutex::new(function));
             on_bus.push((function.clone(), Box::new(Sink(Arc::clone(&bells), index))));
             functions.push(function);
@@ -171,11 +159,8 @@ impl Machine {
         put(HEADER, &header);
         put(DATA, &[byte; 512]);
         put(STATUS_BYTE, &[UNTOUCHED]);
-        for (index, part) in
-            [(HEADER, 16, NEXT, 1), (DATA, 512, NEXT, 2), (STATUS_BYTE, 1, WRITE, 0)].into_iter().enumerate()
-        {
-            put(DESC + 16 * index as u64, &minivmm_testkit::desc::bytes(part));
-        }
+        let chain = [(HEADER, 16, 0), (DATA, 512, 0), (STATUS_BYTE, 1, WRITE)];
+        put(DESC, &minivmm_testkit::desc::chain(&chain));
         put(AVAIL + 4 + 2 * u64::from(turn % 16), &[0, 0]);
         put(AVAIL + 2, &(turn + 1).to_le_bytes());
     }

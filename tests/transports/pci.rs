@@ -4,13 +4,11 @@
 //! What the register machine itself does is tried by the other suites, over this transport too
 //! (`MINIVMM_TRANSPORT=pci`).
 
-use std::io;
 use std::sync::{Arc, Mutex};
 
 use minivmm::blk::BlockDevice;
 use minivmm::bus::{Bus, BusDevice, SharedDevice};
 use minivmm::mem::{self, Ram};
-use minivmm::pci::msix::{Message, MessageSink};
 use minivmm::pci::root::{ConfigPorts, Ecam, PciFunction, PciRoot};
 use minivmm::virtio::Transport;
 use minivmm::virtio::pci::{BAR_BYTES, NOTIFY, PciTransport};
@@ -19,27 +17,13 @@ use minivmm_testkit::driver::{
 };
 use minivmm_testkit::images::TestImage;
 use minivmm_testkit::over_pci::{
-    CONFIG_VECTOR, DEVICE, ISR, PENDING, PLACE, QUEUE_SELECT, QUEUE_VECTOR, STATUS, TABLE, WINDOW, bus_of,
-    capability,
+    CONFIG_VECTOR, DEVICE, ISR, PENDING, PLACE, QUEUE_SELECT, QUEUE_VECTOR, STATUS, Sent, TABLE, WINDOW,
+    bus_of, capability,
 };
 use proptest::prelude::*;
 
 const NO_VECTOR: u64 = 0xffff;
 const READY: u64 = (ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK) as u64;
-
-#[derive(Clone, Default)]
-struct Sent(Arc<Mutex<Vec<u16>>>);
-
-impl MessageSink for Sent {
-    fn route(&mut self, _: u16, _: Message) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn send(&self, vector: u16) -> io::Result<()> {
-        self.0.lock().unwrap().push(vector);
-        Ok(())
-    }
-}
 
 struct Function {
     pci: PciTransport,
@@ -120,12 +104,12 @@ impl Function {
     }
 
     fn sent(&self) -> Vec<u16> {
-        std::mem::take(&mut self.sent.0.lock().unwrap())
+        self.sent.take().into_iter().map(|(vector, _)| vector).collect()
     }
 
     /// Waits for so many messages.
     fn wait_sent(&self, count: usize) -> Vec<u16> {
-        while self.sent.0.lock().unwrap().len() < count {
+        while self.sent.count() < count {
             std::thread::yield_now();
         }
         self.sent()
@@ -242,11 +226,8 @@ fn any_event_is_mapped_to_any_vector_and_unmapped_by_reset() {
 fn read_sector(function: &mut Function, turn: u16) {
     let put = |at: u64, bytes: &[u8]| mem::write_bytes(&function.ram, at, bytes).unwrap();
     put(0x5_0000, &[0; 16]);
-    for (index, (addr, len, flags)) in
-        [(0x5_0000_u64, 16_u32, 1_u16), (0x10_0000, 512, 3), (0x6_0000, 1, 2)].into_iter().enumerate()
-    {
-        put(DESC + 16 * index as u64, &minivmm_testkit::desc::bytes((addr, len, flags, index as u16 + 1)));
-    }
+    let chain = [(0x5_0000, 16, 0), (0x10_0000, 512, 2), (0x6_0000, 1, 2)];
+    put(DESC, &minivmm_testkit::desc::chain(&chain));
     put(AVAIL + 4 + 2 * u64::from(turn), &0_u16.to_le_bytes());
     put(AVAIL + 2, &(turn + 1).to_le_bytes());
     function.put(NOTIFY, 2, 0);

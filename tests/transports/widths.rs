@@ -1,19 +1,18 @@
 //! Accesses of every width and start to the registers of PCI and virtio, against models that know nothing
 //! but bytes: what an access reads and does is what its bytes read and do, register by register.
 
-use std::io;
 use std::sync::{Arc, Mutex};
 
 use minivmm::bus::{Bus, BusDevice, Outcome};
 use minivmm::devices::power::ResetControl;
 use minivmm::mem;
-use minivmm::pci::msix::{Message, MessageSink};
+use minivmm::pci::msix::Message;
 use minivmm::pci::root::{ConfigPorts, Ecam, PciFunction, PciMemory};
 use minivmm::virtio::mmio::MmioTransport;
 use minivmm::virtio::pci::{NOTIFY, NOTIFY_STRIDE, PciTransport};
 use minivmm::virtio::{ActivateError, Activation, Interrupt, Transport, VirtioDevice, feature};
 use minivmm_testkit::over_pci::{
-    CONFIG_VECTOR, DEVICE, ISR, PENDING, PLACE, QUEUE_VECTOR, STATUS, TABLE, WINDOW, bus_of, capability,
+    CONFIG_VECTOR, DEVICE, ISR, PENDING, PLACE, QUEUE_VECTOR, STATUS, Sent, TABLE, WINDOW, bus_of, capability,
 };
 use proptest::prelude::*;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -78,21 +77,6 @@ impl VirtioDevice for Probe {
     fn reset(&mut self) {}
 }
 
-#[derive(Clone, Default)]
-struct Sent(Arc<Mutex<Vec<(u16, Message)>>>, Vec<Message>);
-
-impl MessageSink for Sent {
-    fn route(&mut self, vector: u16, message: Message) -> io::Result<()> {
-        self.1.resize(8, Message::default());
-        self.1[usize::from(vector)] = message;
-        Ok(())
-    }
-    fn send(&self, vector: u16) -> io::Result<()> {
-        self.0.lock().unwrap().push((vector, self.1[usize::from(vector)]));
-        Ok(())
-    }
-}
-
 fn function() -> (PciTransport, Probe, Sent) {
     let (probe, sent) = (Probe::new(), Sent::default());
     let ram = mem::map_ram(&[(0, 8 << 20)]).unwrap();
@@ -112,10 +96,6 @@ fn start(pci: &mut PciTransport) {
         pci.write(0x16, &[queue, 0]);
         pci.write(QUEUE_VECTOR, &[queue + 1, 0]);
     }
-}
-
-fn take(sent: &Sent) -> Vec<(u16, Message)> {
-    std::mem::take(&mut sent.0.lock().unwrap())
 }
 
 fn window(pci: &mut PciTransport) -> usize {
@@ -254,7 +234,7 @@ proptest! {
             control.pending |= model[msix + 3] & 0x80 != 0;
             control.settle(model[msix + 3]);
             probe.interrupt().queue(0);
-            prop_assert_eq!(take(&sent).len(), std::mem::take(&mut control.sent), "messages, {:#x}", at);
+            prop_assert_eq!(sent.take().len(), std::mem::take(&mut control.sent), "messages, {:#x}", at);
         }
     }
 
@@ -312,7 +292,7 @@ proptest! {
             }
             pending[usize::from(signalled)] = true;
             settle(&mut pending);
-            prop_assert_eq!(take(&sent), expected, "{} bytes at {:#x}", width, at);
+            prop_assert_eq!(sent.take(), expected, "{} bytes at {:#x}", width, at);
             let mut bits = [0; 8];
             pci.read(PENDING, &mut bits);
             let expected = (0..3).fold(0, |byte, vector| byte | u8::from(pending[vector]) << vector);
@@ -523,10 +503,10 @@ fn messages_are_enabled_by_every_write_that_reaches_message_control() {
         let pci = Arc::new(Mutex::new(pci));
         let ways = Ways::new(pci.clone());
         probe.interrupt().queue(0);
-        assert_eq!(take(&sent).len(), 0);
+        assert_eq!(sent.take().len(), 0);
         ways.ecam.write((1 << 15) + (msix + at) as u64, bytes);
         probe.interrupt().queue(0);
-        assert_eq!(take(&sent), [(1, Message::default())], "{bytes:x?} at {at}");
+        assert_eq!(sent.take(), [(1, Message::default())], "{bytes:x?} at {at}");
     }
 }
 

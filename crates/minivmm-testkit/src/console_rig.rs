@@ -12,16 +12,11 @@ use minivmm::mem::{self, Ram};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::desc::{self, Desc};
+pub use crate::driver::{INDIRECT, NEXT, WRITE};
 use crate::over_pci::{self, Behind};
 
 /// VIRTIO_CONSOLE_F_MULTIPORT: more than one port, and control messages.
 pub const MULTIPORT: u64 = 1 << 1;
-/// VIRTQ_DESC_F_NEXT: the chain goes on.
-pub const NEXT: u16 = 1;
-/// VIRTQ_DESC_F_WRITE: the device writes this buffer.
-pub const WRITE: u16 = 2;
-/// VIRTQ_DESC_F_INDIRECT: the buffer is a table of descriptors.
-pub const INDIRECT: u16 = 4;
 
 /// Bytes of the guest's RAM, from address 0.
 pub const RAM_BYTES: u64 = 16 << 20;

@@ -304,13 +304,8 @@ impl Rig {
     }
 
     /// Writes descriptors from index 0 of a table, each chained to the next.
-    pub fn put_chain(&self, table: u64, parts: &[(u64, u32, u16)]) {
-        for (index, &(addr, len, flags)) in parts.iter().enumerate() {
-            let last = index + 1 == parts.len();
-            let index = u16::try_from(index).unwrap();
-            let flags = if last { flags } else { flags | NEXT };
-            self.put_desc(table, index, (addr, len, flags, if last { 0 } else { index + 1 }));
-        }
+    pub fn put_chain(&self, table: u64, parts: &[desc::Part]) {
+        self.poke(table, &desc::chain(parts));
     }
 
     /// Writes the request's header.

@@ -18,6 +18,7 @@ pub mod desc;
 pub mod driver;
 pub mod engines;
 pub mod eye;
+pub mod hands;
 pub mod host;
 pub mod images;
 pub mod loops;

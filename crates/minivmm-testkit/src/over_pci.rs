@@ -31,6 +31,37 @@ impl DoorbellSink for NoDoorbells {
     }
 }
 
+/// Messages that a function has sent, in their order, each with its vector.
+#[derive(Clone, Default)]
+pub struct Sent(Arc<Mutex<Vec<(u16, Message)>>>, Vec<Message>);
+
+impl Sent {
+    /// Takes what was sent since the last time.
+    pub fn take(&self) -> Vec<(u16, Message)> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+
+    /// Returns how many messages were sent since they were last taken.
+    pub fn count(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+}
+
+impl MessageSink for Sent {
+    fn route(&mut self, vector: u16, message: Message) -> io::Result<()> {
+        let vector = usize::from(vector);
+        self.1.resize(self.1.len().max(vector + 1), Message::default());
+        self.1[vector] = message;
+        Ok(())
+    }
+
+    fn send(&self, vector: u16) -> io::Result<()> {
+        let message = self.1.get(usize::from(vector)).copied().unwrap_or_default();
+        self.0.lock().unwrap().push((vector, message));
+        Ok(())
+    }
+}
+
 /// A bus with this function as device 1.
 pub fn bus_of(function: Arc<Mutex<dyn PciFunction>>) -> Arc<PciRoot> {
     let on_bus: OnBus = (function, Box::new(NoDoorbells));
