@@ -43,7 +43,7 @@ pub use usage::Answer;
 /// and each --disk as /dev/vda, /dev/vdb, ...
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
-#[command(after_long_help = help::after(), after_help = "--help tells more: keys, examples, exit statuses.")]
+#[command(after_long_help = help::after(), after_help = "--help shows more: keys, examples, exit statuses.")]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
     #[command(subcommand)]
@@ -51,10 +51,10 @@ pub struct Args {
 
     /// Kernel to boot: a bzImage, or an ELF vmlinux [default: the test guest's]
     ///
-    /// A bzImage is entered by the 64-bit boot protocol, an ELF image by PVH if it has the note and by
-    /// the 64-bit boot protocol if not. The test guest (vmlinuz, initrd.cpio; `make guest` builds it)
-    /// is looked for in $MINIVMM_GUEST, beside the binary, and in guest-images/build; where its
-    /// unpacked kernel, vmlinux, lies beside vmlinuz and is not older, that one is booted.
+    /// A bzImage is entered by the 64-bit boot protocol, an ELF image by PVH if it has the PVH note,
+    /// otherwise by the 64-bit boot protocol. The test guest (vmlinuz, initrd.cpio; `make guest` builds it)
+    /// is looked for in $MINIVMM_GUEST, or else beside the binary and in guest-images/build. If its
+    /// unpacked kernel, vmlinux, is beside vmlinuz and not older, vmlinux is booted.
     #[arg(long, value_name = "PATH", help_heading = help::GUEST)]
     kernel: Option<PathBuf>,
 
@@ -62,16 +62,16 @@ pub struct Args {
     #[arg(long, value_name = "PATH", help_heading = help::GUEST)]
     initrd: Option<PathBuf>,
 
-    /// Give the guest the kernel's other modules too: `modprobe xfs`, or just `mount`
+    /// Add the rest of the kernel's modules, for `modprobe xfs` or just `mount`
     ///
-    /// An archive with lib/modules/VERSION, put behind the initial RAM disk; without PATH, the modules.cpio
-    /// that `make guest` has built beside the kernel. It lies in the guest's memory.
+    /// PATH is an archive with lib/modules/VERSION, which is appended to the initial RAM disk. Without PATH it is
+    /// the modules.cpio that `make guest` built beside the kernel. The archive takes up guest memory.
     #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true, help_heading = help::GUEST)]
     modules: Option<Option<PathBuf>>,
 
     /// Add to the kernel command line (repeatable)
     ///
-    /// What stands behind a ` -- ` goes to the guest's init.
+    /// Words after ` -- ` are passed to the guest's init.
     #[arg(long, value_name = "STRING", allow_hyphen_values = true, help_heading = help::GUEST)]
     append: Vec<String>,
 
@@ -89,7 +89,7 @@ pub struct Args {
 
     /// How the guest reaches its virtio devices: pci, or mmio
     ///
-    /// virtio-pci with MSI-X, or virtio-mmio; the key `transport` of a disk says otherwise for that disk.
+    /// pci is virtio-pci with MSI-X, mmio is virtio-mmio. A disk's key `transport` overrides this for that disk.
     #[arg(long, value_name = "pci|mmio", default_value = "pci", value_parser = values::transport(), hide_possible_values = true, help_heading = help::MACHINE)]
     transport: TransportChoice,
 
@@ -97,82 +97,83 @@ pub struct Args {
     #[arg(long = "disk", value_name = "PATH[,KEY=VALUE]...", value_parser = values::disk(), long_help = disk_help(), help_heading = help::DISKS)]
     disks: Vec<DiskOptions>,
 
-    /// Tell what each --disk will do, and run nothing
+    /// Print what each --disk will do, and run nothing
     ///
-    /// Open flags, features, the host's system calls for every request of every kind of driver,
-    /// alignment, file system, the host's disks. Nothing is started, written, synced or locked.
+    /// Prints open flags, features, the host's system calls for each request of each kind of driver,
+    /// alignment, file system and the host's disks. Starts, writes, syncs and locks nothing.
     #[arg(long, requires = "disks", help_heading = help::DISKS)]
     explain: bool,
 
-    /// With --explain: as JSON
+    /// With --explain: print JSON
     #[arg(long, requires = "explain", help_heading = help::DISKS)]
     json: bool,
 
     /// Kernel console, a 16550 (ttyS0): stdio, stderr, off, or file=PATH [default: stdio]
     ///
-    /// On a terminal Ctrl-A x ends the VM, and Ctrl-A h lists the keys. What is no terminal is passed
-    /// as it is.
+    /// On a terminal, Ctrl-A x ends the VM and Ctrl-A h lists the keys. Input that is not from a
+    /// terminal is passed on unchanged.
     #[arg(long, value_name = "stdio|stderr|off|file=PATH", value_parser = values::console(), hide_possible_values = true, help_heading = help::RUNNING)]
     console: Option<ConsoleTarget>,
 
-    /// End the VM after so many seconds
+    /// End the VM after this many seconds
     #[arg(long, value_name = "SECONDS", value_parser = values::seconds, help_heading = help::RUNNING)]
     timeout: Option<Duration>,
 
-    /// Wait so long for the end of what the host's disks have been given, then fail [default: 60]
+    /// At the end, wait at most this long for I/O in flight on the host, then fail [default: 60]
     ///
-    /// A disk that hangs would hang minivmm: after 3 seconds it tells what it waits for, and past the limit it
-    /// ends with status 125. The last fdatasync of an image may have much to write: it has a limit only if one
-    /// is given. Signals do not shorten the wait; Ctrl-C on minivmm's terminal ends it, once it is told.
+    /// Without a limit, a disk that hangs would hang minivmm. After 3 seconds minivmm prints what it waits for;
+    /// past the limit it exits with status 125. The last fdatasync of an image may have much to write, so it is
+    /// limited only if this option is given. Signals do not shorten the wait. Once minivmm has printed what it
+    /// waits for, Ctrl-C on its terminal ends it.
     #[arg(long, value_name = "SECONDS", value_parser = values::seconds, help_heading = help::RUNNING)]
     stop_timeout: Option<Duration>,
 
-    /// At the end, tell of each disk what was asked, done and at risk: on stderr, or as JSON to FILE
+    /// At the end, report for each disk what was asked, done and at risk: on stderr, or as JSON to FILE
     ///
-    /// Bytes at risk are those that the guest was told are written and that a crash of the host may
-    /// still lose. Latencies are measured only with this option. SIGUSR1 tells the same at any time:
-    /// on stderr, or by writing FILE anew.
+    /// Bytes at risk were acknowledged to the guest as written, and a crash of the host may still lose
+    /// them. Latencies are measured only with this option. SIGUSR1 makes the same report at any time: on
+    /// stderr, or by writing FILE anew.
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
     stats: Option<Option<PathBuf>>,
 
-    /// Keep in FILE, as CSV, where the data is: what host and guest cache, what the host's disk does
+    /// Record in FILE, as CSV, where the data is: in the host's cache, the guest's cache, on the disk
     ///
-    /// A line for each disk and moment (docs/observing.md); `minivmm top FILE` shows it. The guest's own
-    /// view is there if the guest is the test guest.
+    /// One line for each disk and interval (docs/observing.md); `minivmm top FILE` displays it. The guest's
+    /// own view is included only if the guest is the test guest.
     #[arg(long, value_name = "FILE")]
     observe: Option<PathBuf>,
 
-    /// The time between two lines of --observe
+    /// With --observe: the time between two lines of a disk
     #[arg(long, value_name = "SECONDS", value_parser = values::seconds, default_value = "0.5", requires = "observe")]
     observe_interval: Duration,
 
-    /// Let minivmm, its guest's memory and its page cache have so much of this host's memory at most
+    /// Limit the host memory that minivmm, its guest and its page cache use together
     ///
-    /// By a cgroup v2 of its own, where that is permitted.
+    /// minivmm makes a cgroup v2 of its own for this, which needs permission.
     #[arg(long, value_name = "SIZE", value_parser = size::memory, help_heading = help::MACHINE)]
     host_memory_limit: Option<u64>,
 
-    /// Give up, before the guest runs, what a VMM does not need: on, log, or off
+    /// Before the guest runs, give up every right that a VMM does not need: on, log, or off
     ///
-    /// on: no path can be opened, no program started; each thread has a list of the system calls that it may
-    /// make, and one that is not on it ends minivmm with status 125 and is named. log: such a call is named and
-    /// made. What each may, and why, is in docs/security.md.
+    /// on: minivmm can open no path and start no program, and each thread may make only the system calls on its
+    /// list. Any other call is named, and ends minivmm with status 125. log: such a call is named and allowed.
+    /// docs/security.md lists each thread's calls, and the reasons.
     #[arg(long, value_name = "on|log|off", default_value = "on", value_parser = values::sandbox_mode(), hide_possible_values = true, help_heading = help::MACHINE)]
     sandbox: sandbox::Mode,
 
-    /// Say more (twice: much more)
+    /// Log more (twice: much more)
     #[arg(short, long, action = ArgAction::Count, help_heading = help::RUNNING)]
     verbose: u8,
 
-    /// Where a Linux guest runs: auto, direct, or emulated [default: here, or a refusal]
+    /// Where a Linux guest runs: auto, direct, or emulated [default: here, if KVM can run Linux]
     ///
-    /// auto: on this machine if its KVM runs Linux, otherwise in the emulated host (docs/hosts.md), which is many times
-    /// slower and brings files back at the end. direct: here, whatever KVM can do. emulated: in the emulated host.
-    /// Without this option a machine whose KVM cannot run Linux refuses, and tells the line to type.
+    /// auto: on this machine if its KVM runs Linux, otherwise in the emulated host (docs/hosts.md). The emulated host is
+    /// many times slower, and copies files back at the end. direct: here, whatever KVM can do. emulated: in the
+    /// emulated host. Without this option, if KVM cannot run Linux here, minivmm prints the command to use and exits.
     #[arg(long, value_name = "auto|direct|emulated", value_parser = values::host(), hide_possible_values = true, help_heading = help::RUNNING)]
     host: Option<HostChoice>,
 
-    /// Say nothing but errors
+    /// Print only errors
     #[arg(short, long, conflicts_with = "verbose", help_heading = help::RUNNING)]
     quiet: bool,
 
@@ -183,16 +184,16 @@ pub struct Args {
 /// What minivmm does besides running a guest.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Tell whether this machine can run Linux guests, and what to do if not
+    /// Check whether this machine can run Linux guests, and say what to do if not
     ///
-    /// Looks at /dev/kvm and runs guests of a few instructions, for less than a second. Exit status:
-    /// 0 where Linux guests run, 1 where they do not.
+    /// Examines /dev/kvm and runs guests of a few instructions, for less than a second. Exit status:
+    /// 0 if Linux guests run, 1 if they do not.
     Check {
-        /// As JSON
+        /// Print JSON
         #[arg(long, conflicts_with = "quiet")]
         json: bool,
 
-        /// Only the verdict, in one line
+        /// Print only the verdict, in one line
         #[arg(short, long)]
         quiet: bool,
     },
@@ -262,7 +263,7 @@ impl Args {
             && !args.job.is_given()
             && std::env::args_os().next_back().is_some_and(|it| it == "--")
         {
-            let why = "a COMMAND for the guest stands behind --, and there is none";
+            let why = "there is no COMMAND after --: minivmm [OPTIONS] -- COMMAND";
             return Err(Answer::new(Self::command().error(ErrorKind::MissingRequiredArgument, why)));
         }
         let conflict = |why: &dyn std::fmt::Display| {
@@ -273,7 +274,7 @@ impl Args {
         }
         if args.job.is_given() && args.initrd.as_deref().is_some_and(|path| path.as_os_str() == "none") {
             return conflict(
-                &"a COMMAND needs an --initrd, whose init runs it: --initrd none goes without a COMMAND only",
+                &"a COMMAND is run by the initrd's init: --initrd none cannot be used with a COMMAND",
             );
         }
         if let Some(why) = args.unbootable_root() {

@@ -37,7 +37,7 @@ pub enum OptionsError {
     #[error("--disk needs the path of an image: --disk PATH[,KEY=VALUE]...")]
     NoPath,
     /// The key is unknown.
-    #[error("unknown key '{key}'{hint} (the keys are {known}; a comma in the path is written twice)")]
+    #[error("unknown key '{key}'{hint} (the keys are {known}; write a comma in a path twice)")]
     UnknownKey {
         /// The key as given.
         key: String,
@@ -61,7 +61,7 @@ pub enum OptionsError {
     },
     /// The image's name most likely contains a comma.
     #[error(
-        "the path '{path}' does not exist, but there is a file '{whole}': a comma in a path is written twice, --disk \
+        "the path '{path}' does not exist, but there is a file '{whole}': write a comma in a path twice, --disk \
          '{doubled}'"
     )]
     Comma {
@@ -109,14 +109,14 @@ static KEYS: [Key; 19] = [
     Key {
         name: "serial",
         takes: "1 to 20 bytes",
-        help: "what the guest sees as the disk's serial [the image's file name]",
+        help: "the disk's serial number as the guest sees it [the image's file name]",
         alone: None,
         set: |options, value| (!value.is_empty()).then(|| options.config.serial = Some(value.to_owned())),
     },
     Key {
         name: "queues",
         takes: "1 to 16",
-        help: "virtqueues, a worker thread each [one a guest CPU, at most 4]",
+        help: "number of virtqueues, each with a worker thread [one per guest CPU, at most 4]",
         alone: None,
         set: |options, value| value.parse().ok().map(|queues| options.config.queues = Some(queues)),
     },
@@ -130,7 +130,7 @@ static KEYS: [Key; 19] = [
     Key {
         name: "block-size",
         takes: "512|4096",
-        help: "the disk's logical block [what the host needs for O_DIRECT, or 512]",
+        help: "size of the disk's logical blocks [what the host needs for O_DIRECT, or 512]",
         alone: None,
         set: |options, value| {
             options.config.block_size = Some(match value {
@@ -151,7 +151,7 @@ static KEYS: [Key; 19] = [
     Key {
         name: "engine",
         takes: "io_uring|sync|auto",
-        help: "what does the host's I/O; auto is io_uring where the host has it and it is the faster [auto]",
+        help: "how the host's I/O is done; auto takes io_uring if the host has it and it is faster [auto]",
         alone: None,
         set: |options, value| {
             options.config.engine = match value {
@@ -166,8 +166,8 @@ static KEYS: [Key; 19] = [
     Key {
         name: "stable",
         takes: "dsync|fdatasync|group|auto",
-        help: "how a write is made stable where it must be: by RWF_DSYNC, by an fdatasync of its own, by one \
-               fdatasync for all that are in flight, or what is best for the image [auto]",
+        help: "how a write that must be stable is made so: by RWF_DSYNC, by an fdatasync of its own, by one \
+               fdatasync for all that are in flight, or by whatever is best for the image [auto]",
         alone: None,
         set: |options, value| {
             options.config.stable = StableBy::by_name(value)?;
@@ -177,24 +177,24 @@ static KEYS: [Key; 19] = [
     Key {
         name: "batch",
         takes: "1 to 1024",
-        help: "after how many operations io_uring is entered in the midst of a batch: few keep a fast disk busy, \
-               many save system calls [4]",
+        help: "number of queued operations after which io_uring is entered before a batch is complete: a small number \
+               keeps a fast disk busy, a large one saves system calls [4]",
         alone: None,
         set: |options, value| value.parse().ok().map(|batch| options.config.batch = batch),
     },
     Key {
         name: "poll-us",
         takes: "0 to 1000",
-        help: "how many microseconds a worker looks for more before it sleeps, where that pays; 0 is never [100, \
-               or 0 where workers and guest CPUs outnumber the host's]",
+        help: "for how many microseconds at most a worker spins before it blocks; 0 is never [100, or 0 if workers \
+               and guest CPUs outnumber the host's CPUs]",
         alone: None,
         set: |options, value| value.parse().ok().map(|us| options.config.poll_us = Some(us)),
     },
     Key {
         name: "transport",
         takes: "pci|mmio",
-        help: "how the guest reaches the disk; with both in one machine the order in which the guest loads its drivers \
-               decides which disk is vda [what --transport says]",
+        help: "how the guest reaches the disk; if a machine has both, the order in which the guest loads its drivers \
+               decides which disk is vda [the value of --transport]",
         alone: None,
         set: |options, value| {
             options.transport = Some(TransportChoice::by_name(value)?);
@@ -255,8 +255,8 @@ static KEYS: [Key; 19] = [
     Key {
         name: "host-cache",
         takes: "keep|drop|warm",
-        help: "what the host's page cache has of the image when the guest starts: what is there, nothing (it is \
-               written, then dropped), or all of it [keep]",
+        help: "what the host's page cache holds of the image when the guest starts: what it holds now, nothing (written \
+               back, then dropped), or all of it [keep]",
         alone: None,
         set: |options, value| {
             options.host_cache = HostCache::ALL.into_iter().find(|wish| wish.name() == value)?;
@@ -266,7 +266,7 @@ static KEYS: [Key; 19] = [
     Key {
         name: "shared-with-host",
         takes: "on|off",
-        help: "start although this host uses the image: has it mounted, behind a loop device, as swap, or locked by \
+        help: "start even if this host uses the image: mounted, behind a loop device, as swap, or locked by \
                flock; two writers destroy a file system [off]",
         alone: Some("on"),
         set: |options, value| on_off(value).map(|on| options.config.shared_with_host = on),

@@ -53,8 +53,8 @@ const NO_LINUX: i32 = 1;
 pub enum HostError {
     /// This machine's KVM cannot run Linux, and no other host was asked for.
     #[error(
-        "{verdict}. In the emulated host it does; type:{steps}\n(--host=direct tries it here all the same; `minivmm \
-         check` tells more)"
+        "{verdict}. In the emulated host it does; type:{steps}\n(--host=direct tries it here anyway; `minivmm \
+         check` says more)"
     )]
     Refused {
         /// The verdict of `check`.

@@ -187,11 +187,11 @@ pub enum VmmError {
     #[error(transparent)]
     Stop(#[from] StopError),
     #[error(
-        "--disk {first} and --disk {second} are the same bytes: give each disk an image of its own (readers can share \
-         an image when all say readonly)"
+        "--disk {first} and --disk {second} share bytes: give each disk an image of its own (disks can share an image \
+         if all are readonly)"
     )]
     SameDisk { first: PathBuf, second: PathBuf },
-    #[error("too many disks: {asked}, and there is room for {max}")]
+    #[error("too many disks: {asked}, and at most {max} are possible")]
     TooManyDisks { asked: usize, max: usize },
     #[error(
         "too many virtio-mmio devices: {asked}, and there are interrupt lines for {max} (use transport=pci)"

@@ -32,7 +32,7 @@ const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 #[derive(Debug, thiserror::Error)]
 pub enum AcpiError {
     /// The tables do not fit into their area.
-    #[error("they need {bytes} bytes and have {max}")]
+    #[error("they need {bytes} bytes, and only {max} are reserved for them")]
     TooLong {
         /// The bytes that the tables need.
         bytes: u64,

@@ -32,7 +32,7 @@ pub enum InitrdError {
     #[error("cannot read it")]
     Read(#[from] io::Error),
     /// The file could not be read into RAM.
-    #[error("cannot read it into guest memory: it has become shorter while it was read, or {0}")]
+    #[error("cannot read it into guest memory: it became shorter while it was read, or {0}")]
     Load(String),
     /// It is not a regular file, but this.
     #[error("it is {0}, not a regular file")]

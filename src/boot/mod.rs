@@ -106,7 +106,7 @@ pub enum BootError {
     #[error("cannot use the kernel command line")]
     Cmdline(#[from] cmdline::CmdlineError),
     /// The ACPI tables cannot be written.
-    #[error("cannot lay the ACPI tables")]
+    #[error("cannot place the ACPI tables")]
     Acpi(#[from] acpi::AcpiError),
     /// RAM is smaller than what belongs into its first MiB.
     #[error("cannot write the boot parameters")]

@@ -26,20 +26,20 @@ use crate::vmm::{BootTimeout, ConsoleTarget, Ending};
 pub struct CommandArgs {
     /// Run COMMAND in the guest as its only job: `minivmm -- sh -c 'uname -r'`
     ///
-    /// Its standard streams are minivmm's, its exit status too (see below). Kernel messages go
-    /// nowhere; with -v to standard error, or where --console says. The guest ends when it has
-    /// ended; what it has left in the background ends with the guest.
+    /// Its standard streams and its exit status are minivmm's (see below). Kernel messages are discarded,
+    /// unless -v sends them to standard error or --console elsewhere. When COMMAND ends, the guest ends,
+    /// and with it whatever COMMAND left in the background.
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<OsString>,
 
-    /// Put a file or folder into the guest (repeatable), a program with its shared libraries
+    /// Copy a file or directory into the guest (repeatable); a program comes with its shared libraries
     ///
-    /// Without GUEST, an absolute HOST is at the same place in the guest, a relative one is in `/`.
-    /// A GUEST that ends with `/` is the directory to put it into.
+    /// Without GUEST, an absolute HOST has the same path in the guest, and a relative one is placed in `/`.
+    /// A GUEST that ends with `/` is the directory to place it in.
     #[arg(long = "add", value_name = "HOST[:GUEST]", value_parser = OsStringValueParser::new().try_map(|text| Add::parse(&text)), requires = "command")]
     adds: Vec<Add>,
 
-    /// Set an environment variable of the command (repeatable); without =VALUE, to the one here
+    /// Set an environment variable of the command (repeatable); without =VALUE, copy it from here
     #[arg(long, value_name = "NAME[=VALUE]", value_parser = OsStringValueParser::new().try_map(variable), requires = "command")]
     env: Vec<OsString>,
 
@@ -47,11 +47,11 @@ pub struct CommandArgs {
     #[arg(long, value_name = "DIR", requires = "command")]
     workdir: Option<PathBuf>,
 
-    /// End a guest whose init has not reported in so many seconds; 0: never [default: 60]
+    /// End a guest whose init has not reported within this many seconds; 0: never [default: 60]
     ///
-    /// The test guest's init reports before it starts COMMAND; a foreign --initrd that does not is ended with status
-    /// 125 and the kernel's last lines. How long COMMAND itself may run is --timeout's business. The default is
-    /// longer where this machine is emulated.
+    /// The test guest's init reports before it starts COMMAND. A guest that does not report is ended, with status 125
+    /// and the kernel's last lines. --timeout limits how long COMMAND itself may run. The default is longer on an
+    /// emulated machine.
     #[arg(long, value_name = "SECONDS", value_parser = boot_timeout, requires = "command")]
     boot_timeout: Option<BootTimeout>,
 
@@ -63,7 +63,7 @@ pub struct CommandArgs {
 fn variable(text: OsString) -> Result<OsString, String> {
     let at = text.as_bytes().iter().position(|&byte| byte == b'=');
     if text.is_empty() || at == Some(0) {
-        return Err("it is NAME=VALUE, or NAME for the value that it has here".into());
+        return Err("expected NAME=VALUE, or NAME for the value that it has here".into());
     }
     if at.is_some() {
         return Ok(text);
@@ -79,7 +79,7 @@ fn variable(text: OsString) -> Result<OsString, String> {
 }
 
 fn boot_timeout(text: &str) -> Result<BootTimeout, String> {
-    let wrong = || "it is a number of seconds, such as 120, or 0 for no limit".to_string();
+    let wrong = || "expected a number of seconds, such as 120, or 0 for no limit".to_string();
     let seconds: f64 = text.parse().map_err(|_| wrong())?;
     match Duration::try_from_secs_f64(seconds) {
         Ok(Duration::ZERO) if seconds <= 0.0 => Ok(BootTimeout::Never),
@@ -90,7 +90,7 @@ fn boot_timeout(text: &str) -> Result<BootTimeout, String> {
 
 /// The requested console would mix with the command's output.
 #[derive(Debug, thiserror::Error)]
-#[error("with a COMMAND standard output is the command's: --console takes stderr, off or file=PATH")]
+#[error("with a COMMAND, standard output belongs to the command: use --console stderr, off or file=PATH")]
 pub struct ConsoleTaken;
 
 impl CommandArgs {
@@ -274,8 +274,8 @@ impl RunReporter {
             Ending::NoReport => (
                 "no-report",
                 format!(
-                    "the guest has ended without telling how {command} ended (-v shows its kernel's messages; \
-                     an --initrd of one's own needs the test guest's init and its minivmm-job)"
+                    "the guest has ended without reporting how {command} ended (-v shows its kernel's messages; \
+                     an --initrd of your own needs the test guest's init and its minivmm-job)"
                 ),
             ),
             Ending::Incomplete(what) => (
@@ -289,8 +289,8 @@ impl RunReporter {
             Ending::BootTimeout(limit) => (
                 "boot-timeout",
                 format!(
-                    "the guest has not reported in {} s, and was ended: its init has to start minivmm-job, which \
-                     reports on a port of virtio-console. An --initrd of one's own needs both, and a kernel with \
+                    "the guest has not reported within {} s, and was ended: its init must start minivmm-job, which \
+                     reports on a port of virtio-console. An --initrd of your own needs both, and a kernel with \
                      virtio-console (docs/running-commands.md); -v shows the kernel's messages, and --boot-timeout \
                      SECONDS waits longer",
                     limit.as_secs_f64()

@@ -24,8 +24,8 @@ impl CommandArgs {
                 continue;
             };
             log::warn!(
-                "{}: not written from byte {hole} of {bytes} on. fio reads such holes without any disk, so its figures \
-                 are too good; let it write them first (--rw=write), or use `minivmm bench`",
+                "{}: bytes from {hole} on (of {bytes}) were never written. Reading such a hole needs no disk, so fio's figures \
+                 would be too good: have fio write the image first (--rw=write), or use `minivmm bench`",
                 disk.config.path.display()
             );
         }

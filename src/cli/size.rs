@@ -34,18 +34,18 @@ fn memory_on(text: &str, address_bits: u32) -> Result<u64, String> {
         return Err(format!("it is less than 16M, in which no kernel boots{hint}"));
     }
     if bytes > MEMORY_MAX {
-        return Err("it is more than 8T, the most that a guest gets".into());
+        return Err("it is more than 8T, the largest guest memory".into());
     }
     // The gap below 4 GiB moves the rest of the memory up.
     let most = 1_u64.checked_shl(address_bits).unwrap_or(u64::MAX).saturating_sub(GIB);
     if bytes > most {
         let most = most / GIB;
         return Err(format!(
-            "it is more than this host's {address_bits} bits of physical address reach ({most}G)"
+            "it is more than this host's {address_bits} bits of physical address can reach ({most}G)"
         ));
     }
     if !bytes.is_multiple_of(MIB) {
-        return Err("it is no multiple of 1M".into());
+        return Err("it is not a multiple of 1M".into());
     }
     Ok(bytes)
 }
@@ -54,14 +54,14 @@ fn memory_on(text: &str, address_bits: u32) -> Result<u64, String> {
 pub fn disk(text: &str) -> Result<u64, String> {
     match bytes(text)? {
         bytes if bytes < MIB => Err("it is less than 1M; a number without a letter counts bytes".into()),
-        bytes if !bytes.is_multiple_of(4096) => Err("it is no multiple of 4K".into()),
+        bytes if !bytes.is_multiple_of(4096) => Err("it is not a multiple of 4K".into()),
         bytes => Ok(bytes),
     }
 }
 
 /// Parses `text` into bytes.
 fn bytes(text: &str) -> Result<u64, String> {
-    let wrong = || "it is a number, with K, M, G or T behind it: 512M, 4G".to_string();
+    let wrong = || "expected a number followed by K, M, G or T: 512M, 4G".to_string();
     let units = [('K', KIB), ('M', MIB), ('G', GIB), ('T', 1 << 40)];
     let last = text.chars().last().map(|letter| letter.to_ascii_uppercase());
     let unit = units.iter().find(|(letter, _)| Some(*letter) == last);

@@ -9,15 +9,15 @@ use clap::Subcommand;
 /// A subcommand of minivmm-tools.
 #[derive(Debug, Subcommand)]
 pub(super) enum Tool {
-    /// Show an observation (--observe) as it grows
+    /// Display an observation (--observe) as it grows
     Top,
-    /// List a write log: what a disk was given, and what it has promised to keep
+    /// List a write log: what was written to a disk, and what it promised to keep
     Log,
-    /// Check the disks that a loss of power could have left of a write log
+    /// Check every disk state that a power loss could have left, from a write log
     Crash,
-    /// Measure a disk in cache modes: fio in the guest, beside the same job on this host
+    /// Measure a disk in several cache modes: fio in the guest and the same job on this host
     Bench,
-    /// Measure what was said of disk caching in 2008, claim by claim
+    /// Test the claims made about disk caching in 2008, one by one
     Study,
 }
 

@@ -60,7 +60,7 @@ fn improve_for(mut error: clap::Error, words: &[String]) -> clap::Error {
         let wrong = before.filter(|word| word.to_str().is_none());
         let wrong: Vec<_> = wrong.map(|word| format!("'{}'", word.to_string_lossy())).collect();
         let why = format!(
-            "{} is not UTF-8, as all must be that is neither a path nor a COMMAND's",
+            "{} is not UTF-8: only paths and the words of a COMMAND may be other bytes",
             wrong.join(" or ")
         );
         return Args::command().error(ErrorKind::InvalidUtf8, why);
@@ -74,7 +74,7 @@ fn improve_for(mut error: clap::Error, words: &[String]) -> clap::Error {
     let before = words.iter().position(|it| it == word).and_then(|at| words.get(at.checked_sub(1)?));
     let own: Vec<String> = Args::command().get_subcommands().map(|it| it.get_name().to_owned()).collect();
     let tip = if let Some(hyphens) = with_hyphens(word) {
-        format!("'{word}' begins with a dash that is no hyphen, as some programs make of one: type {hyphens}")
+        format!("'{word}' begins with a dash, not a hyphen (some programs replace hyphens): type {hyphens}")
     } else if let Some(name) = word.strip_prefix("--") {
         if !disk_options::keys().any(|(key, _)| key == name) {
             return error;
@@ -83,16 +83,16 @@ fn improve_for(mut error: clap::Error, words: &[String]) -> clap::Error {
     } else if word.starts_with('-') {
         return error;
     } else if before.is_some_and(|before| before == "--stats") {
-        format!("a file for the statistics is given with '=': use --stats={word}")
+        format!("the file for the statistics follows an '=': use --stats={word}")
     } else if let Some(meant) = text::nearest(word, own.iter().map(String::as_str)) {
         format!(
-            "did you mean '{meant}'? (a command for the guest stands behind --: minivmm [OPTIONS] -- {word})"
+            "did you mean '{meant}'? (to run a command in the guest, put it after --: minivmm [OPTIONS] -- {word})"
         )
     } else if Path::new(word).exists() {
         format!("to give the guest a disk: --disk {}", text::shell_word(word.replace(',', ",,")))
     } else {
         format!(
-            "a command for the guest stands behind --: minivmm [OPTIONS] -- {word}; minivmm's own are {}",
+            "to run a command in the guest, put it after --: minivmm [OPTIONS] -- {word}; minivmm's own subcommands are {}",
             own.join(", ")
         )
     };

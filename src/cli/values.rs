@@ -17,19 +17,19 @@ use crate::vmm::ConsoleTarget;
 
 /// Parses a number of guest CPUs.
 pub fn cpus(text: &str) -> Result<u8, String> {
-    let wrong = || "it is a number from 1 to 254".to_string();
+    let wrong = || "expected a number from 1 to 254".to_string();
     text.parse().ok().filter(|count| (1..=254).contains(count)).ok_or_else(wrong)
 }
 
 // Lists of words, so that shells complete them and an error suggests the nearest one.
 pub(super) fn transport() -> impl TypedValueParser<Value = TransportChoice> {
-    let unknown = || "it is pci or mmio".to_owned();
+    let unknown = || "expected pci or mmio".to_owned();
     PossibleValuesParser::new(["pci", "mmio"])
         .try_map(move |name| TransportChoice::by_name(&name).ok_or_else(unknown))
 }
 
 pub(super) fn sandbox_mode() -> impl TypedValueParser<Value = sandbox::Mode> {
-    let unknown = || "it is on, log or off".to_owned();
+    let unknown = || "expected on, log or off".to_owned();
     PossibleValuesParser::new(sandbox::Mode::ALL.map(|(name, _)| name))
         .try_map(move |name| sandbox::Mode::by_name(&name).ok_or_else(unknown))
 }
@@ -80,13 +80,13 @@ fn console_target(text: &OsStr) -> Result<ConsoleTarget, String> {
         [b'f', b'i', b'l', b'e', b'=', path @ ..] if !path.is_empty() => {
             Ok(ConsoleTarget::File(OsStr::from_bytes(path).into()))
         }
-        _ => Err("it is stdio, stderr, off, or file=PATH".into()),
+        _ => Err("expected stdio, stderr, off, or file=PATH".into()),
     }
 }
 
 /// Parses a number of seconds above 0.
 pub fn seconds(text: &str) -> Result<Duration, String> {
-    let wrong = || "it is a number of seconds above 0, such as 60 or 0.5".to_string();
+    let wrong = || "expected a number of seconds above 0, such as 60 or 0.5".to_string();
     let seconds: f64 = text.parse().map_err(|_| wrong())?;
     match Duration::try_from_secs_f64(seconds) {
         Ok(duration) if !duration.is_zero() => Ok(duration),

@@ -156,7 +156,7 @@ fn a_file_with_a_comma_in_its_name_is_no_key() {
     assert!(parse(&whole).is_ok(), "no such file: it is a key");
     std::fs::write(&whole, "").unwrap();
     let error = parse(&whole).unwrap_err().to_string();
-    assert!(error.contains("disk,,readonly") && error.contains("written twice"), "{error}");
+    assert!(error.contains("disk,,readonly") && error.contains("in a path twice"), "{error}");
     assert_eq!(parse(whole.replace(',', ",,")).unwrap().config.path, PathBuf::from(&whole));
     std::fs::write(directory.path().join("disk"), "").unwrap();
     assert!(parse(&whole).unwrap().config.readonly);

@@ -51,21 +51,23 @@ pub enum JobError {
     Kind(PathBuf, &'static str),
     /// It has more bytes than the archive's fields can count.
     #[error(
-        "cannot add {0} to the guest: it has 4 GiB or more, and what is added lies in the guest's memory; \
-         bring it on a disk (--disk {0},readonly)"
+        "cannot add {0} to the guest: it has 4 GiB or more, and added files take up guest memory; \
+         put it on a disk (--disk {0},readonly)"
     )]
     TooLarge(PathBuf),
     /// A file that reports no length went on past the limit.
-    #[error("cannot add {0} to the guest: it tells no length, and has more than 16 MiB")]
+    #[error("cannot add {0} to the guest: it reports no length, and has more than 16 MiB")]
     Endless(PathBuf),
     /// The path is one that minivmm itself needs.
-    #[error("cannot add anything at {0}: the command travels there; choose another place (--add HOST:GUEST)")]
+    #[error(
+        "cannot add anything at {0}: minivmm puts the command there; choose another place (--add HOST:GUEST)"
+    )]
     Reserved(PathBuf),
     /// The guest covers the path with a file system of its own.
-    #[error("cannot add anything at {0}: the guest has {1} of its own there")]
+    #[error("cannot add anything at {0}: the guest mounts a file system of its own there, for {1}")]
     Covered(PathBuf, &'static str),
     /// The path in the guest is not usable.
-    #[error("cannot add {host} at {guest}: the place in the guest is an absolute path without `..`")]
+    #[error("cannot add {host} at {guest}: the path in the guest must be absolute and without `..`")]
     Place {
         /// The file.
         host: PathBuf,

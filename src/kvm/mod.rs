@@ -36,7 +36,7 @@ pub enum KvmError {
         source: io::Error,
     },
     /// KVM's interface has another version.
-    #[error("this KVM speaks version {0} of its interface, minivmm {KVM_API_VERSION}")]
+    #[error("this KVM has version {0} of its interface, and minivmm needs {KVM_API_VERSION}")]
     Version(i32),
     /// KVM lacks this extension, which minivmm needs.
     #[error("this KVM has no {0}, which minivmm needs: use a newer kernel on the host")]

@@ -72,7 +72,7 @@ pub struct Residency {
 pub enum CacheError {
     /// cachestat(2) exists but refuses.
     #[error(
-        "cachestat(2) of {path} is refused: only whoever owns a file or may write it is told of its cache"
+        "cachestat(2) of {path} is refused: the kernel reports a file's cache only to its owner, or to those who may write it"
     )]
     Refused {
         /// The file.
@@ -81,7 +81,7 @@ pub enum CacheError {
         source: io::Error,
     },
     /// mincore(2) cannot be used. It reports every page as resident to a process that may not write the file.
-    #[error("this kernel has no cachestat(2) (Linux 6.5 has it), and mincore(2) of {path} tells nothing")]
+    #[error("this kernel has no cachestat(2) (Linux 6.5 has it), and mincore(2) reports nothing of {path}")]
     Mincore {
         /// The file.
         path: PathBuf,

@@ -142,8 +142,8 @@ mod tests {
         let path = image.path().display().to_string();
         let readonly = format!("{path},readonly");
         let pci = TransportChoice::Pci;
-        assert!(plan(&[&path, &path], pci, false)[0].contains("are the same"));
-        assert!(plan(&[&readonly, &path], pci, false)[0].contains("are the same"));
+        assert!(plan(&[&path, &path], pci, false)[0].contains("share bytes"));
+        assert!(plan(&[&readonly, &path], pci, false)[0].contains("share bytes"));
         assert!(plan(&[&readonly, &readonly], pci, false).is_empty());
     }
 }

@@ -348,7 +348,7 @@ fn images_that_cannot_be_are_refused_with_the_reason_and_the_remedy() {
         (dir.path().to_path_buf(), &["a directory"][..]),
         ("/dev/null".into(), &["character device"][..]),
         (make("empty.img", b""), &["is empty", "truncate -s 1G"][..]),
-        (make("odd.img", &[0; 1000]), &["1000 bytes", "no multiple", "truncate -s %"][..]),
+        (make("odd.img", &[0; 1000]), &["1000 bytes", "not a multiple", "truncate -s %"][..]),
         (make("a.qcow2", &padded(b"QFI\xfb")), &["qcow2", "qemu-img convert -O raw", "format=raw"][..]),
         (make("a.vmdk", &padded(b"KDMV")), &["vmdk", "qemu-img convert"][..]),
         (make("b.vmdk", &padded(b"# Disk DescriptorFile")), &["vmdk"][..]),

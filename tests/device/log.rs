@@ -315,7 +315,7 @@ fn a_log_is_made_in_the_place_of_a_log_and_of_nothing_else() {
     assert_eq!(std::fs::read(&letter).unwrap(), b"dear");
     let own = chain(&options(test.path.clone()));
     assert!(own.contains("has locked it as its own"), "{own}");
-    assert!(chain(&options("/nowhere/x".into())).contains("cannot be made"));
+    assert!(chain(&options("/nowhere/x".into())).contains("cannot be created"));
     let first = Image::open(&options(log_path(&test))).unwrap();
     let other = TestImage::new(1 << 20);
     let second = DiskConfig { log_writes: Some(log_path(&test)), ..other.options("none") };
@@ -365,8 +365,8 @@ fn what_is_no_log_or_a_damaged_one_is_an_error_that_says_so() {
         std::fs::write(&path, bytes).unwrap();
         WriteLog::open(&path).unwrap_err().to_string()
     };
-    assert!(refused(b"").contains("no write log"));
-    assert!(refused(&[0; 4096]).contains("no write log"));
+    assert!(refused(b"").contains("not a write log"));
+    assert!(refused(&[0; 4096]).contains("not a write log"));
     let superblock = |entries: u64, sector: u32| {
         let mut bytes = [0x006a_7366_7773_6872, 1, entries].map(u64::to_le_bytes).concat();
         bytes.extend(sector.to_le_bytes());

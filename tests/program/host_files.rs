@@ -237,7 +237,7 @@ fn what_a_run_refuses_explain_refuses_with_the_same_words() {
     );
     place.must_refuse_and_explain(&["--disk", "a.img,log-writes=letter"], &["letter", "an older write log"]);
     place.must_refuse_and_explain(&["--disk", "a.img,log-writes=no/log"], &["no/log", "the directory no"]);
-    place.must_refuse_and_explain(&["--disk", "a.img", "--disk", "hard"], &["a.img", "hard", "same bytes"]);
+    place.must_refuse_and_explain(&["--disk", "a.img", "--disk", "hard"], &["a.img", "hard", "share bytes"]);
     place.must_refuse_and_explain(&["--disk", "a.img", "--stats=soft"], &["--stats to soft", "--disk a.img"]);
     place.must_refuse_and_explain(&["--disk", "gone.img"], &["gone.img", "does not exist"]);
     let all = |count: usize, key: &str| {
@@ -360,7 +360,7 @@ fn an_image_behind_a_loop_device_is_refused_mounted_or_not() {
     // Two names of the same bytes.
     place.must_refuse_and_explain(
         &["--disk", &name, "--disk", "e.img,shared-with-host"],
-        &["same bytes", &name],
+        &["share bytes", &name],
     );
     // A report must not go there either: its beginning is text.
     let text = place.at("text");

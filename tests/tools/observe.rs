@@ -306,7 +306,7 @@ fn top_prints_lines_where_there_is_no_terminal_and_ends_with_the_observation() {
 
 #[test]
 fn top_refuses_what_is_no_observation() {
-    for (path, word) in [("/nonexistent", "No such file"), ("/proc/self/status", "no observation")] {
+    for (path, word) in [("/nonexistent", "No such file"), ("/proc/self/status", "not an observation")] {
         let output = Command::new(tools::minivmm()).args(["top", path]).output().unwrap();
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(125), "{text}");

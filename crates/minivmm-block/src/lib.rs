@@ -47,7 +47,7 @@
 //!
 //! Each queue has one worker thread, one state machine and one engine. Queues share the image, its error latch and
 //! its `writeback` byte, and nothing else. A worker blocks in its engine until its doorbell is rung or an operation
-//! completes; before it blocks it spins for either, for as long as spinning has paid lately ([`blk::poll`]). A
+//! completes; before it blocks it spins for either, for as long as spinning has paid lately (`blk::poll`). A
 //! request has at most one host operation in flight. Requests complete in any order (virtio 5.2.6). All
 //! completions of a batch are published by one store of the used index, with at most one interrupt.
 //!
@@ -110,3 +110,29 @@ pub mod sync;
 pub mod text;
 pub mod threads;
 pub mod virtio;
+
+#[cfg(test)]
+mod tests {
+    /// An embedder can box each public error, send it to another thread and print its causes.
+    #[test]
+    fn every_public_error_is_an_error_that_threads_can_pass_on() {
+        fn is_error<E: std::error::Error + Send + Sync + 'static>() {}
+        is_error::<crate::blk::DeviceError>();
+        is_error::<crate::blk::worker::TurnError>();
+        is_error::<crate::blk::worker::WorkerGone>();
+        is_error::<crate::disk::ConfigError>();
+        is_error::<crate::disk::ImageError>();
+        is_error::<crate::disk::choice::EngineError>();
+        is_error::<crate::disk::fault::spec::FaultError>();
+        is_error::<crate::disk::op::DiskError>();
+        is_error::<crate::disk::problem::ImageProblem>();
+        is_error::<crate::disk::uring::UringError>();
+        is_error::<crate::files::output::Problem>();
+        is_error::<crate::mem::OutsideRam>();
+        is_error::<crate::mem::RamError>();
+        is_error::<crate::virtio::ActivateError>();
+        is_error::<crate::virtio::queue::ChainFault>();
+        is_error::<crate::virtio::queue::QueueConfigError>();
+        is_error::<crate::virtio::queue::RingError>();
+    }
+}

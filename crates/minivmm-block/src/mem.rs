@@ -96,6 +96,7 @@ pub struct OutsideRam {
 
 /// Why guest RAM could not be mapped.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum RamError {
     /// The host refused the mapping.
     #[error("cannot map {} of guest memory (--memory): {limit}", size(*bytes))]

@@ -22,43 +22,41 @@ pub use study::StudyArgs;
 /// What the user asked a tool to do.
 #[derive(Debug, Subcommand)]
 pub enum Task {
-    /// Show an observation (--observe) as it grows
+    /// Display an observation (--observe) as it grows
     ///
-    /// On a terminal until q is pressed; elsewhere a line for each disk and moment, to its end.
+    /// On a terminal, until q is pressed. Otherwise one line for each disk and interval, up to the end of FILE.
     Top {
-        /// The file of --observe
+        /// The file that --observe writes
         #[arg(value_name = "FILE")]
         observation: PathBuf,
     },
-    /// List a write log: what a disk was given, and what it has promised to keep
+    /// List a write log: what was written to a disk, and what it promised to keep
     ///
-    /// The log is of a disk's key log-writes, of the kernel's dm-log-writes or of QEMU's blklogwrites.
+    /// The log was made by a disk's key log-writes, by the kernel's dm-log-writes or by QEMU's blklogwrites.
     Log {
         /// The log, a file or a block device
         #[arg(value_name = "FILE")]
         log: PathBuf,
 
-        /// As JSON
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Check the disks that a loss of power could have left of a write log
+    /// Check every disk state that a power loss could have left, from a write log
     ///
-    /// At each point of the log, any of the writes that no flush had spoken for can be there or not. Each
-    /// such disk is made, in a scratch file, and checked. Exit status: 0 where all were good, 1 where some
-    /// were not.
+    /// At each point of the log, any write that no flush covers may be on the disk or not. Each such state
+    /// is built in a scratch file and checked. Exit status: 0 if all were good, 1 if some were not.
     Crash(Box<CrashArgs>),
-    /// Measure a disk in cache modes: fio in the guest, beside the same job on this host
+    /// Measure a disk in several cache modes: fio in the guest and the same job on this host
     ///
-    /// Each run begins with an image that is all written and a host's cache whose state is made for it; each
-    /// job that writes ends with a sync. Figures that cannot be the disk's are told, with the reason
-    /// (docs/benchmarking.md).
+    /// Each run begins with a fully written image and a host cache in a known state. Each job that writes
+    /// ends with a sync. Figures that cannot be the disk's are marked, with the reason (docs/benchmarking.md).
     Bench(Box<BenchArgs>),
-    /// Measure what was said of disk caching in 2008, claim by claim
+    /// Test the claims made about disk caching in 2008, one by one
     ///
-    /// Boots the test guest with disks in all modes, again and again; a full run takes an hour or more, a
-    /// quick one ten minutes. Leaves a page (study.html) and JSON (study.json), also when it is ended by a
-    /// signal; the same command goes on where it was. See docs/study.md.
+    /// Boots the test guest many times, with disks in all modes. A full run takes an hour or more, a quick one
+    /// ten minutes. Writes a page (study.html) and JSON (study.json), even if a signal interrupts it; the same
+    /// command then resumes. See docs/study.md.
     Study(StudyArgs),
 }
 

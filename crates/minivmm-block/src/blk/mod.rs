@@ -4,7 +4,7 @@
 //! [`crate::disk`] carries them out. Knows nothing of KVM or transports.
 
 pub mod config;
-pub mod poll;
+mod poll;
 pub mod request;
 mod stopwatch;
 pub mod worker;
@@ -25,6 +25,7 @@ const DEVICE_ID: u32 = 2;
 
 /// Why a device could not be made for an image.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DeviceError {
     /// The image's engine is not available.
     #[error(transparent)]

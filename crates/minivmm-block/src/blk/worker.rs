@@ -330,6 +330,7 @@ fn finish(job: &mut Job, owed: &Owed, status: Status) -> Result<(), RingError> {
 
 /// Why a worker cannot continue.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TurnError {
     /// The driver has broken the ring.
     #[error("the driver has broken its queue")]

@@ -13,7 +13,7 @@ mod contents;
 pub mod counters;
 pub mod disk_queue;
 pub mod engine;
-pub mod erase;
+mod erase;
 pub mod fault;
 mod flight;
 mod format;

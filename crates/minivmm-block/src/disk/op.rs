@@ -53,6 +53,7 @@ impl Op {
 
 /// Why a request failed. A failed request is not retried.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DiskError {
     /// The host reported an error for the operation.
     #[error("{what} failed")]

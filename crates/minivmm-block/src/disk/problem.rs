@@ -21,6 +21,7 @@ pub struct ImageError {
 
 /// What is wrong with an image.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ImageProblem {
     /// Its configuration has a value that is out of range.
     #[error(transparent)]
@@ -40,7 +41,7 @@ pub enum ImageProblem {
     #[error("it is a symbolic link to {0}, which does not exist")]
     Dangling(String),
     /// The path is written with a key, as other VMMs do.
-    #[error("it does not exist: the path stands first and without a key: --disk {0}")]
+    #[error("it does not exist: the path comes first and without a key: --disk {0}")]
     KeyBeforePath(String),
     /// It is neither a regular file nor a block device.
     #[error("it is {0}; a disk is a regular file or a block device")]
@@ -59,7 +60,7 @@ pub enum ImageProblem {
     Empty(String),
     /// Its size is not a whole number of blocks.
     #[error(
-        "its {bytes} bytes are no multiple of the block size of {block}: extend it with `truncate -s %{block} {path}`"
+        "its {bytes} bytes are not a multiple of the block size of {block}: extend it with `truncate -s %{block} {path}`"
     )]
     PartialBlock {
         /// The size in bytes.
@@ -87,7 +88,7 @@ pub enum ImageProblem {
     /// It looks like another format.
     #[error(
         "it looks like a {format} image, and guests would see its metadata as data: convert it with \
-         `{convert}` and use that, or say format=raw if it is raw all the same"
+         `{convert}` and use that, or use format=raw if it is raw anyway"
     )]
     NotRaw {
         /// The format that it looks like.
@@ -98,7 +99,7 @@ pub enum ImageProblem {
     /// It is compressed, and the guest would write to it.
     #[error(
         "it is compressed ({format}), and what a guest writes would destroy it: unpack it with `{unpack}` and use \
-         that, or say format=raw if it is raw all the same"
+         that, or use format=raw if it is raw anyway"
     )]
     Compressed {
         /// The format of the compression.
@@ -108,7 +109,7 @@ pub enum ImageProblem {
     },
     /// Somebody else has locked it.
     #[error(
-        "another VM, or another --disk of this one, has locked it; readers can share an image when all say readonly"
+        "another VM, or another --disk of this one, has locked it; disks can share an image if all are readonly"
     )]
     Locked(#[source] io::Error),
     /// The first sync failed: an older writeback error, or a dying disk.
@@ -120,16 +121,14 @@ pub enum ImageProblem {
     /// This host uses it.
     #[error(
         "this host uses it: {uses}. Guest and host would each destroy what the other writes: end that use first, or \
-         start all the same with the key shared-with-host"
+         start anyway with the key shared-with-host"
     )]
     InUse {
         /// What the host does with it.
         uses: String,
     },
     /// A program has locked it by flock(2).
-    #[error(
-        "{holders} has locked it (flock): end that first, or start all the same with the key shared-with-host"
-    )]
+    #[error("{holders} has locked it (flock): end that first, or start anyway with the key shared-with-host")]
     Flocked {
         /// The processes that hold the lock, as far as they are known.
         holders: String,

@@ -40,6 +40,7 @@ const FIXED_FILE: u8 = 1;
 
 /// Why the ring could not be set up.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum UringError {
     /// The host's kernel refused a call.
     #[error("{what}")]

@@ -7,7 +7,7 @@
 
 pub mod host_use;
 mod identity;
-pub mod locks;
+pub(crate) mod locks;
 pub mod output;
 
 pub use identity::{Device, FileId};

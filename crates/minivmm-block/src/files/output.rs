@@ -94,6 +94,7 @@ pub struct OutputRefused {
 /// What is wrong with an output.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "each says it")]
+#[non_exhaustive]
 pub enum Problem {
     #[error("it is a directory")]
     Directory,
@@ -109,9 +110,9 @@ pub enum Problem {
     InUse(String),
     #[error("it exists and is not {0}; what it holds would be lost: remove it, or give another name")]
     Content(&'static str),
-    #[error("it exists and cannot be read, so nobody knows what would be lost: {0}")]
+    #[error("it exists and cannot be read, so minivmm cannot tell what would be lost: {0}")]
     Unreadable(io::Error),
-    #[error("it cannot be made: the directory {directory}: {why}")]
+    #[error("it cannot be created in the directory {directory}: {why}")]
     Place { directory: String, why: io::Error },
     #[error("{0}")]
     Host(io::Error),

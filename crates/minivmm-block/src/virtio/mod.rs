@@ -58,6 +58,7 @@ pub struct Activation {
 
 /// Why a device did not start.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ActivateError {
     /// The device has no worker for a queue that the driver has enabled.
     #[error("the driver has enabled queue {0}, which has no worker")]

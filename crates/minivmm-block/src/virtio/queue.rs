@@ -38,9 +38,10 @@ pub struct QueueConfig {
 
 /// Why a queue's configuration is refused (virtio 2.7).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum QueueConfigError {
     /// The size is not a power of two, or exceeds what the device offers.
-    #[error("queue size {0} is no power of two from 1 to {1}")]
+    #[error("queue size {0} is not a power of two from 1 to {1}")]
     Size(u32, u16),
     /// An address is not aligned as the specification demands.
     #[error("the {part} at {addr:#x} is not aligned to {align}")]
@@ -67,6 +68,7 @@ pub enum QueueConfigError {
 
 /// Why the ring cannot be followed any further.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum RingError {
     /// The driver announced more chains than there are descriptors (R7).
     #[error("avail.idx jumped from {next} to {idx}, more than the {size} entries of the ring")]
@@ -98,7 +100,7 @@ pub enum RingError {
     #[error("descriptor {0} is indirect, which {1}")]
     Indirect(u16, &'static str),
     /// An indirect table has an invalid length (R6).
-    #[error("an indirect table of {0} bytes, which is no number of whole descriptors from 1 on")]
+    #[error("an indirect table of {0} bytes, which is not one or more whole descriptors")]
     IndirectLength(u32),
     /// An indirect table is not wholly in RAM (R3).
     #[error("the indirect table at {0:#x} is not in RAM")]
@@ -110,6 +112,7 @@ pub enum RingError {
 
 /// Why a chain that could be followed is not a valid request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ChainFault {
     /// A readable descriptor follows a writable one (virtio 2.7.4.2).
     #[error("a readable descriptor behind a writable one")]

@@ -51,7 +51,7 @@ pub enum JobError {
     #[error("{0} has no job: a section [NAME] with at least rw=, besides [global]")]
     Empty(String),
     /// Two jobs have the same name.
-    #[error("{file} has two jobs of the name {name}: the figures of each go by its name")]
+    #[error("{file} has two jobs named {name}: rename one, because figures are reported by name")]
     Twice {
         /// The file.
         file: String,
@@ -536,7 +536,7 @@ mod tests {
             ("[global]\nrw=read\n", "no job"),
             ("[a]\nbs=4k\n", "at least rw="),
             ("bs=4k\n", "before the first"),
-            ("[a]\nrw=read\n[a]\nrw=read\n", "two jobs of the name a"),
+            ("[a]\nrw=read\n[a]\nrw=read\n", "two jobs named a"),
         ] {
             let error = parse(text, "f").unwrap_err().to_string();
             assert!(error.contains(words), "{text}: {error}");

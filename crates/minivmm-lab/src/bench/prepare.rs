@@ -35,11 +35,10 @@ pub enum PrepareError {
     Job(#[from] JobError),
     #[error("fio is not on this host: install it (Debian's package fio); the test guest has its own")]
     NoFio,
-    #[error("there is no image {0}: --size SIZE makes one, of bytes that are all written")]
+    #[error("there is no image {0}: --size SIZE creates one, fully written")]
     NoImage(PathBuf),
     #[error(
-        "{jobs} would write over what is in {image}: --destroy says that nothing of it is wanted any more, and --only takes \
-         jobs that only read"
+        "{jobs} would write over what is in {image}: give --destroy to allow that, or choose jobs that only read with --only"
     )]
     NoConsent { jobs: String, image: PathBuf },
     #[error(

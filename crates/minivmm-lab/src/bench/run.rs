@@ -37,7 +37,7 @@ pub enum BenchError {
     #[error(transparent)]
     Boot(#[from] BootError),
     #[error(
-        "Linux guests do not run here ({0}); in this project's tree `make bench-modes` takes an emulated host then"
+        "Linux guests do not run here ({0}); in minivmm's source tree, `make bench-modes` uses an emulated host instead"
     )]
     NoLinux(String),
     #[error("the guest did not run {job} in cache={mode} (status {status}): {said}")]

@@ -23,41 +23,41 @@ const GUEST: &str = "Guest";
 /// A bench, as the user types it.
 #[derive(Debug, Clone, Args)]
 pub struct BenchArgs {
-    /// Where its guests run: auto, direct, or emulated, as for a guest
+    /// Where the guests run: auto, direct, or emulated, as for `minivmm` itself
     #[arg(long, value_name = "auto|direct|emulated", value_parser = values::host(), hide_possible_values = true, help_heading = GUEST)]
     host: Option<HostChoice>,
 
-    /// The image, with keys of the guest's disk besides the mode (`minivmm --help` has them)
+    /// The image, with any keys of --disk but the cache mode (`minivmm --help` lists them)
     #[arg(long, value_name = "PATH[,KEY=VALUE]...", value_parser = OsStringValueParser::new().try_map(|text| Disk::parse(&text)), help_heading = IMAGE)]
     disk: Disk,
 
-    /// Make the image, of this size, where there is none: all of it written, and synced
+    /// If there is no image, create it with this size, fully written and synced
     #[arg(long, value_name = "SIZE", value_parser = size::disk, help_heading = IMAGE)]
     size: Option<u64>,
 
-    /// Write zeroes to the holes of the image, which read as such; without it an image with holes is refused
+    /// Write zeroes to the holes of the image; without this option, an image with holes is refused
     #[arg(long, help_heading = IMAGE)]
     fill: bool,
 
-    /// Nothing in the image is wanted any more: jobs may write over it
+    /// Allow jobs to overwrite what is in the image
     ///
-    /// Without it an image that was there before is only read: jobs that write are refused.
+    /// Without this option an image that existed before is only read: jobs that write are refused.
     #[arg(long, help_heading = IMAGE)]
     destroy: bool,
 
-    /// The cache modes, with commas between them; or all
+    /// The cache modes, separated by commas; or all
     #[arg(long, value_name = "LIST", default_value = "none,writeback", value_parser = Modes::parse, help_heading = WHAT)]
     modes: Modes,
 
-    /// A job file of fio's, each section a job [default: five jobs, in docs/benchmarking.md]
+    /// An fio job file, each section a job [default: the five jobs of docs/benchmarking.md]
     #[arg(long, value_name = "FILE", help_heading = WHAT)]
     jobs: Option<PathBuf>,
 
-    /// Only these jobs, with commas between them
+    /// Run only these jobs, separated by commas
     #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = WHAT)]
     only: Vec<String>,
 
-    /// How often everything runs, everybody in turn
+    /// Number of rounds; each round runs every job in every mode once
     #[arg(long, value_name = "N", default_value = "3", value_parser = super::crash::count, help_heading = WHAT)]
     rounds: usize,
 
@@ -65,7 +65,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400), help_heading = WHAT)]
     seconds: Option<u64>,
 
-    /// What the host's page cache has of the image before each run: nothing, or all of it
+    /// What the host's page cache holds of the image before each run: nothing (drop), or all of it (warm)
     #[arg(long, value_name = "drop|warm", default_value = "drop", hide_possible_values = true, help_heading = WHAT)]
     host_cache: State,
 
@@ -77,7 +77,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = values::cpus, help_heading = GUEST)]
     cpus: u8,
 
-    /// Write the report to FILE, too, as JSON: every run's figures
+    /// Also write the report to FILE as JSON, with the figures of every run
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
@@ -97,8 +97,8 @@ struct Disk {
 
 /// Keys that bench sets itself, or that would make its results meaningless.
 const NOT_HERE: [(&str, &str); 5] = [
-    ("cache", "--modes says the modes"),
-    ("host-cache", "--host-cache says it for guest and host alike"),
+    ("cache", "--modes gives the modes"),
+    ("host-cache", "--host-cache sets it for guest and host alike"),
     ("readonly", "a job that only reads gets a disk that can only be read anyway"),
     ("fault", "a disk that goes wrong on purpose measures nothing"),
     ("log-writes", "a log would be in the figures"),
@@ -113,7 +113,7 @@ impl Disk {
         for key in &keys {
             let name = key.split('=').next().unwrap_or_default();
             if let Some((_, why)) = NOT_HERE.iter().find(|not_here| not_here.0 == name) {
-                return Err(format!("the key {name} is not taken here: {why}"));
+                return Err(format!("the key {name} cannot be used here: {why}"));
             }
         }
         Ok(Self { config: options.config, keys: keys.iter().map(|key| key.replace(',', ",,")).collect() })
@@ -133,7 +133,7 @@ impl Modes {
         for name in text.split(',') {
             let mode = CachePolicy::by_name(name).ok_or_else(|| {
                 let names: Vec<_> = POLICIES.iter().map(|mode| mode.name).collect();
-                format!("'{name}' is no cache mode: they are {}, or all", names.join(", "))
+                format!("'{name}' is not a cache mode: the modes are {}, or all", names.join(", "))
             })?;
             if modes.iter().any(|known| known.name == mode.name) {
                 return Err(format!("{name} is given twice"));
@@ -185,7 +185,7 @@ mod tests {
         };
         assert_eq!(names("none,unsafe"), Ok("none+unsafe".into()));
         assert_eq!(names("all").unwrap().matches('+').count(), 4);
-        assert!(names("none,fast").unwrap_err().contains("'fast' is no cache mode: they are none, "));
+        assert!(names("none,fast").unwrap_err().contains("'fast' is not a cache mode: the modes are none, "));
         assert!(names("none,none").unwrap_err().contains("twice"));
         assert!(names("").is_err());
     }

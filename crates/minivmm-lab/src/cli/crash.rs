@@ -28,72 +28,72 @@ pub struct CrashArgs {
     #[arg(long, value_name = "IMAGE")]
     base: PathBuf,
 
-    /// Where: flushes, entries, sample=COUNT, mark=NAME, or the number of an entry (repeatable)
+    /// Where to crash: flushes, entries, sample=COUNT, mark=NAME, or the number of an entry (repeatable)
     ///
-    /// flushes: just before each flush and each stable write has ended, and at the end of the log: all that can
-    /// be left anywhere can be left there. entries: after each that changes something; sample: after some of
-    /// them. N: when entry N was about to end, all before it had ended; mark=NAME: the same of a mark.
+    /// flushes: just before each flush and each stable write completes, and at the end of the log. These points
+    /// leave every state that any point can leave. entries: after each entry that changes something. sample: after
+    /// COUNT of those. N: when entry N was about to complete, and all before it had. mark=NAME: the same for a mark.
     #[arg(long, value_name = "WHERE", default_value = "flushes", value_parser = at(), hide_possible_values = true, help_heading = WHERE)]
     at: Vec<At>,
 
-    /// So many states a point at most: all there are where that is enough, else some, by chance
+    /// The most states to check at a point: all if there are no more, otherwise a random choice
     #[arg(long, value_name = "N", default_value = "64", value_parser = count, help_heading = WHICH)]
     states: usize,
 
-    /// Where chance begins
+    /// The seed of random choices
     #[arg(long, value_name = "NUMBER", default_value_t = 1, help_heading = WHICH)]
     seed: u64,
 
-    /// Writes can be there in part, torn at their sectors
+    /// Writes may be there in part, torn at sector boundaries
     #[arg(long, help_heading = WHICH)]
     torn: bool,
 
-    /// Of what had ended and no flush has spoken for: any, all (the worst), or nothing
+    /// Which completed writes are lost that no flush covers: any, all (the worst case), or nothing
     #[arg(long, value_name = "any|all|nothing", default_value = "any", hide_possible_values = true, help_heading = WHICH)]
     lose: LoseArg,
 
-    /// The host has crashed, the disk's cache has survived: as --lose nothing --at entries
+    /// The host crashes and the disk's cache survives: short for --lose nothing --at entries
     ///
-    /// So it is of writes in the modes none and directsync (O_DIRECT) to blocks that the image already had.
+    /// This is true of the modes none and directsync (O_DIRECT), for blocks that the image already has.
     #[arg(long, conflicts_with_all = ["lose", "torn", "at"], help_heading = WHICH)]
     host_crash: bool,
 
-    /// Only this state, whose name a report has told
+    /// Check only this state, named as in a report
     #[arg(long, value_name = "ENTRY:STATE", value_parser = state, help_heading = WHICH,
           conflicts_with_all = ["at", "states", "seed", "torn", "lose", "host_crash"])]
     repeat: Option<(usize, StateName)>,
 
-    /// A command of the shell for each image; {} is the image, status 0 says that it is good
+    /// A shell command that checks an image; {} is the image, and status 0 means that it is good
     ///
-    /// By default an ext4 is recovered as at a boot (e2fsck -p), and then e2fsck -fn must have no complaint.
-    /// The command may change its image. It finds MINIVMM_CRASH_ENTRY, MINIVMM_CRASH_STATE and the last mark
-    /// before the crash, MINIVMM_CRASH_MARK, in its environment.
+    /// By default an ext4 is recovered as at boot (e2fsck -p), and then e2fsck -fn must find no error. The command
+    /// may change its image. Its environment has MINIVMM_CRASH_ENTRY, MINIVMM_CRASH_STATE and MINIVMM_CRASH_MARK,
+    /// the last mark before the crash.
     #[arg(long, value_name = "COMMAND", value_parser = check, help_heading = HOW)]
     check: Option<String>,
 
-    /// An image whose check takes longer is not good
+    /// An image whose check takes longer than this is not good
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = values::seconds, help_heading = HOW)]
     check_timeout: Duration,
 
-    /// So many checks side by side [default: one a CPU]
+    /// Checks that run in parallel [default: one per CPU]
     #[arg(long, value_name = "N", value_parser = count, help_heading = HOW)]
     jobs: Option<usize>,
 
-    /// Where images that are not good are kept [default: LOG.failed]
+    /// Where to keep images that are not good [default: LOG.failed]
     #[arg(long, value_name = "DIRECTORY", help_heading = HOW)]
     keep: Option<PathBuf>,
 
-    /// Where images are made [default: /dev/shm if there is plenty of room, else $TMPDIR or /tmp]
+    /// Where to make images [default: /dev/shm if it has plenty of space, else $TMPDIR or /tmp]
     #[arg(long, value_name = "DIRECTORY", help_heading = HOW)]
     scratch: Option<PathBuf>,
 
-    /// Check nothing: write the one image that is meant there
+    /// Check nothing; write the selected state to IMAGE
     ///
-    /// With --at ENTRY and --lose all or nothing, or with --repeat.
+    /// Select the state with --at ENTRY and --lose all or nothing, or with --repeat.
     #[arg(long, value_name = "IMAGE", conflicts_with_all = ["check", "jobs", "keep"], help_heading = HOW)]
     write: Option<PathBuf>,
 
-    /// The report as JSON
+    /// Print the report as JSON
     #[arg(long)]
     pub json: bool,
 }
@@ -144,7 +144,7 @@ pub(super) fn count(text: &str) -> Result<usize, String> {
 fn check(text: &str) -> Result<String, String> {
     match text.contains("{}") {
         true => Ok(text.to_owned()),
-        false => Err("there is no {} in it, which stands for the image".to_owned()),
+        false => Err("it needs {}, which stands for the image".to_owned()),
     }
 }
 

@@ -13,23 +13,23 @@ use minivmm::hosts::{Asked, HostChoice};
 /// A study, as the user types it.
 #[derive(Debug, Clone, Args)]
 pub struct StudyArgs {
-    /// Where its guests run: auto, direct, or emulated, as for a guest
+    /// Where the guests run: auto, direct, or emulated, as for `minivmm` itself
     #[arg(long, value_name = "auto|direct|emulated", value_parser = values::host(), hide_possible_values = true)]
     host: Option<HostChoice>,
 
-    /// Small jobs, and as many repetitions as ten minutes allow
+    /// Run small jobs, and as many repetitions as ten minutes allow
     #[arg(long)]
     quick: bool,
 
-    /// Where page, JSON, the record of the steps and the images go; a run that was ended goes on there
+    /// Directory for the page, the JSON, the record of the steps and the images; resumes an interrupted run
     #[arg(long, value_name = "DIR", default_value = "study")]
     out: PathBuf,
 
-    /// These experiments alone: T1,T9
+    /// Run only these experiments: T1,T9
     #[arg(long, value_name = "ID", value_delimiter = ',')]
     only: Vec<String>,
 
-    /// So many repetitions of each step [default: 5; with --quick up to 3]
+    /// Repetitions of each step [default: 5; with --quick up to 3]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
 }

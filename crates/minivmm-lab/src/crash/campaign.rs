@@ -68,12 +68,12 @@ pub enum CrashError {
     #[error("entry {0} leaves no state {1}: repeat it with the log that the report was about")]
     NoState(usize, StateName),
     #[error(
-        "{0} holds no ext4, so how to check it must be said: --check 'COMMAND {{}}', where {{}} stands for the image \
-         and status 0 says that it is good"
+        "{0} holds no ext4, so it needs a check of its own: --check 'COMMAND {{}}', where {{}} stands for the image \
+         and status 0 means that it is good"
     )]
     NoCheck(String),
     #[error(
-        "an ext4 is checked by e2fsck, which is not there: install e2fsprogs, or give --check 'COMMAND {{}}'"
+        "an ext4 is checked by e2fsck, which is not installed: install e2fsprogs, or give --check 'COMMAND {{}}'"
     )]
     NoE2fsck,
     #[error(
@@ -83,9 +83,9 @@ pub enum CrashError {
     NotOne(u64),
     #[error(transparent)]
     Output(#[from] OutputRefused),
-    #[error("cannot make images in {place} (--scratch says where)")]
+    #[error("cannot make images in {place} (choose another place with --scratch)")]
     Place { place: String, source: io::Error },
-    #[error("cannot keep the image of a failure in {place} (--keep says where)")]
+    #[error("cannot keep the image of a failure in {place} (choose another place with --keep)")]
     Keep { place: String, source: io::Error },
 }
 

@@ -24,7 +24,7 @@ pub enum LogError {
         source: io::Error,
     },
     /// The file is not a write log.
-    #[error("{0} is no write log: it does not begin as those of dm-log-writes do")]
+    #[error("{0} is not a write log: it does not begin like one of dm-log-writes")]
     NotALog(String),
     /// The superblock contains a sector size that is not allowed.
     #[error("the write log {path} has sectors of {bytes} bytes: it is damaged")]

@@ -32,7 +32,7 @@ pub enum FioError {
     #[error("stopped")]
     Interrupted,
     /// The output is not JSON or not as expected.
-    #[error("fio's answer cannot be understood ({why}): {answer}")]
+    #[error("cannot parse fio's output ({why}): {answer}")]
     Answer {
         /// What is wrong with it.
         why: String,
@@ -40,7 +40,7 @@ pub enum FioError {
         answer: String,
     },
     /// The job met an I/O error.
-    #[error("fio's job {job} met error {errno} ({message})")]
+    #[error("fio's job {job} failed with error {errno} ({message})")]
     Job {
         /// Name of the job.
         job: String,

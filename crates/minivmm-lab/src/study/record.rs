@@ -57,7 +57,9 @@ pub enum RecordError {
         differences: String,
     },
     /// A line of the record cannot be parsed.
-    #[error("line {line} of {path} is none of a study's: give another --out, or remove it")]
+    #[error(
+        "line {line} of {path} is not a line of a study's record: give another --out, or remove the file"
+    )]
     Damaged {
         /// The record.
         path: PathBuf,

@@ -38,7 +38,7 @@ pub enum TopError {
         source: io::Error,
     },
     /// The file is not an observation.
-    #[error("{path} is no observation")]
+    #[error("{path} is not an observation")]
     Other {
         /// The file.
         path: String,
