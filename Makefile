@@ -87,7 +87,7 @@ check:
 # Once more as an ordinary user who has /dev/kvm and files of its own alone, and as root of a user namespace: what works
 # only as root fails there. An ordinary user who runs `make test` has had the first of the two already. Where
 # kernels take long because the host is emulated, one test of each suite with kernels runs.
-USER_SUITES := bare program:sandbox:: program:check:: program:hosts::
+USER_SUITES := bare program:sandbox:: program:check:: program:dontcache:: program:hosts::
 USERNS_SUITES := bare program:sandbox::
 
 # A suite is a module of a test program: the words after -- choose tests by their names. These run once with the
@@ -141,6 +141,7 @@ torture: test-deps build guest emuhost
 	@MINIVMM_SEEDS=$(or $(SEEDS),5000000) cargo test --release --locked -p minivmm-block --features observed --test durability -- --nocapture
 	@MINIVMM_REQUESTS=2 cargo test --release --locked -p minivmm-block --features observed --test fences -- --nocapture
 	@MINIVMM_MUTANTS=all cargo test --release --locked --test mutants -- --nocapture
+	@MINIVMM_DONTCACHE_MIB=1024 cargo test --release --locked --test program -- dontcache:: --nocapture
 	@case $$(guest-images/which-host) in directly*) \
 		MINIVMM_SOAK_SECONDS=$(or $(SOAK),1800) cargo test --release --locked --test endurance -- soak:: --nocapture ;; esac
 	@MINIVMM_HOST=emulated MINIVMM_SOAK_SECONDS=$(or $(SOAK),300) cargo test --release --locked --test endurance -- soak:: --nocapture

@@ -91,7 +91,7 @@ struct Key {
 static KEYS: [Key; 19] = [
     Key {
         name: "cache",
-        takes: "none|writethrough|writeback|directsync|unsafe",
+        takes: "none|writethrough|writeback|directsync|unsafe|dontcache",
         help: "where data may be when a write or FLUSH is reported complete [none]",
         alone: None,
         set: |options, value| {

@@ -3,10 +3,12 @@
 //! Owns the words in which the benchmarks speak of it; the making (every block written, no hole, no unwritten
 //! extent) and the state of the host's page cache before a run are [`minivmm_lab::measuring::image`]'s.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
+use minivmm::observe::Residency;
 use minivmm::observe::control::HostCache;
 use minivmm_lab::measuring::image;
 
@@ -54,5 +56,12 @@ impl BenchImage {
             Resident::All => HostCache::Warm,
         };
         Ok(image::settle(&self.path, wish)?.map(|found| found.cached))
+    }
+
+    /// Bytes of it that are in the page cache, if the host tells.
+    #[allow(dead_code, reason = "one benchmark prints it")]
+    pub fn cached_bytes(&self) -> Option<u64> {
+        let found = File::open(&self.path).ok().and_then(|file| Residency::of(&file).ok());
+        found.map(|found| found.cached_bytes())
     }
 }

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use minivmm::blk::BlockDevice;
 use minivmm::disk::{DiskConfig, Image};
 use minivmm::disk_options;
+use minivmm::observe::Residency;
 use minivmm::virtio::queue::Ring;
 use minivmm::virtio::{Activation, EnabledQueue, Interrupt, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
@@ -66,6 +67,8 @@ pub struct Run {
     pub engine: &'static str,
     /// Huge pages under guest RAM, and its size, in bytes.
     pub huge_bytes: (u64, u64),
+    /// Bytes of the image in the host's page cache when the driver had ended, if the host tells.
+    pub cached_bytes_after: Option<u64>,
 }
 
 /// The options of a disk for this load.
@@ -102,10 +105,12 @@ pub fn run(load: &Load, setup: &Setup<'_>, count: Count) -> Result<Run> {
     device.reset();
     drop(device);
     let (seen, last) = outcome.map_err(|_| anyhow!("the driver has panicked"))??;
+    // The check below reads the image by way of the page cache.
+    let cached_bytes_after = Residency::of(image.file().descriptor()).ok().map(|found| found.cached_bytes());
     check_moved(setup.image, &last)?;
     let counters = image.stats.counters().snapshot();
     image.close()?;
-    Ok(Run { seen, counters, engine, huge_bytes })
+    Ok(Run { seen, counters, engine, huge_bytes, cached_bytes_after })
 }
 
 /// What a transport does from FEATURES_OK to DRIVER_OK, and a guest that turns its write cache off.

@@ -71,7 +71,7 @@ pub fn arguments(load: &Load, engine: FioEngine, image: &Path, times: (Duration,
     arguments.push(format!("--rw={}", load.pattern.fio()));
     arguments.push(format!("--bs={block},{block},{stride}"));
     arguments.push(format!("--iodepth={}", load.depth));
-    arguments.push(format!("--direct={}", u8::from(load.direct())));
+    arguments.push(format!("--direct={}", u8::from(load.begins_uncached())));
     arguments.push(format!("--ramp_time={}ms", warm_up.as_millis()));
     arguments.push(format!("--runtime={}ms", window.as_millis()));
     if load.pattern.writes() && load.stable_writes() {

@@ -84,7 +84,7 @@ pub struct Load {
     pub block_bytes: u32,
     /// Requests in flight.
     pub depth: u16,
-    /// The cache mode; its O_DIRECT holds for fio too.
+    /// The cache mode. fio has O_DIRECT where the mode has it, and beside dontcache.
     pub cache: &'static str,
     /// What makes writes stable.
     pub sync: Sync,
@@ -104,6 +104,12 @@ impl Load {
     /// Whether the image is opened with O_DIRECT.
     pub fn direct(&self) -> bool {
         matches!(self.cache, "none" | "directsync")
+    }
+
+    /// Whether nothing of the image is in the page cache when a run begins, and fio goes past it. Of dontcache the
+    /// same is asked; fio has RWF_DONTCACHE in new versions only.
+    pub fn begins_uncached(&self) -> bool {
+        self.direct() || self.cache == "dontcache"
     }
 
     /// Whether each write is stable when it ends.
@@ -210,11 +216,11 @@ impl Contest {
 const PATTERNS: [Pattern; 4] = [Pattern::RandRead, Pattern::RandWrite, Pattern::SeqRead, Pattern::SeqWrite];
 const SYNCS: [Sync; 4] = [Sync::Plain, Sync::Flush(1), Sync::Flush(32), Sync::CacheOff];
 
-/// Every load: 4 depths, 3 sizes, 4 patterns, 4 kinds of stability, 3 modes, without those that
+/// Every load: 4 depths, 3 sizes, 4 patterns, 4 kinds of stability, 4 modes, without those that
 /// would be another one again (reads have no stability; directsync has no write cache to turn off).
 pub fn full() -> Vec<Contest> {
     let mut contests = Vec::new();
-    for cache in ["none", "writeback", "directsync"] {
+    for cache in ["none", "writeback", "directsync", "dontcache"] {
         for block_bytes in [4 << 10, 128 << 10, 1 << 20] {
             for depth in [1, 4, 32, 128] {
                 for (pattern, sync) in PATTERNS.iter().flat_map(|&p| SYNCS.map(|s| (p, s))) {
@@ -228,6 +234,24 @@ pub fn full() -> Vec<Contest> {
         }
     }
     contests
+}
+
+/// Where the host's page cache makes the difference: small random and large sequential transfers, the writes with
+/// FLUSHes, each in none, dontcache and writeback.
+pub fn modes() -> Vec<Contest> {
+    let of_modes = |pattern, block_bytes, depth, sync| {
+        let load = move |cache| Load { pattern, block_bytes, depth, cache, sync };
+        ["none", "dontcache", "writeback"].map(|cache| Contest::usual(load(cache)))
+    };
+    [
+        of_modes(Pattern::RandRead, 4 << 10, 32, Sync::Plain),
+        of_modes(Pattern::RandWrite, 4 << 10, 32, Sync::Flush(32)),
+        of_modes(Pattern::SeqRead, 128 << 10, 4, Sync::Plain),
+        of_modes(Pattern::SeqWrite, 128 << 10, 4, Sync::Flush(32)),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// What is run where nothing else is asked for: each dimension is there, not each product.

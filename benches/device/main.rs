@@ -53,7 +53,8 @@ struct Arguments {
     /// Seconds before that.
     #[arg(long, default_value_t = 0.3)]
     warm_up: f64,
-    /// Only loads whose name contains one of these words; `show`: those of the promises.
+    /// Only loads whose name contains one of these words; `show`: those of the promises; `modes`: those that
+    /// compare none, dontcache and writeback.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Every load, for hours.
@@ -119,13 +120,20 @@ fn main() -> Result<()> {
 
 /// The promises' contests and the others, without doubles.
 fn plan(arguments: &Arguments) -> Vec<Contest> {
-    let promised = show::contests();
+    let (promised, modes) = (show::contests(), load::modes());
+    let is_in = |list: &[Contest], load: &Load| list.iter().any(|contest| contest.load == *load);
     let others = if arguments.full { load::full() } else { load::usual() };
-    let shows = |load: &Load| promised.iter().any(|contest| contest.load == *load);
-    let others = others.into_iter().filter(|contest| !shows(&contest.load));
+    let asks_modes = arguments.only.iter().any(|word| word == "modes");
+    let modes_too = modes.iter().filter(|contest| asks_modes && !is_in(&others, &contest.load)).cloned();
+    let others: Vec<_> = others.iter().cloned().chain(modes_too).collect();
+    let others = others.into_iter().filter(|contest| !is_in(&promised, &contest.load));
     let wanted = |contest: &Contest| {
-        let name = contest.load.name();
-        let named = |word: &String| name.contains(word.as_str()) || word == "show" && shows(&contest.load);
+        let (name, load) = (contest.load.name(), &contest.load);
+        let named = |word: &String| match word.as_str() {
+            "show" => is_in(&promised, load),
+            "modes" => is_in(&modes, load),
+            word => name.contains(word),
+        };
         arguments.only.is_empty() || arguments.only.iter().any(named)
     };
     promised.iter().cloned().chain(others).filter(wanted).collect()
@@ -216,7 +224,8 @@ impl Bench<'_> {
             Who::Fio(engine) => {
                 let resident = self.settle()?;
                 let fio = fio::run(load, *engine, &self.image.path, (self.warm_up(), self.window()))?;
-                Ok(Figures::of_fio(load, &fio, resident))
+                let after = self.image.cached_bytes();
+                Ok(Figures { cached_bytes_after: after, ..Figures::of_fio(load, &fio, resident) })
             }
             Who::Device { keys, waits } => {
                 let keys = self.keys(keys);
@@ -279,9 +288,9 @@ impl Bench<'_> {
         &self.image.path
     }
 
-    /// Direct modes begin with nothing of the image in the page cache, the others with all of it.
+    /// Direct modes and dontcache begin with nothing of the image in the page cache, the others with all of it.
     fn settle(&self) -> Result<Option<u64>> {
-        let resident = if self.contest.load.direct() { Resident::None } else { Resident::All };
+        let resident = if self.contest.load.begins_uncached() { Resident::None } else { Resident::All };
         self.image.settle(resident)
     }
 

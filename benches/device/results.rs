@@ -40,6 +40,8 @@ pub struct Figures {
     pub huge_mib: Option<f64>,
     /// Pages of the image that were in the page cache before the run.
     pub resident_pages: Option<u64>,
+    /// Bytes of the image that were in the page cache when the run had ended.
+    pub cached_bytes_after: Option<u64>,
 }
 
 impl Figures {
@@ -59,6 +61,7 @@ impl Figures {
             engine: None,
             huge_mib: fio.huge_bytes.map(mib),
             resident_pages,
+            cached_bytes_after: None,
         }
     }
 
@@ -81,6 +84,7 @@ impl Figures {
             engine: Some(run.engine),
             huge_mib: Some(mib(run.huge_bytes.0)),
             resident_pages,
+            cached_bytes_after: run.cached_bytes_after,
         }
     }
 }

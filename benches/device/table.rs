@@ -19,13 +19,14 @@ fn percentiles(entry: &Entry) -> String {
     format!("{}/{}/{}", figure(|t| t.p50_us), figure(|t| t.p99_us), figure(|t| t.p999_us))
 }
 
-const HEAD: [&str; 11] = [
+const HEAD: [&str; 12] = [
     "load",
     "who",
     "rate",
     "over best fio",
     "spread",
     "CPU s/M",
+    "cached MiB",
     "syscalls",
     "publishes",
     "interrupts",
@@ -64,6 +65,7 @@ fn competitor(name: String, load: &Load, entry: &Entry, best: Option<&Entry>) ->
         of_medians,
         spread,
         number(entry.median(|f| f.cpu_s_per_million), 1),
+        number(entry.median_of(|f| Some(f.cached_bytes_after? as f64 / f64::from(1 << 20))), 0),
         counted(|c| c.system_calls_per_io),
         counted(|c| c.publishes_per_io),
         number(entry.median_of(|f| f.interrupts_per_io), 3),

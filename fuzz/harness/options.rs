@@ -8,13 +8,14 @@ use minivmm::disk_options;
 use super::input::Input;
 
 /// What a mutator can put together to something that is accepted.
-const WORDS: [&str; 48] = [
+const WORDS: [&str; 49] = [
     "cache=",
     "none",
     "writethrough",
     "writeback",
     "directsync",
     "unsafe",
+    "dontcache",
     "readonly",
     "=on",
     "=off",

@@ -1,12 +1,14 @@
 //! What the host's kernel offers beyond what minivmm requires: io_uring, locked memory, huge pages,
-//! cachestat, Landlock, seccomp.
+//! cachestat, RWF_DONTCACHE, Landlock, seccomp.
 //!
 //! Owns the queries, each by a harmless call. None of the results decides anything.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::sync::Arc;
 
 use super::{Row, Status};
+use crate::disk::geometry::takes_rw_flags;
 
 /// cachestat(2), Linux 6.5; the number is the same on all architectures.
 const SYS_CACHESTAT: libc::c_long = 451;
@@ -15,7 +17,7 @@ const LANDLOCK_CREATE_RULESET_VERSION: libc::c_uint = 1;
 
 /// Returns all rows.
 pub fn rows() -> Vec<Row> {
-    vec![io_uring(), memlock(), huge_pages(), cachestat(), landlock(), seccomp()]
+    vec![io_uring(), memlock(), huge_pages(), cachestat(), dontcache(), landlock(), seccomp()]
 }
 
 fn note(key: &str, found: impl Into<String>) -> Row {
@@ -83,6 +85,24 @@ fn cachestat() -> Row {
         Err(libc::ENOSYS) => note("cachestat", "not in this kernel (6.5 has it)").with(0),
         Err(errno) => note("cachestat", io::Error::from_raw_os_error(errno).to_string()).with(0),
         Ok(_) => note("cachestat", "answers strangely").with(0),
+    }
+}
+
+/// Each file system has RWF_DONTCACHE or has it not, and the kernel does not say which: here one file is tried.
+fn dontcache() -> Row {
+    const TRIED: &str = "/proc/self/exe";
+    let tried = File::open(TRIED).and_then(|file| {
+        let end = file.metadata()?.len();
+        takes_rw_flags(&Arc::new(file), end, libc::RWF_DONTCACHE)
+    });
+    let key = "RWF_DONTCACHE";
+    match tried {
+        Ok(true) => note(key, "there for files beside minivmm's own (cache=dontcache)").with(1),
+        Ok(false) => {
+            let found = "not for files beside minivmm's own; cache=dontcache needs it (xfs since Linux 6.15, ext4 since 6.17)";
+            note(key, found).with(0)
+        }
+        Err(error) => note(key, format!("cannot be tried on {TRIED}: {error}")),
     }
 }
 

@@ -48,7 +48,7 @@ static KEYS: &[(&[&str], &[&str], Hint)] = &[
         Explain("leave it out: every mode but cache=unsafe honours FLUSH"),
     ),
     (&["cache.no-flush"], &[], Use("cache=unsafe")),
-    (&["none", "writeback", "writethrough", "directsync", "unsafe"], &[""], Use("cache=")),
+    (&["none", "writeback", "writethrough", "directsync", "unsafe", "dontcache"], &[""], Use("cache=")),
     (&["aio", "io", "async"], &["threads"], Use("engine=sync")),
     (&["aio", "io", "async"], &[], Use("engine=io_uring")),
     (&["num-queues", "num_queues"], &[], Use("queues")),
@@ -75,6 +75,8 @@ static VALUES: &[(&[&str], &[&str], Hint)] = &[
     (&["cache"], &["off", "direct", "o_direct"], Use("none")),
     (&["cache"], &["wb", "on"], Use("writeback")),
     (&["cache"], &["wt"], Use("writethrough")),
+    // Linux's flag, and the name that it had before it was merged.
+    (&["cache"], &["rwf_dontcache", "rwf_uncached"], Use("dontcache")),
     (&["engine"], &["native", "aio", "libaio", "uring", "async"], Use("io_uring")),
     (&["engine"], &["threads", "psync", "blocking"], Use("sync")),
     (&["transport"], &["virtio-pci", "pcie"], Use("pci")),
@@ -158,6 +160,20 @@ mod tests {
             assert!(!ours.contains(theirs), "{theirs} is understood");
         }
         assert_eq!(hint_after_key("zzzz", "", &ours), "", "nothing is guessed");
+    }
+
+    /// QEMU has no such mode: its cache= are five (qemu-options.hx), and no key beside them adds one.
+    #[test]
+    fn nothing_of_qemus_means_dontcache() {
+        for value in ["none", "writeback", "writethrough", "directsync", "unsafe"] {
+            assert_eq!(from_qemu("cache", value), Some(format!("cache={value}")));
+        }
+        for key in ["cache.direct", "cache.writeback", "cache.no-flush"] {
+            for value in ["on", "off"] {
+                let ours = from_qemu(key, value).unwrap_or_default();
+                assert!(!ours.contains("dontcache"), "{key}={value}: {ours}");
+            }
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::blk::config;
 use crate::blk::request::{self, Frame, Header, Limits, Request, Status, UNMAP, kind};
 use crate::disk::Image;
 use crate::disk::blocking::system_call;
-use crate::disk::cache::{Negotiated, WriteCache};
+use crate::disk::cache::{CachePolicy, Negotiated, WriteCache};
 use crate::disk::choice::EngineKind;
 use crate::disk::disk_queue::{DiskQueue, Op, RequestId};
 use crate::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
@@ -64,16 +64,23 @@ pub struct RequestOutcome {
 
 /// Returns the calls before the guest runs.
 pub fn at_start(image: &Image) -> Vec<&'static str> {
-    match (image.config().is_synced_at_both_ends(), image.file().is_device()) {
-        (false, _) => vec![],
-        (true, true) => vec![system_call(&HostOp::Fdatasync)],
-        (true, false) => vec![system_call(&HostOp::Fdatasync), "fsync(directory)"],
+    let (config, policy) = (image.config(), image.config().cache);
+    let mut calls = Vec::new();
+    if let (true, Ok(iov)) = (policy.drop_behind, memory(512)) {
+        // Whether the host takes the flag, which `Image::look` has tried as well.
+        calls.push(system_call(&HostOp::Readv { iov, offset: 0 }, policy));
     }
+    if config.is_synced_at_both_ends() {
+        calls.push(system_call(&HostOp::Fdatasync, policy));
+        calls.extend((!image.file().is_device()).then_some("fsync(directory)"));
+    }
+    calls
 }
 
 /// Returns the calls after the guest has ended.
 pub fn at_end(image: &Image) -> Vec<&'static str> {
-    if image.config().is_synced_at_both_ends() { vec![system_call(&HostOp::Fdatasync)] } else { vec![] }
+    let config = image.config();
+    if config.is_synced_at_both_ends() { vec![system_call(&HostOp::Fdatasync, config.cache)] } else { vec![] }
 }
 
 /// Tries every possible driver: what it negotiates, and what it writes to `writeback`.
@@ -118,10 +125,10 @@ impl Trial<'_> {
     /// Returns a disk in the state in which this driver's requests begin, and the calls that were made to get
     /// there.
     fn begin(&self, refuse: bool) -> (Arc<WriteCache>, (DiskQueue, CallLog), Vec<&'static str>) {
-        let cache = Arc::new(WriteCache::new(self.image.config().cache));
-        let calls = CallLog::default();
-        let (kind, buffered) = (self.engine, !self.image.config().cache.direct);
-        let engine = Box::new(Recorder { calls: calls.clone(), kind, buffered, ended: Vec::new(), refuse });
+        let policy = self.image.config().cache;
+        let cache = Arc::new(WriteCache::new(policy));
+        let (calls, kind) = (CallLog::default(), self.engine);
+        let engine = Box::new(Recorder { calls: calls.clone(), kind, policy, ended: Vec::new(), refuse });
         let mut disk =
             DiskQueue::new(Arc::clone(self.image), Arc::clone(&cache), engine, self.image.config().stable);
         cache.negotiate(self.negotiated);
@@ -236,15 +243,15 @@ struct Recorder {
     calls: CallLog,
     /// The engine whose calls are named.
     kind: EngineKind,
-    /// True if the page cache is used.
-    buffered: bool,
+    /// The cache mode.
+    policy: &'static CachePolicy,
     ended: Vec<Ended>,
     refuse: bool,
 }
 
 impl Engine for Recorder {
     fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
-        self.calls.push(self.kind.call(&op, self.buffered));
+        self.calls.push(self.kind.call(&op, self.policy));
         let result = match &op {
             HostOp::Writev { dsync: true, .. } | HostOp::PunchHole { .. } | HostOp::ZeroRange { .. }
                 if self.refuse =>
@@ -270,7 +277,8 @@ impl Engine for Recorder {
 mod tests {
     use super::*;
     use crate::disk::DiskConfig;
-    use crate::disk::cache::{CachePolicy, POLICIES};
+    use crate::disk::cache::POLICIES;
+    use crate::disk::geometry::{BUFFERED, Geometry};
     use crate::disk::image::ImageProblem;
     use crate::disk::stable::StableBy;
 
@@ -294,39 +302,78 @@ mod tests {
         }
     }
 
+    /// An image in the page cache's modes that needs no file, so no file system with RWF_DONTCACHE either.
+    fn simulated(policy: &'static CachePolicy) -> Arc<Image> {
+        let geometry =
+            Geometry { capacity_sectors: 16, logical_block: 512, physical_block: 4096, alignment: BUFFERED };
+        let config = DiskConfig { cache: policy, ..DiskConfig::new("simulated") };
+        Arc::new(Image::simulated(&config, geometry).unwrap())
+    }
+
+    /// The calls of a mode without O_DIRECT, as preadv2(2) and the stability rule have them: (mode, read, write,
+    /// stable write).
+    const CALLS: [(&str, &str, &str, &str); 4] = [
+        ("writeback", "preadv", "pwritev", "pwritev2(RWF_DSYNC)"),
+        ("writethrough", "preadv", "pwritev", "pwritev2(RWF_DSYNC)"),
+        ("unsafe", "preadv", "pwritev", "pwritev2(RWF_DSYNC)"),
+        (
+            "dontcache",
+            "preadv2(RWF_DONTCACHE)",
+            "pwritev2(RWF_DONTCACHE)",
+            "pwritev2(RWF_DSYNC|RWF_DONTCACHE)",
+        ),
+    ];
+
+    fn is_stable(policy: &CachePolicy, driver: &Driver) -> bool {
+        let negotiated =
+            Negotiated { flush: driver.negotiates_flush, config_wce: driver.negotiates_config_wce };
+        let on = driver.writeback != 0;
+        policy.write_must_be_stable(negotiated, on, on)
+    }
+
     #[test]
     fn writes_are_told_as_the_stability_rule_has_them() {
-        let directory = tempfile::tempdir().unwrap();
-        for policy in POLICIES.iter().filter(|policy| !policy.direct) {
-            for driver in drivers(&image(&directory, policy.name, |_| ()), EngineKind::Blocking) {
-                let negotiated =
-                    Negotiated { flush: driver.negotiates_flush, config_wce: driver.negotiates_config_wce };
-                let on = driver.writeback != 0;
-                let stable = policy.write_must_be_stable(negotiated, on, on);
-                let expected = if stable { "pwritev2(RWF_DSYNC)" } else { "pwritev" };
-                assert_eq!(driver.write.calls, [expected], "{} {driver:?}", policy.name);
-                let refused = stable.then(|| vec!["pwritev2(RWF_DSYNC)", "pwritev", "fdatasync"]);
-                assert_eq!(driver.write.where_refused, refused, "{} {driver:?}", policy.name);
+        assert_eq!(CALLS.len(), POLICIES.iter().filter(|policy| !policy.direct).count());
+        for (mode, read, plain, dsync) in CALLS {
+            let policy = CachePolicy::by_name(mode).unwrap();
+            for driver in drivers(&simulated(policy), EngineKind::Blocking) {
+                let stable = is_stable(policy, &driver);
+                assert_eq!(driver.read.calls, [read], "{mode} {driver:?}");
+                assert_eq!(driver.write.calls, [if stable { dsync } else { plain }], "{mode} {driver:?}");
+                let refused = stable.then(|| vec![dsync, plain, "fdatasync"]);
+                assert_eq!(driver.write.where_refused, refused, "{mode} {driver:?}");
                 let flush: &[&str] = if policy.honour_flush { &["fdatasync"] } else { &[] };
-                assert_eq!(driver.flush.calls, flush, "{} {driver:?}", policy.name);
+                assert_eq!(driver.flush.calls, flush, "{mode} {driver:?}");
             }
         }
     }
 
     #[test]
     fn the_ring_is_told_with_what_is_tried_before_it() {
-        let directory = tempfile::tempdir().unwrap();
-        for policy in POLICIES.iter().filter(|policy| !policy.direct) {
-            for driver in drivers(&image(&directory, policy.name, |_| ()), EngineKind::Uring) {
-                assert_eq!(driver.read.calls, ["preadv2(RWF_NOWAIT), else IORING_OP_READ"]);
-                let negotiated =
-                    Negotiated { flush: driver.negotiates_flush, config_wce: driver.negotiates_config_wce };
-                let on = driver.writeback != 0;
-                let stable = policy.write_must_be_stable(negotiated, on, on);
-                let plain = "pwritev2(RWF_NOWAIT), else IORING_OP_WRITE";
+        for (mode, ..) in CALLS {
+            let policy = CachePolicy::by_name(mode).unwrap();
+            for driver in drivers(&simulated(policy), EngineKind::Uring) {
                 // A stable write has to wait for the disk, so it is not first tried with RWF_NOWAIT.
-                let expected = if stable { "IORING_OP_WRITE(RWF_DSYNC)" } else { plain };
-                assert_eq!(driver.write.calls, [expected], "{} {driver:?}", policy.name);
+                let (read, write) = match (mode, is_stable(policy, &driver)) {
+                    ("dontcache", false) => (
+                        "preadv2(RWF_NOWAIT|RWF_DONTCACHE), else IORING_OP_READ(RWF_DONTCACHE)",
+                        "pwritev2(RWF_NOWAIT|RWF_DONTCACHE), else IORING_OP_WRITE(RWF_DONTCACHE)",
+                    ),
+                    ("dontcache", true) => (
+                        "preadv2(RWF_NOWAIT|RWF_DONTCACHE), else IORING_OP_READ(RWF_DONTCACHE)",
+                        "IORING_OP_WRITE(RWF_DSYNC|RWF_DONTCACHE)",
+                    ),
+                    (_, false) => (
+                        "preadv2(RWF_NOWAIT), else IORING_OP_READ",
+                        "pwritev2(RWF_NOWAIT), else IORING_OP_WRITE",
+                    ),
+                    (_, true) => ("preadv2(RWF_NOWAIT), else IORING_OP_READ", "IORING_OP_WRITE(RWF_DSYNC)"),
+                };
+                assert_eq!(
+                    (driver.read.calls.as_slice(), driver.write.calls.as_slice()),
+                    (&[read][..], &[write][..]),
+                    "{mode}"
+                );
             }
         }
     }

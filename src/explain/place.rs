@@ -121,6 +121,9 @@ static RULES: [Rule; 8] = [
 const CHECKSUMS: &str = "btrfs with checksums: since Linux 6.14 an O_DIRECT write goes through the page cache (chattr +C on \
                          the empty file, or the mount option nodatasum, avoids it)";
 
+const OVERWRITTEN: &str = "ext4 drops what is read and what is written to new blocks; what is written over stays in the page cache, \
+                           clean, until it is read or reclaimed (Linux 6.18; xfs drops it)";
+
 impl Place {
     /// Finds where `image` lies.
     pub fn of(image: &Image) -> Self {
@@ -135,6 +138,9 @@ impl Place {
             && !place.is_unchecked(image.file().descriptor())
         {
             place.notes.push(CHECKSUMS.into());
+        }
+        if place.file_system == "ext4" && image.config().cache.drop_behind {
+            place.notes.push(OVERWRITTEN.into());
         }
         place
     }

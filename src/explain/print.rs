@@ -1,5 +1,7 @@
 //! Prints an explanation for people: 80 columns wide, and drivers with the same results together.
 
+use crate::disk::cache::POLICIES;
+
 use super::{Driver, Explanation, RequestOutcome};
 use crate::text::hang;
 
@@ -56,10 +58,9 @@ fn blocks(disk: &Explanation) -> String {
     let blocks = &disk.blocks;
     let mut sizes = format!("{} bytes for the guest, {} on the host", blocks.logical, blocks.physical);
     if let Some(other) = blocks.other_modes {
-        let modes = match blocks.memory_alignment {
-            1 => "none and directsync",
-            _ => "writeback, writethrough and unsafe",
-        };
+        let is_direct = blocks.memory_alignment != 1;
+        let others: Vec<_> = POLICIES.iter().filter(|it| it.direct != is_direct).map(|it| it.name).collect();
+        let modes = others.join(", ");
         sizes += &format!(
             ", {other} for the guest in the modes {modes} (block-size=4096 keeps it the same in all; partition tables need \
              that)"

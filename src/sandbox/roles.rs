@@ -166,10 +166,10 @@ const WORKER: &[Call] = calls! {
     poll Always, "waiting for the doorbell";
     ppoll Always, "waiting for the doorbell";
     preadv Always, "reads";
-    preadv2 Always, "reads of what the page cache has";
+    preadv2 Always, "reads of what the page cache has; reads that it does not keep (RWF_DONTCACHE)";
     pread64 Always, "reads around a piece that is not aligned";
     pwritev Always, "writes";
-    pwritev2 Always, "writes that are stable when they complete (RWF_DSYNC)";
+    pwritev2 Always, "writes that are stable when they complete (RWF_DSYNC), or that the page cache does not keep (RWF_DONTCACHE)";
     pwrite64 Always, "zeroes";
     fdatasync Always, "FLUSH";
     fallocate Always, "DISCARD, WRITE_ZEROES";

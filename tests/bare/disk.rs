@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use minivmm_testkit::dontcache;
 use minivmm_testkit::machine::*;
 
 /// One row of the modes' table, as a guest and the host's kernel see it.
@@ -9,17 +10,26 @@ use minivmm_testkit::machine::*;
 pub struct Mode {
     pub name: &'static str,
     pub direct: bool,
+    /// RWF_DONTCACHE on each read and write.
+    pub dontcache: bool,
     pub write_cache: bool,
     pub honours_flush: bool,
 }
 
-pub const MODES: [Mode; 5] = [
-    Mode { name: "none", direct: true, write_cache: true, honours_flush: true },
-    Mode { name: "writeback", direct: false, write_cache: true, honours_flush: true },
-    Mode { name: "writethrough", direct: false, write_cache: false, honours_flush: true },
-    Mode { name: "directsync", direct: true, write_cache: false, honours_flush: true },
-    Mode { name: "unsafe", direct: false, write_cache: true, honours_flush: false },
+#[rustfmt::skip]
+const MODES: [Mode; 6] = [
+    Mode { name: "none", direct: true, dontcache: false, write_cache: true, honours_flush: true },
+    Mode { name: "writeback", direct: false, dontcache: false, write_cache: true, honours_flush: true },
+    Mode { name: "writethrough", direct: false, dontcache: false, write_cache: false, honours_flush: true },
+    Mode { name: "directsync", direct: true, dontcache: false, write_cache: false, honours_flush: true },
+    Mode { name: "unsafe", direct: false, dontcache: false, write_cache: true, honours_flush: false },
+    Mode { name: "dontcache", direct: false, dontcache: true, write_cache: true, honours_flush: true },
 ];
+
+/// The modes that can be had here.
+pub fn modes() -> Vec<Mode> {
+    dontcache::those_here(&MODES, |mode| mode.dontcache)
+}
 
 pub fn run_io(mode: Mode, entry: Entry, words: &str, image: &Image) -> Ran {
     let cmdline = format!("scenario=io {words}");
@@ -32,7 +42,7 @@ fn a_guest_writes_flushes_and_reads_back_in_every_mode_by_both_entries() {
     if !kvm() {
         return;
     }
-    for mode in MODES {
+    for mode in modes() {
         for entry in ENTRIES {
             let what = format!("cache={} by {entry:?}", mode.name);
             let image = Image::new();
@@ -59,7 +69,7 @@ fn a_readonly_disk_refuses_the_write_and_stays_as_it_was() {
     if !kvm() {
         return;
     }
-    for mode in MODES {
+    for mode in modes() {
         let image = Image::new();
         let disk = image.disk(&format!("cache={},readonly", mode.name));
         let ran = run_plain(Entry::Elf, "scenario=io", &["--disk", &disk]).expect(exit(0x18), mode.name);
@@ -86,7 +96,7 @@ fn without_flush_writeback_cannot_be_turned_on() {
     if !kvm() {
         return;
     }
-    for mode in MODES {
+    for mode in modes() {
         let image = Image::new();
         run_io(mode, Entry::Elf, "noflush wb=1", &image).expect(exit(0x25), mode.name);
         image.must_hold(&Image::before(), mode.name);
@@ -115,7 +125,7 @@ fn after_a_reset_the_device_works_again_with_its_configured_cache() {
     if !kvm() {
         return;
     }
-    for mode in MODES {
+    for mode in modes() {
         let image = Image::new();
         let other = u8::from(!mode.write_cache);
         let ran =
@@ -132,7 +142,7 @@ fn a_reset_waits_for_the_write_in_flight() {
     if !kvm() {
         return;
     }
-    for mode in MODES {
+    for mode in modes() {
         let image = Image::new();
         let disk = image.disk(&format!("cache={}", mode.name));
         run_plain(Entry::Elf, "scenario=inflight", &["--disk", &disk]).expect(exit(0x23), mode.name);

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
 
+use minivmm_testkit::dontcache;
 use minivmm_testkit::machine::*;
 
 /// The guest's exit code if it is alive after all.
@@ -225,6 +226,9 @@ fn every_attack_in_the_modes_that_use_the_page_cache_and_with_discard() {
         attack("pci", "cache=writethrough,engine=sync,discard=on");
         if may_lock(128) {
             attack("mmio", "cache=unsafe,buffers=fixed");
+        }
+        if dontcache::is_here() {
+            attack("pci", "cache=dontcache,discard=on,queues=4");
         }
     }
 }

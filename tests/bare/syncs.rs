@@ -5,7 +5,7 @@ use std::process::Command;
 
 use minivmm_testkit::machine::*;
 
-use crate::disk::{MODES, Mode};
+use crate::disk::{Mode, modes};
 
 /// What the host's kernel was asked about the image, in order.
 #[derive(Debug, PartialEq, Eq)]
@@ -96,7 +96,7 @@ fn the_host_syncs_as_often_as_mode_and_negotiation_demand() {
         skip("strace", "strace is not installed, host syncs are not counted");
         return;
     }
-    for mode in MODES {
+    for mode in modes() {
         let mut syncs_at_start = None;
         for (words, stable_when_on, stable_when_off, flushes) in CHOICES {
             let what = format!("cache={} {words}", mode.name);

@@ -5,12 +5,11 @@ use std::sync::Arc;
 
 use minivmm::disk::{DiskConfig, Image};
 use minivmm_testkit::driver::*;
-use minivmm_testkit::images::{TestImage, pattern};
+use minivmm_testkit::images::{TestImage, modes, pattern};
 
 /// A descriptor without its next: address, length, flags.
 type Part = (u64, u32, u16);
 
-const MODES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];
 const IMAGE_BYTES: u64 = 1 << 20;
 const CAPACITY: u64 = IMAGE_BYTES / 512;
 const FEATURES: u64 = F_FLUSH | F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES | F_INDIRECT;
@@ -37,7 +36,7 @@ fn assert_alive(rig: &mut Rig, context: &str) {
 
 #[test]
 fn what_is_written_is_read_back_and_on_the_image_in_every_mode() {
-    for mode in MODES {
+    for mode in modes() {
         let (image, mut rig) = rig(mode, FEATURES);
         let data: Vec<u8> = (0..8192u32).map(|i| (i * 7 % 256) as u8).collect();
         assert_eq!(rig.write_sectors(16, &data), OK, "{mode}");
@@ -114,7 +113,7 @@ fn everything_unknown_is_unsupported_and_completed() {
 /// Shows B10, R11 and R22.
 #[test]
 fn reads_and_writes_beyond_the_capacity_fail_and_the_image_does_not_grow() {
-    for mode in MODES {
+    for mode in modes() {
         let (image, mut rig) = rig(mode, FEATURES);
         let before = image.content();
         let beyond = [CAPACITY, CAPACITY - 1, u64::MAX, u64::MAX / 512, 1 << 55, (1 << 55) + 1, u64::MAX - 1];
@@ -178,7 +177,7 @@ fn any_legal_cut_into_descriptors_is_accepted() {
         &[(HEADER, 16, 0), (DATA, 100, WRITE), (DATA + 100, 412, WRITE), (DATA + 512, 513, WRITE)],
         &[(HEADER, 16, 0), (DATA, 3, WRITE), (DATA + 3, 1021, WRITE), (DATA + 1024, 1, WRITE)],
     ];
-    for mode in MODES {
+    for mode in modes() {
         let (_image, mut rig) = rig(mode, FEATURES);
         for layout in read_layouts {
             rig.put_header(IN, 7);
@@ -264,7 +263,7 @@ fn an_indirect_table_may_be_longer_than_the_queue_if_its_chain_is_not() {
 /// Shows B12 and B13.
 #[test]
 fn discarded_and_zeroed_ranges_read_as_zeroes_and_their_neighbours_stay() {
-    for mode in MODES {
+    for mode in modes() {
         for (kind, flags) in [(DISCARD, 0), (WRITE_ZEROES, 0), (WRITE_ZEROES, 1)] {
             let (image, mut rig) = rig(mode, FEATURES);
             assert_eq!(

@@ -12,7 +12,7 @@ use minivmm::disk::disk_queue::StableBy;
 use minivmm::disk::{DiskConfig, Image};
 use minivmm_testkit::driver::*;
 use minivmm_testkit::engines::{Fate, Kind, Log, Script, Scripted};
-use minivmm_testkit::images::{TestImage, pattern, test_dir};
+use minivmm_testkit::images::{TestImage, pattern, policies, test_dir};
 use minivmm_testkit::skips::skip;
 
 const IMAGE_BYTES: u64 = 1 << 20;
@@ -49,7 +49,7 @@ fn each_write_is_the_host_operations_that_its_mode_promises() {
         (false, true, Some(1)),
     ]);
     for (flush, config_wce, byte) in cases {
-        for policy in &POLICIES {
+        for policy in policies() {
             let stable = policy.honour_flush
                 && match (flush, config_wce, byte) {
                     (false, ..) => true,
@@ -88,7 +88,7 @@ fn each_write_is_the_host_operations_that_its_mode_promises() {
 /// Shows B13.
 #[test]
 fn erases_are_made_stable_where_writes_are() {
-    for policy in &POLICIES {
+    for policy in policies() {
         let (_image, mut rig, log) = honest(policy.name, ALL, StableBy::Dsync);
         for (kind, flags, op) in
             [(DISCARD, 0, Kind::Punch), (WRITE_ZEROES, 1, Kind::Punch), (WRITE_ZEROES, 0, Kind::Zero)]
@@ -125,7 +125,7 @@ fn the_guests_change_to_writethrough_counts_at_once_and_syncs_what_was_before() 
 /// Shows B4.
 #[test]
 fn reset_restores_the_configured_writeback_byte_and_its_meaning() {
-    for policy in &POLICIES {
+    for policy in policies() {
         let (_image, mut rig, log) = honest(policy.name, BOTH, StableBy::Dsync);
         rig.set_writeback(u8::from(!policy.write_cache));
         rig.start(BOTH);
@@ -311,7 +311,7 @@ fn a_truncated_image_fails_reads_and_the_rest_goes_on() {
 /// Shows E4.
 #[test]
 fn the_end_is_an_fdatasync_except_where_flushes_are_ignored() {
-    for policy in &POLICIES {
+    for policy in policies() {
         let image = TestImage::new(IMAGE_BYTES);
         let opened = image.open(policy.name);
         opened.close().unwrap();
@@ -389,7 +389,7 @@ fn a_writer_locks_out_everybody_and_readers_share() {
 #[test]
 fn each_mode_opens_with_its_flags() {
     let image = TestImage::new(IMAGE_BYTES);
-    for policy in &POLICIES {
+    for policy in policies() {
         let opened = image.open(policy.name);
         let expected = if policy.direct { "O_RDWR|O_DIRECT" } else { "O_RDWR" };
         assert_eq!(opened.file().open_flags(), expected, "{}", policy.name);

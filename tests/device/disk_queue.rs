@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use minivmm::disk::Image;
-use minivmm::disk::cache::{Negotiated, POLICIES, WriteCache};
+use minivmm::disk::cache::{Negotiated, WriteCache};
 use minivmm::disk::disk_queue::{DiskQueue, Op, RequestId, StableBy};
 use minivmm::disk::engine::{Ended, HostOp, OpToken, Wake};
 use minivmm::disk::geometry::SectorRange;
@@ -13,7 +13,7 @@ use minivmm::disk::op::ZeroedRange;
 use minivmm::mem::{AlignedBuffer, Iov};
 use minivmm_testkit::engines::Kind;
 use minivmm_testkit::hands::Hands;
-use minivmm_testkit::images::TestImage;
+use minivmm_testkit::images::{TestImage, policies};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const BLOCK: u32 = 4096;
@@ -98,7 +98,7 @@ fn disk(mode: &str) -> (TestImage, Arc<Image>, Arc<WriteCache>) {
 /// Shows B6.
 #[test]
 fn a_write_across_a_change_of_writeback_gets_the_stricter_side() {
-    for policy in &POLICIES {
+    for policy in policies() {
         for (before, after) in [(true, true), (true, false), (false, true), (false, false)] {
             for zeroes in [false, true] {
                 let (_test, image, cache) = disk(policy.name);
@@ -144,7 +144,7 @@ fn when_a_sync_fails_on_one_queue_no_promise_of_another_is_kept() {
             1,
         ),
     ];
-    for policy in POLICIES.iter().filter(|policy| policy.honour_flush) {
+    for policy in policies().into_iter().filter(|policy| policy.honour_flush) {
         for (what, start, stable_by, ends) in others {
             let (_test, image, cache) = disk(policy.name);
             cache.guest_sets_writeback(false);

@@ -14,14 +14,13 @@ use std::time::Duration;
 
 use minivmm::blk::BlockDevice;
 use minivmm::bus::{Bus, Outcome};
-use minivmm::disk::cache::POLICIES;
 use minivmm::disk::disk_queue::StableBy;
 use minivmm::disk::{DiskConfig, Image};
 use minivmm::layout::VIRTIO_MMIO;
 use minivmm::mem::{self, Ram};
 use minivmm::virtio::Transport as _;
 use minivmm_testkit::driver::reg;
-use minivmm_testkit::images::{TestImage, pattern};
+use minivmm_testkit::images::{TestImage, modes, pattern, policies};
 use minivmm_testkit::over_pci;
 use virtio_drivers::device::blk::{BlkReq, BlkResp, RespStatus, VirtIOBlk};
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
@@ -340,7 +339,7 @@ fn the_driver_finds_capacity_serial_and_a_writable_disk() {
 
 #[test]
 fn what_the_driver_writes_and_flushes_is_in_the_image_in_every_mode_and_negotiation() {
-    for policy in &POLICIES {
+    for policy in policies() {
         for hidden in negotiations() {
             let test = TestImage::new(MIB);
             let mut expected = test.content();
@@ -366,18 +365,24 @@ fn what_the_driver_writes_and_flushes_is_in_the_image_in_every_mode_and_negotiat
 fn each_write_and_flush_costs_the_host_syncs_that_its_mode_says() {
     // This driver never takes CONFIG_WCE: with FLUSH the mode rules, without it all but unsafe
     // must be stable. (mode, FLUSH taken, stable writes, fdatasyncs) of 3 writes and 2 flushes.
+    let here = modes();
     for (mode, flush, dsyncs, fdatasyncs) in [
         ("none", true, 0, 2),
         ("writeback", true, 0, 2),
         ("writethrough", true, 3, 2),
         ("directsync", true, 3, 2),
         ("unsafe", true, 0, 0),
+        ("dontcache", true, 0, 2),
         ("none", false, 3, 0),
         ("writeback", false, 3, 0),
         ("writethrough", false, 3, 0),
         ("directsync", false, 3, 0),
         ("unsafe", false, 0, 0),
+        ("dontcache", false, 3, 0),
     ] {
+        if !here.contains(&mode) {
+            continue;
+        }
         let test = TestImage::new(MIB);
         let machine = Machine::new(&test.options(mode));
         let mut driver = machine.driver_without(if flush { 0 } else { F_FLUSH });
@@ -397,7 +402,7 @@ fn each_write_and_flush_costs_the_host_syncs_that_its_mode_says() {
 
 #[test]
 fn many_requests_in_flight_end_each_once_and_right() {
-    for policy in &POLICIES {
+    for policy in policies() {
         for hidden in [0, F_EVENT_IDX, F_INDIRECT] {
             let test = TestImage::new(MIB);
             let machine = Machine::new(&test.options(policy.name));

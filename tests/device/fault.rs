@@ -13,7 +13,7 @@ use minivmm::disk::config::EngineChoice;
 use minivmm::disk::{DiskConfig, Image};
 use minivmm_block::threads::{ThreadKind, Threads};
 use minivmm_testkit::driver::*;
-use minivmm_testkit::images::{TestImage, pattern};
+use minivmm_testkit::images::{TestImage, modes, pattern};
 
 const ALL: u64 = F_FLUSH | F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES;
 
@@ -68,11 +68,9 @@ fn a_disk_whose_delays_have_no_thread_is_refused_before_the_guest_runs() {
     }
 }
 
-const FIVE: [&str; 5] = ["none", "writethrough", "writeback", "directsync", "unsafe"];
-
 #[test]
 fn the_nth_write_fails_and_the_others_do_not() {
-    each(&FIVE, "fail=ENOSPC:write:nth=2", |test, rig, what| {
+    each(&modes(), "fail=ENOSPC:write:nth=2", |test, rig, what| {
         let statuses: Vec<u8> = (0..3).map(|at| rig.write_sectors(at * 8, &[0xee; 4096])).collect();
         // Where the write was to be stable by itself its failure is one of stability, which stays.
         let last = if rig.image.latch.check().is_err() { IOERR } else { OK };
@@ -108,7 +106,7 @@ fn after_one_failed_flush_none_succeeds_though_the_host_would_say_so() {
 
 #[test]
 fn short_transfers_are_continued_to_the_last_byte() {
-    each(&FIVE, "short:write+short:read+seed=5", |test, rig, what| {
+    each(&modes(), "short:write+short:read+seed=5", |test, rig, what| {
         let data: Vec<u8> = (0..65536u32).map(|at| (at / 512 + 7) as u8).collect();
         assert_eq!(rig.write_sectors(8, &data), OK, "{what}");
         let (status, read) = rig.read_sectors(8, 65536);

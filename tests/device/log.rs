@@ -18,7 +18,7 @@ use minivmm_lab::crash::log::{Entry, WriteLog};
 use minivmm_testkit::alone;
 use minivmm_testkit::driver::*;
 use minivmm_testkit::hands::Hands;
-use minivmm_testkit::images::TestImage;
+use minivmm_testkit::images::{TestImage, modes};
 
 use super::FORKS;
 
@@ -62,7 +62,7 @@ fn replay(log: &WriteLog, mut base: Vec<u8>) -> Vec<u8> {
 
 #[test]
 fn replaying_the_log_of_any_mode_and_engine_gives_the_disk() {
-    for mode in ["none", "writethrough", "writeback", "directsync", "unsafe"] {
+    for mode in modes() {
         for engine in [EngineChoice::Blocking, EngineChoice::Auto] {
             let test = TestImage::new(4 << 20);
             let base = test.content();

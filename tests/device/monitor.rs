@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use minivmm::disk::Image;
-use minivmm::disk::cache::{Negotiated, POLICIES, WriteCache};
+use minivmm::disk::cache::{Negotiated, WriteCache};
 use minivmm::disk::disk_queue::{DiskQueue, Op, RequestId, StableBy};
 use minivmm::disk::engine::{HostOp, Wake};
 use minivmm::disk::monitor::{Monitor, Snapshot, SyncEnd};
@@ -16,7 +16,7 @@ use minivmm::stats::{ExitStats, Stats};
 use minivmm_testkit::driver::*;
 use minivmm_testkit::engines::{Fate, Kind, Script, Scripted};
 use minivmm_testkit::hands::{Hands, HeldOp};
-use minivmm_testkit::images::TestImage;
+use minivmm_testkit::images::{TestImage, policies};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::Value;
@@ -201,8 +201,9 @@ fn memory(bytes: usize) -> Iov {
 #[test]
 fn the_count_is_never_below_the_truth_and_equal_to_it_without_overwrites_and_failures() {
     let image = TestImage::new(1 << 20);
+    let policies = policies();
     let strategy = (
-        0..POLICIES.len(),
+        0..policies.len(),
         any::<bool>(),
         1..5usize,
         any::<bool>(),
@@ -213,7 +214,7 @@ fn the_count_is_never_below_the_truth_and_equal_to_it_without_overwrites_and_fai
     let mut runner = TestRunner::new(Config { cases: 1500, failure_persistence: None, ..Config::default() });
     let result = runner.run(&strategy, |(mode, dsync, room, overwrites, steps)| {
         let stable_by = if dsync { StableBy::Dsync } else { StableBy::Fdatasync };
-        let mut model = Model::new(image.open(POLICIES[mode].name), stable_by, room);
+        let mut model = Model::new(image.open(policies[mode].name), stable_by, room);
         for step in &steps {
             model.play(step, overwrites);
             if model.held {
@@ -284,7 +285,7 @@ fn found(rig: &Rig) -> Snapshot {
 
 #[test]
 fn each_mode_puts_at_risk_what_it_says() {
-    for policy in &POLICIES {
+    for policy in policies() {
         for stable_by in [StableBy::Dsync, StableBy::Fdatasync] {
             let (_image, mut rig) = rig(policy.name, ALL, stable_by, real());
             let volatile = policy.write_cache || !policy.honour_flush;
@@ -371,7 +372,7 @@ fn turning_the_write_cache_off_saves_what_was_written_with_it() {
 
 #[test]
 fn a_driver_that_cannot_flush_puts_nothing_at_risk() {
-    for policy in POLICIES.iter().filter(|policy| policy.honour_flush) {
+    for policy in policies().into_iter().filter(|policy| policy.honour_flush) {
         let (_image, mut rig) = rig(policy.name, 0, StableBy::Dsync, real());
         assert_eq!(rig.write_sectors(8, &[1; 4096]), OK);
         assert_eq!(found(&rig).acknowledged_bytes, 0, "{}", policy.name);

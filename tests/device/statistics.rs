@@ -8,7 +8,7 @@ use minivmm::disk::config::EngineChoice;
 use minivmm::disk::{DiskConfig, Image};
 use minivmm::stats::{ExitStats, Stats};
 use minivmm_testkit::driver::*;
-use minivmm_testkit::images::TestImage;
+use minivmm_testkit::images::{TestImage, modes};
 use minivmm_testkit::turns::Turns;
 use serde_json::Value;
 
@@ -68,7 +68,7 @@ fn when_all_are_recorded(rig: &Rig) -> Value {
 
 #[test]
 fn every_request_has_its_latency_and_the_phases_are_the_whole_in_every_mode() {
-    for mode in ["none", "writethrough", "writeback", "directsync", "unsafe"] {
+    for mode in modes() {
         for engine in [EngineChoice::Blocking, EngineChoice::Auto] {
             let test = TestImage::new(1 << 20);
             let mut rig = timed(&test, mode, engine, None);

@@ -6,6 +6,7 @@
 
 use minivmm_testkit::cpio;
 use minivmm_testkit::host::{Host, Outcome, Place};
+use minivmm_testkit::skips::skip;
 
 /// One boot of the test guest.
 struct Boot<'a> {
@@ -142,10 +143,14 @@ dmesg -r | sed -n 's/^<[0-4]>//p' | sed 's/^/K /'
     let (writes, flushes) = (number(&outcome, "writes"), number(&outcome, "flushes"));
     // One at the start and one at the end, where the mode honours flushes.
     match mode {
-        "none" | "writeback" => {
+        "none" | "writeback" | "dontcache" => {
             assert!(flushes > 20, "{mode}: {flushes} FLUSHes");
             assert_eq!(fdatasyncs, flushes + 2, "{mode}");
             assert_eq!(count("pwritev2\\([0-9]+<[^>]*/a.img>.*RWF_DSYNC"), 0, "{mode}");
+            // strace before 6.14 does not know the flag's name.
+            let flagged = count("pwritev2\\([0-9]+<[^>]*/a.img>.*(RWF_DONTCACHE|0x80 )");
+            let all = count("pwritev2?\\([0-9]+<[^>]*/a.img>");
+            assert_eq!(flagged, if mode == "dontcache" { all } else { 0 }, "{mode}");
         }
         "unsafe" => {
             assert!(flushes > 20, "{mode}: {flushes} FLUSHes");
@@ -191,6 +196,21 @@ fn mode_directsync_on_6_1() {
 #[test]
 fn mode_unsafe_on_6_12() {
     a_mode_from_mkfs_to_fsck("unsafe", "auto", "6.12", (1, "512M"), "pci");
+}
+
+/// Where the host has RWF_DONTCACHE, as the emulated host with its 6.12 has not: it must say so, and what to use.
+#[test]
+fn mode_dontcache_on_6_12_or_its_refusal() {
+    let place = Host::get().place();
+    let asked = place.sh("truncate -s 1M c.img; minivmm --explain --disk c.img,cache=dontcache");
+    if asked.status == 0 {
+        return a_mode_from_mkfs_to_fsck("dontcache", "auto", "6.12", (2, "512M"), "pci");
+    }
+    assert_eq!(asked.status, 125, "{asked:#?}");
+    for word in ["RWF_DONTCACHE", "use cache=none or cache=writeback"] {
+        assert!(asked.stderr.replace('\n', " ").contains(word), "no {word}: {asked:#?}");
+    }
+    skip("dontcache", "this host has no RWF_DONTCACHE (ext4 since Linux 6.17)");
 }
 
 /// A queue a CPU without being asked; fio's jobs, each on a CPU of its own, write through both of them.

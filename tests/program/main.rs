@@ -14,6 +14,7 @@
 mod check;
 mod cli;
 mod device;
+mod dontcache;
 mod host_files;
 mod hosts;
 mod sandbox;

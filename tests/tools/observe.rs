@@ -144,7 +144,8 @@ fn pages_that_another_holds_are_an_error_that_says_so() {
 fn a_disk_starts_with_the_cache_that_its_key_wishes_in_every_mode() {
     let directory = scratch();
     let (path, file) = cold_file(&directory, 2 * MIB);
-    for mode in ["none", "writethrough", "writeback", "directsync", "unsafe"] {
+    let modes = ["none", "writethrough", "writeback", "directsync", "unsafe", "dontcache"];
+    for mode in minivmm_testkit::dontcache::those_here(&modes, |mode| *mode == "dontcache") {
         for (wish, bytes) in [("warm", 2 * MIB as u64), ("drop", 0), ("warm", 2 * MIB as u64)] {
             let text = format!("{},cache={mode},host-cache={wish}", path.display());
             let options = disk_options::parse(&text).unwrap();

@@ -1,9 +1,9 @@
-//! A virtio-blk device (virtio 1.2, 5.2) for any VMM: split queues, five cache modes, io_uring or blocking I/O,
+//! A virtio-blk device (virtio 1.2, 5.2) for any VMM: split queues, six cache modes, io_uring or blocking I/O,
 //! and a durability contract that is proven by tests.
 //!
-//! *O_DIRECT, O_SYNC, and fsync are not the same mechanism.* A cache mode is a row of three decisions
-//! ([`disk::cache::CachePolicy`]): does the host's page cache hold the data, may a completed write still be
-//! volatile, and does the guest's FLUSH reach the disk?
+//! *O_DIRECT, O_SYNC, and fsync are not the same mechanism.* A cache mode is a row of four decisions
+//! ([`disk::cache::CachePolicy`]): does data pass the host's page cache by, does it stay there, may a completed
+//! write still be volatile, and does the guest's FLUSH reach the disk?
 //!
 //! The crate knows no KVM, no transport, no command line and no sandbox. The embedder brings guest memory, a
 //! transport that has the device's registers, a way to interrupt the driver, and, if it likes, a way to start

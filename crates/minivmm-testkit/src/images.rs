@@ -5,12 +5,12 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use minivmm::disk::cache::CachePolicy;
+use minivmm::disk::cache::{CachePolicy, POLICIES};
 use minivmm::disk::{DiskConfig, Image};
 use minivmm::disk_options;
 use tempfile::TempDir;
 
-use crate::places;
+use crate::{dontcache, places};
 
 /// An image of its own in a directory of its own, gone with it.
 pub struct TestImage {
@@ -22,6 +22,17 @@ pub struct TestImage {
 /// A directory where O_DIRECT works if it works anywhere in the build tree.
 pub fn test_dir() -> TempDir {
     tempfile::tempdir_in(places::tmp()).unwrap()
+}
+
+/// The rows of all modes that a file of the build tree can have.
+pub fn policies() -> Vec<&'static CachePolicy> {
+    let all: Vec<_> = POLICIES.iter().collect();
+    dontcache::those_here(&all, |policy| policy.name == "dontcache")
+}
+
+/// Their names.
+pub fn modes() -> Vec<&'static str> {
+    policies().into_iter().map(|policy| policy.name).collect()
 }
 
 impl TestImage {

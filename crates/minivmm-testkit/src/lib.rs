@@ -15,6 +15,7 @@ pub mod alone;
 pub mod console_rig;
 pub mod cpio;
 pub mod desc;
+pub mod dontcache;
 pub mod driver;
 pub mod engines;
 pub mod eye;

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use minivmm_testkit::dontcache;
 use minivmm_testkit::machine::*;
 
 use super::host::File;
@@ -9,13 +10,19 @@ use super::rules::{Audit, Finding};
 use super::{NEGOTIATIONS, strace, strace_is_here};
 
 /// Mode, whether the guest sees a write cache, whether it honours FLUSH.
-pub const MODES: [(&str, bool, bool); 5] = [
+const MODES: [(&str, bool, bool); 6] = [
     ("none", true, true),
     ("writeback", true, true),
     ("writethrough", false, true),
     ("directsync", false, true),
     ("unsafe", true, false),
+    ("dontcache", true, true),
 ];
+
+/// The modes that can be had here.
+pub fn modes() -> Vec<(&'static str, bool, bool)> {
+    dontcache::those_here(&MODES, |mode| mode.0 == "dontcache")
+}
 
 fn audit(mode: &str, words: &str) -> Audit {
     audit_with(mode, words, &[], exit(0x2a))
@@ -43,7 +50,7 @@ fn every_mode_keeps_what_it_acknowledges_and_unsafe_does_not() {
     if !kvm() || !strace_is_here() {
         return;
     }
-    for (mode, write_cache, honours_flush) in MODES {
+    for (mode, write_cache, honours_flush) in modes() {
         for (words, stable_with_cache) in NEGOTIATIONS {
             let audit = audit(mode, words);
             println!("cache={mode} {words:14} {audit}");

@@ -14,7 +14,7 @@ use minivmm_testkit::machine::*;
 
 use super::NEGOTIATIONS;
 use super::host::{Host, Output, Sync, Write};
-use super::minivmm::{MODES, must_find_everything};
+use super::minivmm::{modes, must_find_everything};
 use super::rules::{Audit, Finding};
 
 /// The files that the eye is shown, in this order.
@@ -22,6 +22,8 @@ const IMAGE: usize = 0;
 const CONSOLE: usize = 1;
 
 const RWF_SYNCS: u64 = (libc::RWF_DSYNC | libc::RWF_SYNC) as u64;
+/// It says nothing of stability.
+const RWF_DONTCACHE: u64 = 0x80;
 const O_SYNCS: u64 = (libc::O_DSYNC | libc::O_SYNC) as u64;
 const ERASES: u64 = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) as u64;
 const SHARED_FOR_WRITING: u64 = libc::PROT_WRITE as u64 | (libc::MAP_SHARED as u64) << 32;
@@ -128,7 +130,7 @@ pub type Seen = BTreeMap<&'static str, usize>;
 fn counts(operations: &[Operation]) -> Seen {
     let mut counts = Seen::new();
     for operation in operations.iter().filter(|operation| operation.file == Some(IMAGE)) {
-        let name = match (operation.name, operation.flags) {
+        let name = match (operation.name, operation.flags & !RWF_DONTCACHE) {
             ("IORING_OP_WRITE" | "IORING_OP_WRITE_FIXED", 0) => "ring write",
             ("IORING_OP_WRITE" | "IORING_OP_WRITE_FIXED", 2) => "ring write, DSYNC",
             ("IORING_OP_FSYNC", 1) => "ring fdatasync",
@@ -195,7 +197,7 @@ fn every_way_keeps_what_it_acknowledges(engine: &str) {
     if !kvm() {
         return;
     }
-    for (mode, write_cache, honours_flush) in MODES {
+    for (mode, write_cache, honours_flush) in modes() {
         // Registered memory has entries of its own.
         let fixed = (engine == "io_uring").then_some("auto,buffers=fixed");
         for by in WAYS.into_iter().chain(fixed) {

@@ -147,14 +147,20 @@ impl Log {
     }
 }
 
-/// A call by its name and what decides about stability.
+/// A call by its name, and its flags that decide about stability and about what the page cache keeps.
 fn call(name: &str, arguments: &str) -> String {
-    let flags = match name {
-        "fallocate" => arguments.split(", ").nth(1),
-        "pwritev2" if arguments.contains("RWF_DSYNC") => Some("RWF_DSYNC"),
-        _ => None,
-    };
-    flags.map_or_else(|| name.to_owned(), |flags| format!("{name}({flags})"))
+    if name == "fallocate" {
+        return format!("{name}({})", arguments.split(", ").nth(1).unwrap_or_default());
+    }
+    // strace before 6.14 does not know the name of 0x80.
+    let flags = arguments.rsplit_once(", ").map_or("", |it| it.1);
+    let has = |names: &[&str]| names.iter().any(|name| flags.contains(name));
+    let known = [("RWF_DSYNC", has(&["RWF_DSYNC"])), ("RWF_DONTCACHE", has(&["RWF_DONTCACHE", "0x80"]))];
+    let set: Vec<_> = known.iter().filter(|flag| flag.1).map(|flag| flag.0).collect();
+    match (name, set.is_empty()) {
+        ("preadv2" | "pwritev2", false) => format!("{name}({})", set.join("|")),
+        _ => name.to_owned(),
+    }
 }
 
 fn opened(flags: u64) -> String {
@@ -168,6 +174,9 @@ fn opened(flags: u64) -> String {
 /// the entry behind one that was refused; after EOPNOTSUPP the entry alone does.
 const TRIES: [(&str, &str); 2] = [("preadv2", "IORING_OP_READ"), ("pwritev2", "IORING_OP_WRITE")];
 
+/// RWF_DONTCACHE of linux/fs.h.
+const RWF_DONTCACHE: u64 = 0x80;
+
 #[derive(Default)]
 struct Inline {
     refused: [bool; 2],
@@ -178,10 +187,14 @@ impl Inline {
     /// The operation in the words of `--explain`.
     fn call(&mut self, operation: &Operation) -> Option<String> {
         let flags = operation.flags;
-        let plain = |entry: &str| operation.name == entry && flags == 0;
+        let (dontcache, others) = (flags & RWF_DONTCACHE != 0, flags & !RWF_DONTCACHE);
+        let plain = |entry: &str| operation.name == entry && others == 0;
         for (at, (call, entry)) in TRIES.into_iter().enumerate() {
-            let both = format!("{call}(RWF_NOWAIT), else {entry}");
-            if operation.name == call && flags == u64::try_from(libc::RWF_NOWAIT).unwrap() {
+            let both = match dontcache {
+                true => format!("{call}(RWF_NOWAIT|RWF_DONTCACHE), else {entry}(RWF_DONTCACHE)"),
+                false => format!("{call}(RWF_NOWAIT), else {entry}"),
+            };
+            if operation.name == call && others == u64::try_from(libc::RWF_NOWAIT).unwrap() {
                 assert!(!self.given_up[at], "tried again after EOPNOTSUPP: {operation:?}");
                 self.refused[at] = operation.result < 0;
                 self.given_up[at] = operation.has_failed_with(libc::EOPNOTSUPP);
@@ -207,6 +220,8 @@ fn in_words(name: &str, flags: u64) -> String {
         ("IORING_OP_FALLOCATE" | "fallocate", 3) => "FALLOC_FL_KEEP_SIZE|FALLOC_FL_PUNCH_HOLE",
         ("IORING_OP_FALLOCATE" | "fallocate", 0x11) => "FALLOC_FL_KEEP_SIZE|FALLOC_FL_ZERO_RANGE",
         ("IORING_OP_WRITE" | "pwritev2", 2) => "RWF_DSYNC",
+        ("IORING_OP_WRITE" | "pwritev2", 0x82) => "RWF_DSYNC|RWF_DONTCACHE",
+        ("IORING_OP_READ" | "IORING_OP_WRITE" | "preadv2" | "pwritev2", 0x80) => "RWF_DONTCACHE",
         (_, 0) => return name.to_owned(),
         (_, other) => return format!("{name}({other:#x})"),
     };

@@ -12,7 +12,10 @@ use minivmm_testkit::machine::*;
 use serde_json::Value;
 
 use super::log::{self, Log, stages};
-use super::{MODES, calls, explain, words};
+use super::{calls, explain, words};
+
+/// The modes that QEMU has too.
+const MODES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];
 
 /// The last of microvm's virtio-mmio slots, which it fills first.
 const SLOT: &str = "VIRTIO_MMIO_BASE=0xfeb02e00";

@@ -6,7 +6,7 @@ use minivmm_testkit::machine::*;
 use serde_json::Value;
 
 use super::log::{self, Log};
-use super::{MODES, calls, expected, explain, takes, words};
+use super::{calls, expected, explain, modes, takes, words};
 
 fn watch(image: &Image, disk: &str, words: &str, status: i32) -> Option<Log> {
     let mut eye =
@@ -57,7 +57,7 @@ fn every_way_is_what_was_told(engine: &str) {
     if !kvm() {
         return;
     }
-    for mode in MODES {
+    for mode in modes() {
         for by in ["dsync", "fdatasync", "group", "auto"] {
             let image = Image::new();
             let disk = image.disk(&format!("cache={mode},engine={engine},stable={by}"));

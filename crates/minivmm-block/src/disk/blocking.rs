@@ -9,11 +9,14 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use super::cache::CachePolicy;
 use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
 
 /// Executes one operation at a time with system calls that block.
 pub struct BlockingEngine {
     file: Arc<File>,
+    /// The RWF_* flags of each read and write.
+    rw_flags: libc::c_int,
     /// The operation for the next wait. There is no room for more: later operations stay with the state machine.
     /// The judgement of one sync therefore need not wait for the syncs that come after it.
     next: Option<(OpToken, HostOp)>,
@@ -22,7 +25,12 @@ pub struct BlockingEngine {
 impl BlockingEngine {
     /// Returns an engine for `file`, which stays open as long as the engine lives.
     pub fn new(file: Arc<File>) -> Self {
-        Self { file, next: None }
+        Self::with_flags(file, 0)
+    }
+
+    /// Returns an engine for `file` whose reads and writes all have these RWF_* flags.
+    pub fn with_flags(file: Arc<File>, rw_flags: libc::c_int) -> Self {
+        Self { file, rw_flags, next: None }
     }
 
     fn execute(&self, op: &HostOp) -> io::Result<usize> {
@@ -30,19 +38,23 @@ impl BlockingEngine {
         let result = match op {
             HostOp::Readv { iov, offset } => {
                 let iovecs = iov.as_iovecs();
-                // SAFETY: the iovecs point to memory that `iov` owns until after this call. The
-                // kernel writes to that memory, and nothing in Rust holds a reference to it.
-                unsafe { libc::preadv(fd, iovecs.as_ptr(), count(iovecs)?, file_offset(*offset)?) }
+                let (count, offset) = (count(iovecs)?, file_offset(*offset)?);
+                match self.rw_flags {
+                    // SAFETY: the iovecs point to memory that `iov` owns until after this call. The
+                    // kernel writes to that memory, and nothing in Rust holds a reference to it.
+                    0 => unsafe { libc::preadv(fd, iovecs.as_ptr(), count, offset) },
+                    // SAFETY: as above.
+                    flags => unsafe { libc::preadv2(fd, iovecs.as_ptr(), count, offset, flags) },
+                }
             }
             HostOp::Writev { iov, offset, dsync } => {
                 let iovecs = iov.as_iovecs();
                 let (count, offset) = (count(iovecs)?, file_offset(*offset)?);
-                if *dsync {
+                match self.rw_flags | if *dsync { libc::RWF_DSYNC } else { 0 } {
                     // SAFETY: as above; the kernel only reads.
-                    unsafe { libc::pwritev2(fd, iovecs.as_ptr(), count, offset, libc::RWF_DSYNC) }
-                } else {
+                    0 => unsafe { libc::pwritev(fd, iovecs.as_ptr(), count, offset) },
                     // SAFETY: as above.
-                    unsafe { libc::pwritev(fd, iovecs.as_ptr(), count, offset) }
+                    flags => unsafe { libc::pwritev2(fd, iovecs.as_ptr(), count, offset, flags) },
                 }
             }
             // SAFETY: no memory is involved.
@@ -56,9 +68,12 @@ impl BlockingEngine {
     }
 }
 
-/// Returns the one system call that executes `op`, as strace writes it.
-pub fn system_call(op: &HostOp) -> &'static str {
+/// Returns the one system call that executes `op` on an image in the mode `cache`, as strace writes it.
+pub fn system_call(op: &HostOp, cache: &CachePolicy) -> &'static str {
     match op {
+        HostOp::Readv { .. } if cache.drop_behind => "preadv2(RWF_DONTCACHE)",
+        HostOp::Writev { dsync: false, .. } if cache.drop_behind => "pwritev2(RWF_DONTCACHE)",
+        HostOp::Writev { dsync: true, .. } if cache.drop_behind => "pwritev2(RWF_DSYNC|RWF_DONTCACHE)",
         HostOp::Readv { .. } => "preadv",
         HostOp::Writev { dsync: false, .. } => "pwritev",
         HostOp::Writev { dsync: true, .. } => "pwritev2(RWF_DSYNC)",

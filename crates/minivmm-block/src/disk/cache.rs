@@ -1,4 +1,4 @@
-//! The five cache modes. A mode's row in [`POLICIES`] says all that it means; nothing else asks for its name.
+//! The six cache modes. A mode's row in [`POLICIES`] says all that it means; nothing else asks for its name.
 //!
 //! Owns the mapping from a mode to host behaviour and the stability rule (virtio 5.2.6.2): must this
 //! write be stable before it is reported complete? Knows nothing of files or queues.
@@ -7,28 +7,33 @@ use crate::sync::{AtomicBool, AtomicU8, Ordering};
 
 /// A cache mode, as a row of independent decisions.
 ///
-/// O_DIRECT, O_SYNC and fsync are different mechanisms. `direct` decides whether the host's page cache holds
-/// the data. `write_cache` decides whether a completed write may still be volatile. `honour_flush` decides
-/// whether FLUSH reaches the host's disk.
+/// O_DIRECT, RWF_DONTCACHE, O_SYNC and fsync are different mechanisms. `direct` decides whether data passes the
+/// host's page cache by, and `drop_behind` whether it stays there. `write_cache` decides whether a completed
+/// write may still be volatile. `honour_flush` decides whether FLUSH reaches the host's disk.
 #[derive(Debug, PartialEq, Eq)]
 pub struct CachePolicy {
     /// The name on the command line.
     pub name: &'static str,
     /// `true` if the image is opened with O_DIRECT: nothing of it stays in the host's page cache.
     pub direct: bool,
+    /// `true` if each read and write has RWF_DONTCACHE: it goes through the host's page cache, which drops what it
+    /// read or has written back. `direct` is `false` then.
+    pub drop_behind: bool,
     /// `true` if the device has a volatile write cache: config.writeback is 1 after each reset.
     pub write_cache: bool,
     /// `true` if FLUSH is an fdatasync. `false` breaks the promise of FLUSH on purpose (unsafe).
     pub honour_flush: bool,
 }
 
-/// All modes, in the order of the 2008 discussion. The first is the default.
-pub static POLICIES: [CachePolicy; 5] = [
-    CachePolicy { name: "none", direct: true, write_cache: true, honour_flush: true },
-    CachePolicy { name: "writeback", direct: false, write_cache: true, honour_flush: true },
-    CachePolicy { name: "writethrough", direct: false, write_cache: false, honour_flush: true },
-    CachePolicy { name: "directsync", direct: true, write_cache: false, honour_flush: true },
-    CachePolicy { name: "unsafe", direct: false, write_cache: true, honour_flush: false },
+/// All modes: those of the 2008 discussion in its order, then later ones. The first is the default.
+#[rustfmt::skip]
+pub static POLICIES: [CachePolicy; 6] = [
+    CachePolicy { name: "none", direct: true, drop_behind: false, write_cache: true, honour_flush: true },
+    CachePolicy { name: "writeback", direct: false, drop_behind: false, write_cache: true, honour_flush: true },
+    CachePolicy { name: "writethrough", direct: false, drop_behind: false, write_cache: false, honour_flush: true },
+    CachePolicy { name: "directsync", direct: true, drop_behind: false, write_cache: false, honour_flush: true },
+    CachePolicy { name: "unsafe", direct: false, drop_behind: false, write_cache: true, honour_flush: false },
+    CachePolicy { name: "dontcache", direct: false, drop_behind: true, write_cache: true, honour_flush: true },
 ];
 
 /// Which of the features that decide stability the driver has negotiated.
@@ -44,6 +49,11 @@ impl CachePolicy {
     /// Returns the mode with that name, or `None` if there is none.
     pub fn by_name(name: &str) -> Option<&'static CachePolicy> {
         POLICIES.iter().find(|policy| policy.name == name)
+    }
+
+    /// Returns the RWF_* flags that each read and write of the image has.
+    pub fn rw_flags(&self) -> libc::c_int {
+        if self.drop_behind { libc::RWF_DONTCACHE } else { 0 }
     }
 
     /// Returns `true` if this write (or discard, or write-zeroes) must be stable before it is reported complete.
@@ -167,7 +177,7 @@ mod tests {
     use super::*;
 
     /// The requirements B5 to B8 as a table. Maps (flush, config_wce, wb at submit, wb at completion)
-    /// to must-be-stable for {none, writeback}, {writethrough, directsync}, {unsafe}.
+    /// to must-be-stable for {none, writeback, dontcache}, {writethrough, directsync}, {unsafe}.
     #[rustfmt::skip]
     const TABLE: [(bool, bool, bool, bool, bool, bool, bool); 16] = [
         (false, false, false, false, true,  true,  false),
@@ -194,7 +204,7 @@ mod tests {
         for (flush, config_wce, submit, completion, volatile_modes, through_modes, unsafe_mode) in TABLE {
             for policy in &POLICIES {
                 let expected = match policy.name {
-                    "none" | "writeback" => volatile_modes,
+                    "none" | "writeback" | "dontcache" => volatile_modes,
                     "writethrough" | "directsync" => through_modes,
                     _ => unsafe_mode,
                 };
@@ -207,19 +217,31 @@ mod tests {
 
     /// Shows H1.
     #[test]
-    fn the_five_rows_are_those_of_the_table() {
-        let rows: Vec<_> =
-            POLICIES.iter().map(|p| (p.name, p.direct, p.write_cache, p.honour_flush)).collect();
+    fn the_six_rows_are_those_of_the_table() {
+        let rows: Vec<_> = POLICIES
+            .iter()
+            .map(|p| (p.name, p.direct, p.drop_behind, p.write_cache, p.honour_flush))
+            .collect();
         assert_eq!(
             rows,
             [
-                ("none", true, true, true),
-                ("writeback", false, true, true),
-                ("writethrough", false, false, true),
-                ("directsync", true, false, true),
-                ("unsafe", false, true, false),
+                ("none", true, false, true, true),
+                ("writeback", false, false, true, true),
+                ("writethrough", false, false, false, true),
+                ("directsync", true, false, false, true),
+                ("unsafe", false, false, true, false),
+                ("dontcache", false, true, true, true),
             ]
         );
+    }
+
+    #[test]
+    fn one_mode_has_a_flag_on_each_read_and_write() {
+        for policy in &POLICIES {
+            // linux/fs.h: RWF_DONTCACHE is 0x80.
+            let expected = if policy.name == "dontcache" { 0x80 } else { 0 };
+            assert_eq!(policy.rw_flags(), expected, "{}", policy.name);
+        }
     }
 
     /// Shows B4.

@@ -8,6 +8,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::blocking::{self, BlockingEngine};
+use super::cache::CachePolicy;
 use super::config::EngineChoice;
 use super::engine::{Engine, HostOp};
 use super::fault::FaultEngine;
@@ -34,12 +35,12 @@ impl EngineKind {
         }
     }
 
-    /// Returns what the host's kernel sees of an operation: a system call, or an entry of the ring. `buffered`
-    /// is `true` if the image is open without O_DIRECT.
-    pub fn call(self, op: &HostOp, buffered: bool) -> &'static str {
+    /// Returns what the host's kernel sees of an operation on an image in the mode `cache`: a system call, or an
+    /// entry of the ring.
+    pub fn call(self, op: &HostOp, cache: &CachePolicy) -> &'static str {
         match self {
-            EngineKind::Uring => uring::ring_entry(op, buffered),
-            EngineKind::Blocking => blocking::system_call(op),
+            EngineKind::Uring => uring::ring_entry(op, cache),
+            EngineKind::Blocking => blocking::system_call(op, cache),
         }
     }
 }
@@ -97,8 +98,8 @@ pub fn equip(engine: Box<dyn Engine>, image: &Arc<Image>) -> io::Result<Box<dyn 
 
 fn find(image: &Arc<Image>, ram: Option<&Ram>, queues: u16) -> Result<Chosen, EngineError> {
     let blocking = |why| {
-        let engine =
-            |_| Box::new(BlockingEngine::new(Arc::clone(image.file().descriptor()))) as Box<dyn Engine>;
+        let (file, rw_flags) = (image.file().descriptor(), image.config().cache.rw_flags());
+        let engine = |_| Box::new(BlockingEngine::with_flags(Arc::clone(file), rw_flags)) as Box<dyn Engine>;
         Chosen { engines: (0..queues).map(engine).collect(), kind: EngineKind::Blocking, why }
     };
     let ring = |_| {

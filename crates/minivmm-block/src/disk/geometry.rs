@@ -162,6 +162,25 @@ fn device_number(file: &File, request: libc::Ioctl) -> Option<u32> {
     (result == 0 && number.is_power_of_two()).then_some(number)
 }
 
+/// Returns `true` if reads and writes of `file` may have these RWF_* flags. `end` is the file's size in bytes.
+///
+/// The read begins where the file ends, so it moves nothing. It has a length all the same: Linux completes a read of
+/// length 0 before it looks at the flags (fs/read_write.c).
+pub fn takes_rw_flags(file: &Arc<File>, end: u64, rw_flags: libc::c_int) -> io::Result<bool> {
+    let buffer = AlignedBuffer::new(512, 512)?;
+    let iov = Iov::from_buffer(&Arc::new(buffer), 512);
+    let mut engine = BlockingEngine::with_flags(Arc::clone(file), rw_flags);
+    let mut ended = Vec::new();
+    // A new engine has room for one operation.
+    let _ = engine.submit(OpToken(0), HostOp::Readv { iov, offset: end });
+    engine.wait(Wake::Now, &mut ended)?;
+    match ended.pop().map(|end| end.result) {
+        Some(Err(error)) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(false),
+        Some(Err(error)) => Err(error),
+        _ => Ok(true),
+    }
+}
+
 /// Tries reads at ever coarser alignments. If none succeeds, assumes 4096, which suits every disk.
 fn probe_by_reading(file: &Arc<File>) -> Alignment {
     let coarsest = Alignment { memory: 4096, offset: 4096, found_by: "assumed" };
@@ -224,6 +243,16 @@ mod tests {
         let unreadable = File::options().write(true).open(file.path()).unwrap();
         let assumed = probe_by_reading(&Arc::new(unreadable));
         assert_eq!(assumed, Alignment { memory: 4096, offset: 4096, found_by: "assumed" });
+    }
+
+    #[test]
+    fn flags_that_the_kernel_does_not_know_are_not_taken() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(8192).unwrap();
+        let file = Arc::new(File::open(file.path()).unwrap());
+        assert!(takes_rw_flags(&file, 8192, 0).unwrap());
+        // linux/fs.h has no such flag.
+        assert!(!takes_rw_flags(&file, 8192, 0x4000_0000).unwrap());
     }
 
     #[test]

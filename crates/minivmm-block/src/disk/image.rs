@@ -217,11 +217,12 @@ impl Image {
     pub fn banner(&self) -> String {
         let (geometry, policy) = (self.geometry(), self.config.cache);
         format!(
-            "{}: {} MiB, cache={} ({}, write cache {}, FLUSH is {}), blocks of {} bytes, alignment {}/{} by {}{}",
+            "{}: {} MiB, cache={} ({}{}, write cache {}, FLUSH is {}), blocks of {} bytes, alignment {}/{} by {}{}",
             self.config.path.display(),
             geometry.capacity_sectors * SECTOR / (1 << 20),
             policy.name,
             self.file.open_flags(),
+            if policy.drop_behind { ", RWF_DONTCACHE" } else { "" },
             if policy.write_cache { "on" } else { "off" },
             if policy.honour_flush { "fdatasync" } else { "ignored" },
             geometry.logical_block,

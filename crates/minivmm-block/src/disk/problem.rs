@@ -55,6 +55,15 @@ pub enum ImageProblem {
         /// The mode that was asked for.
         mode: &'static str,
     },
+    /// Its file system or the host's kernel has no RWF_DONTCACHE.
+    #[error(
+        "the host has no RWF_DONTCACHE for it, which cache={mode} needs (files on xfs have it since Linux 6.15, on \
+         ext4 since 6.17): use cache=none or cache=writeback"
+    )]
+    NoDontcache {
+        /// The mode that was asked for.
+        mode: &'static str,
+    },
     /// It is empty.
     #[error("it is empty: give it a size first, as in `truncate -s 1G {0}`")]
     Empty(String),

@@ -18,6 +18,7 @@ use io_uring::types::{Fd, Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::cache::CachePolicy;
 use super::counters::Counters;
 use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
 use super::image::Image;
@@ -83,6 +84,8 @@ pub struct UringEngine {
     fixed: Vec<(u64, u64)>,
     /// With this many operations queued, enter the kernel before the rest of the batch is queued.
     batch: usize,
+    /// The RWF_* flags of each read and write.
+    rw_flags: libc::c_int,
     /// `true` once the ring is enabled.
     enabled: bool,
     /// `true` if IORING_SQ_TASKRUN is set although the last io_uring_enter produced no completion; ignore the flag
@@ -127,6 +130,7 @@ impl UringEngine {
             without_ring: Vec::new(),
             fixed,
             batch: usize::from(image.config().batch),
+            rw_flags: image.config().cache.rw_flags(),
             image,
             enabled: false,
             cries_wolf: false,
@@ -226,17 +230,18 @@ impl UringEngine {
     /// through the ring.
     fn try_inline(&mut self, op: &HostOp) -> Option<usize> {
         let fd = self.image.file().descriptor().as_raw_fd();
+        let flags = self.rw_flags | libc::RWF_NOWAIT;
         let (result, may) = match op {
             HostOp::Readv { iov, offset } if self.inline.read => {
                 let (iovecs, count, offset) = vectors(iov, *offset)?;
                 // SAFETY: the iovecs point to memory that `iov` owns until after this call.
-                let result = unsafe { libc::preadv2(fd, iovecs, count, offset, libc::RWF_NOWAIT) };
+                let result = unsafe { libc::preadv2(fd, iovecs, count, offset, flags) };
                 (result, &mut self.inline.read)
             }
             HostOp::Writev { iov, offset, dsync: false } if self.inline.write => {
                 let (iovecs, count, offset) = vectors(iov, *offset)?;
                 // SAFETY: as above; the kernel only reads.
-                let result = unsafe { libc::pwritev2(fd, iovecs, count, offset, libc::RWF_NOWAIT) };
+                let result = unsafe { libc::pwritev2(fd, iovecs, count, offset, flags) };
                 (result, &mut self.inline.write)
             }
             _ => return None,
@@ -257,17 +262,20 @@ impl UringEngine {
                 (&[piece], Some(index)) => {
                     opcode::ReadFixed::new(IMAGE, piece.iov_base.cast(), length(piece.iov_len)?, index)
                         .offset(*offset)
+                        .rw_flags(self.rw_flags)
                         .build()
                 }
                 (&[piece], None) => opcode::Read::new(IMAGE, piece.iov_base.cast(), length(piece.iov_len)?)
                     .offset(*offset)
+                    .rw_flags(self.rw_flags)
                     .build(),
-                (pieces, _) => {
-                    opcode::Readv::new(IMAGE, pieces.as_ptr(), length(pieces.len())?).offset(*offset).build()
-                }
+                (pieces, _) => opcode::Readv::new(IMAGE, pieces.as_ptr(), length(pieces.len())?)
+                    .offset(*offset)
+                    .rw_flags(self.rw_flags)
+                    .build(),
             },
             HostOp::Writev { iov, offset, dsync } => {
-                let flags = if *dsync { libc::RWF_DSYNC } else { 0 };
+                let flags = self.rw_flags | if *dsync { libc::RWF_DSYNC } else { 0 };
                 match (iov.as_iovecs(), self.fixed_buffer(iov)) {
                     (&[piece], Some(index)) => {
                         opcode::WriteFixed::new(IMAGE, piece.iov_base.cast(), length(piece.iov_len)?, index)
@@ -507,12 +515,19 @@ fn vectors(iov: &Iov, offset: u64) -> Option<(*const libc::iovec, libc::c_int, i
     Some((pieces.as_ptr(), libc::c_int::try_from(pieces.len()).ok()?, i64::try_from(offset).ok()?))
 }
 
-/// Returns the name of the ring entry for `op`, with the flags that matter. With `buffered`, for the modes that use
-/// the page cache, the name includes the call that `try_inline` tries first.
-pub fn ring_entry(op: &HostOp, buffered: bool) -> &'static str {
+/// Returns the name of the ring entry for `op` on an image in the mode `cache`, with the flags that matter. In the
+/// modes that use the page cache the name includes the call that `try_inline` tries first.
+pub fn ring_entry(op: &HostOp, cache: &CachePolicy) -> &'static str {
     match op {
-        HostOp::Readv { .. } if buffered => "preadv2(RWF_NOWAIT), else IORING_OP_READ",
-        HostOp::Writev { dsync: false, .. } if buffered => "pwritev2(RWF_NOWAIT), else IORING_OP_WRITE",
+        HostOp::Readv { .. } if cache.drop_behind => {
+            "preadv2(RWF_NOWAIT|RWF_DONTCACHE), else IORING_OP_READ(RWF_DONTCACHE)"
+        }
+        HostOp::Writev { dsync: false, .. } if cache.drop_behind => {
+            "pwritev2(RWF_NOWAIT|RWF_DONTCACHE), else IORING_OP_WRITE(RWF_DONTCACHE)"
+        }
+        HostOp::Writev { dsync: true, .. } if cache.drop_behind => "IORING_OP_WRITE(RWF_DSYNC|RWF_DONTCACHE)",
+        HostOp::Readv { .. } if !cache.direct => "preadv2(RWF_NOWAIT), else IORING_OP_READ",
+        HostOp::Writev { dsync: false, .. } if !cache.direct => "pwritev2(RWF_NOWAIT), else IORING_OP_WRITE",
         HostOp::Readv { .. } => "IORING_OP_READ",
         HostOp::Writev { dsync: false, .. } => "IORING_OP_WRITE",
         HostOp::Writev { dsync: true, .. } => "IORING_OP_WRITE(RWF_DSYNC)",

@@ -16,6 +16,10 @@ pub const SEEN_BY_IMAGES: [&str; 7] = [
     "short-write-ok",
 ];
 
+/// Those that a mode without O_DIRECT and with a write cache cannot show: two are about O_DIRECT, the third makes a write
+/// cache that is off at a reset stay on.
+pub const NOT_IN_WRITEBACK: [&str; 3] = ["directsync-without-sync", "unlocked-rmw", "reset-keeps-writeback"];
+
 /// The mistake of this run.
 pub fn made() -> Option<&'static str> {
     static MADE: OnceLock<Option<String>> = OnceLock::new();

@@ -38,6 +38,8 @@ pub struct BenchOptions {
     pub keys: Vec<String>,
     /// The cache modes.
     pub modes: Vec<&'static CachePolicy>,
+    /// True if a mode that the host has not is left out, because all were asked for.
+    pub only_modes_here: bool,
     /// A job file of fio; `None` for the built-in jobs.
     pub jobs: Option<PathBuf>,
     /// Names of the jobs to run; empty for all.

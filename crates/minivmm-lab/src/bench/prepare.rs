@@ -12,6 +12,7 @@ use crate::measuring::Host;
 use crate::measuring::extents::Layout;
 use crate::measuring::image;
 use minivmm::disk::cache::CachePolicy;
+use minivmm::disk::image::ImageProblem;
 use minivmm::disk::{DiskConfig, ImageError};
 use minivmm::explain::{self, Explanation};
 
@@ -23,6 +24,8 @@ pub struct Prepared {
     pub layout: Layout,
     /// The machine.
     pub host: Host,
+    /// The cache modes that run.
+    pub modes: Vec<&'static CachePolicy>,
     /// The explanation of the disk in each mode.
     pub explained: Vec<Explanation>,
 }
@@ -81,17 +84,26 @@ pub fn prepare(
         return Err(PrepareError::NoFio);
     }
     let layout = image(options, is_there, written, stop)?;
-    let mut explained = Vec::new();
-    for mode in &options.modes {
+    let (mut modes, mut explained) = (Vec::new(), Vec::new());
+    for &mode in &options.modes {
         let disk = disk(options, mode, writing.is_empty());
         let failed = |source| PrepareError::Mode { mode: mode.name, image: path.clone(), source };
-        let looked = minivmm::disk::Image::look(&disk).map_err(failed)?;
+        let looked = match minivmm::disk::Image::look(&disk) {
+            Err(error)
+                if options.only_modes_here && matches!(error.reason, ImageProblem::NoDontcache { .. }) =>
+            {
+                eprintln!("cache={} is left out: {}", mode.name, error.reason);
+                continue;
+            }
+            looked => looked.map_err(failed)?,
+        };
         if let Some(reason) = looked.refusals().into_iter().next() {
             return Err(PrepareError::Refused { image: path.clone(), why: reason.to_string() });
         }
         explained.push(explain::explain(&disk).map_err(failed)?);
+        modes.push(mode);
     }
-    Ok(Prepared { jobs, layout, host, explained })
+    Ok(Prepared { jobs, layout, host, modes, explained })
 }
 
 /// Returns the disk that the guest gets in a mode.
@@ -147,6 +159,7 @@ mod tests {
             disk: DiskConfig::new(path),
             keys: Vec::new(),
             modes: vec![CachePolicy::by_name("writeback").unwrap()],
+            only_modes_here: false,
             jobs: None,
             only: vec!["randread".into()],
             size_bytes: None,

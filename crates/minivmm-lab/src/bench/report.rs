@@ -261,7 +261,8 @@ impl CompetitorFigures {
             name: who.name.clone(),
             mode: who.mode.map(|mode| mode.name),
             direct: who.mode.is_some_and(|mode| mode.direct),
-            waits_in_host: who.mode.is_some_and(|mode| !mode.direct && mode.write_cache),
+            // With RWF_DONTCACHE the host begins to write back at once.
+            waits_in_host: who.mode.is_some_and(|mode| !mode.direct && !mode.drop_behind && mode.write_cache),
             peer: who.peer.clone(),
             rounds: Vec::new(),
             figures: None,

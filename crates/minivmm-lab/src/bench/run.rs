@@ -77,7 +77,7 @@ pub fn run(options: &BenchOptions, stop: &AtomicBool) -> Result<BenchReport, Ben
     };
     let started = Instant::now();
     let plan: Vec<(Job, Vec<Competitor>)> =
-        prepared.jobs.iter().map(|job| (job.clone(), competitors(job, &options.modes))).collect();
+        prepared.jobs.iter().map(|job| (job.clone(), competitors(job, &prepared.modes))).collect();
     let mut report =
         BenchReport::new(options, &prepared, plan.iter().map(|(job, who)| JobFigures::new(job, who)));
     let ended = rounds(options, &plan, &mut report, stop);

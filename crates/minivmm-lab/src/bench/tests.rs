@@ -19,6 +19,7 @@ fn options(rounds: usize, modes: &[&str]) -> BenchOptions {
         disk: DiskConfig::new("a.img"),
         keys: Vec::new(),
         modes: modes.iter().map(|name| CachePolicy::by_name(name).unwrap()).collect(),
+        only_modes_here: false,
         jobs: None,
         only: Vec::new(),
         size_bytes: None,
@@ -39,7 +40,7 @@ fn prepared(options: &BenchOptions) -> Prepared {
     (host.hypervisor, host.emulated, host.load, host.dirty_expire_s) = (None, false, Some(0.0), Some(30.0));
     let layout = Layout { bytes: 1 << 30, extents: Some(1), told_by: "fiemap", ..Layout::default() };
     let jobs = jobs::read(None, &[]).unwrap().iter().map(|job| job.timed(options.seconds)).collect();
-    Prepared { jobs, layout, host, explained: Vec::new() }
+    Prepared { jobs, layout, host, modes: options.modes.clone(), explained: Vec::new() }
 }
 
 fn fio(job: &Job, iops: f64, seconds: f64) -> Summary {
@@ -111,7 +112,7 @@ fn figures_of_a_disk_are_told_without_a_word() {
 
 #[test]
 fn each_way_to_fool_oneself_is_found_in_the_figures() {
-    let options = options(3, &["none", "writeback", "unsafe"]);
+    let options = options(3, &["none", "writeback", "unsafe", "dontcache"]);
     let prepared = prepared(&options);
     let report = report(&options, &prepared, BenchEnd::Whole, |job, who, round| {
         let mut observed = Observed::default();

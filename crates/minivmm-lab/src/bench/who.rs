@@ -47,8 +47,8 @@ pub fn competitors(job: &Job, modes: &[&'static CachePolicy]) -> Vec<Competitor>
 /// Returns how the host's job must change to use the caches of the mode and give its promise.
 fn changes(job: &Job, mode: &CachePolicy) -> Vec<(&'static str, &'static str)> {
     let mut changes = Vec::new();
-    if job.is_direct() && !mode.direct {
-        // The mode uses the host's page cache.
+    if job.is_direct() && !mode.direct && !mode.drop_behind {
+        // The mode keeps data in the host's page cache.
         changes.push(("direct", "0"));
     }
     if job.writes() && !job.syncs() && !mode.write_cache {
@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn each_mode_has_a_peer_that_promises_the_same() {
-        let modes: Vec<_> = ["none", "writeback", "writethrough", "directsync", "unsafe"]
+        let modes: Vec<_> = ["none", "writeback", "writethrough", "directsync", "unsafe", "dontcache"]
             .map(|name| CachePolicy::by_name(name).unwrap())
             .into();
         let jobs = jobs::read(None, &[]).unwrap();
@@ -81,7 +81,7 @@ mod tests {
             let hosts: Vec<_> = all.iter().filter(|it| it.mode.is_none()).map(|it| it.name.clone()).collect();
             (peers.join(", "), hosts.join(", "))
         };
-        let cached = "host, host direct=0, host direct=0, host, host direct=0".to_owned();
+        let cached = "host, host direct=0, host direct=0, host, host direct=0, host".to_owned();
         assert_eq!(peers("randread"), (cached.clone(), "host, host direct=0".into()));
         // A job that syncs gives the same promise in every mode but unsafe, for which the host has no
         // equivalent.
@@ -89,11 +89,11 @@ mod tests {
         assert_eq!(
             peers("randwrite"),
             (
-                "host, host direct=0, host direct=0 sync=dsync, host sync=dsync, host direct=0".into(),
+                "host, host direct=0, host direct=0 sync=dsync, host sync=dsync, host direct=0, host".into(),
                 "host, host direct=0, host direct=0 sync=dsync, host sync=dsync".into()
             )
         );
         let cached_in_the_guest = jobs[0].with(&[("direct", "0")]);
-        assert_eq!(competitors(&cached_in_the_guest, &modes).len(), 6);
+        assert_eq!(competitors(&cached_in_the_guest, &modes).len(), 7);
     }
 }

@@ -45,7 +45,7 @@ pub struct BenchArgs {
     #[arg(long, help_heading = IMAGE)]
     destroy: bool,
 
-    /// The cache modes, separated by commas; or all
+    /// The cache modes, separated by commas; or all that this host has
     #[arg(long, value_name = "LIST", default_value = "none,writeback", value_parser = Modes::parse, help_heading = WHAT)]
     modes: Modes,
 
@@ -122,12 +122,15 @@ impl Disk {
 
 /// Cache modes, none twice.
 #[derive(Debug, Clone)]
-struct Modes(Vec<&'static CachePolicy>);
+struct Modes {
+    list: Vec<&'static CachePolicy>,
+    all: bool,
+}
 
 impl Modes {
     fn parse(text: &str) -> Result<Self, String> {
         if text == "all" {
-            return Ok(Self(POLICIES.iter().collect()));
+            return Ok(Self { list: POLICIES.iter().collect(), all: true });
         }
         let mut modes: Vec<&'static CachePolicy> = Vec::new();
         for name in text.split(',') {
@@ -140,7 +143,7 @@ impl Modes {
             }
             modes.push(mode);
         }
-        Ok(Self(modes))
+        Ok(Self { list: modes, all: false })
     }
 }
 
@@ -155,7 +158,8 @@ impl BenchArgs {
         BenchOptions {
             disk: self.disk.config,
             keys: self.disk.keys,
-            modes: self.modes.0,
+            modes: self.modes.list,
+            only_modes_here: self.modes.all,
             jobs: self.jobs,
             only: self.only,
             size_bytes: self.size,
@@ -181,10 +185,10 @@ mod tests {
     #[test]
     fn modes_are_names_or_all() {
         let names = |text: &str| {
-            Modes::parse(text).map(|it| it.0.iter().map(|m| m.name).collect::<Vec<_>>().join("+"))
+            Modes::parse(text).map(|it| it.list.iter().map(|m| m.name).collect::<Vec<_>>().join("+"))
         };
         assert_eq!(names("none,unsafe"), Ok("none+unsafe".into()));
-        assert_eq!(names("all").unwrap().matches('+').count(), 4);
+        assert_eq!(names("all").unwrap().matches('+').count(), 5);
         assert!(names("none,fast").unwrap_err().contains("'fast' is not a cache mode: the modes are none, "));
         assert!(names("none,none").unwrap_err().contains("twice"));
         assert!(names("").is_err());

@@ -124,6 +124,7 @@ fn find_geometry(file: &Arc<File>, config: &DiskConfig, kind: FileKind) -> Resul
     } else {
         BUFFERED
     };
+    check_rw_flags(file, bytes, config)?;
     let needed = alignment.offset;
     let logical_block = match config.block_size {
         Some(asked) if asked < needed => return Err(ImageProblem::BlockTooSmall { asked, needed }),
@@ -138,6 +139,16 @@ fn find_geometry(file: &Arc<File>, config: &DiskConfig, kind: FileKind) -> Resul
     }
     let physical_block = physical_block(file, kind).clamp(logical_block, 65536);
     Ok(Geometry { capacity_sectors: bytes / SECTOR, logical_block, physical_block, alignment })
+}
+
+/// Returns an error if the host refuses the flags that the mode's reads and writes have.
+fn check_rw_flags(file: &Arc<File>, bytes: u64, config: &DiskConfig) -> Result<(), ImageProblem> {
+    let rw_flags = config.cache.rw_flags();
+    let unknown = host("whether it takes RWF_DONTCACHE cannot be found");
+    if rw_flags == 0 || geometry::takes_rw_flags(file, bytes, rw_flags).map_err(unknown)? {
+        return Ok(());
+    }
+    Err(ImageProblem::NoDontcache { mode: config.cache.name })
 }
 
 /// Returns the unit in bytes that the host rewrites as a whole: the device's physical block, or the file
