@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering;
 use minivmm::disk::cache::CachePolicy;
 use minivmm::disk::{DiskConfig, Image};
 use minivmm::disk_options;
+use minivmm::observe::control::{self, HostCache};
 use minivmm_testkit::dontcache;
 use minivmm_testkit::driver::*;
 use minivmm_testkit::images::{TestImage, pattern, test_dir};
@@ -204,6 +205,30 @@ fn what_the_page_cache_has_already_stays_and_is_the_same_data() {
         assert_eq!(test.content()[4096..8192], [0xa5; 4096], "{engine}: before any FLUSH");
         assert_eq!(rig.flush(), OK);
         assert_eq!(resident(&file), 4 * MIB, "{engine}");
+    }
+}
+
+/// A page that is left is dropped by the next read, even by one without the flag.
+#[test]
+fn an_image_can_be_warmed_after_a_run_in_this_mode() {
+    if !dontcache::is_here() {
+        return;
+    }
+    for engine in ENGINES {
+        let test = TestImage::new(16 * MIB);
+        let file = File::open(&test.path).unwrap();
+        evict(&file);
+        let image =
+            Arc::new(Image::open(&config(&test.path, &format!("cache=dontcache,engine={engine}"))).unwrap());
+        let mut rig = Rig::live(Arc::clone(&image), FEATURES);
+        for at in (0..16 * MIB).step_by(MIB as usize) {
+            assert_eq!(rig.write_sectors(at / 512, &vec![9; MIB as usize]), OK);
+        }
+        assert_eq!(rig.flush(), OK);
+        control::apply(HostCache::Warm, &image).unwrap();
+        assert_eq!(resident(&file), 16 * MIB, "{engine}");
+        control::apply(HostCache::Drop, &image).unwrap();
+        assert_eq!(resident(&file), 0, "{engine}");
     }
 }
 
