@@ -42,7 +42,7 @@ PACKAGES := gcc make libc6-dev xz-utils zstd bzip2 cpio e2fsprogs strace fio ope
 
 # What only the tests need: the peer that the auditor and --explain are compared with, what counts
 # instructions, the database that a loss of power is tried on, and what makes deliberate mistakes.
-TEST_PACKAGES := qemu-system-x86 valgrind sqlite3 patch
+TEST_PACKAGES := qemu-system-x86 valgrind sqlite3 patch xfsprogs
 
 deps:
 	@guest-images/install-packages $(PACKAGES)
