@@ -107,7 +107,9 @@ pub fn run(load: &Load, setup: &Setup<'_>, count: Count) -> Result<Run> {
     let (seen, last) = outcome.map_err(|_| anyhow!("the driver has panicked"))??;
     // The check below reads the image by way of the page cache.
     let cached_bytes_after = Residency::of(image.file().descriptor()).ok().map(|found| found.cached_bytes());
-    check_moved(setup.image, &last)?;
+    if let Some(last) = &last {
+        check_moved(setup.image, last)?;
+    }
     let counters = image.stats.counters().snapshot();
     image.close()?;
     Ok(Run { seen, counters, engine, huge_bytes, cached_bytes_after })

@@ -19,7 +19,7 @@ use serde::Serialize;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::counted::{self, Counter};
-use crate::load::Load;
+use crate::load::{Load, Pattern};
 use crate::random::Random;
 use crate::rings::{Kind, Rings};
 
@@ -101,7 +101,8 @@ pub struct Times {
 }
 
 impl Times {
-    fn of(histogram: &Histogram<u64>) -> Self {
+    /// The times in a histogram of nanoseconds.
+    pub fn of(histogram: &Histogram<u64>) -> Self {
         let at = |quantile| histogram.value_at_quantile(quantile) as f64 / 1e3;
         let (p50_us, p99_us, p999_us) = (at(0.5), at(0.99), at(0.999));
         Self { p50_us, p99_us, p999_us, mean_us: histogram.mean() / 1e3 }
@@ -217,8 +218,9 @@ impl Driver {
         })
     }
 
-    /// Runs the load: `warm_up` unmeasured, then `window`, then until nothing is in flight.
-    pub fn run(mut self, warm_up: Duration, window: Duration) -> Result<(Seen, LastTransfer)> {
+    /// Runs the load: `warm_up` unmeasured, then `window`, then until nothing is in flight. `None` if it moves no
+    /// data.
+    pub fn run(mut self, warm_up: Duration, window: Duration) -> Result<(Seen, Option<LastTransfer>)> {
         let begin = Instant::now();
         for slot in 0..self.load.depth {
             self.submit(slot, begin);
@@ -229,9 +231,11 @@ impl Driver {
         self.turn_until(opened.at + window)?;
         let closed = self.sample()?;
         let seen = self.seen(&opened, &closed);
-        let last = self.drain()?;
-        let data = self.rings.data(last);
-        Ok((seen, LastTransfer { offset: self.slots[usize::from(last)].offset, data }))
+        let last = self.drain()?.map(|last| {
+            let data = self.rings.data(last);
+            LastTransfer { offset: self.slots[usize::from(last)].offset, data }
+        });
+        Ok((seen, last))
     }
 
     fn turn_until(&mut self, end: Instant) -> Result<()> {
@@ -257,7 +261,12 @@ impl Driver {
 
     /// What follows in a free slot: a FLUSH when one is due, else the next block.
     fn submit(&mut self, slot: u16, since: Instant) {
-        let flush_due = self.load.flush_every().is_some_and(|every| self.writes == u64::from(every));
+        let beside = self.load.pattern == Pattern::ReadBesideFlush && slot == 0;
+        let flush_due = match self.load.pattern {
+            Pattern::Flush => true,
+            Pattern::ReadBesideFlush => beside && self.slots[0].kind == Kind::Write,
+            _ => self.load.flush_every().is_some_and(|every| self.writes == u64::from(every)),
+        };
         let (kind, offset) = if flush_due {
             self.writes = 0;
             (Kind::Flush, 0)
@@ -268,7 +277,11 @@ impl Driver {
                 self.next_block
             };
             self.next_block = (block + 1) % self.image_blocks;
-            let kind = if self.load.pattern.writes() { Kind::Write } else { Kind::Read };
+            let kind = match self.load.pattern {
+                Pattern::Discard => Kind::Discard,
+                pattern if pattern.writes() || beside => Kind::Write,
+                _ => Kind::Read,
+            };
             self.writes += 1;
             (kind, block * u64::from(self.load.block_bytes))
         };
@@ -279,10 +292,16 @@ impl Driver {
     fn record(&mut self, slot: u16, now: Instant) {
         let Slot { kind, since, .. } = self.slots[usize::from(slot)];
         let nanoseconds = now.saturating_duration_since(since).as_nanos() as u64;
+        let is_measured = match self.load.pattern {
+            Pattern::Flush => true,
+            Pattern::ReadBesideFlush => kind == Kind::Read,
+            _ => kind != Kind::Flush,
+        };
         if kind == Kind::Flush {
             self.flushes += 1;
             self.flush_times.saturating_record(nanoseconds);
-        } else {
+        }
+        if is_measured {
             self.ios += 1;
             self.times.saturating_record(nanoseconds);
         }
@@ -353,14 +372,14 @@ impl Driver {
         }
     }
 
-    /// Reaps what is in flight; the slot of the last transfer.
-    fn drain(&mut self) -> Result<u16> {
+    /// Reaps what is in flight; the slot of the last transfer, if there is any.
+    fn drain(&mut self) -> Result<Option<u16>> {
         let mut last = None;
         let mut in_flight = self.load.depth;
         while in_flight > 0 {
             while let Some(slot) = self.rings.reap()? {
                 in_flight -= 1;
-                let is_transfer = self.slots[usize::from(slot)].kind != Kind::Flush;
+                let is_transfer = matches!(self.slots[usize::from(slot)].kind, Kind::Read | Kind::Write);
                 last = if is_transfer { Some(slot) } else { last };
             }
             self.ring_if_wanted()?;
@@ -370,7 +389,8 @@ impl Driver {
         }
         // Only a FLUSH was in flight at depth 1: the slot's offset is not that of its data then.
         match last {
-            Some(slot) => Ok(slot),
+            Some(slot) => Ok(Some(slot)),
+            None if !self.load.pattern.moves_data() => Ok(None),
             None => {
                 self.writes = 0;
                 self.submit(0, Instant::now());
@@ -378,7 +398,7 @@ impl Driver {
                 while self.rings.reap()?.is_none() {
                     self.wait()?;
                 }
-                Ok(0)
+                Ok(Some(0))
             }
         }
     }

@@ -87,7 +87,7 @@ pub fn arguments(load: &Load, engine: FioEngine, image: &Path, times: (Duration,
 fn engine_arguments(engine: FioEngine, depth: u16) -> Vec<String> {
     let ring = ["--ioengine=io_uring", "--registerfiles=1"].map(String::from);
     match engine {
-        FioEngine::Pvsync2 => vec!["--ioengine=pvsync2".into()],
+        FioEngine::Pvsync2 | FioEngine::Loop => vec!["--ioengine=pvsync2".into()],
         FioEngine::IoUring => ring.into(),
         FioEngine::IoUringFixed => [&ring[..], &["--fixedbufs=1".into()]].concat(),
         FioEngine::IoUringBatched => {

@@ -19,25 +19,35 @@ pub enum Pattern {
     SeqRead,
     /// Writes, one block after another.
     SeqWrite,
+    /// FLUSHes alone: nothing is written in between.
+    Flush,
+    /// DISCARDs of random blocks.
+    Discard,
+    /// Reads at random blocks, in all slots but one. In that one a write and a FLUSH take turns; only the reads are
+    /// measured.
+    ReadBesideFlush,
 }
 
 impl Pattern {
-    /// As fio calls it.
+    /// As fio calls it. It has none of the last three.
     pub fn fio(self) -> &'static str {
         match self {
-            Self::RandRead => "randread",
-            Self::RandWrite => "randwrite",
             Self::SeqRead => "read",
             Self::SeqWrite => "write",
+            other => other.name(),
         }
     }
 
     /// As the names of loads have it.
     pub fn name(self) -> &'static str {
         match self {
+            Self::RandRead => "randread",
+            Self::RandWrite => "randwrite",
             Self::SeqRead => "seqread",
             Self::SeqWrite => "seqwrite",
-            other => other.fio(),
+            Self::Flush => "flush",
+            Self::Discard => "discard",
+            Self::ReadBesideFlush => "readbesideflush",
         }
     }
 
@@ -48,7 +58,12 @@ impl Pattern {
 
     /// Whether its blocks are in no order.
     pub fn random(self) -> bool {
-        matches!(self, Self::RandRead | Self::RandWrite)
+        !matches!(self, Self::SeqRead | Self::SeqWrite)
+    }
+
+    /// Whether each request moves a block, so that the last one can be checked.
+    pub fn moves_data(self) -> bool {
+        !matches!(self, Self::Flush | Self::Discard)
     }
 }
 
@@ -138,6 +153,8 @@ pub enum FioEngine {
     IoUringFixed,
     /// preadv2 and pwritev2: one at a time, whatever the depth.
     Pvsync2,
+    /// No fio, which has no such load: a loop of fdatasync or fallocate, one at a time.
+    Loop,
 }
 
 impl FioEngine {
@@ -148,6 +165,7 @@ impl FioEngine {
             Self::IoUringBatched => "fio io_uring batched",
             Self::IoUringFixed => "fio io_uring fixed",
             Self::Pvsync2 => "fio pvsync2",
+            Self::Loop => "host loop",
         }
     }
 }

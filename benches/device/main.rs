@@ -20,7 +20,9 @@ mod counted;
 mod device;
 mod driver;
 mod fio;
+mod host_loop;
 mod load;
+mod polling;
 mod results;
 mod rings;
 mod show;
@@ -36,7 +38,7 @@ use serde::Serialize;
 use device::{Count, Setup};
 use driver::Waits;
 use image::{BenchImage, Resident};
-use load::{Contest, Load, Who};
+use load::{Contest, FioEngine, Load, Pattern, Who};
 use machine::Machine;
 use results::{Counted, Entry, Figures, Outcome};
 
@@ -54,7 +56,7 @@ struct Arguments {
     #[arg(long, default_value_t = 0.3)]
     warm_up: f64,
     /// Only loads whose name contains one of these words; `show`: those of the promises; `modes`: those that
-    /// compare none, dontcache and writeback.
+    /// compare none, dontcache and writeback; `polling` alone: those that compare the default with poll-us=0.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Every load, for hours.
@@ -120,6 +122,9 @@ fn main() -> Result<()> {
 
 /// The promises' contests and the others, without doubles.
 fn plan(arguments: &Arguments) -> Vec<Contest> {
+    if arguments.only == ["polling"] {
+        return polling::contests();
+    }
     let (promised, modes) = (show::contests(), load::modes());
     let is_in = |list: &[Contest], load: &Load| list.iter().any(|contest| contest.load == *load);
     let others = if arguments.full { load::full() } else { load::usual() };
@@ -142,6 +147,7 @@ fn plan(arguments: &Arguments) -> Vec<Contest> {
 fn measure(arguments: &Arguments, contests: &[Contest]) -> Result<()> {
     let fio = fio::version()?;
     let image = BenchImage::ready(arguments.dir.join("device.img"), arguments.image_mib << 20)?;
+    let torn = BenchImage::ready(arguments.dir.join("discard.img"), 256 << 20)?;
     let machine = Machine::look(&arguments.dir, fio);
     println!("{}\n", machine.describe());
     println!(
@@ -151,10 +157,13 @@ fn measure(arguments: &Arguments, contests: &[Contest]) -> Result<()> {
     let mut outcomes = Vec::new();
     for (at, contest) in contests.iter().enumerate() {
         eprintln!("[{}/{}] {}", at + 1, contests.len(), contest.load.name());
-        outcomes.push(Bench { arguments, image: &image, contest }.run());
+        outcomes.push(Bench { arguments, image: &image, torn: &torn, contest }.run());
     }
     let promises = show::rows(&outcomes);
     println!("{}\n{}", table::contests(&outcomes), table::summary(&outcomes));
+    if arguments.only == ["polling"] {
+        println!("{}", polling::table(&outcomes));
+    }
     println!("{}\n{}", table::promises(&promises), table::gaps(&outcomes));
     let report = Report {
         machine: &machine,
@@ -176,6 +185,8 @@ fn measure(arguments: &Arguments, contests: &[Contest]) -> Result<()> {
 struct Bench<'a> {
     arguments: &'a Arguments,
     image: &'a BenchImage,
+    /// For DISCARDs, which make holes.
+    torn: &'a BenchImage,
     contest: &'a Contest,
 }
 
@@ -223,13 +234,17 @@ impl Bench<'_> {
         match who {
             Who::Fio(engine) => {
                 let resident = self.settle()?;
-                let fio = fio::run(load, *engine, &self.image.path, (self.warm_up(), self.window()))?;
-                let after = self.image.cached_bytes();
+                let times = (self.warm_up(), self.window());
+                let fio = match engine {
+                    FioEngine::Loop => host_loop::run(load, self.image_path(), times)?,
+                    _ => fio::run(load, *engine, self.image_path(), times)?,
+                };
+                let after = self.image().cached_bytes();
                 Ok(Figures { cached_bytes_after: after, ..Figures::of_fio(load, &fio, resident) })
             }
             Who::Device { keys, waits } => {
                 let keys = self.keys(keys);
-                device::understood(&self.image.path, load, &keys)?;
+                device::understood(self.image_path(), load, &keys)?;
                 let resident = self.settle()?;
                 let setup = self.setup(&keys, *waits, u64::from(round));
                 let run = device::run(load, &setup, Count::Nothing)?;
@@ -285,13 +300,17 @@ impl Bench<'_> {
     }
 
     fn image_path(&self) -> &Path {
-        &self.image.path
+        &self.image().path
+    }
+
+    fn image(&self) -> &BenchImage {
+        if self.contest.load.pattern == Pattern::Discard { self.torn } else { self.image }
     }
 
     /// Direct modes and dontcache begin with nothing of the image in the page cache, the others with all of it.
     fn settle(&self) -> Result<Option<u64>> {
         let resident = if self.contest.load.begins_uncached() { Resident::None } else { Resident::All };
-        self.image.settle(resident)
+        self.image().settle(resident)
     }
 
     fn warm_up(&self) -> Duration {

@@ -13,8 +13,9 @@ use minivmm::virtio::queue::QueueConfig;
 
 use crate::random::Random;
 
-/// What the driver takes of what the device offers: FLUSH and CONFIG_WCE, and what makes it fast.
-pub const FEATURES: u64 = feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC | 1 << 9 | 1 << 11;
+/// What the driver takes of what the device offers: FLUSH, CONFIG_WCE and DISCARD, and what makes it fast.
+pub const FEATURES: u64 =
+    feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC | 1 << 9 | 1 << 11 | 1 << 13;
 /// Descriptors of the queue; with indirect tables, also the most requests in flight.
 pub const QUEUE_SIZE: u16 = 256;
 
@@ -34,6 +35,8 @@ pub enum Kind {
     Write,
     /// VIRTIO_BLK_T_FLUSH.
     Flush,
+    /// VIRTIO_BLK_T_DISCARD of one block.
+    Discard,
 }
 
 /// Why the benchmark must not go on: a figure for wrong answers is no figure.
@@ -109,6 +112,15 @@ struct Header {
     kind: u32,
     reserved: u32,
     sector: u64,
+}
+
+/// A range to discard (virtio 5.2.6).
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Segment {
+    sector: u64,
+    sectors: u32,
+    flags: u32,
 }
 
 /// The rings, a request's slot for each in flight, and the driver's indices.
@@ -223,9 +235,15 @@ impl Rings {
             Kind::Read => 0,
             Kind::Write => 1,
             Kind::Flush => 4,
+            Kind::Discard => 11,
         };
         let header = self.layout.headers + u64::from(slot) * 64;
-        self.put(header, Header { kind: wire, reserved: 0, sector: offset_bytes / 512 });
+        let sector = offset_bytes / 512;
+        if kind == Kind::Discard {
+            self.put(self.data_address(slot), Segment { sector, sectors: self.block_bytes / 512, flags: 0 });
+        }
+        let sector = if kind == Kind::Discard { 0 } else { sector };
+        self.put(header, Header { kind: wire, reserved: 0, sector });
         let status = self.layout.statuses + u64::from(slot) * 64;
         self.put(status, UNTOUCHED);
         let table = self.layout.tables + u64::from(slot) * self.layout.table_stride;
@@ -253,14 +271,17 @@ impl Rings {
             entries = next;
         };
         add(header, 16, NEXT);
-        if kind != Kind::Flush {
-            let flags = if kind == Kind::Read { NEXT | WRITE } else { NEXT };
-            let mut done = 0;
-            while done < self.block_bytes {
-                let len = self.segment_bytes.min(self.block_bytes - done);
-                add(self.data_address(slot) + u64::from(done), len, flags);
-                done += len;
-            }
+        let data_bytes = match kind {
+            Kind::Read | Kind::Write => self.block_bytes,
+            Kind::Flush => 0,
+            Kind::Discard => size_of::<Segment>() as u32,
+        };
+        let flags = if kind == Kind::Read { NEXT | WRITE } else { NEXT };
+        let mut done = 0;
+        while done < data_bytes {
+            let len = self.segment_bytes.min(data_bytes - done);
+            add(self.data_address(slot) + u64::from(done), len, flags);
+            done += len;
         }
         add(status, 1, WRITE);
         entries

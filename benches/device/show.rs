@@ -29,12 +29,14 @@ const SEQ_READ: Load = load(Pattern::SeqRead, 128, 8, "none", Sync::Plain);
 const SEQ_WRITE: Load = load(Pattern::SeqWrite, 128, 8, "none", Sync::Plain);
 const FLUSH_EACH: Load = load(Pattern::RandWrite, 4, 1, "none", Sync::Flush(1));
 const CACHE_OFF: Load = load(Pattern::RandWrite, 4, 32, "none", Sync::CacheOff);
+const FLUSH_ALONE: Load = load(Pattern::Flush, 4, 1, "none", Sync::Plain);
+const READ_BESIDE: Load = load(Pattern::ReadBesideFlush, 4, 5, "none", Sync::Plain);
 const CACHED_1: Load = load(Pattern::RandRead, 4, 1, "writeback", Sync::Plain);
 const CACHED_32: Load = load(Pattern::RandRead, 4, 32, "writeback", Sync::Plain);
 
 /// The contests that the promises need.
 pub fn contests() -> Vec<Contest> {
-    use FioEngine::{IoUring, IoUringBatched, IoUringFixed, Pvsync2};
+    use FioEngine::{IoUring, IoUringBatched, IoUringFixed, Loop, Pvsync2};
     let fio = |engines: &[FioEngine]| engines.iter().map(|&engine| Who::Fio(engine)).collect::<Vec<_>>();
     let contest = |load, engines: &[FioEngine], devices: &[Who]| Contest {
         load,
@@ -47,6 +49,8 @@ pub fn contests() -> Vec<Contest> {
         contest(SEQ_READ, &[IoUring, IoUringBatched], &[SLEEPS, POLLS]),
         contest(SEQ_WRITE, &[IoUring, IoUringBatched], &[SLEEPS, POLLS]),
         contest(FLUSH_EACH, &[IoUring, Pvsync2], &[SLEEPS, POLLS]),
+        contest(FLUSH_ALONE, &[Loop], &[SLEEPS, POLLS]),
+        contest(READ_BESIDE, &[], &[SLEEPS, POLLS]),
         contest(CACHE_OFF, &[IoUring], &[Who::DEVICE, GROUP, FDATASYNC, DSYNC]),
         contest(CACHED_1, &[IoUring, Pvsync2], &[Who::DEVICE, RING, SYNC]),
         contest(CACHED_32, &[IoUring, Pvsync2], &[Who::DEVICE, RING, SYNC]),
@@ -100,6 +104,15 @@ impl<'a> Finder<'a> {
         let fio = self.contest(load)?.best_fio()?;
         let ratio = Ratio::new(self.entry(load, who)?, fio)?;
         Some((format!("{} over {}", words(ratio), fio.who), ratio.of_medians >= target))
+    }
+
+    /// CPU time of the device for one I/O over that of the fio that is fastest.
+    fn cpu_over_fio(&self, load: &Load, who: &Who, most: f64) -> Option<(String, bool)> {
+        let fio = self.contest(load)?.best_fio()?;
+        let cpu = |entry: &Entry| entry.median(|f| f.cpu_s_per_million);
+        let (device_s, fio_s) = (cpu(self.entry(load, who)?)?, cpu(fio)?);
+        let ratio = device_s / fio_s;
+        Some((format!("{ratio:.2} ({device_s:.2} against {fio_s:.2} s/M of {})", fio.who), ratio <= most))
     }
 
     fn over(&self, load: &Load, who: &Who, other: &Who, target: f64) -> Option<(String, bool)> {
@@ -160,12 +173,24 @@ pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
         ("4k randwrite, depth 32, none, over fio >= 0.95", WRITE_32, 0.95),
         ("128k sequential read, depth 8, over fio with huge pages >= 0.95", SEQ_READ, 0.95),
         ("128k sequential write, depth 8, over fio with huge pages >= 0.95", SEQ_WRITE, 0.95),
-        ("write + FLUSH each, depth 1, over fio fdatasync=1 >= 0.95", FLUSH_EACH, 0.95),
     ] {
         for (driver, who) in [("sleeping", SLEEPS), ("polling", POLLS)] {
             let row = Row::new(format!("{words} ({driver} driver)"), find.over_fio(&load, &who, target));
             promise(&[load], row);
         }
+    }
+    for (words, load, driver, who, target) in [
+        ("FLUSH alone, depth 1, over a loop of fdatasync", FLUSH_ALONE, "sleeping", SLEEPS, 0.80),
+        ("FLUSH alone, depth 1, over a loop of fdatasync", FLUSH_ALONE, "polling", POLLS, 0.97),
+        ("write + FLUSH each, depth 1, over fio fdatasync=1", FLUSH_EACH, "sleeping", SLEEPS, 0.85),
+        ("write + FLUSH each, depth 1, over fio fdatasync=1", FLUSH_EACH, "polling", POLLS, 1.10),
+    ] {
+        let words = format!("{words} >= {target:.2} ({driver} driver)");
+        promise(&[load], Row::new(words, find.over_fio(&load, &who, target)));
+    }
+    for (load, words) in [(READ_32, "4k randread"), (WRITE_32, "4k randwrite")] {
+        let words = format!("{words}, depth 32: CPU time over fio's <= 1.15 (sleeping driver)");
+        promise(&[load], Row::new(words, find.cpu_over_fio(&load, &SLEEPS, 1.15)));
     }
     for (driver, who) in [("sleeping", SLEEPS), ("polling", POLLS)] {
         let words = format!("4k randread, depth 1, none: added to fio's median <= 12 us ({driver} driver)");
