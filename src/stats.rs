@@ -135,6 +135,15 @@ struct HostCalls {
     fdatasync: u64,
     fallocate: u64,
     io_uring_enter: u64,
+    /// Of the calls above, those of a ring's engine that block: who made them.
+    blocking: Blocking,
+}
+
+/// Operations that block, of an engine with a ring.
+#[derive(Debug, Serialize)]
+struct Blocking {
+    by_worker: u64,
+    by_kernel_thread: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -290,6 +299,10 @@ fn disk(name: String, image: &Image) -> DiskStats {
             fdatasync: at(&counters.fdatasyncs) + u64::from(image.config().is_synced_at_both_ends()),
             fallocate: at(&counters.fallocates),
             io_uring_enter: at(&counters.io_uring_enters),
+            blocking: Blocking {
+                by_worker: at(&counters.blocking_by_worker),
+                by_kernel_thread: at(&counters.blocking_by_kernel_thread),
+            },
         },
         shared_syncs: at(&counters.shared_syncs),
         transfers: transfers(counters),

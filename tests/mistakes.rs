@@ -14,7 +14,7 @@ use minivmm_testkit::places::root;
 const PATCH: &str = "crates/minivmm-block/tests/durability/mistakes.patch";
 
 /// Each with what it is.
-const MISTAKES: [(&str, &str); 22] = [
+const MISTAKES: [(&str, &str); 25] = [
     ("flush-does-nothing", "FLUSH is acknowledged but not carried out"),
     ("sync-before-write", "a stable write is synced before its data is written"),
     (
@@ -42,12 +42,19 @@ const MISTAKES: [(&str, &str); 22] = [
         "a sync's success counts though an overlapping sync, not judged yet, may have been told of the error",
     ),
     ("group-takes-latecomers", "a request joins a shared fdatasync that is running already"),
+    ("kept-completes-first", "an operation that the worker makes itself is acknowledged before it returned"),
+    ("kept-error-dropped", "the error of an operation that the worker makes itself is dropped"),
+    (
+        "kept-sync-shares-another-queues",
+        "a sync that the worker is to make itself is satisfied by another queue's that began before",
+    ),
     ("group-done-at-start", "requests that share an fdatasync complete when it starts"),
 ];
 
 #[test]
 fn every_mistake_is_made_somewhere() {
-    let made = [PATCH, "crates/minivmm-block/tests/durability/storage.rs"]
+    let simulation = "crates/minivmm-block/tests/durability";
+    let made = [PATCH, &format!("{simulation}/storage.rs"), &format!("{simulation}/engine.rs")]
         .map(|path| std::fs::read_to_string(root().join(path)).unwrap())
         .concat();
     for (name, _) in MISTAKES {

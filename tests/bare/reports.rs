@@ -29,7 +29,7 @@ fn a_guest_that_never_reports_is_ended_with_its_last_lines() {
     }
     let (ran, told) = with_command("scenario=hang", &["--boot-timeout", "1"]);
     let log = ran.expect(FAILURE, "a guest that says nothing").log;
-    for words in ["has not reported in 1 s", "minivmm-job", "--boot-timeout", "  bare guest: halting\n"] {
+    for words in ["has not reported within 1 s", "minivmm-job", "--boot-timeout", "  bare guest: halting\n"] {
         assert!(log.contains(words), "no {words:?} in {log}");
     }
     assert_eq!((told["cause"].as_str(), told["exit_status"].as_i64()), (Some("boot-timeout"), Some(125)));

@@ -10,6 +10,7 @@
     reason = "tests may"
 )]
 
+mod alone;
 mod batches;
 mod blk;
 mod disk;

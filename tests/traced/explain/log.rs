@@ -170,9 +170,31 @@ fn opened(flags: u64) -> String {
     format!("{access}{}", if has(libc::O_DIRECT) { "|O_DIRECT" } else { "" })
 }
 
-/// The tries without the ring: (call, entry behind it). One that succeeds stands for both, and so does
-/// the entry behind one that was refused; after EOPNOTSUPP the entry alone does.
-const TRIES: [(&str, &str); 2] = [("preadv2", "IORING_OP_READ"), ("pwritev2", "IORING_OP_WRITE")];
+/// Flags as linux/fs.h and linux/io_uring.h have them.
+const RWF_DSYNC: u64 = 2;
+const FSYNC_DATASYNC: u64 = 1;
+
+/// The tries without the ring: (call, what may follow it, both as they are told, without and with RWF_DONTCACHE). One that succeeds stands for both, and so does
+/// what follows one that was refused; after EOPNOTSUPP that alone does. A write is alone here, so it is a call.
+const TRIES: [(&str, [&str; 3], [&str; 2]); 2] = [
+    (
+        "preadv2",
+        ["IORING_OP_READ"; 3],
+        [
+            "preadv2(RWF_NOWAIT), else IORING_OP_READ",
+            "preadv2(RWF_NOWAIT|RWF_DONTCACHE), else IORING_OP_READ(RWF_DONTCACHE)",
+        ],
+    ),
+    (
+        "pwritev2",
+        ["pwritev", "pwritev2", "IORING_OP_WRITE"],
+        [
+            "pwritev2(RWF_NOWAIT), else pwritev if alone, else IORING_OP_WRITE",
+            "pwritev2(RWF_NOWAIT|RWF_DONTCACHE), else pwritev2(RWF_DONTCACHE) if alone, else \
+             IORING_OP_WRITE(RWF_DONTCACHE)",
+        ],
+    ),
+];
 
 /// RWF_DONTCACHE of linux/fs.h.
 const RWF_DONTCACHE: u64 = 0x80;
@@ -189,20 +211,17 @@ impl Inline {
         let flags = operation.flags;
         let (dontcache, others) = (flags & RWF_DONTCACHE != 0, flags & !RWF_DONTCACHE);
         let plain = |entry: &str| operation.name == entry && others == 0;
-        for (at, (call, entry)) in TRIES.into_iter().enumerate() {
-            let both = match dontcache {
-                true => format!("{call}(RWF_NOWAIT|RWF_DONTCACHE), else {entry}(RWF_DONTCACHE)"),
-                false => format!("{call}(RWF_NOWAIT), else {entry}"),
-            };
+        for (at, (call, next, told)) in TRIES.into_iter().enumerate() {
+            let told = told[usize::from(dontcache)];
             if operation.name == call && others == u64::try_from(libc::RWF_NOWAIT).unwrap() {
                 assert!(!self.given_up[at], "tried again after EOPNOTSUPP: {operation:?}");
                 self.refused[at] = operation.result < 0;
                 self.given_up[at] = operation.has_failed_with(libc::EOPNOTSUPP);
-                return (!self.refused[at]).then_some(both);
+                return (!self.refused[at]).then(|| told.to_owned());
             }
-            if plain(entry) && (self.given_up[at] || self.refused[at]) {
+            if next.into_iter().any(plain) && (self.given_up[at] || self.refused[at]) {
                 self.refused[at] = false;
-                return Some(both);
+                return Some(told.to_owned());
             }
         }
         Some(in_words(operation.name, flags))
@@ -213,15 +232,21 @@ impl Inline {
     }
 }
 
-/// An entry, or a call, with the flags that matter.
+/// An entry, or a call, with the flags that matter. An entry that blocks has the name of the call that the worker makes
+/// instead where it is alone: which of the two it was depends on how quick the guest is.
 fn in_words(name: &str, flags: u64) -> String {
+    let name = match name {
+        "IORING_OP_FALLOCATE" => "fallocate",
+        "IORING_OP_WRITE" if flags & RWF_DSYNC != 0 => "pwritev2",
+        "IORING_OP_FSYNC" if flags == FSYNC_DATASYNC => return "fdatasync".to_owned(),
+        name => name,
+    };
     let flags = match (name, flags) {
-        ("IORING_OP_FSYNC", 1) => "IORING_FSYNC_DATASYNC",
-        ("IORING_OP_FALLOCATE" | "fallocate", 3) => "FALLOC_FL_KEEP_SIZE|FALLOC_FL_PUNCH_HOLE",
-        ("IORING_OP_FALLOCATE" | "fallocate", 0x11) => "FALLOC_FL_KEEP_SIZE|FALLOC_FL_ZERO_RANGE",
-        ("IORING_OP_WRITE" | "pwritev2", 2) => "RWF_DSYNC",
-        ("IORING_OP_WRITE" | "pwritev2", 0x82) => "RWF_DSYNC|RWF_DONTCACHE",
-        ("IORING_OP_READ" | "IORING_OP_WRITE" | "preadv2" | "pwritev2", 0x80) => "RWF_DONTCACHE",
+        ("fallocate", 3) => "FALLOC_FL_KEEP_SIZE|FALLOC_FL_PUNCH_HOLE",
+        ("fallocate", 0x11) => "FALLOC_FL_KEEP_SIZE|FALLOC_FL_ZERO_RANGE",
+        ("pwritev2", RWF_DSYNC) => "RWF_DSYNC",
+        ("pwritev2", 0x82) => "RWF_DSYNC|RWF_DONTCACHE",
+        ("IORING_OP_READ" | "IORING_OP_WRITE" | "preadv2" | "pwritev2", RWF_DONTCACHE) => "RWF_DONTCACHE",
         (_, 0) => return name.to_owned(),
         (_, other) => return format!("{name}({other:#x})"),
     };

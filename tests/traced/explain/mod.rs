@@ -31,7 +31,15 @@ fn explain(disk: &str) -> Value {
 }
 
 fn calls(value: &Value) -> Vec<String> {
-    value.as_array().unwrap().iter().map(|call| call.as_str().unwrap().to_owned()).collect()
+    value.as_array().unwrap().iter().map(|call| if_alone(call.as_str().unwrap()).to_owned()).collect()
+}
+
+/// What a call that blocks is where it is alone, as it is in all that this guest does: one request at a time.
+fn if_alone(told: &str) -> &str {
+    match told.split_once(" if alone, else ") {
+        Some((alone, _)) if !alone.contains(", else ") => alone,
+        _ => told,
+    }
 }
 
 /// The words that make the guest this driver.
@@ -163,9 +171,13 @@ fn explaining_opens_for_reading_only_and_neither_writes_syncs_nor_locks() {
         );
         let text = std::fs::read_to_string(&path).unwrap();
         let image_name = image.path.to_str().unwrap();
+        let directories = [image.path.parent().unwrap(), &std::env::current_dir().unwrap()]
+            .map(|directory| directory.display().to_string());
         let touching: Vec<_> = text.lines().filter(|line| line.contains(image_name)).collect();
         assert!(touching.iter().any(|line| line.contains("openat")), "{text}");
         for line in touching {
+            // A name may have any word in it.
+            let line = directories.iter().fold(line.to_owned(), |line, name| line.replace(name, ""));
             for word in
                 ["O_RDWR", "O_WRONLY", "O_EXCL", "write", "sync", "fallocate", "SETLK", "utime", "kvm"]
             {

@@ -167,7 +167,7 @@ fn calls_are_judged_by_their_syncs() {
     for (call, expected) in [
         ("pwritev", Sync::No),
         ("pwritev2(RWF_DSYNC)", Sync::Yes),
-        ("pwritev2(RWF_NOWAIT), else IORING_OP_WRITE", Sync::No),
+        ("pwritev2(RWF_NOWAIT), else pwritev if alone, else IORING_OP_WRITE", Sync::No),
         ("IORING_OP_WRITE(RWF_DSYNC)", Sync::Yes),
         ("IORING_OP_FSYNC(IORING_FSYNC_DATASYNC)", Sync::Yes),
     ] {

@@ -1,64 +1,219 @@
-//! Spinning instead of blocking, for as long as it pays.
+//! Spinning instead of blocking, where that pays.
 //!
-//! Owns the decision how long a worker polls its ring and its engine before it blocks. A wake-up costs 5 to 30
-//! us on a virtual machine, which is often more than a disk needs to complete a request. Polling in vain costs
-//! a CPU. So the polling time adapts: an event soon after the worker blocked makes it longer. An event that
-//! took long makes it shorter, down to zero on an idle disk.
+//! Owns the decision whether and how long a worker polls its ring and its engine before it blocks. A wake-up costs 5
+//! to 30 us on a virtual machine, which is often more than a disk needs to complete a request. But a spinning thread
+//! takes a CPU, or half of one, from the driver and from the kernel, and a deep queue has no wake-ups to save. Which
+//! of the two counts for more depends on the machine, so the poller measures both ([`Trials`]).
 
 use std::time::{Duration, Instant};
 
-/// The first polling time after zero.
+/// The shortest polling time.
 const STEP: Duration = Duration::from_micros(4);
-/// Number of polls between two readings of the clock.
-const POLLS: u32 = 8;
+/// Polls between two readings of the clock.
+const LOOKS: u32 = 8;
+/// Waits of one epoch.
+const EPOCH: u32 = 64;
+/// Most epochs between two trials: every other way costs a share of the time in trials.
+const MOST_EPOCHS_BETWEEN: u32 = 64;
+/// A wait that is longer than the longest polling time by this factor counts as no longer: the guest was idle.
+const IDLE: u32 = 4;
+/// Spinning must cost less than this share of what sleeping costs, or it is not worth its CPU.
+const WORTHWHILE: f64 = 0.97;
+/// Spinning goes on unless sleeping costs less than this share of it. The gap between both keeps noise from changing
+/// the way.
+const AS_GOOD: f64 = 1.01;
 
-/// Decides how long one worker spins before it blocks.
+/// Decides whether and how long one worker spins before it blocks.
 #[derive(Debug)]
 pub struct Poller {
     max: Duration,
     window: Duration,
+    trials: Trials,
 }
 
 impl Poller {
     /// Creates a poller that spins for at most `max`; zero means never.
     pub fn new(max: Duration) -> Self {
-        Self { max, window: max }
+        Self { max, window: max, trials: Trials::new(max * IDLE) }
     }
 
-    /// Returns `true` if the poller ever spins.
-    pub fn is_on(&self) -> bool {
-        !self.max.is_zero()
+    /// Returns `true` if the worker is to spin before it blocks.
+    pub fn spins(&self) -> bool {
+        !self.max.is_zero() && self.trials.spins()
     }
 
     /// Spins until `ready` returns `true` or the time is over. Returns `true` if it was ready.
-    pub fn spin(&self, mut ready: impl FnMut() -> bool) -> bool {
-        if self.window.is_zero() {
-            return false;
-        }
+    pub fn spin(&mut self, mut ready: impl FnMut() -> bool) -> bool {
         let since = Instant::now();
         loop {
-            for _ in 0..POLLS {
+            for _ in 0..LOOKS {
                 if ready() {
+                    self.window = (self.window * 2).min(self.max);
                     return true;
                 }
                 std::hint::spin_loop();
             }
             if since.elapsed() >= self.window {
+                self.window = (self.window / 2).max(STEP).min(self.max);
                 return false;
             }
         }
     }
 
-    /// Adapts the polling time to an event that came `took` after the worker began to spin or block.
-    pub fn learn(&mut self, took: Duration) {
-        if took > self.max {
-            self.window /= 2;
-            if self.window < STEP {
-                self.window = Duration::ZERO;
-            }
-        } else if took > self.window {
-            self.window = (self.window * 2).max(STEP).min(self.max);
+    /// Records that a wait begins. To be called before the spinning.
+    pub fn waits(&mut self) {
+        if !self.max.is_zero() && self.trials.measures() {
+            self.trials.begins(Instant::now());
         }
+    }
+
+    /// Records that the wait has ended, and that `completed` requests were completed since the last call.
+    pub fn waited(&mut self, completed: u32) {
+        if self.max.is_zero() {
+            return;
+        }
+        self.trials.ends(completed, Instant::now);
+    }
+}
+
+/// Compares the two ways by what a request costs, in time from one to the next.
+///
+/// Most of the time nothing is measured. In a trial three epochs follow one another: the present way, the other one,
+/// the present way again. The middle one is compared with its neighbours, so that a load that changes slowly does
+/// not look like a difference between the ways.
+#[derive(Debug)]
+struct Trials {
+    /// A longer wait counts as this long.
+    idle: Duration,
+    /// `true` if spinning is the present way.
+    spinning: bool,
+    phase: Phase,
+    /// Waits that are left of this epoch.
+    waits: u32,
+    /// Epochs that are left until the next trial, and how many there were.
+    pause: (u32, u32),
+    /// What is measured of this epoch.
+    epoch: Epoch,
+    /// What a request cost before the other way, and with it.
+    costs: (f64, f64),
+    /// What the other way costs, as a share of the present one: a mean of the last trials. `None` before the first.
+    other: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Steady,
+    Before,
+    Other,
+    After,
+}
+
+#[derive(Debug, Default)]
+struct Epoch {
+    since: Option<Instant>,
+    wait_since: Option<Instant>,
+    idle: Duration,
+    completed: u32,
+}
+
+impl Trials {
+    fn new(idle: Duration) -> Self {
+        Self {
+            idle,
+            spinning: true,
+            phase: Phase::Steady,
+            waits: EPOCH,
+            pause: (1, 1),
+            epoch: Epoch::default(),
+            costs: (0.0, 0.0),
+            other: None,
+        }
+    }
+
+    fn spins(&self) -> bool {
+        self.spinning != (self.phase == Phase::Other)
+    }
+
+    fn measures(&self) -> bool {
+        self.phase != Phase::Steady
+    }
+
+    fn begins(&mut self, now: Instant) {
+        self.epoch.since.get_or_insert(now);
+        self.epoch.wait_since = Some(now);
+    }
+
+    /// Counts a wait that has ended. `now` is called only if something is measured.
+    fn ends(&mut self, completed: u32, now: impl FnOnce() -> Instant) {
+        self.waits -= 1;
+        if !self.measures() {
+            if self.waits == 0 {
+                self.steady_epoch_ends();
+            }
+            return;
+        }
+        self.epoch.completed += completed;
+        let now = now();
+        if let Some(since) = self.epoch.wait_since {
+            self.epoch.idle += now.saturating_duration_since(since).saturating_sub(self.idle);
+        }
+        if self.waits == 0 {
+            self.waits = EPOCH;
+            let epoch = std::mem::take(&mut self.epoch);
+            // An epoch that completed nothing says nothing, and is repeated.
+            if let Some(cost) = epoch.cost(now) {
+                self.measured(cost);
+            }
+        }
+    }
+
+    fn steady_epoch_ends(&mut self) {
+        self.waits = EPOCH;
+        self.pause.0 -= 1;
+        if self.pause.0 == 0 {
+            self.phase = Phase::Before;
+        }
+    }
+
+    /// Takes what a request cost in the epoch that has ended.
+    fn measured(&mut self, cost: f64) {
+        self.phase = match self.phase {
+            Phase::Steady | Phase::Before => {
+                self.costs.0 = cost;
+                Phase::Other
+            }
+            Phase::Other => {
+                self.costs.1 = cost;
+                Phase::After
+            }
+            Phase::After => {
+                self.judge(self.costs.1 / ((self.costs.0 + cost) / 2.0));
+                Phase::Steady
+            }
+        };
+    }
+
+    /// Takes what the other way cost in a trial, as a share of the present one, and changes over if that is better.
+    fn judge(&mut self, other: f64) {
+        let mean = self.other.map_or(other, |mean| mean + (other - mean) / 3.0);
+        let limit = if self.spinning { AS_GOOD } else { WORTHWHILE };
+        let pause = if mean < limit {
+            self.spinning = !self.spinning;
+            self.other = None;
+            1
+        } else {
+            self.other = Some(mean);
+            (self.pause.1 * 2).min(MOST_EPOCHS_BETWEEN)
+        };
+        self.pause = (pause, pause);
+    }
+}
+
+impl Epoch {
+    /// Returns the nanoseconds from one request to the next, without the time that the guest was idle.
+    fn cost(&self, now: Instant) -> Option<f64> {
+        let took = now.saturating_duration_since(self.since?).saturating_sub(self.idle);
+        (self.completed > 0).then(|| took.as_secs_f64() / f64::from(self.completed))
     }
 }
 
@@ -68,40 +223,94 @@ mod tests {
 
     const MAX: Duration = Duration::from_micros(40);
 
-    #[test]
-    fn it_gives_up_on_an_idle_disk_and_comes_back_when_it_would_have_paid() {
-        let mut poller = Poller::new(MAX);
-        for _ in 0..10 {
-            poller.learn(Duration::from_millis(5));
+    /// Makes `epochs` epochs of waits in which a request takes `spinning` or `sleeping` microseconds.
+    fn live(trials: &mut Trials, epochs: u32, spinning: u64, sleeping: u64) -> u32 {
+        let mut now = Instant::now();
+        let mut spun = 0;
+        for _ in 0..epochs * EPOCH {
+            if trials.measures() {
+                trials.begins(now);
+            }
+            spun += u32::from(trials.spins());
+            now += Duration::from_micros(if trials.spins() { spinning } else { sleeping });
+            trials.ends(1, || now);
         }
-        assert!(!poller.spin(|| panic!("it does not even poll")));
-        poller.learn(Duration::from_micros(30));
-        assert_eq!(poller.window, STEP);
-        for _ in 0..10 {
-            poller.learn(Duration::from_micros(39));
-        }
-        assert!(poller.window >= Duration::from_micros(32) && poller.window <= MAX);
+        spun / EPOCH
     }
 
     #[test]
-    fn what_comes_in_time_changes_nothing() {
+    fn it_spins_where_that_is_faster() {
+        let mut trials = Trials::new(MAX * IDLE);
+        let spun = live(&mut trials, 1000, 30, 40);
+        assert!(trials.spinning && spun > 970, "{spun}");
+    }
+
+    #[test]
+    fn it_sleeps_where_spinning_is_slower_or_gains_nothing() {
+        for spinning in [100, 31, 30] {
+            let mut trials = Trials::new(MAX * IDLE);
+            let spun = live(&mut trials, 1000, spinning, 30);
+            assert!(!trials.spinning && spun < 30, "{spinning}: {spun}");
+        }
+    }
+
+    #[test]
+    fn it_changes_over_when_the_load_changes() {
+        let mut trials = Trials::new(MAX * IDLE);
+        live(&mut trials, 1000, 30, 40);
+        live(&mut trials, 300, 40, 30);
+        assert!(!trials.spinning);
+        live(&mut trials, 300, 30, 40);
+        assert!(trials.spinning);
+    }
+
+    #[test]
+    fn the_time_of_an_idle_guest_does_not_count() {
+        let mut trials = Trials::new(MAX * IDLE);
+        let mut now = Instant::now();
+        for wait in 0..200 * EPOCH {
+            if trials.measures() {
+                trials.begins(now);
+            }
+            // Now and then the guest does nothing for a while, whichever way the worker waits.
+            now += Duration::from_micros(if wait % 37 == 0 { 5000 } else { 0 });
+            now += Duration::from_micros(if trials.spins() { 20 } else { 40 });
+            trials.ends(1, || now);
+        }
+        assert!(trials.spinning);
+    }
+
+    #[test]
+    fn an_epoch_without_a_completion_is_repeated() {
+        let mut trials = Trials::new(MAX * IDLE);
+        let now = Instant::now();
+        for _ in 0..100 * EPOCH {
+            trials.begins(now);
+            trials.ends(0, || now);
+        }
+        assert_eq!(trials.phase, Phase::Before);
+    }
+
+    #[test]
+    fn what_is_never_ready_is_polled_for_less_and_less() {
         let mut poller = Poller::new(MAX);
-        poller.learn(Duration::from_micros(10));
+        for _ in 0..10 {
+            assert!(!poller.spin(|| false));
+        }
+        assert_eq!(poller.window, STEP);
+        for _ in 0..10 {
+            assert!(poller.spin(|| true));
+        }
         assert_eq!(poller.window, MAX);
-        let mut polls = 0;
-        assert!(poller.spin(|| {
-            polls += 1;
-            polls == 5
-        }));
-        assert!(!poller.spin(|| false));
     }
 
     #[test]
     fn off_is_off() {
         let mut poller = Poller::new(Duration::ZERO);
-        assert!(!poller.is_on());
-        poller.learn(Duration::ZERO);
-        poller.learn(Duration::from_micros(1));
-        assert!(!poller.spin(|| true));
+        for _ in 0..1000 {
+            assert!(!poller.spins());
+            poller.waits();
+            poller.waited(1);
+        }
     }
 }

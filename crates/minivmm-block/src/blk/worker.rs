@@ -17,7 +17,7 @@ use super::request::{self, Frame, HEADER_BYTES, Header, ID_BYTES, Limits, Reques
 use super::stopwatch::Stopwatch;
 use crate::disk::Image;
 use crate::disk::disk_queue::{Completion, DiskQueue, Op, RequestId};
-use crate::disk::engine::Wake;
+use crate::disk::engine::{Meanwhile, Wake};
 use crate::doorbell;
 use crate::mem::{self, Iov, Ram};
 use crate::ratelimit::RateLimit;
@@ -83,6 +83,8 @@ pub struct QueueWorker<'a> {
     popped: Popped,
     errors: &'a mut RateLimit,
     poller: Poller,
+    /// Requests completed since the poller was last told.
+    completed: u32,
     /// `None` if latencies are not recorded.
     stopwatch: Option<Stopwatch>,
 }
@@ -103,6 +105,7 @@ impl<'a> QueueWorker<'a> {
             popped: Popped::default(),
             errors,
             poller: Poller::new(Duration::ZERO),
+            completed: 0,
             stopwatch,
         }
     }
@@ -122,22 +125,24 @@ impl<'a> QueueWorker<'a> {
             self.disk.wait(Wake::Now)?;
             return self.complete_finished();
         }
-        let since = self.poller.is_on().then(Instant::now);
-        let is_ready = self.spin()? || (!self.is_full() && self.job.ring.enable_doorbell());
+        let meanwhile = self.disk.meanwhile();
+        if meanwhile == Meanwhile::Make {
+            let ring = &self.job.ring;
+            self.disk.make_kept(&|| ring.has_available());
+            return self.complete_finished();
+        }
+        self.poller.waits();
+        let spins = meanwhile == Meanwhile::Spin && self.poller.spins();
+        let is_ready = (spins && self.spin()?) || (!self.is_full() && self.job.ring.enable_doorbell());
         let wake = if is_ready { Wake::Now } else { Wake::Doorbell(&self.job.doorbell) };
         self.disk.wait(wake)?;
-        if let Some(since) = since {
-            self.poller.learn(since.elapsed());
-        }
+        self.poller.waited(std::mem::take(&mut self.completed));
         self.complete_finished()
     }
 
     /// Spins for new chains or finished I/O where that pays, and returns `true` if there are any. The driver
     /// rings no doorbell meanwhile.
     fn spin(&mut self) -> Result<bool, TurnError> {
-        if !self.poller.is_on() {
-            return Ok(false);
-        }
         // Submit what was popped before spinning.
         self.disk.wait(Wake::Now)?;
         self.complete_finished()?;
@@ -298,6 +303,7 @@ impl<'a> QueueWorker<'a> {
                 }
             };
             finish(&mut self.job, &owed, status)?;
+            self.completed += 1;
             if let (Some(watch), Some(heard)) = (&mut self.stopwatch, heard) {
                 watch.completes(id, heard);
             }

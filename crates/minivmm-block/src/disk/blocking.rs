@@ -32,40 +32,39 @@ impl BlockingEngine {
     pub fn with_flags(file: Arc<File>, rw_flags: libc::c_int) -> Self {
         Self { file, rw_flags, next: None }
     }
+}
 
-    fn execute(&self, op: &HostOp) -> io::Result<usize> {
-        let fd = self.file.as_raw_fd();
-        let result = match op {
-            HostOp::Readv { iov, offset } => {
-                let iovecs = iov.as_iovecs();
-                let (count, offset) = (count(iovecs)?, file_offset(*offset)?);
-                match self.rw_flags {
-                    // SAFETY: the iovecs point to memory that `iov` owns until after this call. The
-                    // kernel writes to that memory, and nothing in Rust holds a reference to it.
-                    0 => unsafe { libc::preadv(fd, iovecs.as_ptr(), count, offset) },
-                    // SAFETY: as above.
-                    flags => unsafe { libc::preadv2(fd, iovecs.as_ptr(), count, offset, flags) },
-                }
+/// Executes `op` on `file` with one system call, which may block. Reads and writes have the flags `rw_flags` (RWF_*).
+pub(super) fn execute(file: &File, op: &HostOp, rw_flags: libc::c_int) -> io::Result<usize> {
+    let fd = file.as_raw_fd();
+    let result = match op {
+        HostOp::Readv { iov, offset } => {
+            let iovecs = iov.as_iovecs();
+            let (count, offset) = (count(iovecs)?, file_offset(*offset)?);
+            match rw_flags {
+                // SAFETY: the iovecs point to memory that `iov` owns until after this call. The
+                // kernel writes to that memory, and nothing in Rust holds a reference to it.
+                0 => unsafe { libc::preadv(fd, iovecs.as_ptr(), count, offset) },
+                // SAFETY: as above.
+                flags => unsafe { libc::preadv2(fd, iovecs.as_ptr(), count, offset, flags) },
             }
-            HostOp::Writev { iov, offset, dsync } => {
-                let iovecs = iov.as_iovecs();
-                let (count, offset) = (count(iovecs)?, file_offset(*offset)?);
-                match self.rw_flags | if *dsync { libc::RWF_DSYNC } else { 0 } {
-                    // SAFETY: as above; the kernel only reads.
-                    0 => unsafe { libc::pwritev(fd, iovecs.as_ptr(), count, offset) },
-                    // SAFETY: as above.
-                    flags => unsafe { libc::pwritev2(fd, iovecs.as_ptr(), count, offset, flags) },
-                }
+        }
+        HostOp::Writev { iov, offset, dsync } => {
+            let iovecs = iov.as_iovecs();
+            let (count, offset) = (count(iovecs)?, file_offset(*offset)?);
+            match rw_flags | if *dsync { libc::RWF_DSYNC } else { 0 } {
+                // SAFETY: as above; the kernel only reads.
+                0 => unsafe { libc::pwritev(fd, iovecs.as_ptr(), count, offset) },
+                // SAFETY: as above.
+                flags => unsafe { libc::pwritev2(fd, iovecs.as_ptr(), count, offset, flags) },
             }
-            // SAFETY: no memory is involved.
-            HostOp::Fdatasync => unsafe { libc::fdatasync(fd) as isize },
-            HostOp::PunchHole { offset, len, .. } => {
-                fallocate(fd, libc::FALLOC_FL_PUNCH_HOLE, *offset, *len)?
-            }
-            HostOp::ZeroRange { offset, len } => fallocate(fd, libc::FALLOC_FL_ZERO_RANGE, *offset, *len)?,
-        };
-        usize::try_from(result).map_err(|_| io::Error::last_os_error())
-    }
+        }
+        // SAFETY: no memory is involved.
+        HostOp::Fdatasync => unsafe { libc::fdatasync(fd) as isize },
+        HostOp::PunchHole { offset, len, .. } => fallocate(fd, libc::FALLOC_FL_PUNCH_HOLE, *offset, *len)?,
+        HostOp::ZeroRange { offset, len } => fallocate(fd, libc::FALLOC_FL_ZERO_RANGE, *offset, *len)?,
+    };
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
 /// Returns the one system call that executes `op` on an image in the mode `cache`, as strace writes it.
@@ -114,7 +113,7 @@ impl Engine for BlockingEngine {
     /// its completion does not wait for others.
     fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
         if let Some((token, op)) = self.next.take() {
-            let result = self.execute(&op);
+            let result = execute(&self.file, &op, self.rw_flags);
             ended.push(Ended { token, result });
             return Ok(());
         }

@@ -30,7 +30,7 @@ use std::time::Instant;
 
 use super::cache::WriteCache;
 use super::counters::HostKind;
-use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
+use super::engine::{Ended, Engine, HostOp, Meanwhile, OpToken, Wake};
 use super::flight::{Flight, Flights, Next, OpenSync, Stage, Success, Who};
 use super::image::Image;
 use super::monitor::{SyncEnd, SyncStart};
@@ -145,16 +145,41 @@ impl DiskQueue {
         }
     }
 
-    /// Hands all queued operations to the engine and waits until one completes or `wake` ends the wait.
-    pub fn wait(&mut self, wake: Wake<'_>) -> io::Result<()> {
+    /// Hands to the engine what it can take now.
+    fn hand_over(&mut self) {
         self.decide();
         self.feed_engine();
         self.start_shared_sync();
+    }
+
+    /// Hands all queued operations to the engine, and returns what the calling thread may do until the next one
+    /// completes.
+    pub fn meanwhile(&mut self) -> Meanwhile {
+        self.hand_over();
+        self.engine.meanwhile()
+    }
+
+    /// Makes the operation that [`DiskQueue::meanwhile`] has asked the calling thread for ([`Engine::make_kept`]).
+    pub fn make_kept(&mut self, came: &dyn Fn() -> bool) {
+        let mut ended = std::mem::take(&mut self.ended);
+        self.engine.make_kept(came, &mut ended);
+        self.take_ended(ended);
+    }
+
+    /// Hands all queued operations to the engine and waits until one completes or `wake` ends the wait.
+    pub fn wait(&mut self, wake: Wake<'_>) -> io::Result<()> {
+        self.hand_over();
         // A release ends the wait: a sync of our own completes no request, and nothing may be left to ring the bell.
         let has_ended = self.release_settled();
         let wake = if !has_ended && self.may_sleep(wake) { wake } else { Wake::Now };
         let mut ended = std::mem::take(&mut self.ended);
         let waited = self.engine.wait(wake, &mut ended);
+        self.take_ended(ended);
+        waited
+    }
+
+    /// Handles the completed operations of a wait, and gives the list back.
+    fn take_ended(&mut self, mut ended: Vec<Ended>) {
         self.woke_now();
         for end in ended.drain(..) {
             self.advance(end);
@@ -162,7 +187,6 @@ impl DiskQueue {
         self.ended = ended;
         self.feed_engine();
         self.release_settled();
-        waited
     }
 
     /// Returns `true` if the engine may block. A success held only by another queue's sync is not released by an

@@ -85,6 +85,17 @@ pub enum Wake<'a> {
     Now,
 }
 
+/// What the thread that waits for an engine may do meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Meanwhile {
+    /// Spin until [`Engine::is_ready`], if it likes.
+    Spin,
+    /// Nothing: what is waited for is made by a thread of the kernel, which needs a CPU.
+    Sleep,
+    /// Make the operation that the engine has kept for it ([`Engine::make_kept`]).
+    Make,
+}
+
 /// Executes host operations on one image, for one queue.
 pub trait Engine: Send {
     /// Takes an operation, or hands it back as `Err` if the engine is full. The engine may execute the operation
@@ -99,6 +110,16 @@ pub trait Engine: Send {
     fn is_ready(&mut self) -> bool {
         true
     }
+
+    /// Returns what the calling thread may do until the next operation completes.
+    fn meanwhile(&self) -> Meanwhile {
+        Meanwhile::Spin
+    }
+
+    /// Makes the operation that was kept for the calling thread. It may block as long as that takes. Appends the
+    /// completed operation to `ended`. `came` tells whether the driver has made more requests available. If it has
+    /// before the operation begins, the engine begins the operation elsewhere.
+    fn make_kept(&mut self, _came: &dyn Fn() -> bool, _ended: &mut Vec<Ended>) {}
 
     /// Releases the doorbell of the last wait, which is about to go away. Nothing is in flight.
     fn rest(&mut self) -> io::Result<()> {

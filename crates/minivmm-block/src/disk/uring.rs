@@ -8,76 +8,45 @@
 //! Data that the host's page cache holds is copied at once, without the ring. Compared with a copy of a few
 //! KiB, the way through a ring is long (`docs/performance.md`).
 
-use std::fs::File;
+mod alone;
+mod setup;
+
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use io_uring::register::Restriction;
-use io_uring::types::{Fd, Fixed, FsyncFlags};
+use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::blocking;
 use super::cache::CachePolicy;
 use super::counters::Counters;
-use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
+use super::engine::{Ended, Engine, HostOp, Meanwhile, OpToken, Wake};
 use super::image::Image;
 use crate::mem::{Iov, Ram};
 use crate::slab::Slab;
+use alone::Alone;
+pub use setup::UringError;
+use setup::{IMAGE, build, register_file, register_memory, restrict};
 
-/// Largest buffer that the kernel registers in one piece, in bytes.
-const FIXED_MAX: u64 = 1 << 30;
 /// With this many batches in flight, do not enter the kernel early: submit the rest of the batch together.
 const BUSY_BATCHES: usize = 4;
-/// The image's index in the ring's table of files.
-const IMAGE: Fixed = Fixed(0);
 /// The doorbell's read, and its cancellation below. The slab never gives out these two numbers.
 const BELL: u64 = u64::MAX;
 const CANCEL: u64 = u64::MAX - 1;
-/// IORING_UNREGISTER_FILES.
-const UNREGISTER_FILES: u8 = 3;
-/// IOSQE_FIXED_FILE, the only flag that an entry of this ring may have.
-const FIXED_FILE: u8 = 1;
-
-/// Why the ring could not be set up.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum UringError {
-    /// The host's kernel refused a call.
-    #[error("{what}")]
-    Refused {
-        /// What was tried.
-        what: &'static str,
-        /// The error that the host reported.
-        source: io::Error,
-    },
-    /// The host's kernel is too old: it lacks the named feature.
-    #[error("this kernel's io_uring lacks {0} (Linux 5.10 has it)")]
-    Lacks(&'static str),
-    /// Guest memory cannot be pinned.
-    #[error(
-        "{bytes} bytes of guest memory cannot be registered with io_uring: raise the limit of locked memory \
-         (ulimit -l, in KiB), or use buffers=plain"
-    )]
-    Memory {
-        /// The size of guest memory.
-        bytes: u64,
-        /// The error that the host reported.
-        source: io::Error,
-    },
-}
-
 /// Executes operations through io_uring.
 pub struct UringEngine {
     ring: IoUring,
     /// Keeps the registered file open and counts the system calls.
     image: Arc<Image>,
     /// The operations that the kernel has. Their memory is kept until their completion is seen.
-    ops: Slab<u64, (OpToken, HostOp)>,
+    ops: Slab<u64, Begun>,
     /// Largest number of operations in the kernel at once, so that their completions have room in the ring.
     room: usize,
     bell: Bell,
     inline: Inline,
+    alone: Alone,
     /// Operations that completed without the ring.
     without_ring: Vec<Ended>,
     /// Registered guest memory by buffer index: address of the first byte, and length in bytes.
@@ -92,6 +61,14 @@ pub struct UringEngine {
     /// then. The kernel sets it after it has queued a completion. If that one is fetched in between, the flag stays
     /// set until the next completion.
     cries_wolf: bool,
+}
+
+/// An operation that the kernel has.
+struct Begun {
+    token: OpToken,
+    op: HostOp,
+    /// `true` if a thread of the kernel makes it.
+    blocks: bool,
 }
 
 /// The doorbell's read, which waits in the ring.
@@ -127,6 +104,7 @@ impl UringEngine {
             room: usize::from(entries),
             bell: Bell { counter: Box::new(0), waits_on: None, blocking: None, rung: false },
             inline: Inline { read: buffered, write: buffered },
+            alone: Alone::default(),
             without_ring: Vec::new(),
             fixed,
             batch: usize::from(image.config().batch),
@@ -193,11 +171,14 @@ impl UringEngine {
                     }
                 }
                 number => {
-                    let Some((token, op)) = self.ops.remove(number) else {
+                    let Some(Begun { token, op, blocks }) = self.ops.remove(number) else {
                         log::error!("disk: io_uring ended operation {number:#x}, which it was never given");
                         continue;
                     };
                     drop(op);
+                    if blocks {
+                        self.alone.leaves_ring();
+                    }
                     let result = usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
                     ended.push(Ended { token, result });
                 }
@@ -302,6 +283,54 @@ impl UringEngine {
         Ok(entry)
     }
 
+    /// Returns `true` if a thread of the kernel would have to make `op`, because it blocks. Of a write with O_DIRECT
+    /// to a hole that cannot be known beforehand.
+    fn blocks(&self, op: &HostOp) -> bool {
+        match op {
+            HostOp::Readv { .. } => false,
+            // A write to the page cache comes here only if it could not be made without waiting.
+            HostOp::Writev { dsync, .. } => *dsync || !self.image.config().cache.direct,
+            HostOp::Fdatasync | HostOp::PunchHole { .. } | HostOp::ZeroRange { .. } => true,
+        }
+    }
+
+    /// Queues an operation for the kernel. There is room for it.
+    fn queue(&mut self, token: OpToken, op: HostOp, blocks: bool) {
+        let entry = match self.entry(&op) {
+            Ok(entry) => entry,
+            Err(error) => {
+                self.without_ring.push(Ended { token, result: Err(error) });
+                return;
+            }
+        };
+        // The operation, and so its memory, is kept before the kernel sees it.
+        let number = self.ops.insert(Begun { token, op, blocks });
+        if let Err(error) = self.push(&entry.user_data(number)) {
+            // The kernel has not seen it.
+            self.ops.remove(number);
+            self.without_ring.push(Ended { token, result: Err(error) });
+            return;
+        }
+        if blocks {
+            self.alone.enters_ring();
+            Counters::count(&self.image.stats.beside_queues.blocking_by_kernel_thread);
+        }
+        // Unless the disk has enough to do, it begins with the first operations of a long batch while
+        // the worker still parses the last ones. An error here recurs in the wait that follows, and is
+        // reported there.
+        let queued = self.ring.submission().len();
+        if queued >= self.batch && self.ops.len().saturating_sub(queued) < BUSY_BATCHES * self.batch {
+            let _ = self.enter(0);
+        }
+    }
+
+    /// Queues the operation that was kept back for the kernel: it is not alone any more.
+    fn release_kept(&mut self) {
+        if let Some((token, op)) = self.alone.take() {
+            self.queue(token, op, true);
+        }
+    }
+
     /// Returns the index of the registered buffer that contains all of `iov`. `None` if there is none, or if `iov`
     /// has more than one piece.
     fn fixed_buffer(&self, iov: &Iov) -> Option<u16> {
@@ -316,39 +345,29 @@ impl UringEngine {
 impl Engine for UringEngine {
     fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         if let Some(moved) = self.try_inline(&op) {
+            self.alone.comes(false, self.ops.len());
             self.without_ring.push(Ended { token, result: Ok(moved) });
             return Ok(());
         }
-        if self.ops.len() >= self.room {
+        if self.ops.len() + usize::from(self.alone.keeps()) >= self.room {
             return Err(op);
         }
-        let entry = match self.entry(&op) {
-            Ok(entry) => entry,
-            Err(error) => {
-                self.without_ring.push(Ended { token, result: Err(error) });
-                return Ok(());
-            }
-        };
-        // The operation, and so its memory, is kept before the kernel sees it.
-        let number = self.ops.insert((token, op));
-        if let Err(error) = self.push(&entry.user_data(number)) {
-            // The kernel has not seen it.
-            self.ops.remove(number);
-            self.without_ring.push(Ended { token, result: Err(error) });
-        }
-        // Unless the disk has enough to do, it begins with the first operations of a long batch while
-        // the worker still parses the last ones. An error here recurs in the wait that follows, and is
-        // reported there.
-        let queued = self.ring.submission().len();
-        if queued >= self.batch && self.ops.len().saturating_sub(queued) < BUSY_BATCHES * self.batch {
-            let _ = self.enter(0);
+        let blocks = self.blocks(&op);
+        self.alone.comes(blocks, self.ops.len());
+        self.release_kept();
+        let is_alone = blocks && self.ops.is_empty();
+        let kept = if is_alone { self.alone.keep(token, op) } else { Err(op) };
+        if let Err(op) = kept {
+            self.queue(token, op, blocks);
         }
         Ok(())
     }
 
     fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
         let before = ended.len();
+        self.alone.waits();
         self.reap(ended)?;
+        self.release_kept();
         loop {
             if let Wake::Doorbell(doorbell) = wake {
                 self.listen(doorbell)?;
@@ -375,7 +394,31 @@ impl Engine for UringEngine {
     fn is_ready(&mut self) -> bool {
         let has_ends = !self.without_ring.is_empty() || !self.ring.completion().is_empty();
         // A completion that arrives while the flag is ignored is fetched when the worker blocks.
-        has_ends || !self.ring.submission().is_empty() || (self.has_ends_to_fetch() && !self.cries_wolf)
+        has_ends
+            || self.alone.keeps()
+            || !self.ring.submission().is_empty()
+            || (self.has_ends_to_fetch() && !self.cries_wolf)
+    }
+
+    fn meanwhile(&self) -> Meanwhile {
+        if self.alone.keeps() && self.without_ring.is_empty() {
+            Meanwhile::Make
+        } else if self.alone.in_ring() > 0 {
+            Meanwhile::Sleep
+        } else {
+            Meanwhile::Spin
+        }
+    }
+
+    fn make_kept(&mut self, came: &dyn Fn() -> bool, ended: &mut Vec<Ended>) {
+        let Some((token, op)) = self.alone.take() else { return };
+        if came() {
+            return self.queue(token, op, true);
+        }
+        let result = blocking::execute(self.image.file().descriptor(), &op, self.rw_flags);
+        Counters::count(&self.image.stats.beside_queues.blocking_by_worker);
+        self.alone.made(came());
+        ended.push(Ended { token, result });
     }
 
     /// Cancels the doorbell's read in the ring, and waits until it is gone.
@@ -416,80 +459,6 @@ impl Drop for UringEngine {
     }
 }
 
-fn build(entries: u32) -> Result<IoUring, UringError> {
-    let refused = |source| UringError::Refused { what: "io_uring_setup", source };
-    // Try the best setup first: this thread takes completions when it asks for them, not in between.
-    let mut best = IoUring::builder();
-    best.setup_r_disabled().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
-    let mut plain = IoUring::builder();
-    plain.setup_r_disabled();
-    let ring = match best.build(entries) {
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => plain.build(entries),
-        other => other,
-    }
-    .map_err(refused)?;
-    let features = ring.params();
-    for (has, what) in [
-        (features.is_feature_submit_stable(), "IORING_FEAT_SUBMIT_STABLE"),
-        (features.is_feature_nodrop(), "IORING_FEAT_NODROP"),
-        (features.is_feature_fast_poll(), "IORING_FEAT_FAST_POLL"),
-    ] {
-        if !has {
-            return Err(UringError::Lacks(what));
-        }
-    }
-    Ok(ring)
-}
-
-fn register_file(ring: &IoUring, file: &File) -> Result<(), UringError> {
-    ring.submitter()
-        .register_files(&[file.as_raw_fd()])
-        .map_err(|source| UringError::Refused { what: "registering the image with io_uring", source })
-}
-
-/// Registers all of guest memory. Returns the address and length of each buffer, by index.
-fn register_memory(ring: &IoUring, ram: &Ram) -> Result<Vec<(u64, u64)>, UringError> {
-    let mut buffers = Vec::new();
-    for (_, host, bytes) in ram.regions() {
-        let mut at = 0;
-        while at < bytes {
-            let len = (bytes - at).min(FIXED_MAX);
-            buffers.push((host + at, len));
-            at += len;
-        }
-    }
-    let iovec = |&(at, len): &(u64, u64)| libc::iovec {
-        iov_base: at as *mut libc::c_void,
-        iov_len: usize::try_from(len).unwrap_or(usize::MAX),
-    };
-    let iovecs: Vec<_> = buffers.iter().map(iovec).collect();
-    // SAFETY: the ranges are guest RAM. The kernel pins the pages, so they outlive even the mapping.
-    unsafe { ring.submitter().register_buffers(&iovecs) }
-        .map_err(|source| UringError::Memory { bytes: buffers.iter().map(|&(_, len)| len).sum(), source })?;
-    Ok(buffers)
-}
-
-/// Restricts the ring to the operations, flags and registrations listed here.
-fn restrict(ring: &IoUring) -> Result<(), UringError> {
-    let codes = [
-        opcode::Read::CODE,
-        opcode::Write::CODE,
-        opcode::Readv::CODE,
-        opcode::Writev::CODE,
-        opcode::ReadFixed::CODE,
-        opcode::WriteFixed::CODE,
-        opcode::Fsync::CODE,
-        opcode::Fallocate::CODE,
-        opcode::AsyncCancel::CODE,
-    ];
-    let mut allowed: Vec<_> = codes.into_iter().map(Restriction::sqe_op).collect();
-    allowed.push(Restriction::sqe_flags_allowed(FIXED_FILE));
-    allowed.push(Restriction::register_op(UNREGISTER_FILES));
-    ring.submitter()
-        .register_restrictions(&mut allowed)
-        .map_err(|source| UringError::Refused { what: "restricting the ring", source })
-}
-
 fn erase(offset: u64, len: u64, mode: libc::c_int) -> squeue::Entry {
     opcode::Fallocate::new(IMAGE, len).offset(offset).mode(mode | libc::FALLOC_FL_KEEP_SIZE).build()
 }
@@ -515,53 +484,34 @@ fn vectors(iov: &Iov, offset: u64) -> Option<(*const libc::iovec, libc::c_int, i
     Some((pieces.as_ptr(), libc::c_int::try_from(pieces.len()).ok()?, i64::try_from(offset).ok()?))
 }
 
-/// Returns the name of the ring entry for `op` on an image in the mode `cache`, with the flags that matter. In the
-/// modes that use the page cache the name includes the call that `try_inline` tries first.
+/// Returns the name of the ring entry for `op` on an image in the mode `cache`, with the flags that matter, and of the
+/// calls that are tried first: in the modes that use the page cache what `try_inline` does, and what the worker makes
+/// itself if it is alone.
 pub fn ring_entry(op: &HostOp, cache: &CachePolicy) -> &'static str {
     match op {
         HostOp::Readv { .. } if cache.drop_behind => {
             "preadv2(RWF_NOWAIT|RWF_DONTCACHE), else IORING_OP_READ(RWF_DONTCACHE)"
         }
         HostOp::Writev { dsync: false, .. } if cache.drop_behind => {
-            "pwritev2(RWF_NOWAIT|RWF_DONTCACHE), else IORING_OP_WRITE(RWF_DONTCACHE)"
+            "pwritev2(RWF_NOWAIT|RWF_DONTCACHE), else pwritev2(RWF_DONTCACHE) if alone, else \
+             IORING_OP_WRITE(RWF_DONTCACHE)"
         }
-        HostOp::Writev { dsync: true, .. } if cache.drop_behind => "IORING_OP_WRITE(RWF_DSYNC|RWF_DONTCACHE)",
+        HostOp::Writev { dsync: true, .. } if cache.drop_behind => {
+            "pwritev2(RWF_DSYNC|RWF_DONTCACHE) if alone, else IORING_OP_WRITE(RWF_DSYNC|RWF_DONTCACHE)"
+        }
         HostOp::Readv { .. } if !cache.direct => "preadv2(RWF_NOWAIT), else IORING_OP_READ",
-        HostOp::Writev { dsync: false, .. } if !cache.direct => "pwritev2(RWF_NOWAIT), else IORING_OP_WRITE",
+        HostOp::Writev { dsync: false, .. } if !cache.direct => {
+            "pwritev2(RWF_NOWAIT), else pwritev if alone, else IORING_OP_WRITE"
+        }
         HostOp::Readv { .. } => "IORING_OP_READ",
         HostOp::Writev { dsync: false, .. } => "IORING_OP_WRITE",
-        HostOp::Writev { dsync: true, .. } => "IORING_OP_WRITE(RWF_DSYNC)",
-        HostOp::Fdatasync => "IORING_OP_FSYNC(IORING_FSYNC_DATASYNC)",
-        HostOp::PunchHole { .. } => "IORING_OP_FALLOCATE(FALLOC_FL_KEEP_SIZE|FALLOC_FL_PUNCH_HOLE)",
-        HostOp::ZeroRange { .. } => "IORING_OP_FALLOCATE(FALLOC_FL_KEEP_SIZE|FALLOC_FL_ZERO_RANGE)",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_ring_does_nothing_but_a_disks_io() {
-        let Ok(mut ring) = build(8) else { return println!("skipped: no io_uring here") };
-        let (file, other) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-        register_file(&ring, &file).unwrap();
-        restrict(&ring).unwrap();
-        ring.submitter().register_enable_rings().unwrap();
-        let path = c"/";
-        let entries = [
-            opcode::Fsync::new(IMAGE).build(),
-            opcode::Nop::new().build(),
-            opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build(),
-            opcode::Fsync::new(IMAGE).build().flags(squeue::Flags::IO_DRAIN),
-        ];
-        for (entry, expected) in entries.into_iter().zip([0, -libc::EACCES, -libc::EACCES, -libc::EACCES]) {
-            // SAFETY: the entries point to nothing but `path`, which is a static string.
-            unsafe { ring.submission().push(&entry) }.unwrap();
-            ring.submit_and_wait(1).unwrap();
-            assert_eq!(ring.completion().map(|end| end.result()).collect::<Vec<_>>(), [expected]);
+        HostOp::Writev { dsync: true, .. } => "pwritev2(RWF_DSYNC) if alone, else IORING_OP_WRITE(RWF_DSYNC)",
+        HostOp::Fdatasync => "fdatasync if alone, else IORING_OP_FSYNC(IORING_FSYNC_DATASYNC)",
+        HostOp::PunchHole { .. } => {
+            "fallocate(FALLOC_FL_KEEP_SIZE|FALLOC_FL_PUNCH_HOLE) if alone, else IORING_OP_FALLOCATE"
         }
-        let refused = ring.submitter().register_files_update(0, &[other.as_raw_fd()]);
-        assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EACCES), "nor takes another file");
+        HostOp::ZeroRange { .. } => {
+            "fallocate(FALLOC_FL_KEEP_SIZE|FALLOC_FL_ZERO_RANGE) if alone, else IORING_OP_FALLOCATE"
+        }
     }
 }

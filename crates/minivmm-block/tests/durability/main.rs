@@ -9,6 +9,7 @@
 #[path = "../common/desc.rs"]
 mod desc;
 mod driver;
+mod engine;
 #[path = "../common/fiber.rs"]
 mod fiber;
 mod images;

@@ -82,6 +82,13 @@ pub struct Plan {
     pub dice: u64,
 }
 
+impl Plan {
+    /// Whether the worker makes operations that are alone itself.
+    pub fn keeps_what_is_alone(&self) -> bool {
+        self.dice & 1 == 1
+    }
+}
+
 fn range() -> impl Strategy<Value = (usize, usize)> {
     // Few sectors, so that requests overlap; whole blocks now and then, for 4096-byte blocks.
     prop_oneof![

@@ -1,4 +1,4 @@
-//! Simulated storage: page cache, disk cache and media, a sector at a time, and the engine above it.
+//! Simulated storage: page cache, disk cache and media, a sector at a time. The engine above it is `engine`'s.
 //!
 //! Owns the host's side of the proof: what each operation does to the three tiers, and the *host
 //! floor*, computed from operations alone. Knows nothing of requests, features or modes, but for
@@ -6,12 +6,10 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
 
-use minivmm_block::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
+use minivmm_block::disk::engine::{Ended, HostOp, OpToken};
 use minivmm_block::mem::{self, Iov, Ram, Segment};
 
-use super::fiber::{Pause, pause};
 use super::mistakes::is_made;
 
 /// Sectors of the simulated disk.
@@ -20,8 +18,6 @@ pub const SECTORS: usize = 32;
 pub const SECTOR: u64 = 512;
 /// Sectors of the blocks that the unlocked read-modify-write changes.
 const BLOCK: usize = 8;
-/// Operations that a queue's engine takes at once.
-const ROOM: usize = 3;
 
 /// What a sector is full of: the number of the request that wrote it.
 pub type Tag = u64;
@@ -68,15 +64,21 @@ struct Tiers {
     pending_since: Option<u64>,
 }
 
-struct Running {
-    queue: usize,
-    token: OpToken,
-    op: HostOp,
-    started: Option<u64>,
+pub struct Running {
+    pub queue: usize,
+    pub token: OpToken,
+    pub op: HostOp,
+    pub started: Option<u64>,
     /// (sector, index of its version) that this operation writes.
-    writes: Vec<(usize, usize)>,
+    pub writes: Vec<(usize, usize)>,
     /// Others' syncs that end with this one (a mutant).
-    riders: Vec<(usize, OpToken)>,
+    pub riders: Vec<(usize, OpToken)>,
+}
+
+impl Running {
+    pub fn new(queue: usize, token: OpToken, op: HostOp) -> Self {
+        Self { queue, token, op, started: None, writes: Vec::new(), riders: Vec::new() }
+    }
 }
 
 /// A call of fdatasync.
@@ -100,8 +102,8 @@ pub struct Storage {
     direct: bool,
     tiers: Vec<Tiers>,
     versions: Vec<Vec<Version>>,
-    running: Vec<Running>,
-    ended: Vec<Vec<Ended>>,
+    pub running: Vec<Running>,
+    pub ended: Vec<Vec<Ended>>,
     pub syncs: Vec<Sync>,
     pub claims: Vec<Claim>,
     /// When the first sync, or write that was one, failed.
@@ -543,66 +545,4 @@ fn errno(fault: Fault) -> io::Error {
         Fault::Unsupported => libc::EOPNOTSUPP,
         Fault::Eio | Fault::Short => libc::EIO,
     })
-}
-
-/// The engine of one queue, over the storage that all share.
-pub struct SimEngine {
-    pub storage: Arc<Mutex<Storage>>,
-    pub queue: usize,
-}
-
-impl SimEngine {
-    fn lock(&self) -> MutexGuard<'_, Storage> {
-        self.storage.lock().unwrap()
-    }
-}
-
-impl Engine for SimEngine {
-    fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
-        let mut storage = self.lock();
-        if storage.in_flight(self.queue) >= ROOM {
-            return Err(op);
-        }
-        if is_made("flush-shares-earlier-sync") && matches!(op, HostOp::Fdatasync) {
-            let earlier =
-                |other: &&mut Running| matches!(other.op, HostOp::Fdatasync) && other.started.is_some();
-            if let Some(other) = storage.running.iter_mut().find(earlier) {
-                other.riders.push((self.queue, token));
-                return Ok(());
-            }
-        }
-        let queue = self.queue;
-        storage.running.push(Running {
-            queue,
-            token,
-            op,
-            started: None,
-            writes: Vec::new(),
-            riders: Vec::new(),
-        });
-        drop(storage);
-        // The host is quick, and so are others.
-        pause(Pause::Submitted);
-        Ok(())
-    }
-
-    /// As an engine does: a wait that may sleep is over when something has ended, or the doorbell rings.
-    fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
-        loop {
-            let (heard, in_flight) = {
-                let mut storage = self.lock();
-                (std::mem::take(&mut storage.ended[self.queue]), storage.in_flight(self.queue))
-            };
-            let is_awake = match wake {
-                Wake::Now => true,
-                Wake::EndOnly => !heard.is_empty() || in_flight == 0,
-                Wake::Doorbell(doorbell) => doorbell.read().is_ok() || !heard.is_empty(),
-            };
-            ended.extend(heard);
-            if is_awake {
-                return Ok(());
-            }
-            pause(Pause::Sleeps);
-        }
-    }
 }

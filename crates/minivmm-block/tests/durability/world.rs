@@ -19,11 +19,12 @@ use minivmm_block::ratelimit::RateLimit;
 use minivmm_block::sync::observed::{self, Access};
 
 use super::driver::{Manners, QUEUE_SIZE, Queue, Request, UNTOUCHED};
+use super::engine::SimEngine;
 use super::fiber::{Fiber, Pause, Resumed, pause};
 use super::images::{self, Images};
 use super::plan::{Ask, Plan, Step};
 use super::promise::{Change, Promises};
-use super::storage::{Claim, SECTORS, SimEngine, Storage, Tag, ZEROES, name, read_tag};
+use super::storage::{Claim, SECTORS, Storage, Tag, ZEROES, name, read_tag};
 
 /// Pauses in which whatever is left must come to rest; a run has some thousand.
 const PAUSES_MAX: usize = 200_000;
@@ -187,7 +188,9 @@ impl<'a> World<'a> {
     /// All steps, from activation to activation.
     fn run(&mut self) -> Result<(), Violation> {
         let stable_by = self.plan.stable;
-        let engine = |queue| Box::new(SimEngine { storage: Arc::clone(&self.storage), queue });
+        let engine = |queue| {
+            Box::new(SimEngine::new(Arc::clone(&self.storage), queue, self.plan.keeps_what_is_alone()))
+        };
         let disk = |queue| {
             DiskQueue::new(Arc::clone(&self.image), Arc::clone(&self.cache), engine(queue), stable_by)
         };
@@ -247,11 +250,11 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    /// A worker does the rest of its round, which does not sleep.
+    /// A worker does the rest of its round. It sleeps only in an operation that it makes itself.
     fn turn(&mut self, queue: usize) -> Result<(), Violation> {
         // A doorbell that nobody needed is nothing wrong (virtio 2.7.10.2).
         self.queues[queue].ring();
-        while !matches!(self.resume(queue)?, Some(Pause::Turned) | None) {}
+        while !matches!(self.resume(queue)?, Some(Pause::Turned | Pause::Sleeps) | None) {}
         Ok(())
     }
 

@@ -17,7 +17,7 @@ use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
+use super::engine::{Ended, Engine, HostOp, Meanwhile, OpToken, Wake};
 use super::image::Image;
 use alarm::Alarm;
 use plan::{Fate, Faults, Plan};
@@ -171,11 +171,17 @@ impl FaultEngine {
         }
     }
 
-    /// Waits in the engine below, then turns results into errors where the rules say so.
+    /// Waits in the engine below.
     fn wait_below(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
         let before = ended.len();
         let waited = self.inner.wait(wake, ended);
-        for end in ended.iter_mut().skip(before) {
+        self.note(ended.get_mut(before..).unwrap_or_default());
+        waited
+    }
+
+    /// Turns results of the engine below into errors where the rules say so.
+    fn note(&mut self, ended: &mut [Ended]) {
+        for end in ended {
             self.below = self.below.saturating_sub(1);
             if let Some(errno) = self.to_fail.remove(&end.token)
                 && end.result.is_ok()
@@ -183,7 +189,6 @@ impl FaultEngine {
                 end.result = Err(io::Error::from_raw_os_error(errno));
             }
         }
-        waited
     }
 
     /// Sets the alarm to ring the doorbell when the first held operation may begin.
@@ -280,6 +285,20 @@ impl Engine for FaultEngine {
     fn is_ready(&mut self) -> bool {
         let is_due = self.held.peek().is_some_and(|Reverse((until, _))| *until <= Instant::now());
         is_due || !self.without_io.is_empty() || !self.due.is_empty() || self.inner.is_ready()
+    }
+
+    fn meanwhile(&self) -> Meanwhile {
+        match self.inner.meanwhile() {
+            // A held operation may have to begin before that one would end.
+            Meanwhile::Make if !self.held.is_empty() => Meanwhile::Sleep,
+            other => other,
+        }
+    }
+
+    fn make_kept(&mut self, came: &dyn Fn() -> bool, ended: &mut Vec<Ended>) {
+        let before = ended.len();
+        self.inner.make_kept(came, ended);
+        self.note(ended.get_mut(before..).unwrap_or_default());
     }
 
     fn rest(&mut self) -> io::Result<()> {

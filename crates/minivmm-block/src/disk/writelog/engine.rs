@@ -10,7 +10,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::{Change, WriteLog};
-use crate::disk::engine::{Ended, Engine, HostOp, OpToken, Wake};
+use crate::disk::engine::{Ended, Engine, HostOp, Meanwhile, OpToken, Wake};
 use crate::disk::image::Image;
 use crate::disk::sync_ledger::SyncTicket;
 
@@ -75,6 +75,18 @@ fn says_nothing(op: &HostOp, error: &io::Error) -> bool {
     refused || error.kind() == io::ErrorKind::Interrupted
 }
 
+impl LoggingEngine {
+    /// Enters in the log what has ended.
+    fn note(&mut self, ended: &[Ended]) {
+        let Some(log) = self.image.write_log() else { return };
+        for end in ended {
+            if let Some(watched) = self.in_flight.remove(&end.token) {
+                watched.ends(log, &end.result);
+            }
+        }
+    }
+}
+
 impl Engine for LoggingEngine {
     fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         let Some(log) = self.image.write_log() else { return self.inner.submit(token, op) };
@@ -100,17 +112,22 @@ impl Engine for LoggingEngine {
     fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
         let before = ended.len();
         let waited = self.inner.wait(wake, ended);
-        let Some(log) = self.image.write_log() else { return waited };
-        for end in ended.iter().skip(before) {
-            if let Some(watched) = self.in_flight.remove(&end.token) {
-                watched.ends(log, &end.result);
-            }
-        }
+        self.note(ended.get(before..).unwrap_or_default());
         waited
     }
 
     fn is_ready(&mut self) -> bool {
         self.inner.is_ready()
+    }
+
+    fn meanwhile(&self) -> Meanwhile {
+        self.inner.meanwhile()
+    }
+
+    fn make_kept(&mut self, came: &dyn Fn() -> bool, ended: &mut Vec<Ended>) {
+        let before = ended.len();
+        self.inner.make_kept(came, ended);
+        self.note(ended.get(before..).unwrap_or_default());
     }
 
     fn rest(&mut self) -> io::Result<()> {
