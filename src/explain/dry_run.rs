@@ -357,17 +357,21 @@ mod tests {
                 let (read, write) = match (mode, is_stable(policy, &driver)) {
                     ("dontcache", false) => (
                         "preadv2(RWF_NOWAIT|RWF_DONTCACHE), else IORING_OP_READ(RWF_DONTCACHE)",
-                        "pwritev2(RWF_NOWAIT|RWF_DONTCACHE), else IORING_OP_WRITE(RWF_DONTCACHE)",
+                        "pwritev2(RWF_NOWAIT|RWF_DONTCACHE), else pwritev2(RWF_DONTCACHE) if alone, else \
+                         IORING_OP_WRITE(RWF_DONTCACHE)",
                     ),
                     ("dontcache", true) => (
                         "preadv2(RWF_NOWAIT|RWF_DONTCACHE), else IORING_OP_READ(RWF_DONTCACHE)",
-                        "IORING_OP_WRITE(RWF_DSYNC|RWF_DONTCACHE)",
+                        "pwritev2(RWF_DSYNC|RWF_DONTCACHE) if alone, else IORING_OP_WRITE(RWF_DSYNC|RWF_DONTCACHE)",
                     ),
                     (_, false) => (
                         "preadv2(RWF_NOWAIT), else IORING_OP_READ",
-                        "pwritev2(RWF_NOWAIT), else IORING_OP_WRITE",
+                        "pwritev2(RWF_NOWAIT), else pwritev if alone, else IORING_OP_WRITE",
                     ),
-                    (_, true) => ("preadv2(RWF_NOWAIT), else IORING_OP_READ", "IORING_OP_WRITE(RWF_DSYNC)"),
+                    (_, true) => (
+                        "preadv2(RWF_NOWAIT), else IORING_OP_READ",
+                        "pwritev2(RWF_DSYNC) if alone, else IORING_OP_WRITE(RWF_DSYNC)",
+                    ),
                 };
                 assert_eq!(
                     (driver.read.calls.as_slice(), driver.write.calls.as_slice()),
