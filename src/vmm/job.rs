@@ -85,8 +85,8 @@ fn dup(stream: &impl std::os::fd::AsFd) -> io::Result<OwnedFd> {
     stream.as_fd().try_clone_to_owned()
 }
 
-/// Returns standard input, or an empty input if the terminal is in the foreground of another job: a read
-/// would then stop this process.
+/// Returns standard input, or an empty input if another job is in the terminal's foreground: a read would then stop
+/// this process (SIGTTIN).
 fn stdin() -> io::Result<Source> {
     if terminal::input() == Input::Background {
         log::warn!("minivmm is in the background of its terminal: the command's input is empty");

@@ -56,8 +56,8 @@ pub fn sees_all() -> bool {
     all && u64::from_str_radix(&effective, 16).unwrap() & CAP_SYS_PTRACE != 0
 }
 
-/// What a run is given that strace, or /proc, is to look into: as an ordinary user the sandbox that only logs, which
-/// leaves the process dumpable. The filters are the same.
+/// Returns the arguments that let strace and /proc inspect a run. An ordinary user needs the sandbox that only logs,
+/// which leaves the process dumpable; the filters are the same.
 pub fn visible() -> &'static [&'static str] {
     if sees_all() { &[] } else { &["--sandbox=log"] }
 }

@@ -165,7 +165,7 @@ impl Driver<'_> {
         at
     }
 
-    /// Heads for the device, and the doorbell.
+    /// Makes the chains at `heads` available and rings the doorbell.
     pub fn submit(&mut self, heads: impl IntoIterator<Item = u16>) {
         for head in heads {
             self.poke(AVAIL + 4 + 2 * u64::from(*self.avail % self.size), &head.to_le_bytes());

@@ -1,32 +1,37 @@
 //! Spinning instead of blocking, where that pays.
 //!
-//! Owns the decision whether and how long a worker polls its ring and its engine before it blocks. A wake-up costs 5
+//! Owns the decision whether and how long a worker polls its virtqueue and its engine before it blocks. A wake-up costs 5
 //! to 30 us on a virtual machine, which is often more than a disk needs to complete a request. But a spinning thread
-//! takes a CPU, or half of one, from the driver and from the kernel, and a deep queue has no wake-ups to save. Which
-//! of the two counts for more depends on the machine, so the poller measures both ([`Trials`]).
+//! takes a CPU, or half of one, from the driver and from the kernel, and a deep queue has no wake-ups to save. Whether
+//! the gain or the cost is larger depends on machine and load, so the poller measures a request's cost with spinning
+//! and with sleeping ([`Trials`]).
 
 use std::time::{Duration, Instant};
 
 /// The shortest polling time.
-const STEP: Duration = Duration::from_micros(4);
+const WINDOW_MIN: Duration = Duration::from_micros(4);
 /// Polls between two readings of the clock.
-const LOOKS: u32 = 8;
+const POLLS_PER_CLOCK_READ: u32 = 8;
 /// Waits of one epoch.
 const EPOCH: u32 = 64;
-/// Most epochs between two trials: every other way costs a share of the time in trials.
-const MOST_EPOCHS_BETWEEN: u32 = 64;
+/// The longest pause between two trials, in epochs. The pause doubles after each trial that changes nothing, because
+/// a trial may be slower. The bound limits how long a wrong choice lasts.
+const PAUSE_EPOCHS_MAX: u32 = 64;
 /// A wait that is longer than the longest polling time by this factor counts as no longer: the guest was idle.
 const IDLE: u32 = 4;
-/// Spinning must cost less than this share of what sleeping costs, or it is not worth its CPU.
-const WORTHWHILE: f64 = 0.97;
-/// Spinning goes on unless sleeping costs less than this share of it. The gap between both keeps noise from changing
-/// the way.
-const AS_GOOD: f64 = 1.01;
+/// While sleeping: change to spinning if it costs less than this share of sleeping. The gap between the two limits
+/// keeps noise from changing the choice.
+const SPIN_BELOW: f64 = 0.97;
+/// While spinning: change to sleeping if it costs less than this share of spinning. It is above 1, because equal speed
+/// does not justify the CPU.
+const SLEEP_BELOW: f64 = 1.01;
 
 /// Decides whether and how long one worker spins before it blocks.
 #[derive(Debug)]
 pub struct Poller {
     max: Duration,
+    /// How long the next spin may last. Doubles after a spin that paid and halves after one that did not, so that an
+    /// idle queue hardly spins.
     window: Duration,
     trials: Trials,
 }
@@ -46,7 +51,7 @@ impl Poller {
     pub fn spin(&mut self, mut ready: impl FnMut() -> bool) -> bool {
         let since = Instant::now();
         loop {
-            for _ in 0..LOOKS {
+            for _ in 0..POLLS_PER_CLOCK_READ {
                 if ready() {
                     self.window = (self.window * 2).min(self.max);
                     return true;
@@ -54,15 +59,15 @@ impl Poller {
                 std::hint::spin_loop();
             }
             if since.elapsed() >= self.window {
-                self.window = (self.window / 2).max(STEP).min(self.max);
+                self.window = (self.window / 2).max(WINDOW_MIN).min(self.max);
                 return false;
             }
         }
     }
 
-    /// Records that a wait begins. To be called before the spinning.
+    /// Records that a wait begins. Call it before spinning, so that the spin counts as part of the wait.
     pub fn waits(&mut self) {
-        if !self.max.is_zero() && self.trials.measures() {
+        if !self.max.is_zero() && self.trials.is_measuring() {
             self.trials.begins(Instant::now());
         }
     }
@@ -83,19 +88,23 @@ impl Poller {
 /// not look like a difference between the ways.
 #[derive(Debug)]
 struct Trials {
-    /// A longer wait counts as this long.
-    idle: Duration,
+    /// A longer wait counts as this long: the guest was idle.
+    wait_max: Duration,
     /// `true` if spinning is the present way.
     spinning: bool,
     phase: Phase,
     /// Waits that are left of this epoch.
     waits: u32,
-    /// Epochs that are left until the next trial, and how many there were.
-    pause: (u32, u32),
+    /// Epochs until the next trial.
+    epochs_left: u32,
+    /// Epochs between trials.
+    pause: u32,
     /// What is measured of this epoch.
     epoch: Epoch,
-    /// What a request cost before the other way, and with it.
-    costs: (f64, f64),
+    /// What a request cost in the epoch before the other way.
+    cost_before: f64,
+    /// What it cost with the other way.
+    cost_other: f64,
     /// What the other way costs, as a share of the present one: a mean of the last trials. `None` before the first.
     other: Option<f64>,
 }
@@ -112,20 +121,23 @@ enum Phase {
 struct Epoch {
     since: Option<Instant>,
     wait_since: Option<Instant>,
+    /// Time of waits beyond `wait_max`, which does not count.
     idle: Duration,
     completed: u32,
 }
 
 impl Trials {
-    fn new(idle: Duration) -> Self {
+    fn new(wait_max: Duration) -> Self {
         Self {
-            idle,
+            wait_max,
             spinning: true,
             phase: Phase::Steady,
             waits: EPOCH,
-            pause: (1, 1),
+            epochs_left: 1,
+            pause: 1,
             epoch: Epoch::default(),
-            costs: (0.0, 0.0),
+            cost_before: 0.0,
+            cost_other: 0.0,
             other: None,
         }
     }
@@ -134,7 +146,7 @@ impl Trials {
         self.spinning != (self.phase == Phase::Other)
     }
 
-    fn measures(&self) -> bool {
+    fn is_measuring(&self) -> bool {
         self.phase != Phase::Steady
     }
 
@@ -146,7 +158,7 @@ impl Trials {
     /// Counts a wait that has ended. `now` is called only if something is measured.
     fn ends(&mut self, completed: u32, now: impl FnOnce() -> Instant) {
         self.waits -= 1;
-        if !self.measures() {
+        if !self.is_measuring() {
             if self.waits == 0 {
                 self.steady_epoch_ends();
             }
@@ -155,62 +167,64 @@ impl Trials {
         self.epoch.completed += completed;
         let now = now();
         if let Some(since) = self.epoch.wait_since {
-            self.epoch.idle += now.saturating_duration_since(since).saturating_sub(self.idle);
+            self.epoch.idle += now.saturating_duration_since(since).saturating_sub(self.wait_max);
         }
         if self.waits == 0 {
             self.waits = EPOCH;
             let epoch = std::mem::take(&mut self.epoch);
-            // An epoch that completed nothing says nothing, and is repeated.
+            // Without a completion there is no cost, so the epoch is repeated.
             if let Some(cost) = epoch.cost(now) {
-                self.measured(cost);
+                self.record_cost(cost);
             }
         }
     }
 
     fn steady_epoch_ends(&mut self) {
         self.waits = EPOCH;
-        self.pause.0 -= 1;
-        if self.pause.0 == 0 {
+        self.epochs_left -= 1;
+        if self.epochs_left == 0 {
             self.phase = Phase::Before;
         }
     }
 
-    /// Takes what a request cost in the epoch that has ended.
-    fn measured(&mut self, cost: f64) {
+    /// Records what a request cost in the epoch that has ended, and starts the next phase.
+    fn record_cost(&mut self, cost: f64) {
         self.phase = match self.phase {
             Phase::Steady | Phase::Before => {
-                self.costs.0 = cost;
+                self.cost_before = cost;
                 Phase::Other
             }
             Phase::Other => {
-                self.costs.1 = cost;
+                self.cost_other = cost;
                 Phase::After
             }
             Phase::After => {
-                self.judge(self.costs.1 / ((self.costs.0 + cost) / 2.0));
+                self.conclude_trial(self.cost_other / ((self.cost_before + cost) / 2.0));
                 Phase::Steady
             }
         };
     }
 
-    /// Takes what the other way cost in a trial, as a share of the present one, and changes over if that is better.
-    fn judge(&mut self, other: f64) {
+    /// Concludes a trial in which the other way cost `other`, as a share of the present one. Changes over if the mean of
+    /// the trials is below the limit.
+    fn conclude_trial(&mut self, other: f64) {
         let mean = self.other.map_or(other, |mean| mean + (other - mean) / 3.0);
-        let limit = if self.spinning { AS_GOOD } else { WORTHWHILE };
-        let pause = if mean < limit {
+        let limit = if self.spinning { SLEEP_BELOW } else { SPIN_BELOW };
+        self.pause = if mean < limit {
             self.spinning = !self.spinning;
             self.other = None;
             1
         } else {
             self.other = Some(mean);
-            (self.pause.1 * 2).min(MOST_EPOCHS_BETWEEN)
+            (self.pause * 2).min(PAUSE_EPOCHS_MAX)
         };
-        self.pause = (pause, pause);
+        self.epochs_left = self.pause;
     }
 }
 
 impl Epoch {
-    /// Returns the nanoseconds from one request to the next, without the time that the guest was idle.
+    /// Returns the mean seconds from one completed request to the next, without the guest's idle time. `None` if no
+    /// request completed.
     fn cost(&self, now: Instant) -> Option<f64> {
         let took = now.saturating_duration_since(self.since?).saturating_sub(self.idle);
         (self.completed > 0).then(|| took.as_secs_f64() / f64::from(self.completed))
@@ -228,7 +242,7 @@ mod tests {
         let mut now = Instant::now();
         let mut spun = 0;
         for _ in 0..epochs * EPOCH {
-            if trials.measures() {
+            if trials.is_measuring() {
                 trials.begins(now);
             }
             spun += u32::from(trials.spins());
@@ -269,7 +283,7 @@ mod tests {
         let mut trials = Trials::new(MAX * IDLE);
         let mut now = Instant::now();
         for wait in 0..200 * EPOCH {
-            if trials.measures() {
+            if trials.is_measuring() {
                 trials.begins(now);
             }
             // Now and then the guest does nothing for a while, whichever way the worker waits.
@@ -297,7 +311,7 @@ mod tests {
         for _ in 0..10 {
             assert!(!poller.spin(|| false));
         }
-        assert_eq!(poller.window, STEP);
+        assert_eq!(poller.window, WINDOW_MIN);
         for _ in 0..10 {
             assert!(poller.spin(|| true));
         }

@@ -126,9 +126,9 @@ impl<'a> QueueWorker<'a> {
             return self.complete_finished();
         }
         let meanwhile = self.disk.meanwhile();
-        if meanwhile == Meanwhile::Make {
+        if meanwhile == Meanwhile::ExecuteKept {
             let ring = &self.job.ring;
-            self.disk.make_kept(&|| ring.has_available());
+            self.disk.execute_kept(&|| ring.has_available());
             return self.complete_finished();
         }
         self.poller.waits();

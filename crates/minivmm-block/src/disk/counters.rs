@@ -92,7 +92,7 @@ counters! {
     fallocates,
     /// Calls of io_uring_enter. Each hands a batch of operations to the kernel and may wait.
     io_uring_enters,
-    /// Operations that block and that a worker made itself, because nothing else was in flight.
+    /// Operations that block and that a worker executed itself, because nothing else was in flight.
     blocking_by_worker,
     /// Operations that block and that the ring gave to a thread of the kernel.
     blocking_by_kernel_thread,

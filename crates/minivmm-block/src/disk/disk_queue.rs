@@ -159,10 +159,10 @@ impl DiskQueue {
         self.engine.meanwhile()
     }
 
-    /// Makes the operation that [`DiskQueue::meanwhile`] has asked the calling thread for ([`Engine::make_kept`]).
-    pub fn make_kept(&mut self, came: &dyn Fn() -> bool) {
+    /// Executes the operation that [`DiskQueue::meanwhile`] has asked the calling thread for ([`Engine::execute_kept`]).
+    pub fn execute_kept(&mut self, came: &dyn Fn() -> bool) {
         let mut ended = std::mem::take(&mut self.ended);
-        self.engine.make_kept(came, &mut ended);
+        self.engine.execute_kept(came, &mut ended);
         self.take_ended(ended);
     }
 

@@ -90,10 +90,10 @@ pub enum Wake<'a> {
 pub enum Meanwhile {
     /// Spin until [`Engine::is_ready`], if it likes.
     Spin,
-    /// Nothing: what is waited for is made by a thread of the kernel, which needs a CPU.
+    /// Nothing: a thread of the kernel executes what is waited for, and needs a CPU.
     Sleep,
-    /// Make the operation that the engine has kept for it ([`Engine::make_kept`]).
-    Make,
+    /// Execute the operation that the engine has kept back for it ([`Engine::execute_kept`]).
+    ExecuteKept,
 }
 
 /// Executes host operations on one image, for one queue.
@@ -116,10 +116,10 @@ pub trait Engine: Send {
         Meanwhile::Spin
     }
 
-    /// Makes the operation that was kept for the calling thread. It may block as long as that takes. Appends the
-    /// completed operation to `ended`. `came` tells whether the driver has made more requests available. If it has
+    /// Executes the operation that was kept back for the calling thread. It may block as long as that takes. Appends
+    /// the completed operation to `ended`. `came` tells whether the driver has made more requests available. If it has
     /// before the operation begins, the engine begins the operation elsewhere.
-    fn make_kept(&mut self, _came: &dyn Fn() -> bool, _ended: &mut Vec<Ended>) {}
+    fn execute_kept(&mut self, _came: &dyn Fn() -> bool, _ended: &mut Vec<Ended>) {}
 
     /// Releases the doorbell of the last wait, which is about to go away. Nothing is in flight.
     fn rest(&mut self) -> io::Result<()> {

@@ -260,7 +260,7 @@ impl Image {
 }
 
 fn host_metadata(path: &Path) -> Result<std::fs::Metadata, ImageProblem> {
-    std::fs::metadata(path).map_err(host("it cannot be looked at"))
+    std::fs::metadata(path).map_err(host("its metadata cannot be read"))
 }
 
 /// Syncs the image once before the guest runs, so that an earlier writeback error is not mistaken for one of

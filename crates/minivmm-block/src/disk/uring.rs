@@ -60,14 +60,14 @@ pub struct UringEngine {
     /// `true` if IORING_SQ_TASKRUN is set although the last io_uring_enter produced no completion; ignore the flag
     /// then. The kernel sets it after it has queued a completion. If that one is fetched in between, the flag stays
     /// set until the next completion.
-    cries_wolf: bool,
+    stale_taskrun: bool,
 }
 
 /// An operation that the kernel has.
 struct Begun {
     token: OpToken,
     op: HostOp,
-    /// `true` if a thread of the kernel makes it.
+    /// `true` if a thread of the kernel executes it.
     blocks: bool,
 }
 
@@ -111,7 +111,7 @@ impl UringEngine {
             rw_flags: image.config().cache.rw_flags(),
             image,
             enabled: false,
-            cries_wolf: false,
+            stale_taskrun: false,
         })
     }
 
@@ -139,7 +139,7 @@ impl UringEngine {
         Counters::count(&self.image.stats.beside_queues.io_uring_enters);
         match self.ring.submit_and_wait(want) {
             Ok(_) => {
-                self.cries_wolf = self.ring.completion().is_empty() && self.ring.submission().taskrun();
+                self.stale_taskrun = self.ring.completion().is_empty() && self.ring.submission().taskrun();
                 Ok(())
             }
             // A signal came, or completions must be taken first. The caller tries again in both cases.
@@ -177,7 +177,7 @@ impl UringEngine {
                     };
                     drop(op);
                     if blocks {
-                        self.alone.leaves_ring();
+                        self.alone.record_ring_completion();
                     }
                     let result = usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
                     ended.push(Ended { token, result });
@@ -283,7 +283,7 @@ impl UringEngine {
         Ok(entry)
     }
 
-    /// Returns `true` if a thread of the kernel would have to make `op`, because it blocks. Of a write with O_DIRECT
+    /// Returns `true` if a thread of the kernel would have to execute `op`, because it blocks. Of a write with O_DIRECT
     /// to a hole that cannot be known beforehand.
     fn blocks(&self, op: &HostOp) -> bool {
         match op {
@@ -312,7 +312,7 @@ impl UringEngine {
             return;
         }
         if blocks {
-            self.alone.enters_ring();
+            self.alone.record_ring_submit();
             Counters::count(&self.image.stats.beside_queues.blocking_by_kernel_thread);
         }
         // Unless the disk has enough to do, it begins with the first operations of a long batch while
@@ -326,7 +326,7 @@ impl UringEngine {
 
     /// Queues the operation that was kept back for the kernel: it is not alone any more.
     fn release_kept(&mut self) {
-        if let Some((token, op)) = self.alone.take() {
+        if let Some((token, op)) = self.alone.take_kept() {
             self.queue(token, op, true);
         }
     }
@@ -345,18 +345,18 @@ impl UringEngine {
 impl Engine for UringEngine {
     fn submit(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         if let Some(moved) = self.try_inline(&op) {
-            self.alone.comes(false, self.ops.len());
+            self.alone.record_submit(false, self.ops.len());
             self.without_ring.push(Ended { token, result: Ok(moved) });
             return Ok(());
         }
-        if self.ops.len() + usize::from(self.alone.keeps()) >= self.room {
+        if self.ops.len() + usize::from(self.alone.has_kept()) >= self.room {
             return Err(op);
         }
         let blocks = self.blocks(&op);
-        self.alone.comes(blocks, self.ops.len());
+        self.alone.record_submit(blocks, self.ops.len());
         self.release_kept();
         let is_alone = blocks && self.ops.is_empty();
-        let kept = if is_alone { self.alone.keep(token, op) } else { Err(op) };
+        let kept = if is_alone { self.alone.keep_back(token, op) } else { Err(op) };
         if let Err(op) = kept {
             self.queue(token, op, blocks);
         }
@@ -365,7 +365,7 @@ impl Engine for UringEngine {
 
     fn wait(&mut self, wake: Wake<'_>, ended: &mut Vec<Ended>) -> io::Result<()> {
         let before = ended.len();
-        self.alone.waits();
+        self.alone.record_wait();
         self.reap(ended)?;
         self.release_kept();
         loop {
@@ -395,14 +395,14 @@ impl Engine for UringEngine {
         let has_ends = !self.without_ring.is_empty() || !self.ring.completion().is_empty();
         // A completion that arrives while the flag is ignored is fetched when the worker blocks.
         has_ends
-            || self.alone.keeps()
+            || self.alone.has_kept()
             || !self.ring.submission().is_empty()
-            || (self.has_ends_to_fetch() && !self.cries_wolf)
+            || (self.has_ends_to_fetch() && !self.stale_taskrun)
     }
 
     fn meanwhile(&self) -> Meanwhile {
-        if self.alone.keeps() && self.without_ring.is_empty() {
-            Meanwhile::Make
+        if self.alone.has_kept() && self.without_ring.is_empty() {
+            Meanwhile::ExecuteKept
         } else if self.alone.in_ring() > 0 {
             Meanwhile::Sleep
         } else {
@@ -410,14 +410,14 @@ impl Engine for UringEngine {
         }
     }
 
-    fn make_kept(&mut self, came: &dyn Fn() -> bool, ended: &mut Vec<Ended>) {
-        let Some((token, op)) = self.alone.take() else { return };
+    fn execute_kept(&mut self, came: &dyn Fn() -> bool, ended: &mut Vec<Ended>) {
+        let Some((token, op)) = self.alone.take_kept() else { return };
         if came() {
             return self.queue(token, op, true);
         }
         let result = blocking::execute(self.image.file().descriptor(), &op, self.rw_flags);
         Counters::count(&self.image.stats.beside_queues.blocking_by_worker);
-        self.alone.made(came());
+        self.alone.record_executed(came());
         ended.push(Ended { token, result });
     }
 
@@ -485,8 +485,8 @@ fn vectors(iov: &Iov, offset: u64) -> Option<(*const libc::iovec, libc::c_int, i
 }
 
 /// Returns the name of the ring entry for `op` on an image in the mode `cache`, with the flags that matter, and of the
-/// calls that are tried first: in the modes that use the page cache what `try_inline` does, and what the worker makes
-/// itself if it is alone.
+/// calls that are tried first: in the modes that use the page cache what `try_inline` does, and what the worker
+/// executes itself if it is alone.
 pub fn ring_entry(op: &HostOp, cache: &CachePolicy) -> &'static str {
     match op {
         HostOp::Readv { .. } if cache.drop_behind => {

@@ -185,7 +185,7 @@ impl Pieces {
     /// Adds a piece. The array must not be shared yet.
     fn push(&mut self, ptr: *mut u8, len: usize) {
         let own = self.0.as_mut().and_then(Arc::get_mut);
-        debug_assert!(own.is_some(), "only arrays out of `take` grow, and nobody shares those");
+        debug_assert!(own.is_some(), "pieces are added only to a new array, which nobody shares yet");
         if let Some(array) = own {
             array.0.push(libc::iovec { iov_base: ptr.cast(), iov_len: len });
         }

@@ -101,11 +101,11 @@ impl Engine for SimEngine {
     }
 
     fn meanwhile(&self) -> Meanwhile {
-        if self.kept.is_some() { Meanwhile::Make } else { Meanwhile::Spin }
+        if self.kept.is_some() { Meanwhile::ExecuteKept } else { Meanwhile::Spin }
     }
 
     /// The worker sleeps in the system call; nothing but its end wakes it.
-    fn make_kept(&mut self, came: &dyn Fn() -> bool, ended: &mut Vec<Ended>) {
+    fn execute_kept(&mut self, came: &dyn Fn() -> bool, ended: &mut Vec<Ended>) {
         if came() {
             return self.release_kept();
         }

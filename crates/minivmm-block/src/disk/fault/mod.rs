@@ -290,14 +290,14 @@ impl Engine for FaultEngine {
     fn meanwhile(&self) -> Meanwhile {
         match self.inner.meanwhile() {
             // A held operation may have to begin before that one would end.
-            Meanwhile::Make if !self.held.is_empty() => Meanwhile::Sleep,
+            Meanwhile::ExecuteKept if !self.held.is_empty() => Meanwhile::Sleep,
             other => other,
         }
     }
 
-    fn make_kept(&mut self, came: &dyn Fn() -> bool, ended: &mut Vec<Ended>) {
+    fn execute_kept(&mut self, came: &dyn Fn() -> bool, ended: &mut Vec<Ended>) {
         let before = ended.len();
-        self.inner.make_kept(came, ended);
+        self.inner.execute_kept(came, ended);
         self.note(ended.get_mut(before..).unwrap_or_default());
     }
 

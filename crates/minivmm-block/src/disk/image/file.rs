@@ -144,7 +144,7 @@ fn find_geometry(file: &Arc<File>, config: &DiskConfig, kind: FileKind) -> Resul
 /// Returns an error if the host refuses the flags that the mode's reads and writes have.
 fn check_rw_flags(file: &Arc<File>, bytes: u64, config: &DiskConfig) -> Result<(), ImageProblem> {
     let rw_flags = config.cache.rw_flags();
-    let unknown = host("whether it takes RWF_DONTCACHE cannot be found");
+    let unknown = host("RWF_DONTCACHE cannot be tried on it");
     if rw_flags == 0 || geometry::takes_rw_flags(file, bytes, rw_flags).map_err(unknown)? {
         return Ok(());
     }

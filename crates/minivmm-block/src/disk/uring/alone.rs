@@ -1,53 +1,61 @@
-//! Operations that are alone: the worker makes them itself, without the ring.
+//! Operations that are alone: the worker executes them itself, without the ring. *The ring* is io_uring's, here.
 //!
-//! Owns the choice for one queue. io_uring gives every operation that blocks to a thread of the kernel (io-wq). That
-//! thread must be woken, needs a CPU, and must wake the worker in the end. A worker that has nothing else in flight
-//! loses nothing if it blocks itself, and saves all of that (`docs/reference/blocking-and-polling.md`). If other requests are in
-//! flight, or come meanwhile, they would wait for it, so the ring keeps it.
+//! Owns the choice for one queue. io_uring has every operation that blocks executed by a thread of the kernel (io-wq).
+//! That thread must be woken, needs a CPU, and must wake the worker in the end. A worker that has nothing else in flight
+//! loses nothing if it blocks itself, and saves all of that (`docs/reference/blocking-and-polling.md`). If other
+//! requests are in flight, or come meanwhile, they would wait for the worker, so the operation goes to the ring.
 //!
-//! What the guest will do next is not known, so the last operations decide: after [`QUIET`] in a row that were
-//! alone from begin to end, the next one is expected to be alone too.
+//! What the guest will do next is not known, so the last operations decide: after [`UNDISTURBED_MIN`] in a row that
+//! were alone from begin to end, the next one is expected to be alone too.
 
 use crate::disk::engine::{HostOp, OpToken};
 
-/// Undisturbed operations in a row after which the worker makes the next one itself.
-const QUIET: u32 = 4;
+/// After this many undisturbed operations in a row the worker executes the next one.
+const UNDISTURBED_MIN: u32 = 4;
 
 /// The operation that is kept back, and what the last ones have taught.
 pub(super) struct Alone {
-    /// The only operation in flight, for the worker to make. The ring gets it if another one comes before.
+    /// The only operation in flight, for the worker to execute. The ring gets it if another one comes before.
     kept: Option<(OpToken, HostOp)>,
     /// Operations in the ring that block.
     in_ring: usize,
-    /// Undisturbed operations in a row, at most [`QUIET`].
-    quiet: u32,
-    /// `true` if something came since `in_ring` was 0.
+    /// Undisturbed operations in a row, at most [`UNDISTURBED_MIN`].
+    undisturbed: u32,
+    /// `true` if, since `in_ring` was last 0, an operation was submitted while another was in flight.
     disturbed: bool,
-    /// `true` if requests came while the worker made the last operation. Whether that disturbed anybody is seen when
-    /// they are submitted: a sync that comes during a sync has to wait for it anyway.
-    came: bool,
+    /// `true` if requests came while the worker executed the last operation. Only one that does not block was delayed
+    /// by it: one that blocks would have waited anyway.
+    came_during_last: bool,
 }
 
 impl Default for Alone {
-    /// A queue begins quiet, so that a disk that does nothing but syncs has the short way at once.
+    /// A new queue counts as undisturbed, so a disk that only syncs never needs the ring.
     fn default() -> Self {
-        Self { kept: None, in_ring: 0, quiet: QUIET, disturbed: false, came: false }
+        Self {
+            kept: None,
+            in_ring: 0,
+            undisturbed: UNDISTURBED_MIN,
+            disturbed: false,
+            came_during_last: false,
+        }
     }
 }
 
 impl Alone {
-    /// Records that an operation is submitted while `others` are in the ring.
-    pub(super) fn comes(&mut self, blocks: bool, others: usize) {
+    /// Records a submission: whether the operation blocks, and how many `others` the ring has. The count starts again
+    /// if the operation comes beside one that blocks, blocks beside others, or was delayed by the last one.
+    pub(super) fn record_submit(&mut self, blocks: bool, others: usize) {
         let has_company = self.in_ring > 0 || self.kept.is_some() || (blocks && others > 0);
-        if has_company || (self.came && !blocks) {
-            self.quiet = 0;
+        if has_company || (self.came_during_last && !blocks) {
+            self.undisturbed = 0;
         }
         self.disturbed |= has_company;
     }
 
-    /// Keeps back an operation that blocks, if it is expected to be alone; hands it back if not. The ring is empty.
-    pub(super) fn keep(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
-        if self.quiet < QUIET || self.kept.is_some() {
+    /// Keeps back an operation that blocks, if it is expected to be alone; hands it back if not. Call it only while no
+    /// operation is in the ring.
+    pub(super) fn keep_back(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
+        if self.undisturbed < UNDISTURBED_MIN || self.kept.is_some() {
             return Err(op);
         }
         self.kept = Some((token, op));
@@ -55,12 +63,12 @@ impl Alone {
     }
 
     /// Takes the operation that was kept back.
-    pub(super) fn take(&mut self) -> Option<(OpToken, HostOp)> {
+    pub(super) fn take_kept(&mut self) -> Option<(OpToken, HostOp)> {
         self.kept.take()
     }
 
     /// Returns `true` if an operation is kept back.
-    pub(super) fn keeps(&self) -> bool {
+    pub(super) fn has_kept(&self) -> bool {
         self.kept.is_some()
     }
 
@@ -69,29 +77,33 @@ impl Alone {
         self.in_ring
     }
 
-    /// Records that the worker has made an operation, and whether requests came meanwhile.
-    pub(super) fn made(&mut self, came: bool) {
-        self.came = came;
-        self.quiet = (self.quiet + 1).min(QUIET);
+    /// Records that the worker has executed an operation, and whether requests came meanwhile.
+    pub(super) fn record_executed(&mut self, came: bool) {
+        self.came_during_last = came;
+        self.count_undisturbed();
     }
 
-    /// Records that a wait begins: what comes from now on has come after the end of the last operation.
-    pub(super) fn waits(&mut self) {
-        self.came = false;
+    /// Records that a wait begins. Requests that come from now on did not wait for the last operation.
+    pub(super) fn record_wait(&mut self) {
+        self.came_during_last = false;
     }
 
     /// Records that an operation that blocks goes to the ring.
-    pub(super) fn enters_ring(&mut self) {
+    pub(super) fn record_ring_submit(&mut self) {
         self.in_ring += 1;
     }
 
-    /// Records that an operation that blocks has left the ring.
-    pub(super) fn leaves_ring(&mut self) {
+    /// Records that the ring has completed an operation that blocks.
+    pub(super) fn record_ring_completion(&mut self) {
         self.in_ring -= 1;
         if !self.disturbed {
-            self.quiet = (self.quiet + 1).min(QUIET);
+            self.count_undisturbed();
         }
         self.disturbed &= self.in_ring > 0;
+    }
+
+    fn count_undisturbed(&mut self) {
+        self.undisturbed = (self.undisturbed + 1).min(UNDISTURBED_MIN);
     }
 }
 
@@ -100,18 +112,18 @@ mod tests {
     use super::*;
 
     fn keeps_a_sync(alone: &mut Alone) -> bool {
-        alone.comes(true, 0);
-        let kept = alone.keep(OpToken(0), HostOp::Fdatasync).is_ok();
-        assert_eq!(alone.take().is_some(), kept);
+        alone.record_submit(true, 0);
+        let kept = alone.keep_back(OpToken(0), HostOp::Fdatasync).is_ok();
+        assert_eq!(alone.take_kept().is_some(), kept);
         kept
     }
 
     fn by_ring(alone: &mut Alone, meanwhile: &[bool]) {
-        alone.enters_ring();
+        alone.record_ring_submit();
         for &blocks in meanwhile {
-            alone.comes(blocks, 1);
+            alone.record_submit(blocks, 1);
         }
-        alone.leaves_ring();
+        alone.record_ring_completion();
     }
 
     #[test]
@@ -119,8 +131,8 @@ mod tests {
         let mut alone = Alone::default();
         for _ in 0..10 {
             assert!(keeps_a_sync(&mut alone));
-            alone.made(false);
-            alone.waits();
+            alone.record_executed(false);
+            alone.record_wait();
         }
     }
 
@@ -128,14 +140,14 @@ mod tests {
     fn a_read_that_comes_during_a_sync_sends_the_next_ones_to_the_ring() {
         let mut alone = Alone::default();
         assert!(keeps_a_sync(&mut alone));
-        alone.made(true);
-        alone.comes(false, 0);
-        alone.waits();
-        for _ in 0..QUIET {
+        alone.record_executed(true);
+        alone.record_submit(false, 0);
+        alone.record_wait();
+        for _ in 0..UNDISTURBED_MIN {
             assert!(!keeps_a_sync(&mut alone));
             by_ring(&mut alone, &[]);
         }
-        assert!(keeps_a_sync(&mut alone), "after {QUIET} in a row that were alone");
+        assert!(keeps_a_sync(&mut alone), "after {UNDISTURBED_MIN} in a row that were alone");
     }
 
     #[test]
@@ -153,7 +165,7 @@ mod tests {
         let mut alone = Alone::default();
         for _ in 0..10 {
             assert!(keeps_a_sync(&mut alone));
-            alone.made(true);
+            alone.record_executed(true);
         }
     }
 
@@ -162,24 +174,24 @@ mod tests {
         let mut alone = Alone::default();
         for _ in 0..10 {
             assert!(keeps_a_sync(&mut alone));
-            alone.made(true);
-            alone.waits();
-            alone.comes(false, 0);
+            alone.record_executed(true);
+            alone.record_wait();
+            alone.record_submit(false, 0);
         }
     }
 
     #[test]
     fn a_sync_beside_reads_goes_to_the_ring() {
         let mut alone = Alone::default();
-        alone.comes(true, 3);
-        assert!(alone.keep(OpToken(0), HostOp::Fdatasync).is_err());
+        alone.record_submit(true, 3);
+        assert!(alone.keep_back(OpToken(0), HostOp::Fdatasync).is_err());
     }
 
     #[test]
     fn reads_alone_change_nothing() {
         let mut alone = Alone::default();
         for others in 0..10 {
-            alone.comes(false, others);
+            alone.record_submit(false, others);
         }
         assert!(keeps_a_sync(&mut alone));
     }

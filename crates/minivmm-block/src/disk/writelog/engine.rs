@@ -124,9 +124,9 @@ impl Engine for LoggingEngine {
         self.inner.meanwhile()
     }
 
-    fn make_kept(&mut self, came: &dyn Fn() -> bool, ended: &mut Vec<Ended>) {
+    fn execute_kept(&mut self, came: &dyn Fn() -> bool, ended: &mut Vec<Ended>) {
         let before = ended.len();
-        self.inner.make_kept(came, ended);
+        self.inner.execute_kept(came, ended);
         self.note(ended.get(before..).unwrap_or_default());
     }
 
