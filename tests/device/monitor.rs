@@ -1,4 +1,4 @@
-//! The durability monitor against an exact model, and through the device in all five modes.
+//! The durability monitor against an exact model, and through the device in all modes.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
