@@ -61,7 +61,7 @@ fn the_commands_status_is_minivmms() {
         ("6.12", "sh -c 'echo out; kill -KILL $$'", 137, "command-killed", "SIGKILL"),
         ("6.12", "no-such-command", 127, "command-not-found", "the guest has no command no-such-command"),
         ("6.12", "/etc/passwd", 127, "command-not-started", "Permission denied"),
-        ("6.12", "poweroff -f", 125, "no-report", "without telling how poweroff ended"),
+        ("6.12", "poweroff -f", 125, "no-report", "without reporting how poweroff ended"),
         ("6.12", "sh -c 'echo out; sleep 1; echo c > /proc/sysrq-trigger'", 124, "guest-panic", "panicked"),
     ] {
         let (place, outcome) = run(kernel, &format!("vm -- {command}"));
