@@ -34,8 +34,46 @@ pub struct Ram(Arc<Regions>);
 #[derive(Debug)]
 struct Regions {
     regions: GuestMemoryMmap<()>,
+    /// The same regions, for [`Ram::host`]: each request looks up five addresses, mostly in the first region.
+    flat: Vec<Flat>,
     /// Dropped after the regions, which point into them.
     _mappings: Vec<Mapping>,
+}
+
+impl Regions {
+    fn new(regions: GuestMemoryMmap<()>, mappings: Vec<Mapping>) -> Self {
+        let flat = regions.iter().map(Flat::new).collect();
+        Self { regions, flat, _mappings: mappings }
+    }
+}
+
+/// Where a region of RAM begins for the guest and in this process.
+#[derive(Debug)]
+struct Flat {
+    first: u64,
+    bytes: u64,
+    host: *mut u8,
+}
+
+// SAFETY: the pointer leads to guest RAM, which is shared memory by nature; here it is only added to.
+unsafe impl Send for Flat {}
+// SAFETY: as above.
+unsafe impl Sync for Flat {}
+
+impl Flat {
+    fn new(region: &GuestRegionMmap<()>) -> Self {
+        Self { first: region.start_addr().0, bytes: region.len(), host: region.as_ptr() }
+    }
+
+    /// Returns the host pointer for `len` bytes, or `None` if they are not all in this region.
+    fn host(&self, addr: u64, len: usize) -> Option<*mut u8> {
+        // For an address below the region this wraps to a number beyond its end.
+        let at = addr.wrapping_sub(self.first);
+        let fits = at < self.bytes && len as u64 <= self.bytes - at;
+        // As long as a region, which is mapped here.
+        #[allow(clippy::cast_possible_truncation)]
+        fits.then(|| self.host.wrapping_add(at as usize))
+    }
 }
 
 /// Lets `vm_memory`'s own accessors work on guest RAM.
@@ -60,15 +98,14 @@ impl Ram {
     /// read and write at any time: no ROM, no device's registers. A process that forks while a request is in
     /// flight must have excluded it from that (MADV_DONTFORK): O_DIRECT and fork do not mix (open(2)).
     pub fn from_memory(memory: GuestMemoryMmap<()>) -> Self {
-        Self(Arc::new(Regions { regions: memory, _mappings: Vec::new() }))
+        Self(Arc::new(Regions::new(memory, Vec::new())))
     }
 
     /// Returns the host pointer for `len` bytes at guest address `addr`. The range must lie inside one region
     /// (R3), so it crosses no hole. The pointer is valid as long as any clone of this `Ram` lives.
     pub fn host(&self, addr: u64, len: usize) -> Result<*mut u8, OutsideRam> {
-        let outside = OutsideRam { addr, len: len as u64 };
-        let slice = self.0.regions.get_slice(GuestAddress(addr), len).map_err(|_| outside)?;
-        Ok(slice.ptr_guard_mut().as_ptr())
+        let found = self.0.flat.iter().find_map(|region| region.host(addr, len));
+        found.ok_or(OutsideRam { addr, len: len as u64 })
     }
 
     /// Returns the size of all RAM in bytes.
@@ -126,7 +163,7 @@ pub fn map_ram(regions: &[(u64, u64)]) -> Result<Ram, RamError> {
         mappings.push(mapping);
     }
     let regions = GuestMemoryMmap::from_regions(mapped).map_err(|e| RamError::Regions(e.to_string()))?;
-    Ok(Ram(Arc::new(Regions { regions, _mappings: mappings })))
+    Ok(Ram(Arc::new(Regions::new(regions, mappings))))
 }
 
 /// Maps one region; guest RAM has `all` bytes in total.
@@ -158,6 +195,12 @@ const INTEGER_BYTES_MAX: usize = 8;
 
 /// Copies `data` to guest address `addr`.
 pub fn write_bytes(ram: &Ram, addr: u64, data: &[u8]) -> Result<(), OutsideRam> {
+    if let &[byte] = data {
+        let to = ram.host(addr, 1)?;
+        // SAFETY: the guest's byte was checked just now and `ram` keeps it; no reference to it exists.
+        unsafe { to.write_volatile(byte) };
+        return Ok(());
+    }
     if data.len() <= INTEGER_BYTES_MAX {
         let outside = OutsideRam { addr, len: data.len() as u64 };
         return ram.write_slice(data, GuestAddress(addr)).map_err(|_| outside);
@@ -170,6 +213,10 @@ pub fn write_bytes(ram: &Ram, addr: u64, data: &[u8]) -> Result<(), OutsideRam> 
 
 /// Copies `data.len()` bytes from guest address `addr`.
 pub fn read_bytes(ram: &Ram, addr: u64, data: &mut [u8]) -> Result<(), OutsideRam> {
+    if let Ok(data) = <&mut [u8; 16]>::try_from(&mut *data) {
+        *data = read_header(ram, addr)?;
+        return Ok(());
+    }
     if data.len() <= INTEGER_BYTES_MAX {
         let outside = OutsideRam { addr, len: data.len() as u64 };
         return ram.read_slice(data, GuestAddress(addr)).map_err(|_| outside);
@@ -179,6 +226,24 @@ pub fn read_bytes(ram: &Ram, addr: u64, data: &mut [u8]) -> Result<(), OutsideRa
     // nobody else holds.
     unsafe { copy::copy(from, data.as_mut_ptr(), data.len()) };
     Ok(())
+}
+
+/// Reads the sixteen bytes of a request's header: each request has one, and the string instruction of
+/// [`copy::copy`] begins slowly.
+fn read_header(ram: &Ram, addr: u64) -> Result<[u8; 16], OutsideRam> {
+    let from = ram.host(addr, 16)?;
+    let mut header = [0; 16];
+    if from.addr().is_multiple_of(align_of::<u64>()) {
+        let words = from.cast::<u64>();
+        for (which, bytes) in header.chunks_exact_mut(8).enumerate() {
+            // SAFETY: two aligned words in the guest's range, which was checked just now and which `ram` keeps.
+            bytes.copy_from_slice(&unsafe { words.add(which).read_volatile() }.to_ne_bytes());
+        }
+    } else {
+        // SAFETY: the guest's range was checked just now and `ram` keeps it; `header` is our own.
+        unsafe { copy::copy(from, header.as_mut_ptr(), header.len()) };
+    }
+    Ok(header)
 }
 
 #[cfg(test)]

@@ -108,11 +108,6 @@ impl<N: Number, T> Slab<N, T> {
         N::from_u64(u64::from(slot.turn) << 32 | u64::from(index))
     }
 
-    /// Returns all values, in no particular order.
-    pub fn into_values(self) -> impl Iterator<Item = T> {
-        self.slots.into_iter().filter_map(|slot| slot.value)
-    }
-
     /// Returns the value under `number`, or `None` if the number was never given out or its value was removed.
     pub fn get_mut(&mut self, number: N) -> Option<&mut T> {
         let (index, turn) = parts(number.to_u64());

@@ -267,6 +267,7 @@ impl DiskQueue {
     fn abandon(&mut self, token: OpToken, error: DiskError) {
         if let Some(flight) = self.in_flight.remove(token) {
             self.complete(flight.id, Err(error));
+            self.in_flight.recycle(flight);
         }
     }
 
@@ -300,30 +301,41 @@ impl DiskQueue {
 
     /// Hands an operation to the engine, after those that already wait for room there.
     fn issue(&mut self, token: OpToken, op: HostOp) {
-        self.in_flight.set_current(token, &op);
-        self.waiting.push_back((token, op));
-        self.feed_engine();
+        let refused = if self.waiting.is_empty() { self.hand_to_engine(token, op) } else { Err(op) };
+        if let Err(op) = refused {
+            self.waiting.push_back((token, op));
+        }
     }
 
     fn feed_engine(&mut self) {
         while let Some((token, op)) = self.waiting.pop_front() {
-            let kind = HostKind::of(&op);
-            let now = self.clock.is_some().then(Instant::now);
-            // Opened before the engine may begin it, so that no overlap is missed (E7).
-            let sync = self.open_sync(&op);
-            match self.engine.submit(token, op) {
-                Ok(()) => {
-                    self.stats.count(|counters| counters.of(kind));
-                    self.note_submitted(token, now);
+            if let Err(op) = self.hand_to_engine(token, op) {
+                self.waiting.push_front((token, op));
+                return;
+            }
+        }
+    }
+
+    /// Hands an operation to the engine. Returns it as an error if the engine has no room.
+    fn hand_to_engine(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
+        let kind = HostKind::of(&op);
+        let now = self.clock.is_some().then(Instant::now);
+        // Opened before the engine may begin it, so that no overlap is missed (E7).
+        let sync = self.open_sync(&op);
+        match self.engine.submit(token, op) {
+            Ok(()) => {
+                self.stats.count(|counters| counters.of(kind));
+                self.note_submitted(token, now);
+                if let Some(sync) = sync {
                     self.in_flight.set_sync(token, sync);
                 }
-                Err(op) => {
-                    if let Some(sync) = sync {
-                        self.image.latch.judged(sync.ticket);
-                    }
-                    self.waiting.push_front((token, op));
-                    return;
+                Ok(())
+            }
+            Err(op) => {
+                if let Some(sync) = sync {
+                    self.image.latch.judged(sync.ticket);
                 }
+                Err(op)
             }
         }
     }
@@ -344,12 +356,9 @@ impl DiskQueue {
             self.image.latch.set(&io::Error::from_raw_os_error(libc::EIO));
             return;
         };
-        let sync = flight.sync.take();
+        let sync = self.in_flight.take_sync(end.token);
         let next = match end.result {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => match flight.current.take() {
-                Some(op) => Next::Op(op),
-                None => Next::Done(Err(DiskError::Host { what: "an interrupted operation", source: error })),
-            },
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => self.repeat(&mut flight, error),
             result => self.judge(&mut flight, result),
         };
         // The sync counts as judged only now, after `judge` has latched its error.
@@ -360,12 +369,28 @@ impl DiskQueue {
         self.go_on(flight, next, sync.and_then(|sync| sync.covers));
     }
 
-    fn go_on(&mut self, flight: Flight, next: Next, covers: Option<SyncStart>) {
+    /// Returns the operation that a signal has interrupted, once more. The host has done nothing of it.
+    fn repeat(&mut self, flight: &mut Flight, error: io::Error) -> Next {
+        let op = match &mut flight.stage {
+            Stage::Sync | Stage::GroupSync => Ok(Some(HostOp::Fdatasync)),
+            Stage::Transfer(transfer) => {
+                transfer.next_window(&self.image, &self.stats, &mut self.pool).map(Some)
+            }
+            Stage::Erase(erase) => erase.again(),
+        };
+        match op {
+            Ok(Some(op)) => Next::Op(op),
+            Ok(None) => Next::Done(Err(DiskError::Host { what: "an interrupted operation", source: error })),
+            Err(error) => Next::Done(Err(error)),
+        }
+    }
+
+    fn go_on(&mut self, flight: Box<Flight>, next: Next, covers: Option<SyncStart>) {
         match next {
             Next::Op(op) => {
                 self.end_sync(covers, SyncEnd::Void);
-                let token = self.in_flight.insert(flight);
-                self.issue(token, op);
+                let token = self.in_flight.put_back(flight);
+                return self.issue(token, op);
             }
             Next::Done(result) => {
                 let failed = matches!(result, Err(DiskError::Host { .. }));
@@ -396,6 +421,7 @@ impl DiskQueue {
                 self.group.joins(flight.id, false);
             }
         }
+        self.in_flight.recycle(flight);
     }
 
     /// Completes the request of a flight, or all requests that share its fdatasync.
@@ -530,7 +556,7 @@ impl Drop for DiskQueue {
     /// Fails the syncs that are still in flight. There are some only after an engine has failed; nobody else
     /// will judge them.
     fn drop(&mut self) {
-        for sync in std::mem::take(&mut self.in_flight).into_values().filter_map(|flight| flight.sync) {
+        for (_, sync) in self.in_flight.take_syncs() {
             self.image.latch.set(&io::Error::from_raw_os_error(libc::EIO));
             self.image.latch.judged(sync.ticket);
         }

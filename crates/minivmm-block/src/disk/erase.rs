@@ -55,6 +55,17 @@ impl Erase {
         Some(op)
     }
 
+    /// Returns the operation in flight once more, or `None` if no range is left.
+    pub(super) fn again(&mut self) -> Result<Option<HostOp>, DiskError> {
+        let Some(&ZeroedRange { range, .. }) = self.ranges.front() else { return Ok(None) };
+        let (offset, len) = (range.offset(), range.bytes());
+        Ok(Some(match self.method {
+            EraseBy::Punch => HostOp::PunchHole { offset, len, must_zero: self.must_zero },
+            EraseBy::ZeroRange => HostOp::ZeroRange { offset, len },
+            EraseBy::Overwrite => self.overwrite(range)?,
+        }))
+    }
+
     fn next_range(&mut self) -> Option<HostOp> {
         self.ranges.pop_front();
         self.begin_range()

@@ -22,15 +22,11 @@ pub(super) struct Flight {
     pub(super) writes: u64,
     /// `true` if the next shared sync waits for this write.
     pub(super) grouped: bool,
-    /// The operation that the engine has, kept to repeat it after EINTR.
-    pub(super) current: Option<HostOp>,
-    /// The open sync while the engine has `current`; `None` if `current` is no sync.
-    pub(super) sync: Option<OpenSync>,
 }
 
 impl Flight {
     pub(super) fn new(id: Member, stage: Stage) -> Self {
-        Self { id, wb_at_submit: false, stage, writes: 0, grouped: false, current: None, sync: None }
+        Self { id, wb_at_submit: false, stage, writes: 0, grouped: false }
     }
 
     /// Returns `true` if `next` is another operation of the write itself, and not a sync.
@@ -45,7 +41,13 @@ impl Flight {
 /// has to.
 #[derive(Default)]
 pub(super) struct Flights {
-    flights: Slab<OpToken, Flight>,
+    /// Boxed, because a flight is large and goes in and out with each of its operations.
+    flights: Slab<OpToken, Box<Flight>>,
+    /// Boxes of requests that have completed, to use again.
+    #[allow(clippy::vec_box, reason = "a box goes back in as it is, which moves no flight")]
+    spare: Vec<Box<Flight>>,
+    /// The syncs that the engine has. Few flights are one, so they are kept apart.
+    syncs: Vec<(OpToken, OpenSync)>,
     writing: usize,
     dsyncs: usize,
 }
@@ -65,13 +67,32 @@ impl Flights {
         self.dsyncs
     }
 
+    /// Adds a new request.
     pub(super) fn insert(&mut self, flight: Flight) -> OpToken {
+        let boxed = match self.spare.pop() {
+            Some(mut spare) => {
+                *spare = flight;
+                spare
+            }
+            None => Box::new(flight),
+        };
+        self.put_back(boxed)
+    }
+
+    /// Puts back a request that goes on. It gets a new token.
+    pub(super) fn put_back(&mut self, flight: Box<Flight>) -> OpToken {
         self.writing += usize::from(flight.grouped);
         self.dsyncs += usize::from(flight.stage.is_dsync());
         self.flights.insert(flight)
     }
 
-    pub(super) fn remove(&mut self, token: OpToken) -> Option<Flight> {
+    /// Keeps the box of a request that is over, and drops what it held.
+    pub(super) fn recycle(&mut self, mut flight: Box<Flight>) {
+        flight.stage = Stage::Sync;
+        self.spare.push(flight);
+    }
+
+    pub(super) fn remove(&mut self, token: OpToken) -> Option<Box<Flight>> {
         let flight = self.flights.remove(token)?;
         self.uncount(&flight);
         Some(flight)
@@ -88,26 +109,24 @@ impl Flights {
         Some(result)
     }
 
-    /// Stores the operation that the engine gets, to repeat it after EINTR.
-    pub(super) fn set_current(&mut self, token: OpToken, op: &HostOp) {
-        if let Some(flight) = self.flights.get_mut(token) {
-            flight.current = Some(op.clone());
-        }
+    /// Stores the sync that is open while the engine has the flight's operation.
+    pub(super) fn set_sync(&mut self, token: OpToken, sync: OpenSync) {
+        self.syncs.push((token, sync));
     }
 
-    /// Stores the sync that is open while the engine has the flight's operation.
-    pub(super) fn set_sync(&mut self, token: OpToken, sync: Option<OpenSync>) {
-        if let Some(flight) = self.flights.get_mut(token) {
-            flight.sync = sync;
-        }
+    /// Takes the sync that was open while the engine had this operation; `None` if the operation is no sync.
+    pub(super) fn take_sync(&mut self, token: OpToken) -> Option<OpenSync> {
+        let at = self.syncs.iter().position(|&(of, _)| of == token)?;
+        Some(self.syncs.swap_remove(at).1)
+    }
+
+    /// Takes all syncs that are open.
+    pub(super) fn take_syncs(&mut self) -> Vec<(OpToken, OpenSync)> {
+        std::mem::take(&mut self.syncs)
     }
 
     pub(super) fn get(&mut self, token: OpToken) -> Option<&Flight> {
-        self.flights.get_mut(token).map(|flight| &*flight)
-    }
-
-    pub(super) fn into_values(self) -> impl Iterator<Item = Flight> {
-        self.flights.into_values()
+        self.flights.get_mut(token).map(|flight| &**flight)
     }
 
     fn uncount(&mut self, flight: &Flight) {

@@ -250,6 +250,7 @@ impl UringEngine {
                     .offset(*offset)
                     .rw_flags(self.rw_flags)
                     .build(),
+                // Several pieces are in an array, which stays where it is when `op` moves.
                 (pieces, _) => opcode::Readv::new(IMAGE, pieces.as_ptr(), length(pieces.len())?)
                     .offset(*offset)
                     .rw_flags(self.rw_flags)

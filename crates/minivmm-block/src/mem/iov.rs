@@ -41,20 +41,28 @@ impl Iov {
     /// Checks every segment once against `ram` (R3) and keeps them as host ranges. Empty segments are left out
     /// (R4).
     pub fn new(ram: &Ram, segments: &[Segment]) -> Result<Self, OutsideRam> {
-        let mut pieces = Pieces::take();
+        let keep = Keep::Ram(ram.clone());
+        // What a guest with huge pages sends.
+        if let &[Segment { addr, len }] = segments
+            && len > 0
+        {
+            let piece = Piece::new(ram.host(addr, len as usize)?, len as usize);
+            return Ok(Self { pieces: Pieces::One(piece), bytes: u64::from(len), keep });
+        }
+        let mut pieces = Pieces::NONE;
         let mut bytes = 0;
         for segment in segments.iter().filter(|segment| segment.len > 0) {
             let len = segment.len as usize;
             pieces.push(ram.host(segment.addr, len)?, len);
             bytes += u64::from(segment.len);
         }
-        Ok(Self { pieces, bytes, keep: Keep::Ram(ram.clone()) })
+        Ok(Self { pieces, bytes, keep })
     }
 
     /// Makes an `Iov` of the first `len` bytes of `buffer`, or of all of it if it is shorter.
     pub fn from_buffer(buffer: &Arc<AlignedBuffer>, len: usize) -> Self {
         let len = len.min(buffer.len());
-        let mut pieces = Pieces::take();
+        let mut pieces = Pieces::NONE;
         pieces.push(buffer.ptr, len);
         Self { pieces, bytes: len as u64, keep: Keep::Buffer(Arc::clone(buffer)) }
     }
@@ -85,7 +93,7 @@ impl Iov {
         }
         let mut skip = skip;
         let mut left = len;
-        let mut pieces = Pieces::take();
+        let mut pieces = Pieces::NONE;
         let mut count = 0;
         for piece in self.as_iovecs() {
             let piece_len = piece.iov_len as u64;
@@ -155,10 +163,58 @@ impl<'a> Cursor<'a> {
     }
 }
 
+/// The pieces of an [`Iov`]. Most have one, which is kept in place. Its address then changes when the `Iov` moves, so an
+/// entry of a ring must not point to it.
+#[derive(Clone)]
+enum Pieces {
+    One(Piece),
+    Many(Shared),
+}
+
+#[derive(Clone, Copy)]
+struct Piece(libc::iovec);
+
+// SAFETY: the pointer leads to guest RAM or to an aligned buffer, both owned by the `Iov` that the piece belongs to and
+// both shared memory by nature; only system calls and `copy` touch it.
+unsafe impl Send for Piece {}
+// SAFETY: as above; through a shared piece only the pointer itself is read.
+unsafe impl Sync for Piece {}
+
+impl Piece {
+    fn new(ptr: *mut u8, len: usize) -> Self {
+        Self(libc::iovec { iov_base: ptr.cast(), iov_len: len })
+    }
+}
+
+impl Pieces {
+    const NONE: Self = Self::Many(Shared(None));
+
+    fn push(&mut self, ptr: *mut u8, len: usize) {
+        let piece = Piece::new(ptr, len);
+        match self {
+            Self::Many(Shared(None)) => *self = Self::One(piece),
+            &mut Self::One(first) => {
+                let mut array = Shared::take();
+                array.push(first);
+                array.push(piece);
+                *self = Self::Many(array);
+            }
+            Self::Many(array) => array.push(piece),
+        }
+    }
+
+    fn as_slice(&self) -> &[libc::iovec] {
+        match self {
+            Self::One(piece) => std::slice::from_ref(&piece.0),
+            Self::Many(Shared(array)) => array.as_ref().map_or(&[], |array| &array.0),
+        }
+    }
+}
+
 /// A shared array of pieces. When its last holder drops it, the thread keeps the array for its next request.
 #[derive(Clone)]
-struct Pieces(
-    /// `None` only while it is dropped.
+struct Shared(
+    /// `None` in an `Iov` without pieces, and while it is dropped.
     Option<Arc<Array>>,
 );
 
@@ -175,7 +231,7 @@ thread_local! {
     static SPARE: RefCell<Vec<Arc<Array>>> = const { RefCell::new(Vec::new()) };
 }
 
-impl Pieces {
+impl Shared {
     /// Returns an empty array that nobody else holds.
     fn take() -> Self {
         let spare = SPARE.try_with(|spare| spare.borrow_mut().pop()).ok().flatten();
@@ -183,20 +239,16 @@ impl Pieces {
     }
 
     /// Adds a piece. The array must not be shared yet.
-    fn push(&mut self, ptr: *mut u8, len: usize) {
+    fn push(&mut self, piece: Piece) {
         let own = self.0.as_mut().and_then(Arc::get_mut);
         debug_assert!(own.is_some(), "pieces are added only to a new array, which nobody shares yet");
         if let Some(array) = own {
-            array.0.push(libc::iovec { iov_base: ptr.cast(), iov_len: len });
+            array.0.push(piece.0);
         }
-    }
-
-    fn as_slice(&self) -> &[libc::iovec] {
-        self.0.as_ref().map_or(&[], |array| &array.0)
     }
 }
 
-impl Drop for Pieces {
+impl Drop for Shared {
     fn drop(&mut self) {
         let Some(mut array) = self.0.take() else { return };
         let Some(own) = Arc::get_mut(&mut array) else { return };
