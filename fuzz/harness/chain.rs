@@ -220,21 +220,23 @@ fn check_same(chain: &Chain, walked: &walk::Chain) {
 fn check_request(memory: &Memory, chain: &Chain, limits: &Limits<'_>) {
     let readable = request::total(&chain.readable);
     let writable = request::total(&chain.writable);
-    let Some(frame) = Frame::new(chain) else {
+    let mut cut = chain.clone();
+    let Some(frame) = Frame::take_apart(&mut cut) else {
         assert_eq!(writable, 0, "a chain with writable bytes has a status");
         return;
     };
     assert_eq!(frame.has_header, readable >= 16);
-    let room = frame.data_in_bytes();
+    let room = frame.data_in.bytes;
     assert_eq!(room + 1, writable);
-    assert_eq!(request::total(&frame.data_out), readable.saturating_sub(16));
+    assert_eq!(frame.data_out.bytes, readable.saturating_sub(16));
     for written in [0, 1, 20, u32::try_from(room).unwrap_or(u32::MAX - 1)] {
         if u64::from(written) <= room {
             assert!(u64::from(request::written(written, room)) <= writable, "R20");
         }
     }
-    for segments in [&frame.data_in, &frame.data_out] {
-        check_pieces(memory, segments);
+    for data in [&frame.data_in, &frame.data_out] {
+        assert_eq!(data.bytes, request::total(data.segments));
+        check_pieces(memory, data.segments);
     }
     if !frame.has_header || chain.fault.is_some() {
         return;
@@ -245,7 +247,7 @@ fn check_request(memory: &Memory, chain: &Chain, limits: &Limits<'_>) {
     };
     let Some(bytes) = whole.first(memory, 16) else { return };
     let header = Header::parse(&bytes.try_into().unwrap());
-    let wanted = header.payload_bytes(request::total(&frame.data_out)).unwrap_or(0);
+    let wanted = header.payload_bytes(frame.data_out.bytes).unwrap_or(0);
     let Some(payload) = whole.first(memory, 16 + wanted) else { return };
     let is_inside = |offset: u64, bytes: u64| {
         let end = offset.checked_add(bytes);

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use serde::Serialize;
 
 use crate::blk::config;
-use crate::blk::request::{self, Frame, Header, Limits, Request, Status, UNMAP, kind};
+use crate::blk::request::{self, Data, Frame, Header, Limits, Request, Status, UNMAP, kind};
 use crate::disk::Image;
 use crate::disk::blocking::system_call;
 use crate::disk::cache::{CachePolicy, Negotiated, WriteCache};
@@ -174,7 +174,8 @@ impl Trial<'_> {
         let geometry = self.image.geometry();
         let block = geometry.logical_block;
         let data = |wanted: u32| if kind == wanted { vec![Segment { addr: 0, len: block }] } else { vec![] };
-        let frame = Frame { data_out: data(kind::OUT), data_in: data(kind::IN), ..Frame::default() };
+        let (out, into) = (data(kind::OUT), data(kind::IN));
+        let frame = Frame { data_out: Data::new(&out), data_in: Data::new(&into), ..Frame::default() };
         let mut payload = vec![0; 8];
         payload.extend((block / 512).to_le_bytes());
         payload.extend(flags.to_le_bytes());

@@ -23,7 +23,7 @@ pub use iov::Iov;
 pub use limits::size;
 pub use mapping::HUGE_PAGE;
 use mapping::Mapping;
-pub use scatter::{gather, scatter};
+pub use scatter::{gather, gather_header, scatter};
 
 /// Guest RAM. Clones share the mapping, which lives until the last clone is dropped. Cloning allocates nothing,
 /// so every request may hold a clone.
@@ -104,8 +104,13 @@ impl Ram {
     /// Returns the host pointer for `len` bytes at guest address `addr`. The range must lie inside one region
     /// (R3), so it crosses no hole. The pointer is valid as long as any clone of this `Ram` lives.
     pub fn host(&self, addr: u64, len: usize) -> Result<*mut u8, OutsideRam> {
-        let found = self.0.flat.iter().find_map(|region| region.host(addr, len));
-        found.ok_or(OutsideRam { addr, len: len as u64 })
+        // Nearly all memory, or all of it, is in the first region.
+        if let [first, others @ ..] = &*self.0.flat {
+            let found =
+                first.host(addr, len).or_else(|| others.iter().find_map(|region| region.host(addr, len)));
+            return found.ok_or(OutsideRam { addr, len: len as u64 });
+        }
+        Err(OutsideRam { addr, len: len as u64 })
     }
 
     /// Returns the size of all RAM in bytes.
@@ -193,13 +198,19 @@ pub struct Segment {
 /// The most bytes that vm-memory copies without an ordinary `memcpy`: an aligned integer is never torn.
 const INTEGER_BYTES_MAX: usize = 8;
 
+/// Stores one byte at guest address `addr`.
+#[inline]
+pub fn write_byte(ram: &Ram, addr: u64, byte: u8) -> Result<(), OutsideRam> {
+    let to = ram.host(addr, 1)?;
+    // SAFETY: the guest's byte was checked just now and `ram` keeps it; no reference to it exists.
+    unsafe { to.write_volatile(byte) };
+    Ok(())
+}
+
 /// Copies `data` to guest address `addr`.
 pub fn write_bytes(ram: &Ram, addr: u64, data: &[u8]) -> Result<(), OutsideRam> {
     if let &[byte] = data {
-        let to = ram.host(addr, 1)?;
-        // SAFETY: the guest's byte was checked just now and `ram` keeps it; no reference to it exists.
-        unsafe { to.write_volatile(byte) };
-        return Ok(());
+        return write_byte(ram, addr, byte);
     }
     if data.len() <= INTEGER_BYTES_MAX {
         let outside = OutsideRam { addr, len: data.len() as u64 };
@@ -213,10 +224,6 @@ pub fn write_bytes(ram: &Ram, addr: u64, data: &[u8]) -> Result<(), OutsideRam> 
 
 /// Copies `data.len()` bytes from guest address `addr`.
 pub fn read_bytes(ram: &Ram, addr: u64, data: &mut [u8]) -> Result<(), OutsideRam> {
-    if let Ok(data) = <&mut [u8; 16]>::try_from(&mut *data) {
-        *data = read_header(ram, addr)?;
-        return Ok(());
-    }
     if data.len() <= INTEGER_BYTES_MAX {
         let outside = OutsideRam { addr, len: data.len() as u64 };
         return ram.read_slice(data, GuestAddress(addr)).map_err(|_| outside);
@@ -228,11 +235,14 @@ pub fn read_bytes(ram: &Ram, addr: u64, data: &mut [u8]) -> Result<(), OutsideRa
     Ok(())
 }
 
-/// Reads the sixteen bytes of a request's header: each request has one, and the string instruction of
-/// [`copy::copy`] begins slowly.
-fn read_header(ram: &Ram, addr: u64) -> Result<[u8; 16], OutsideRam> {
-    let from = ram.host(addr, 16)?;
-    let mut header = [0; 16];
+/// Bytes of a request's header.
+const HEADER_BYTES: usize = 16;
+
+/// Reads a request's header: each request has one, and the string instruction of [`copy::copy`] begins slowly.
+#[inline]
+fn read_header(ram: &Ram, addr: u64) -> Result<[u8; HEADER_BYTES], OutsideRam> {
+    let from = ram.host(addr, HEADER_BYTES)?;
+    let mut header = [0; HEADER_BYTES];
     if from.addr().is_multiple_of(align_of::<u64>()) {
         let words = from.cast::<u64>();
         for (which, bytes) in header.chunks_exact_mut(8).enumerate() {

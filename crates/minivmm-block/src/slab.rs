@@ -98,14 +98,18 @@ impl<N: Number, T> Slab<N, T> {
     }
 
     /// Stores `value` and returns its number.
+    #[inline(always)]
     pub fn insert(&mut self, value: T) -> N {
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot { turn: 0, value: None });
-            u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
-        });
+        let index = self.free.pop().unwrap_or_else(|| self.add_slot());
         let slot = &mut self.slots[index as usize];
         slot.value = Some(value);
         N::from_u64(u64::from(slot.turn) << 32 | u64::from(index))
+    }
+
+    #[cold]
+    fn add_slot(&mut self) -> u32 {
+        self.slots.push(Slot { turn: 0, value: None });
+        u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
     }
 
     /// Returns the value under `number`, or `None` if the number was never given out or its value was removed.
@@ -116,6 +120,7 @@ impl<N: Number, T> Slab<N, T> {
     }
 
     /// Removes and returns the value under `number`, which is not given out again.
+    #[inline(always)]
     pub fn remove(&mut self, number: N) -> Option<T> {
         let (index, turn) = parts(number.to_u64());
         let slot = self.slots.get_mut(index)?;

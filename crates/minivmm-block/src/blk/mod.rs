@@ -6,6 +6,7 @@
 pub mod config;
 mod poll;
 pub mod request;
+mod requests;
 mod stopwatch;
 pub mod worker;
 

@@ -44,40 +44,48 @@ pub enum Status {
     Unsupp = 2,
 }
 
-/// A chain taken apart into the parts of a request.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Frame {
+/// A chain taken apart into the parts of a request, which lie in the chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Frame<'a> {
     /// `true` if the first [`HEADER_BYTES`] readable bytes, which are the header, are present.
     pub has_header: bool,
     /// The readable bytes after the header.
-    pub data_out: Vec<Segment>,
+    pub data_out: Data<'a>,
     /// The writable bytes before the status.
-    pub data_in: Vec<Segment>,
+    pub data_in: Data<'a>,
     /// Guest address of the status byte.
     pub status_addr: u64,
 }
 
-impl Frame {
-    /// Takes a chain apart. Returns `None` if it has no writable byte for a status.
-    pub fn new(chain: &Chain) -> Option<Self> {
-        let mut frame = Self::default();
-        frame.take_apart(chain).then_some(frame)
+impl<'a> Frame<'a> {
+    /// Takes a chain apart: cuts the header and the status off it, so read the header before
+    /// ([`crate::mem::gather`]). Returns `None` if the chain has no writable byte for a status.
+    #[inline(always)]
+    pub fn take_apart(chain: &'a mut Chain) -> Option<Self> {
+        let status_addr = cut_last(&mut chain.writable)?;
+        let data_out = without_first(&mut chain.readable, HEADER_BYTES as u64);
+        Some(Self {
+            has_header: data_out.is_some(),
+            data_out: Data::new(data_out.unwrap_or_default()),
+            data_in: Data::new(&chain.writable),
+            status_addr,
+        })
     }
+}
 
-    /// Takes a chain apart and replaces the present parts, whose memory is reused. Returns `true` if the chain
-    /// has a writable byte for a status.
-    pub fn take_apart(&mut self, chain: &Chain) -> bool {
-        self.has_header = skip(&chain.readable, HEADER_BYTES as u64, &mut self.data_out);
-        match without_last(&chain.writable, &mut self.data_in) {
-            Some(status_addr) => self.status_addr = status_addr,
-            None => return false,
-        }
-        true
-    }
+/// The data of a request in one direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Data<'a> {
+    /// Where the data lies, in order. Some of the segments may be empty.
+    pub segments: &'a [Segment],
+    /// The length of all segments together, in bytes.
+    pub bytes: u64,
+}
 
-    /// Returns the number of bytes that the device may fill.
-    pub fn data_in_bytes(&self) -> u64 {
-        total(&self.data_in)
+impl<'a> Data<'a> {
+    /// Adds up the length of `segments`.
+    pub fn new(segments: &'a [Segment]) -> Self {
+        Self { segments, bytes: total(segments) }
     }
 }
 
@@ -96,35 +104,52 @@ pub fn written(data: u32, room: u64) -> u32 {
     }
 }
 
-/// Returns the address of the last byte of `segments`, and puts what comes before it into `before`.
-fn without_last(segments: &[Segment], before: &mut Vec<Segment>) -> Option<u64> {
-    before.clear();
-    let last = segments.iter().rposition(|segment| segment.len > 0)?;
-    let (first, ending) = (segments.get(..last)?, segments.get(last)?);
-    before.extend(first.iter().filter(|segment| segment.len > 0));
-    let len = ending.len - 1;
-    if len > 0 {
-        before.push(Segment { addr: ending.addr, len });
+/// Cuts the last byte off `segments`, and returns its address. Returns `None` if there is no byte.
+#[inline(always)]
+fn cut_last(segments: &mut Vec<Segment>) -> Option<u64> {
+    loop {
+        let last = segments.last_mut()?;
+        if last.len == 0 {
+            segments.pop();
+            continue;
+        }
+        last.len -= 1;
+        // An address beyond 2^64 is in no RAM: writing the status there fails, and the failure is reported.
+        let addr = last.addr.saturating_add(u64::from(last.len));
+        if last.len == 0 {
+            segments.pop();
+        }
+        return Some(addr);
     }
-    // An address beyond 2^64 is in no RAM: writing the status there fails, and the failure is reported.
-    Some(ending.addr.saturating_add(u64::from(len)))
 }
 
-/// Puts what follows the first `count` bytes into `rest`. Returns `true` if there are that many.
-fn skip(segments: &[Segment], count: u64, rest: &mut Vec<Segment>) -> bool {
-    rest.clear();
+/// Returns what follows the first `count` bytes of `segments`, `None` if there are not that many.
+#[inline(always)]
+fn without_first(segments: &mut [Segment], count: u64) -> Option<&[Segment]> {
+    // Nearly always: a header in a segment of its own.
+    if let [first, ..] = segments
+        && u64::from(first.len) == count
+    {
+        return segments.get(1..);
+    }
     let mut left = count;
-    for &Segment { addr, len } in segments {
-        let skipped = u64::from(len).min(left);
+    let mut whole = 0;
+    for segment in segments.iter_mut() {
+        let skipped = u64::from(segment.len).min(left);
         left -= skipped;
-        // At most the segment's own length.
-        let len = len - u32::try_from(skipped).unwrap_or(len);
-        if len > 0 {
+        if left == 0 && skipped < u64::from(segment.len) {
             // An address beyond 2^64 is outside RAM, and is rejected later like any other such address.
-            rest.push(Segment { addr: addr.saturating_add(skipped), len });
+            segment.addr = segment.addr.saturating_add(skipped);
+            // At most the segment's own length.
+            segment.len -= u32::try_from(skipped).unwrap_or(segment.len);
+            break;
+        }
+        whole += 1;
+        if left == 0 {
+            break;
         }
     }
-    left == 0
+    if left == 0 { segments.get(whole..) } else { None }
 }
 
 /// The header as a private copy (virtio 5.2.6).
@@ -191,18 +216,24 @@ pub struct Limits<'a> {
 
 /// Parses a request whose frame is sound; `payload` is the data of an erase. The error is the status that the
 /// request completes with.
-pub fn parse(header: Header, frame: &Frame, payload: &[u8], limits: &Limits<'_>) -> Result<Request, Status> {
+#[inline(always)]
+pub fn parse(
+    header: Header,
+    frame: &Frame<'_>,
+    payload: &[u8],
+    limits: &Limits<'_>,
+) -> Result<Request, Status> {
     let range = |bytes| limits.geometry.check(header.sector, bytes).ok_or(Status::IoErr);
     let writable = |request| if limits.readonly { Err(Status::IoErr) } else { request };
     match header.kind {
         // Data of the wrong direction is not moved, and OK would claim that it was (R9).
-        kind::IN if !frame.data_out.is_empty() => Err(Status::IoErr),
-        kind::OUT if !frame.data_in.is_empty() => Err(Status::IoErr),
-        kind::IN => range(total(&frame.data_in)).map(Request::In),
-        kind::OUT => writable(range(total(&frame.data_out)).map(Request::Out)),
+        kind::IN if frame.data_out.bytes > 0 => Err(Status::IoErr),
+        kind::OUT if frame.data_in.bytes > 0 => Err(Status::IoErr),
+        kind::IN => range(frame.data_in.bytes).map(Request::In),
+        kind::OUT => writable(range(frame.data_out.bytes).map(Request::Out)),
         // A FLUSH has no sector and no data; a driver that sets them gets its FLUSH nonetheless (B10).
         kind::FLUSH => Ok(Request::Flush),
-        kind::GET_ID if frame.data_in_bytes() < u64::from(ID_BYTES) => Err(Status::IoErr),
+        kind::GET_ID if frame.data_in.bytes < u64::from(ID_BYTES) => Err(Status::IoErr),
         kind::GET_ID => Ok(Request::GetId),
         kind::DISCARD if limits.features & config::DISCARD != 0 => {
             writable(discard(payload, limits).map(Request::Discard))
@@ -216,6 +247,7 @@ pub fn parse(header: Header, frame: &Frame, payload: &[u8], limits: &Limits<'_>)
     }
 }
 
+#[cold]
 fn discard(payload: &[u8], limits: &Limits<'_>) -> Result<Vec<SectorRange>, Status> {
     let segments = erase_segments(payload)?;
     // Unknown flags complete with UNSUPP, and so does unmap in a DISCARD (virtio 5.2.6.2). This is checked
@@ -226,6 +258,7 @@ fn discard(payload: &[u8], limits: &Limits<'_>) -> Result<Vec<SectorRange>, Stat
     segments.iter().map(|segment| segment.range(limits)).collect()
 }
 
+#[cold]
 fn write_zeroes(payload: &[u8], limits: &Limits<'_>) -> Result<Vec<ZeroedRange>, Status> {
     let segments = erase_segments(payload)?;
     if segments.iter().any(|segment| segment.flags & !UNMAP != 0) {
@@ -283,66 +316,64 @@ mod tests {
         Chain { head: 0, readable: segments(readable), writable: segments(writable), fault: None }
     }
 
-    #[test]
-    fn any_layout_of_descriptors_gives_the_same_parts() {
-        let classic = chain(&[(0, 16), (16, 512)], &[(0x1000, 512), (0x1200, 1)]);
-        let others = [
-            chain(&[(0, 528)], &[(0x1000, 513)]),
-            chain(&[(0, 7), (7, 1), (8, 520)], &[(0x1000, 1), (0x1001, 512)]),
-            chain(&[(0, 0), (0, 16), (16, 0), (16, 512)], &[(0x1000, 513), (0x9999, 0)]),
-        ];
-        let expected = Frame::new(&classic).unwrap();
-        assert_eq!(expected.status_addr, 0x1200);
-        for other in &others {
-            let frame = Frame::new(other).unwrap();
-            assert_eq!(frame.status_addr, expected.status_addr);
-            assert!(frame.has_header);
-            assert_eq!(total(&frame.data_out), 512);
-            assert_eq!(total(&frame.data_in), 512);
-            assert_eq!(frame.data_in[0].addr, 0x1000);
-            assert_eq!(frame.data_out[0].addr, 16);
-        }
+    /// The bytes of a request's parts, one by one: what an address list means, however it is cut into segments.
+    fn bytes_of(data: Data<'_>) -> Vec<u64> {
+        let each =
+            data.segments.iter().flat_map(|segment| segment.addr..segment.addr + u64::from(segment.len));
+        let bytes: Vec<u64> = each.collect();
+        assert_eq!(bytes.len() as u64, data.bytes);
+        bytes
     }
 
     #[test]
-    fn nothing_of_an_earlier_chain_is_left_in_a_frame() {
-        let mut frame = Frame::new(&chain(&[(0, 528)], &[(0x1000, 513)])).unwrap();
-        for next in [
-            chain(&[(0, 16)], &[(0x2000, 1)]),
-            chain(&[(0, 3)], &[(0x3000, 5)]),
-            chain(&[], &[(0x4000, 1)]),
-            chain(&[(0, 17)], &[(0x1000, 3), (0x5000, 1)]),
-        ] {
-            assert!(frame.take_apart(&next));
-            assert_eq!(Some(frame.clone()), Frame::new(&next), "{next:?}");
+    fn any_layout_of_descriptors_gives_the_same_parts() {
+        let mut layouts = [
+            chain(&[(0, 16), (16, 512)], &[(0x1000, 512), (0x1200, 1)]),
+            chain(&[(0, 528)], &[(0x1000, 513)]),
+            chain(&[(0, 7), (7, 1), (8, 520)], &[(0x1000, 1), (0x1001, 512)]),
+            chain(&[(0, 0), (0, 16), (16, 0), (16, 512)], &[(0x1000, 513), (0x9999, 0)]),
+            chain(
+                &[(0, 0), (0, 16), (16, 0), (16, 12), (28, 500)],
+                &[(0x1000, 512), (0x1200, 1), (0x9999, 0)],
+            ),
+        ];
+        for layout in &mut layouts {
+            let frame = Frame::take_apart(layout).unwrap();
+            assert_eq!(frame.status_addr, 0x1200);
+            assert!(frame.has_header);
+            assert_eq!(bytes_of(frame.data_out), (16..528).collect::<Vec<_>>());
+            assert_eq!(bytes_of(frame.data_in), (0x1000..0x1200).collect::<Vec<_>>());
         }
     }
 
     #[test]
     fn a_chain_without_a_writable_byte_is_no_frame() {
-        assert_eq!(Frame::new(&chain(&[(0, 16)], &[])), None);
-        assert_eq!(Frame::new(&chain(&[(0, 16)], &[(0x1000, 0)])), None);
+        assert_eq!(Frame::take_apart(&mut chain(&[(0, 16)], &[])), None);
+        assert_eq!(Frame::take_apart(&mut chain(&[(0, 16)], &[(0x1000, 0)])), None);
     }
 
     #[test]
     fn a_short_header_is_seen() {
-        assert!(!Frame::new(&chain(&[(0, 15)], &[(0x1000, 1)])).unwrap().has_header);
+        for readable in [&[(0, 15)][..], &[(0, 7), (7, 8), (15, 0)], &[], &[(0, 0)]] {
+            let mut chain = chain(readable, &[(0x1000, 1)]);
+            let frame = Frame::take_apart(&mut chain).unwrap();
+            assert!(!frame.has_header);
+            assert_eq!((frame.data_out, frame.data_in.bytes), (Data::default(), 0));
+        }
     }
 
     #[test]
     fn addresses_at_the_end_of_the_world_do_not_wrap() {
-        let frame = Frame::new(&chain(&[(u64::MAX - 3, 64)], &[(u64::MAX, 9)])).unwrap();
+        let mut chain = chain(&[(u64::MAX - 3, 64)], &[(u64::MAX, 9)]);
+        let frame = Frame::take_apart(&mut chain).unwrap();
         assert_eq!(frame.status_addr, u64::MAX);
-        assert_eq!(frame.data_out[0].addr, u64::MAX);
+        assert_eq!(frame.data_out.segments, [segment(u64::MAX, 48)]);
     }
 
     #[test]
     fn used_length_counts_the_status_only_behind_whole_data() {
-        let frame = Frame::new(&chain(&[(0, 16)], &[(0x1000, 513)])).unwrap();
-        for (data, written) in [(512, 513), (0, 0), (20, 20)] {
-            assert_eq!(super::written(data, frame.data_in_bytes()), written);
+        for (data, room, expected) in [(512, 512, 513), (0, 512, 0), (20, 512, 20), (0, 0, 1)] {
+            assert_eq!(written(data, room), expected);
         }
-        let status_alone = Frame::new(&chain(&[(0, 16)], &[(0x1000, 1)])).unwrap();
-        assert_eq!(written(0, status_alone.data_in_bytes()), 1);
     }
 }

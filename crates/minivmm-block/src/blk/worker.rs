@@ -1,27 +1,22 @@
-//! The worker of one queue: moves requests from the ring to the disk and completes them.
+//! The worker of one queue: its turns, and its thread.
 //!
-//! Owns the worker's thread, its parking between drivers, and what each request in flight still needs for its
-//! completion. A popped chain is completed exactly once, or the ring is declared broken. Requests are kept
-//! under a private number and never under the guest's head, because a hostile guest may submit the same head
-//! twice (R8).
+//! Owns the order of a turn (pop, complete, wait), the worker's thread and its parking between drivers. `requests`
+//! moves what is popped to the disk, and completes it.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::poll::Poller;
-use super::request::{self, Frame, HEADER_BYTES, Header, ID_BYTES, Limits, Request, Status};
-use super::stopwatch::Stopwatch;
-use crate::disk::Image;
-use crate::disk::disk_queue::{Completion, DiskQueue, Op, RequestId};
+use super::requests::{Chained, Requests};
+use crate::disk::disk_queue::{DiskQueue, RequestId};
 use crate::disk::engine::{Meanwhile, Wake};
 use crate::doorbell;
-use crate::mem::{self, Iov, Ram};
+use crate::mem::Ram;
 use crate::ratelimit::RateLimit;
-use crate::slab::Slab;
 use crate::sync::unpoisoned;
 use crate::threads::{ThreadKind, Threads};
 use crate::virtio::Interrupt;
@@ -47,46 +42,13 @@ pub struct Job {
     pub interrupt: Arc<dyn Interrupt>,
 }
 
-/// What is needed to complete a request that is in flight.
-struct Owed {
-    head: u16,
-    status_addr: u64,
-    /// Writable bytes before the status byte.
-    room: u64,
-    /// Bytes of data that the driver gets if the request succeeds.
-    data_bytes: u32,
-}
-
-/// The request that is being parsed, as a private copy. Its memory is reused for the next request.
-#[derive(Default)]
-struct Popped {
-    chain: Chain,
-    frame: Frame,
-    payload: Vec<u8>,
-}
-
-/// What a valid chain turned out to be.
-enum Parsed {
-    /// An operation for the disk. `data_bytes` is what the driver gets if it succeeds.
-    Submit { op: Op, data_bytes: u32 },
-    /// GET_ID needs no disk: its `data_bytes` are written already.
-    Completed { data_bytes: u32 },
-}
-
 /// Serves one queue from DRIVER_OK to reset. It needs no thread of its own: tests call [`QueueWorker::turn`]
 /// directly.
 pub struct QueueWorker<'a> {
-    job: Job,
-    disk: &'a mut DiskQueue,
-    image: Arc<Image>,
-    pending: Slab<RequestId, Owed>,
-    popped: Popped,
-    errors: &'a mut RateLimit,
+    /// The chain that is being popped. Its memory is reused for the next one.
+    chain: Chain,
+    requests: Requests<'a>,
     poller: Poller,
-    /// Requests completed since the poller was last told.
-    completed: u32,
-    /// `None` if latencies are not recorded.
-    stopwatch: Option<Stopwatch>,
 }
 
 impl<'a> QueueWorker<'a> {
@@ -95,18 +57,10 @@ impl<'a> QueueWorker<'a> {
     /// `errors` outlives the job. Otherwise a guest that resets the device again and again could log without
     /// end (R18).
     pub fn new(job: Job, disk: &'a mut DiskQueue, errors: &'a mut RateLimit) -> Self {
-        let image = Arc::clone(disk.image());
-        let stopwatch = Stopwatch::begin(disk);
         Self {
-            job,
-            disk,
-            image,
-            pending: Slab::default(),
-            popped: Popped::default(),
-            errors,
+            chain: Chain::default(),
+            requests: Requests::new(job, disk, errors),
             poller: Poller::new(Duration::ZERO),
-            completed: 0,
-            stopwatch,
         }
     }
 
@@ -118,67 +72,80 @@ impl<'a> QueueWorker<'a> {
 
     /// Runs one round: pops available chains, completes finished requests, and waits for more of either.
     pub fn turn(&mut self) -> Result<(), TurnError> {
-        self.disk.sync_if_switched_off();
+        self.requests.disk.sync_if_switched_off();
         let more = self.take_available()?;
-        self.complete_finished()?;
+        let requests = &mut self.requests;
+        requests.complete_finished()?;
         if more {
-            self.disk.wait(Wake::Now)?;
-            return self.complete_finished();
+            requests.disk.wait(Wake::Now)?;
+            return requests.complete_finished();
         }
-        let meanwhile = self.disk.meanwhile();
+        let meanwhile = requests.disk.meanwhile();
         if meanwhile == Meanwhile::ExecuteKept {
-            let ring = &self.job.ring;
-            self.disk.execute_kept(&|| ring.has_available());
-            return self.complete_finished();
+            let ring = &requests.job.ring;
+            requests.disk.execute_kept(&|| ring.has_available());
+            return requests.complete_finished();
         }
         self.poller.waits();
         let spins = meanwhile == Meanwhile::Spin && self.poller.spins();
-        let is_ready = (spins && self.spin()?) || (!self.is_full() && self.job.ring.enable_doorbell());
-        let wake = if is_ready { Wake::Now } else { Wake::Doorbell(&self.job.doorbell) };
-        self.disk.wait(wake)?;
-        self.poller.waited(std::mem::take(&mut self.completed));
-        self.complete_finished()
+        let is_ready = (spins && self.spin()?) || self.requests.enable_doorbell();
+        let requests = &mut self.requests;
+        requests.disk.wait(if is_ready { Wake::Now } else { Wake::Doorbell(&requests.job.doorbell) })?;
+        self.poller.waited(requests.take_completed());
+        requests.complete_finished()
     }
 
     /// Spins for new chains or finished I/O where that pays, and returns `true` if there are any. The driver
     /// rings no doorbell meanwhile.
     fn spin(&mut self) -> Result<bool, TurnError> {
+        let requests = &mut self.requests;
         // Submit what was popped before spinning.
-        self.disk.wait(Wake::Now)?;
-        self.complete_finished()?;
-        let is_full = self.is_full();
-        let (ring, disk) = (&self.job.ring, &mut self.disk);
+        requests.disk.wait(Wake::Now)?;
+        requests.complete_finished()?;
+        let is_full = requests.is_full();
+        let (ring, disk) = (&requests.job.ring, &mut requests.disk);
         Ok(self.poller.spin(|| (!is_full && ring.has_available()) || disk.is_ready()))
     }
 
-    /// Returns `true` if as many requests are in flight as the ring has entries. Only a driver that submits
-    /// descriptors that it does not own can want more; those wait until others have completed (R23).
-    fn is_full(&self) -> bool {
-        self.pending.len() >= usize::from(self.job.ring.size())
+    /// Pops at most as many chains as the ring has entries, and returns `true` if there may be more. The bound
+    /// keeps a flood of new requests from delaying the completion of others (R17).
+    fn take_available(&mut self) -> Result<bool, RingError> {
+        let (requests, chain) = (&mut self.requests, &mut self.chain);
+        requests.job.ring.disable_doorbell();
+        let mut left = requests.job.ring.size();
+        while left > 0 {
+            if requests.is_full() || !requests.job.ring.pop_into(chain)? {
+                return Ok(false);
+            }
+            requests.take(chain)?;
+            left -= 1;
+        }
+        Ok(true)
     }
 
     /// Waits for everything in flight and completes it (virtio 2.4.1, R15).
     ///
     /// If the ring accepts no more completions, I/O on guest memory is still waited for.
     pub fn drain(&mut self) -> Result<(), TurnError> {
+        let requests = &mut self.requests;
         let mut outcome = Ok(());
-        while !self.disk.is_idle() {
+        while !requests.disk.is_idle() {
             // A success held for another queue's sync has no I/O of ours; our doorbell is rung for it.
-            let held = self.disk.holds_success();
-            self.disk.wait(if held { Wake::Doorbell(&self.job.doorbell) } else { Wake::EndOnly })?;
+            let held = requests.disk.holds_success();
+            requests.disk.wait(if held { Wake::Doorbell(&requests.job.doorbell) } else { Wake::EndOnly })?;
             match outcome {
-                Ok(()) => outcome = self.complete_finished(),
-                Err(_) => self.disk.take_completions().for_each(drop),
+                Ok(()) => outcome = requests.complete_finished(),
+                Err(_) => requests.disk.take_completions().for_each(drop),
             }
         }
         // If the ring broke during a turn, what completed before is not published yet.
-        outcome.and_then(|()| self.complete_finished())
+        outcome.and_then(|()| requests.complete_finished())
     }
 
     /// Returns an error if a popped chain was never completed: the guest would wait for it for ever. To be
     /// called after a drain, if the ring was never broken.
     pub fn owes_nothing(&self) -> Result<(), TurnError> {
-        match self.pending.len() {
+        match self.requests.pending() {
             0 => Ok(()),
             forgotten => Err(TurnError::Forgotten(forgotten)),
         }
@@ -186,152 +153,8 @@ impl<'a> QueueWorker<'a> {
 
     /// Returns `true` if nothing is in flight and no finished request waits for its completion.
     pub fn is_idle(&self) -> bool {
-        self.disk.is_idle()
+        self.requests.disk.is_idle()
     }
-
-    /// Pops at most as many chains as the ring has entries, and returns `true` if there may be more. The bound
-    /// keeps a flood of new requests from delaying the completion of others (R17).
-    fn take_available(&mut self) -> Result<bool, RingError> {
-        let mut popped = std::mem::take(&mut self.popped);
-        let more = self.take_into(&mut popped);
-        self.popped = popped;
-        more
-    }
-
-    fn take_into(&mut self, popped: &mut Popped) -> Result<bool, RingError> {
-        let size = usize::from(self.job.ring.size());
-        self.job.ring.disable_doorbell();
-        for _ in 0..size {
-            if self.is_full() || !self.job.ring.pop_into(&mut popped.chain)? {
-                return Ok(false);
-            }
-            self.take(popped)?;
-        }
-        Ok(true)
-    }
-
-    /// Turns a chain into a request to the disk, or completes it at once.
-    fn take(&mut self, popped: &mut Popped) -> Result<(), RingError> {
-        let head = popped.chain.head;
-        if !popped.frame.take_apart(&popped.chain) {
-            return Err(RingError::NoStatus(head));
-        }
-        let (status_addr, room) = (popped.frame.status_addr, popped.frame.data_in_bytes());
-        let owed = |data_bytes| Owed { head, status_addr, room, data_bytes };
-        match self.parse(popped) {
-            Ok(Parsed::Submit { op, data_bytes }) => {
-                self.submit(owed(data_bytes), op);
-                Ok(())
-            }
-            Ok(Parsed::Completed { data_bytes }) => finish(&mut self.job, &owed(data_bytes), Status::Ok),
-            Err(status) => finish(&mut self.job, &owed(0), status),
-        }
-    }
-
-    fn submit(&mut self, owed: Owed, op: Op) {
-        let id = self.pending.insert(owed);
-        if let (Some(watch), Some(woke)) = (&mut self.stopwatch, self.disk.woke_at()) {
-            watch.pops(id, &op, woke);
-        }
-        self.disk.submit(id, op);
-    }
-
-    /// Reads header and payload once, and makes an operation of them. The error is the status of a request that
-    /// is refused.
-    fn parse(&mut self, popped: &mut Popped) -> Result<Parsed, Status> {
-        let Popped { chain, frame, payload } = popped;
-        let mut bad = |why: &dyn std::fmt::Display| {
-            warn_limited!(self.errors, "blk: request at descriptor {}: {why}", chain.head);
-            Status::IoErr
-        };
-        if let Some(fault) = chain.fault {
-            return Err(bad(&fault));
-        }
-        if !frame.has_header {
-            return Err(bad(&"its header is shorter than 16 bytes"));
-        }
-        let ram = &self.job.ram;
-        let mut bytes = [0; HEADER_BYTES];
-        mem::gather(ram, &chain.readable, &mut bytes).map_err(|why| bad(&why))?;
-        let header = Header::parse(&bytes);
-        // Where an erase is not offered it must complete with UNSUPP, even if its amount of data is wrong. So
-        // an empty payload goes on to the parser, which refuses it.
-        let payload_bytes = header.payload_bytes(request::total(&frame.data_out)).unwrap_or(0);
-        payload.clear();
-        payload.resize(payload_bytes, 0);
-        mem::gather(ram, &frame.data_out, payload).map_err(|why| bad(&why))?;
-        let image = &self.image;
-        let features = self.job.features;
-        let limits = Limits { geometry: image.geometry(), features, readonly: image.config().readonly };
-        let (op, data_bytes) = match request::parse(header, frame, payload, &limits)? {
-            Request::In(range) => {
-                let iov = Iov::new(ram, &frame.data_in).map_err(|why| bad(&why))?;
-                // The walk has refused more than 4 GiB; the largest used length is 2^32 - 1.
-                let data_bytes = u32::try_from(range.bytes()).unwrap_or(u32::MAX - 1);
-                (Op::Read(range, iov), data_bytes)
-            }
-            Request::Out(range) => {
-                let iov = Iov::new(ram, &frame.data_out).map_err(|why| bad(&why))?;
-                (Op::Write(range, iov), 0)
-            }
-            Request::Flush => (Op::Flush, 0),
-            Request::Discard(ranges) => (Op::Discard(ranges), 0),
-            Request::WriteZeroes(ranges) => (Op::WriteZeroes(ranges), 0),
-            Request::GetId => {
-                mem::scatter(ram, &frame.data_in, image.serial()).map_err(|why| bad(&why))?;
-                return Ok(Parsed::Completed { data_bytes: ID_BYTES });
-            }
-        };
-        Ok(Parsed::Submit { op, data_bytes })
-    }
-
-    /// Completes what the disk has finished. Then publishes all of it by one store, and notifies the driver at
-    /// most once.
-    fn complete_finished(&mut self) -> Result<(), TurnError> {
-        let heard = self.note_submitted();
-        for Completion { id, result } in self.disk.take_completions() {
-            let mut owed = self.pending.remove(id).ok_or(TurnError::Lost(id))?;
-            let status = match result {
-                Ok(()) => Status::Ok,
-                Err(error) => {
-                    let path = self.image.config().path.display();
-                    warn_limited!(self.errors, "disk {path}: request fails: {}", Chained(&error));
-                    // The driver cannot rely on what was transferred before the error; a length of 0 is always
-                    // true.
-                    owed.data_bytes = 0;
-                    Status::IoErr
-                }
-            };
-            finish(&mut self.job, &owed, status)?;
-            self.completed += 1;
-            if let (Some(watch), Some(heard)) = (&mut self.stopwatch, heard) {
-                watch.completes(id, heard);
-            }
-        }
-        if self.job.ring.publish() {
-            self.job.interrupt.queue(self.job.index);
-        }
-        if let Some(watch) = &mut self.stopwatch {
-            watch.publishes();
-        }
-        Ok(())
-    }
-
-    /// Notes what was handed to the host since the last call. Returns when the last wait for the engine
-    /// returned; `None` if latencies are not recorded.
-    fn note_submitted(&mut self) -> Option<Instant> {
-        let watch = self.stopwatch.as_mut()?;
-        self.disk.take_submitted().for_each(|(id, at)| watch.submits(id, at));
-        self.disk.woke_at()
-    }
-}
-
-/// Writes the status, then the used entry; the data was written before. The used index follows when the batch
-/// is published (virtio 2.7.8.2).
-fn finish(job: &mut Job, owed: &Owed, status: Status) -> Result<(), RingError> {
-    mem::write_bytes(&job.ram, owed.status_addr, &[status as u8])
-        .map_err(|_| RingError::NoStatus(owed.head))?;
-    job.ring.push_used(owed.head, request::written(owed.data_bytes, owed.room))
 }
 
 /// Why a worker cannot continue.
@@ -351,21 +174,6 @@ pub enum TurnError {
     /// The disk is idle but has not completed this many requests. This is a bug of ours, too.
     #[error("the disk has nothing in flight and has not completed {0} of its requests")]
     Forgotten(usize),
-}
-
-/// Displays an error with its causes, in one line.
-struct Chained<'a>(&'a dyn std::error::Error);
-
-impl std::fmt::Display for Chained<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut cause = self.0.source();
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
-        Ok(())
-    }
 }
 
 /// The state shared by the device and its worker's thread.

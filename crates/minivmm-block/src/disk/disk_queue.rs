@@ -39,8 +39,7 @@ use super::queue_stats::QueueStats;
 pub use super::stable::StableBy;
 use super::stable::{Group, Member};
 use super::sync_ledger::SyncTicket;
-use super::transfer::{Transfer, bounce_buffers};
-use crate::mem::BufferPool;
+use super::transfer::{Transfer, Windows};
 use figures::QueueClock;
 
 /// The state machine of one queue of one disk.
@@ -55,7 +54,7 @@ pub struct DiskQueue {
     dsync_worked: bool,
     in_flight: Flights,
     group: Group,
-    pool: BufferPool,
+    windows: Windows,
     /// Stable writes of this batch for which [`DiskQueue::decide`] has not chosen RWF_DSYNC or fdatasync yet.
     undecided: Vec<OpToken>,
     /// Operations that wait for room in the engine, oldest first.
@@ -65,7 +64,9 @@ pub struct DiskQueue {
     /// Successful syncs that count only once every sync up to the ticket has been judged.
     held: Vec<(SyncTicket, Success)>,
     /// Completed requests that nobody has taken yet.
-    done: Vec<Completion>,
+    done: VecDeque<Completion>,
+    /// Bytes that requests have written and that are not stable, of which the monitor knows nothing yet.
+    acknowledged: u64,
     stats: Arc<QueueStats>,
     /// `None` unless latencies are recorded.
     clock: Option<QueueClock>,
@@ -82,7 +83,7 @@ impl DiskQueue {
         let stats = image.stats.add_queue();
         let clock = stats.is_timed().then(QueueClock::begin);
         Self {
-            pool: bounce_buffers(&image),
+            windows: Windows::new(&image, &stats),
             image,
             cache,
             engine,
@@ -95,7 +96,8 @@ impl DiskQueue {
             waiting: VecDeque::new(),
             ended: Vec::new(),
             held: Vec::new(),
-            done: Vec::new(),
+            done: VecDeque::new(),
+            acknowledged: 0,
             stats,
             clock,
         }
@@ -112,44 +114,51 @@ impl DiskQueue {
     }
 
     /// Submits a request. [`DiskQueue::take_completions`] returns its completion, possibly at once.
+    #[inline(always)]
     pub fn submit(&mut self, id: RequestId, op: Op) {
         self.count(&op);
-        let wb_at_submit = self.cache.writeback();
-        let writes = op.written_bytes();
-        let (stage, next) = match self.begin(op, wb_at_submit) {
-            Ok(begun) => begun,
-            Err(error) => return self.complete(Some(id), Err(error)),
-        };
-        let stable = !stage.is_sync() && self.cache.write_must_be_stable(wb_at_submit);
-        let grouped = stable && self.shares_syncs() && !stage.is_dsync();
-        let flight = Flight { wb_at_submit, writes, grouped, ..Flight::new(Some(id), stage) };
-        match next {
-            Next::Op(first) => self.take_off(flight, first),
-            Next::DeferToBatch => {
+        let mut flight = self.in_flight.begin(Some(id));
+        flight.wb_at_submit = self.cache.writeback();
+        flight.writes = op.written_bytes();
+        match self.begin(&mut flight, op) {
+            Ok(Next::Op(first)) => return self.take_off(flight, first),
+            Ok(Next::DeferToBatch) => {
                 let token = self.in_flight.insert(flight);
-                self.undecided.push(token);
+                return self.undecided.push(token);
             }
-            Next::Join => self.group.joins(Some(id), true),
-            Next::Done(result) => self.complete(Some(id), result),
-            Next::Stable => self.complete(Some(id), Ok(())),
+            Ok(Next::Join) => self.group.joins(Some(id), true),
+            Ok(Next::Done(result)) => self.complete(Some(id), result),
+            Ok(Next::Stable) => self.complete(Some(id), Ok(())),
+            Err(error) => self.complete(Some(id), Err(error)),
         }
+        self.in_flight.recycle(flight);
     }
 
     /// Makes stable what has completed by now, if the guest has turned its write cache off.
     pub fn sync_if_switched_off(&mut self) {
-        if self.cache.take_switched_off() && self.cache.policy().honour_flush && !self.image.config().readonly
+        if self.cache.is_switch_pending()
+            && self.cache.take_switched_off()
+            && self.cache.policy().honour_flush
+            && !self.image.config().readonly
         {
             self.group.joins(None, true);
             // Unless another sync is running, this one starts before the guest's next request.
-            self.start_shared_sync();
+            if self.group.is_due(self.in_flight.writing()) {
+                self.start_shared_sync();
+            }
         }
     }
 
     /// Hands to the engine what it can take now.
+    #[inline(always)]
     fn hand_over(&mut self) {
-        self.decide();
+        if !self.undecided.is_empty() {
+            self.decide();
+        }
         self.feed_engine();
-        self.start_shared_sync();
+        if self.group.is_due(self.in_flight.writing()) {
+            self.start_shared_sync();
+        }
     }
 
     /// Hands all queued operations to the engine, and returns what the calling thread may do until the next one
@@ -184,9 +193,19 @@ impl DiskQueue {
         for end in ended.drain(..) {
             self.advance(end);
         }
-        self.ended = ended;
+        // The list that is exchanged has no memory: this drops nothing.
+        std::mem::forget(std::mem::replace(&mut self.ended, ended));
+        self.count_acknowledged();
         self.feed_engine();
         self.release_settled();
+    }
+
+    /// Tells the monitor of the bytes that were written and are not stable: before the guest is told, and before a sync
+    /// starts that covers them. All of a batch together, because the monitor has a lock.
+    fn count_acknowledged(&mut self) {
+        if self.acknowledged > 0 {
+            self.image.monitor.acknowledges(std::mem::take(&mut self.acknowledged));
+        }
     }
 
     /// Returns `true` if the engine may block. A success held only by another queue's sync is not released by an
@@ -226,8 +245,19 @@ impl DiskQueue {
         self.engine.rest()
     }
 
+    /// Returns `true` if a completion waits to be taken.
+    pub fn has_completed(&self) -> bool {
+        !self.done.is_empty()
+    }
+
+    /// Returns the request that completed first, and removes it.
+    #[inline]
+    pub fn next_completion(&mut self) -> Option<Completion> {
+        self.done.pop_front()
+    }
+
     /// Returns the completed requests in the order in which they completed, and removes them.
-    pub fn take_completions(&mut self) -> std::vec::Drain<'_, Completion> {
+    pub fn take_completions(&mut self) -> std::collections::vec_deque::Drain<'_, Completion> {
         self.done.drain(..)
     }
 
@@ -238,21 +268,19 @@ impl DiskQueue {
 
     /// Chooses how the undecided writes become stable, now that the whole batch is known. A stable write that is
     /// alone in flight gets RWF_DSYNC: one call and one flush. Several share an fdatasync: one flush for all.
+    #[inline(never)]
     fn decide(&mut self) {
-        if self.undecided.is_empty() {
-            return;
-        }
         let mut undecided = std::mem::take(&mut self.undecided);
         let alone = undecided.len() == 1
             && (self.in_flight.writing(), self.in_flight.dsyncs()) == (1, 0)
             && self.group.is_idle();
         for token in undecided.drain(..) {
-            let (image, stats, pool) = (&self.image, &self.stats, &mut self.pool);
+            let windows = &mut self.windows;
             let first = self.in_flight.change(token, |flight| {
                 let Stage::Transfer(transfer) = &mut flight.stage else { return None };
                 transfer.dsync = alone;
                 flight.grouped = !alone;
-                Some(transfer.next_window(image, stats, pool))
+                Some(transfer.next_window(windows))
             });
             match first.flatten() {
                 Some(Ok(op)) => self.issue(token, op),
@@ -271,16 +299,22 @@ impl DiskQueue {
         }
     }
 
+    #[inline(never)]
     fn start_shared_sync(&mut self) {
-        if self.group.is_due(self.in_flight.writing()) {
-            self.group.starts();
-            self.stats.count(|counters| &counters.shared_syncs);
-            self.take_off(Flight::new(None, Stage::GroupSync), HostOp::Fdatasync);
-        }
+        self.group.starts();
+        self.stats.count(|counters| &counters.shared_syncs);
+        let mut flight = self.in_flight.begin(None);
+        flight.stage = Stage::GroupSync;
+        self.take_off(flight, HostOp::Fdatasync);
     }
 
     /// Completes the held successes whose syncs have all been judged. Returns `true` if there was any.
+    #[inline]
     fn release_settled(&mut self) -> bool {
+        !self.held.is_empty() && self.release_held()
+    }
+
+    fn release_held(&mut self) -> bool {
         let before = self.held.len();
         let mut at = 0;
         while let Some(&(horizon, _)) = self.held.get(at) {
@@ -294,12 +328,14 @@ impl DiskQueue {
         self.held.len() < before
     }
 
-    fn take_off(&mut self, flight: Flight, first: HostOp) {
+    #[inline(always)]
+    fn take_off(&mut self, flight: Box<Flight>, first: HostOp) {
         let token = self.in_flight.insert(flight);
         self.issue(token, first);
     }
 
     /// Hands an operation to the engine, after those that already wait for room there.
+    #[inline(always)]
     fn issue(&mut self, token: OpToken, op: HostOp) {
         let refused = if self.waiting.is_empty() { self.hand_to_engine(token, op) } else { Err(op) };
         if let Err(op) = refused {
@@ -307,7 +343,15 @@ impl DiskQueue {
         }
     }
 
+    #[inline]
     fn feed_engine(&mut self) {
+        if !self.waiting.is_empty() {
+            self.feed_waiting();
+        }
+    }
+
+    #[cold]
+    fn feed_waiting(&mut self) {
         while let Some((token, op)) = self.waiting.pop_front() {
             if let Err(op) = self.hand_to_engine(token, op) {
                 self.waiting.push_front((token, op));
@@ -317,11 +361,12 @@ impl DiskQueue {
     }
 
     /// Hands an operation to the engine. Returns it as an error if the engine has no room.
+    #[inline(always)]
     fn hand_to_engine(&mut self, token: OpToken, op: HostOp) -> Result<(), HostOp> {
         let kind = HostKind::of(&op);
         let now = self.clock.is_some().then(Instant::now);
         // Opened before the engine may begin it, so that no overlap is missed (E7).
-        let sync = self.open_sync(&op);
+        let sync = if op.is_sync() { Some(self.open_sync(&op)) } else { None };
         match self.engine.submit(token, op) {
             Ok(()) => {
                 self.stats.count(|counters| counters.of(kind));
@@ -340,11 +385,13 @@ impl DiskQueue {
         }
     }
 
-    fn open_sync(&self, op: &HostOp) -> Option<OpenSync> {
-        op.is_sync().then(|| OpenSync {
+    #[cold]
+    fn open_sync(&mut self, op: &HostOp) -> OpenSync {
+        self.count_acknowledged();
+        OpenSync {
             ticket: self.image.latch.open(),
             covers: matches!(op, HostOp::Fdatasync).then(|| self.image.monitor.sync_starts()),
-        })
+        }
     }
 
     /// Handles a completed operation: issues the next one of its request, or completes the request.
@@ -373,9 +420,7 @@ impl DiskQueue {
     fn repeat(&mut self, flight: &mut Flight, error: io::Error) -> Next {
         let op = match &mut flight.stage {
             Stage::Sync | Stage::GroupSync => Ok(Some(HostOp::Fdatasync)),
-            Stage::Transfer(transfer) => {
-                transfer.next_window(&self.image, &self.stats, &mut self.pool).map(Some)
-            }
+            Stage::Transfer(transfer) => transfer.next_window(&mut self.windows).map(Some),
             Stage::Erase(erase) => erase.again(),
         };
         match op {
@@ -389,8 +434,7 @@ impl DiskQueue {
         match next {
             Next::Op(op) => {
                 self.end_sync(covers, SyncEnd::Void);
-                let token = self.in_flight.put_back(flight);
-                return self.issue(token, op);
+                return self.take_off(flight, op);
             }
             Next::Done(result) => {
                 let failed = matches!(result, Err(DiskError::Host { .. }));
@@ -399,9 +443,8 @@ impl DiskQueue {
                     let _ = self.image.file().cut();
                 }
                 self.end_sync(covers, if failed { SyncEnd::Failed } else { SyncEnd::Void });
-                // Counts the bytes before the guest is told that they are written.
                 if result.is_ok() && !flight.stage.is_stable() {
-                    self.image.monitor.acknowledges(flight.writes);
+                    self.acknowledged = self.acknowledged.saturating_add(flight.writes);
                 }
                 self.finish(&flight, result);
             }
@@ -517,7 +560,7 @@ impl DiskQueue {
         match result {
             Ok(count) => {
                 self.dsync_worked |= transfer.dsync;
-                transfer.advance(count as u64, &self.image, &self.stats, &mut self.pool)
+                transfer.advance(count as u64, &mut self.windows)
             }
             Err(source)
                 if transfer.dsync
@@ -529,7 +572,7 @@ impl DiskQueue {
                 log::info!("disk: no RWF_DSYNC on this file; stable writes use fdatasync");
                 self.has_dsync = false;
                 transfer.dsync = false;
-                transfer.next_window(&self.image, &self.stats, &mut self.pool).map(Some)
+                transfer.next_window(&mut self.windows).map(Some)
             }
             Err(source) => {
                 if transfer.dsync {
@@ -541,13 +584,15 @@ impl DiskQueue {
         }
     }
 
+    #[inline]
     fn complete(&mut self, id: Member, result: Result<(), DiskError>) {
-        if result.is_err() {
+        let result = result.map_err(|error| {
             self.stats.count(|counters| &counters.errors);
-        }
+            Box::new(error)
+        });
         if let Some(id) = id {
             self.stats.ends();
-            self.done.push(Completion { id, result });
+            self.done.push_back(Completion { id, result });
         }
     }
 }

@@ -25,8 +25,18 @@ pub(super) struct Flight {
 }
 
 impl Flight {
-    pub(super) fn new(id: Member, stage: Stage) -> Self {
-        Self { id, wb_at_submit: false, stage, writes: 0, grouped: false }
+    fn new(id: Member) -> Self {
+        Self { id, wb_at_submit: false, stage: Stage::Sync, writes: 0, grouped: false }
+    }
+
+    /// Puts the flight into the stage of a transfer, and returns the transfer.
+    #[inline(always)]
+    pub(super) fn transfers(&mut self, transfer: Transfer) -> &mut Transfer {
+        self.stage = Stage::Transfer(transfer);
+        match &mut self.stage {
+            Stage::Transfer(transfer) => transfer,
+            _ => unreachable!("stored just now"),
+        }
     }
 
     /// Returns `true` if `next` is another operation of the write itself, and not a sync.
@@ -67,31 +77,34 @@ impl Flights {
         self.dsyncs
     }
 
-    /// Adds a new request.
-    pub(super) fn insert(&mut self, flight: Flight) -> OpToken {
-        let boxed = match self.spare.pop() {
-            Some(mut spare) => {
-                *spare = flight;
-                spare
+    /// Returns a flight for a new request, in the stage [`Stage::Sync`]. It is not in flight yet.
+    #[inline(always)]
+    pub(super) fn begin(&mut self, id: Member) -> Box<Flight> {
+        match self.spare.pop() {
+            Some(mut flight) => {
+                (flight.id, flight.wb_at_submit, flight.writes, flight.grouped) = (id, false, 0, false);
+                flight
             }
-            None => Box::new(flight),
-        };
-        self.put_back(boxed)
+            None => Box::new(Flight::new(id)),
+        }
     }
 
-    /// Puts back a request that goes on. It gets a new token.
-    pub(super) fn put_back(&mut self, flight: Box<Flight>) -> OpToken {
+    /// Adds a request that begins or goes on. It gets a new token for its next operation.
+    #[inline(always)]
+    pub(super) fn insert(&mut self, flight: Box<Flight>) -> OpToken {
         self.writing += usize::from(flight.grouped);
         self.dsyncs += usize::from(flight.stage.is_dsync());
         self.flights.insert(flight)
     }
 
     /// Keeps the box of a request that is over, and drops what it held.
+    #[inline(always)]
     pub(super) fn recycle(&mut self, mut flight: Box<Flight>) {
         flight.stage = Stage::Sync;
         self.spare.push(flight);
     }
 
+    #[inline(always)]
     pub(super) fn remove(&mut self, token: OpToken) -> Option<Box<Flight>> {
         let flight = self.flights.remove(token)?;
         self.uncount(&flight);
@@ -116,6 +129,9 @@ impl Flights {
 
     /// Takes the sync that was open while the engine had this operation; `None` if the operation is no sync.
     pub(super) fn take_sync(&mut self, token: OpToken) -> Option<OpenSync> {
+        if self.syncs.is_empty() {
+            return None;
+        }
         let at = self.syncs.iter().position(|&(of, _)| of == token)?;
         Some(self.syncs.swap_remove(at).1)
     }

@@ -106,6 +106,7 @@ impl DiskError {
 pub struct Completion {
     /// The number that the request was submitted with.
     pub id: RequestId,
-    /// `Ok` if every byte was moved and, where the request must be stable, is stable. Otherwise the reason.
-    pub result: Result<(), DiskError>,
+    /// `Ok` if every byte was moved and, where the request must be stable, is stable. Otherwise the reason. Boxed,
+    /// because an error is larger than all the rest.
+    pub result: Result<(), Box<DiskError>>,
 }

@@ -89,7 +89,7 @@ impl Group {
     /// `writing` writes unless an urgent member waits. That wait is bounded: none of these writes completes
     /// before the sync, so no more can come than the queue has entries.
     pub(super) fn is_due(&self, writing: usize) -> bool {
-        self.running.is_none() && !self.waiting.is_empty() && (self.urgent || writing == 0)
+        !self.waiting.is_empty() && self.running.is_none() && (self.urgent || writing == 0)
     }
 
     /// Records that a sync starts. It is for all members that wait now.

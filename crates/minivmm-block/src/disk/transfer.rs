@@ -4,6 +4,7 @@
 //! and what follows the last byte.
 
 use std::io;
+use std::sync::Arc;
 
 use super::engine::HostOp;
 use super::image::Image;
@@ -53,53 +54,40 @@ impl Transfer {
 
     /// Records that the operation in flight has moved `count` bytes. Returns the next operation, or `None` after
     /// the last byte.
-    pub(super) fn advance(
-        &mut self,
-        count: u64,
-        image: &Image,
-        stats: &QueueStats,
-        pool: &mut BufferPool,
-    ) -> Result<Option<HostOp>, DiskError> {
+    pub(super) fn advance(&mut self, count: u64, windows: &mut Windows) -> Result<Option<HostOp>, DiskError> {
         let bytes = self.iov.bytes();
-        let short = DiskError::Short { what: self.what(), done: self.done, bytes };
-        if count == 0 || count > self.asked {
-            return Err(short);
-        }
         // O_DIRECT cannot continue in the middle of a block, so a partly moved block is moved again.
-        let step = u64::from(image.geometry().alignment.offset);
-        let moved = if count == self.asked { count } else { count - count % step };
-        if moved == 0 {
-            return Err(short);
+        let moved = if count == self.asked { count } else { count - count % windows.step };
+        if moved == 0 || count > self.asked {
+            return Err(DiskError::Short { what: self.what(), done: self.done, bytes });
         }
         if let (Some(bounce), false) = (&self.bounce, self.write) {
             bounce.part(0, moved, 1).copy_to(&self.iov.part(self.done, moved, usize::MAX));
         }
         if moved < self.asked {
-            stats.count(|counters| &counters.continued);
+            windows.stats.count(|counters| &counters.continued);
         }
         self.done += moved;
         if self.done == bytes {
             return Ok(None);
         }
-        self.next_window(image, stats, pool).map(Some)
+        self.next_window(windows).map(Some)
     }
 
     /// Returns the host operation for the next part. It uses a bounce buffer only if it must.
-    pub(super) fn next_window(
-        &mut self,
-        image: &Image,
-        stats: &QueueStats,
-        pool: &mut BufferPool,
-    ) -> Result<HostOp, DiskError> {
-        let alignment = image.geometry().alignment;
+    pub(super) fn next_window(&mut self, windows: &mut Windows) -> Result<HostOp, DiskError> {
+        self.window(windows)
+    }
+
+    /// [`Transfer::next_window`] for the one caller that every request passes through.
+    #[inline(always)]
+    pub(super) fn window(&mut self, windows: &mut Windows) -> Result<HostOp, DiskError> {
         let mut window = self.iov.part(self.done, TRANSFER_MAX, PIECES_MAX);
-        self.bounce = None;
-        let fits = window.is_aligned(alignment.memory, alignment.offset);
-        // The write log must record exactly what is written, even if the guest changes its memory meanwhile.
-        let recorded = self.write && image.write_log().is_some();
-        if recorded || image.config().cache.direct && (image.config().bounce_always || !fits) {
-            window = self.bounce(stats, pool)?;
+        if windows.must_bounce(self.write, &window) {
+            window = windows.bounce(&self.iov, self.done, self.write)?;
             self.bounce = Some(window.clone());
+        } else if self.bounce.is_some() {
+            self.bounce = None;
         }
         self.asked = window.bytes();
         let offset = self.offset + self.done;
@@ -109,25 +97,67 @@ impl Transfer {
             HostOp::Readv { iov: window, offset }
         })
     }
-
-    fn bounce(&self, stats: &QueueStats, pool: &mut BufferPool) -> Result<Iov, DiskError> {
-        let part = self.iov.part(self.done, BOUNCE_MAX, usize::MAX);
-        let copy = if self.write {
-            pool.take_copy(&part)
-        } else {
-            usize::try_from(part.bytes()).map_err(io::Error::other).and_then(|bytes| pool.take_zeroed(bytes))
-        };
-        let bounce = copy.map_err(|source| DiskError::Host { what: "allocating a bounce buffer", source })?;
-        stats.count(|counters| &counters.bounces);
-        Ok(bounce)
-    }
 }
 
-/// Returns the bounce buffers of one queue. The pool keeps a few; more are allocated while they are needed.
-pub(super) fn bounce_buffers(image: &Image) -> BufferPool {
-    const KEPT: usize = 8;
-    // 256 KiB fits in every usize.
-    #[allow(clippy::cast_possible_truncation)]
-    let bytes = BOUNCE_MAX as usize;
-    BufferPool::new(bytes, image.geometry().alignment.memory.max(512) as usize, KEPT)
+/// How the transfers of one queue are cut into host operations, and the queue's bounce buffers.
+pub(super) struct Windows {
+    /// `true` if every write goes through a bounce buffer.
+    bounce_writes: bool,
+    /// `true` if every read goes through a bounce buffer.
+    bounce_reads: bool,
+    /// `true` if a transfer whose memory is not aligned goes through a bounce buffer: O_DIRECT.
+    direct: bool,
+    /// The alignment of each piece's address, in bytes.
+    memory_align: u32,
+    /// The alignment of each piece's length, in bytes.
+    length_align: u32,
+    /// After a short transfer, the next one begins at a multiple of this many bytes.
+    step: u64,
+    stats: Arc<QueueStats>,
+    /// The pool keeps a few buffers; more are allocated while they are needed.
+    pool: BufferPool,
+}
+
+impl Windows {
+    pub(super) fn new(image: &Image, stats: &Arc<QueueStats>) -> Self {
+        const KEPT: usize = 8;
+        // 256 KiB fits in every usize.
+        #[allow(clippy::cast_possible_truncation)]
+        let bytes = BOUNCE_MAX as usize;
+        let alignment = image.geometry().alignment;
+        let direct = image.config().cache.direct;
+        let always = direct && image.config().bounce_always;
+        Self {
+            // The write log must record exactly what is written, even if the guest changes its memory meanwhile.
+            bounce_writes: always || image.write_log().is_some(),
+            bounce_reads: always,
+            direct,
+            memory_align: alignment.memory,
+            length_align: alignment.offset,
+            step: u64::from(alignment.offset),
+            stats: Arc::clone(stats),
+            pool: BufferPool::new(bytes, alignment.memory.max(512) as usize, KEPT),
+        }
+    }
+
+    #[inline]
+    fn must_bounce(&self, write: bool, window: &Iov) -> bool {
+        let always = if write { self.bounce_writes } else { self.bounce_reads };
+        always || self.direct && !window.is_aligned(self.memory_align, self.length_align)
+    }
+
+    /// Returns a bounce buffer for the part of `iov` from byte `done` on.
+    #[cold]
+    fn bounce(&mut self, iov: &Iov, done: u64, write: bool) -> Result<Iov, DiskError> {
+        let part = iov.part(done, BOUNCE_MAX, usize::MAX);
+        let copy = if write {
+            self.pool.take_copy(&part)
+        } else {
+            let bytes = usize::try_from(part.bytes()).map_err(io::Error::other);
+            bytes.and_then(|bytes| self.pool.take_zeroed(bytes))
+        };
+        let bounce = copy.map_err(|source| DiskError::Host { what: "allocating a bounce buffer", source })?;
+        self.stats.count(|counters| &counters.bounces);
+        Ok(bounce)
+    }
 }

@@ -228,6 +228,7 @@ impl Ring {
     }
 
     /// Pops the next available chain into `chain`, whose memory is reused. Returns `false` if there is none.
+    #[inline]
     pub fn pop_into(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
         if self.next_available == self.seen_available && !self.look_for_more()? {
             return Ok(false);
@@ -323,11 +324,16 @@ impl Ring {
         Ok(())
     }
 
+    /// Returns `true` if used entries were pushed that the driver cannot see yet.
+    pub fn owes_publish(&self) -> bool {
+        self.next_used != self.judged
+    }
+
     /// Publishes everything that was pushed, by one store. Returns `true` if the driver is to be notified
     /// (virtio 2.7.7.2); this is decided once for all of it.
     #[must_use = "a driver that wants to be notified must be"]
     pub fn publish(&mut self) -> bool {
-        if self.next_used == self.judged {
+        if !self.owes_publish() {
             return false;
         }
         self.store_used_idx();

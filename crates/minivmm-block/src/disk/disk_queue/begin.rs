@@ -5,15 +5,15 @@
 
 use super::DiskQueue;
 use crate::disk::erase::Erase;
-use crate::disk::flight::{Next, Stage};
+use crate::disk::flight::{Flight, Next, Stage};
 use crate::disk::geometry::SectorRange;
 use crate::disk::op::{DiskError, Op, ZeroedRange};
 use crate::disk::stable::StableBy;
 use crate::disk::transfer::Transfer;
 use crate::mem::Iov;
 
-/// How a transfer begins. The default is a read.
-#[derive(Debug, Clone, Copy, Default)]
+/// How a transfer begins.
+#[derive(Debug, Clone, Copy)]
 struct Way {
     write: bool,
     dsync: bool,
@@ -21,74 +21,94 @@ struct Way {
     deferred: bool,
 }
 
+impl Way {
+    const READ: Self = Self { write: false, dsync: false, deferred: false };
+    /// A write that may stay volatile, or that an fdatasync makes stable.
+    const WRITE: Self = Self { write: true, ..Self::READ };
+}
+
 impl DiskQueue {
-    /// Returns the first stage of a request and what to do first, usually a host operation.
-    pub(super) fn begin(&mut self, op: Op, wb_at_submit: bool) -> Result<(Stage, Next), DiskError> {
+    /// Puts a request into its first stage. Returns what to do first, usually a host operation.
+    #[inline(always)]
+    pub(super) fn begin(&mut self, flight: &mut Flight, op: Op) -> Result<Next, DiskError> {
         match op {
-            Op::Read(range, iov) => self.begin_transfer(range, iov, Way::default()),
+            Op::Read(range, iov) => self.begin_transfer(flight, range, iov, Way::READ),
             Op::Write(range, iov) => {
                 self.check_writable()?;
-                let stable = self.cache.write_must_be_stable(wb_at_submit);
-                if stable {
-                    self.check_latch()?;
-                }
-                let (dsync, deferred) = match self.stable_by {
-                    _ if !stable || !self.has_dsync => (false, false),
-                    StableBy::Dsync => (true, false),
-                    StableBy::Auto => (false, self.image.file().dsync_is_one_flush()),
-                    StableBy::Fdatasync | StableBy::Group => (false, false),
-                };
-                self.begin_transfer(range, iov, Way { write: true, dsync, deferred })
+                let stable = self.cache.write_must_be_stable(flight.wb_at_submit);
+                let way = if stable { self.begin_stable(flight)? } else { Way::WRITE };
+                self.begin_transfer(flight, range, iov, way)
             }
             Op::Flush if !self.cache.policy().honour_flush => {
                 self.stats.count(|counters| &counters.flushes_ignored);
-                Ok((Stage::Sync, Next::Done(Ok(()))))
+                Ok(Next::Done(Ok(())))
             }
             Op::Flush => {
                 self.check_latch()?;
-                Ok((Stage::GroupSync, Next::Join))
+                Ok(Next::Join)
             }
             Op::Discard(ranges) => {
                 let unmapped = |range| ZeroedRange { range, unmap: true };
                 let ranges: Vec<_> = ranges.into_iter().map(unmapped).collect();
-                self.begin_erase(&ranges, false, wb_at_submit)
+                self.begin_erase(flight, &ranges, false)
             }
-            Op::WriteZeroes(ranges) => self.begin_erase(&ranges, true, wb_at_submit),
+            Op::WriteZeroes(ranges) => self.begin_erase(flight, &ranges, true),
         }
     }
 
-    fn begin_transfer(&mut self, range: SectorRange, iov: Iov, way: Way) -> Result<(Stage, Next), DiskError> {
-        self.check_aligned(range)?;
-        let mut transfer = Transfer::new(range.offset(), iov, way.write, way.dsync);
-        let next = if transfer.is_empty() {
-            Next::Done(Ok(()))
-        } else if way.deferred {
-            Next::DeferToBatch
-        } else {
-            Next::Op(transfer.next_window(&self.image, &self.stats, &mut self.pool)?)
+    /// Checks that a write can be made stable, and chooses how.
+    fn begin_stable(&self, flight: &mut Flight) -> Result<Way, DiskError> {
+        self.check_latch()?;
+        let (dsync, deferred) = match self.stable_by {
+            _ if !self.has_dsync => (false, false),
+            StableBy::Dsync => (true, false),
+            StableBy::Auto => (false, self.image.file().dsync_is_one_flush()),
+            StableBy::Fdatasync | StableBy::Group => (false, false),
         };
-        Ok((Stage::Transfer(transfer), next))
+        flight.grouped = !dsync && self.shares_syncs();
+        Ok(Way { dsync, deferred, ..Way::WRITE })
+    }
+
+    #[inline(always)]
+    fn begin_transfer(
+        &mut self,
+        flight: &mut Flight,
+        range: SectorRange,
+        iov: Iov,
+        way: Way,
+    ) -> Result<Next, DiskError> {
+        self.check_aligned(range)?;
+        let transfer = flight.transfers(Transfer::new(range.offset(), iov, way.write, way.dsync));
+        if transfer.is_empty() {
+            Ok(Next::Done(Ok(())))
+        } else if way.deferred {
+            Ok(Next::DeferToBatch)
+        } else {
+            transfer.window(&mut self.windows).map(Next::Op)
+        }
     }
 
     fn begin_erase(
         &self,
+        flight: &mut Flight,
         ranges: &[ZeroedRange],
         must_zero: bool,
-        wb_at_submit: bool,
-    ) -> Result<(Stage, Next), DiskError> {
+    ) -> Result<Next, DiskError> {
         self.check_writable()?;
         for erased in ranges {
             self.check_aligned(erased.range)?;
         }
-        if self.cache.write_must_be_stable(wb_at_submit) {
+        if self.cache.write_must_be_stable(flight.wb_at_submit) {
             self.check_latch()?;
+            flight.grouped = self.shares_syncs();
         }
         let mut erase = Erase::new(ranges, must_zero, self.image.geometry().alignment);
         let next = match erase.begin_range() {
             Some(op) => Next::Op(op),
             None => Next::Done(Ok(())),
         };
-        Ok((Stage::Erase(erase), next))
+        flight.stage = Stage::Erase(erase);
+        Ok(next)
     }
 
     fn check_writable(&self) -> Result<(), DiskError> {

@@ -126,10 +126,18 @@ impl Area {
     }
 }
 
+/// Returns what is ANDed to a position in a ring of `size` entries, a power of two (virtio 2.7). Should it be none, the
+/// position is still inside the ring.
+fn mask(size: u16) -> u16 {
+    if size.is_power_of_two() { size - 1 } else { 0 }
+}
+
 /// The driver's area (virtio 2.7.6): flags, idx, `ring[size]`, used_event.
 pub struct Available {
     area: Area,
     size: u16,
+    /// The size is a power of two: a position is brought into the ring without a division.
+    mask: u16,
 }
 
 impl Available {
@@ -140,7 +148,7 @@ impl Available {
 
     /// Finds the ring at a guest address. It must be wholly in RAM.
     pub fn new(ram: &Ram, addr: u64, size: u16) -> Result<Self, OutsideRam> {
-        Ok(Self { area: Area::new(ram, addr, Self::bytes(size), 2)?, size })
+        Ok(Self { area: Area::new(ram, addr, Self::bytes(size), 2)?, size, mask: mask(size) })
     }
 
     pub fn flags(&self) -> u16 {
@@ -153,7 +161,7 @@ impl Available {
     }
 
     pub fn entry(&self, position: u16) -> u16 {
-        self.area.load(4 + 2 * usize::from(position % self.size), Ordering::Relaxed)
+        self.area.load(4 + 2 * usize::from(position & self.mask), Ordering::Relaxed)
     }
 
     pub fn used_event(&self) -> u16 {
@@ -165,6 +173,8 @@ impl Available {
 pub struct Used {
     area: Area,
     size: u16,
+    /// The size is a power of two: a position is brought into the ring without a division.
+    mask: u16,
 }
 
 impl Used {
@@ -175,7 +185,7 @@ impl Used {
 
     /// Finds the ring at a guest address. It must be wholly in RAM.
     pub fn new(ram: &Ram, addr: u64, size: u16) -> Result<Self, OutsideRam> {
-        Ok(Self { area: Area::new(ram, addr, Self::bytes(size), 4)?, size })
+        Ok(Self { area: Area::new(ram, addr, Self::bytes(size), 4)?, size, mask: mask(size) })
     }
 
     pub fn set_flags(&self, flags: u16) {
@@ -188,7 +198,7 @@ impl Used {
     }
 
     pub fn set_entry(&self, position: u16, head: u16, len: u32) {
-        let at = 4 + 8 * usize::from(position % self.size);
+        let at = 4 + 8 * usize::from(position & self.mask);
         self.area.store32(at, u32::from(head));
         self.area.store32(at + 4, len);
     }
