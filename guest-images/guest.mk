@@ -9,12 +9,16 @@
 #   make guest-all               6.12 and 6.1 side by side, 6.12 the default one
 #   make guest-small             a small kernel with all of virtio built in (needs flex, bison, ...)
 #   make emuhost                 the emulated host for machines whose KVM cannot run Linux
+#   make emuhost EMUHOST_KERNEL=backports   the same with Debian's newest backported kernel (or 6.1): beside the default
+#                                one, and used where EMUHOST_KERNEL says so, by study, bench-modes and the tests too
 #   make emuhost-intel           the parts of an emulated Intel host, for make test-intel
 #   make guest-refresh           takes newer packages, if Debian has any, with the next make
 #   make guest-clean             removes all of it; downloads stay in the cache
 
 KERNEL ?= 6.12
 MODULES ?=
+EMUHOST_KERNEL ?= 6.12
+export EMUHOST_KERNEL
 # EXTRA: what was given last stays, so that `make run` and `make test` do not undo it.
 
 guest_dir := $(patsubst %/,%,$(dir $(lastword $(MAKEFILE_LIST))))
@@ -76,10 +80,11 @@ guest-small: $(guest_build)/small/manifest
 $(guest_build)/small/manifest: $(small_inputs)
 	@$(guest_dir)/build-small-kernel
 
-emuhost: $(guest_build)/host/manifest
+host_name := $(if $(filter 6.12,$(EMUHOST_KERNEL)),host,host-$(EMUHOST_KERNEL))
+emuhost: $(guest_build)/$(host_name)/manifest
 
-$(guest_build)/host/manifest: $(host_inputs)
-	@$(guest_dir)/build-host
+$(guest_build)/$(host_name)/manifest: $(host_inputs)
+	@$(guest_dir)/build-host '$(EMUHOST_KERNEL)'
 
 emuhost-intel: $(guest_build)/intel/manifest
 

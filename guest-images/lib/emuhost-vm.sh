@@ -14,8 +14,8 @@ HEARTBEAT_SECONDS_MAX=60
 host_build() {
     case $HOST_KERNEL in
     6.12) HOST_BUILD=$BUILD_DIR/host ;;
-    6.1) HOST_BUILD=$BUILD_DIR/host-6.1 ;;
-    *) usage_error "--kernel $HOST_KERNEL: 6.12 or 6.1" ;;
+    6.1 | backports) HOST_BUILD=$BUILD_DIR/host-$HOST_KERNEL ;;
+    *) usage_error "--kernel $HOST_KERNEL (or EMUHOST_KERNEL): 6.12, 6.1 or backports" ;;
     esac
     if [ ! -e "$HOST_BUILD/manifest" ]; then
         say "building the emulated host (once)"

@@ -198,7 +198,8 @@ fn mode_unsafe_on_6_12() {
     a_mode_from_mkfs_to_fsck("unsafe", "auto", "6.12", (1, "512M"), "pci");
 }
 
-/// Where the host has RWF_DONTCACHE, as the emulated host with its 6.12 has not: it must say so, and what to use.
+/// Where the host has RWF_DONTCACHE, as the emulated host has with EMUHOST_KERNEL=backports. With its 6.12 it has not:
+/// minivmm must say so, and what to use.
 #[test]
 fn mode_dontcache_on_6_12_or_its_refusal() {
     let place = Host::get().place();

@@ -109,6 +109,47 @@ fn guest_and_host_count_the_same_and_cache_what_the_modes_predict() {
     assert!((0.2..=0.3).contains(&share), "{share} of {cached:?}");
 }
 
+/// Writes all of each disk to new blocks, reads it again, and waits until the caches have been looked at.
+const WHOLE: &str = r#"
+for disk in vda vdb; do
+    dd if=/dev/zero of=/dev/$disk bs=1M count=48 oflag=direct conv=fsync 2>/dev/null || exit 1
+    dd if=/dev/$disk of=/dev/null bs=1M iflag=direct 2>/dev/null || exit 1
+done
+sleep 2
+"#;
+
+#[test]
+fn what_goes_through_dontcache_does_not_stay_in_the_hosts_cache() {
+    let place = Host::get().place();
+    let asked = place.sh("truncate -s 48M a.img b.img; minivmm --explain --disk a.img,cache=dontcache");
+    if asked.status == 125 && asked.stderr.contains("RWF_DONTCACHE") {
+        skip("dontcache", "this host has no RWF_DONTCACHE (ext4 since Linux 6.17)");
+        return;
+    }
+    assert_eq!(asked.status, 0, "{asked:#?}");
+    place.put("job", WHOLE.as_bytes());
+    let outcome = place.sh(&format!(
+        "{GUEST} --disk a.img,cache=dontcache --disk b.img,cache=writeback --observe a.csv --observe-interval 0.2 \
+         --add job:/tmp/job -- sh /tmp/job"
+    ));
+    assert_eq!(outcome.status, 0, "{outcome:#?}");
+    let rows = rows(&place, "a.csv");
+    let of = |disk: &str, column: &str| -> Vec<f64> {
+        let own = rows.iter().filter(|row| row.text("disk") == disk);
+        own.map(|row| row.number(column).unwrap_or_else(|| panic!("no {column}: {row:?}"))).collect()
+    };
+    for (disk, end) in [("vda", 0.0..=MIB), ("vdb", 47.0 * MIB..=48.0 * MIB)] {
+        let cached = of(disk, "host_cached_bytes");
+        let most = cached.iter().fold(0.0_f64, |most, bytes| most.max(*bytes));
+        println!("{disk}: {most} bytes in the host's cache at most, {} in the end", cached.last().unwrap());
+        assert!(end.contains(cached.last().unwrap()), "{disk}: {cached:?}");
+        for column in ["written_bytes", "read_bytes"] {
+            assert!(of(disk, column).last().unwrap() >= &(48.0 * MIB), "{disk} {column}: {rows:?}");
+        }
+        assert_eq!(of(disk, "host_dirty_bytes").last(), Some(&0.0), "{disk}");
+    }
+}
+
 #[test]
 fn a_memory_limit_is_on_the_whole_process_and_goes_with_it() {
     let place = Host::get().place();
