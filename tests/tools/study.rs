@@ -12,7 +12,7 @@ use minivmm_lab::study::figures::StepRecord;
 use minivmm_lab::study::machine::StudyMachine;
 use minivmm_lab::study::page::page;
 use minivmm_lab::study::report::{RunSummary, StudyReport};
-use minivmm_lab::study::verdict::Outcome;
+use minivmm_lab::study::verdict::{Decision, Outcome};
 use minivmm_lab::study::{EXPERIMENTS, by_id};
 use minivmm_testkit::host;
 use minivmm_testkit::tools;
@@ -22,7 +22,7 @@ fn steps() -> Vec<StepRecord> {
     let mut reads = StepRecord::new("reads", 1);
     for mode in MODES {
         for mib in [0.0, 4.0, 8.0] {
-            let cached = if ["none", "directsync"].contains(&mode) { 0.0 } else { mib };
+            let cached = if ["none", "directsync", "dontcache"].contains(&mode) { 0.0 } else { mib };
             for (what, value) in
                 [("guest", mib), ("asked", mib), ("host.cached", cached), ("host.at", mib / 4.0)]
             {
@@ -164,6 +164,38 @@ fn verdicts_follow_from_the_figures_and_from_nothing_else() {
     assert_eq!(outcome(&report(steps), "T1").0, Outcome::Inconclusive);
 }
 
+/// On most hosts dontcache cannot be had: that is told, and is no failure.
+#[test]
+fn a_case_that_the_host_cannot_have_is_told_and_changes_no_verdict() {
+    const WHY: &str = "Linux 6.12 has no RWF_DONTCACHE for files on ext4";
+    let mut steps = steps();
+    steps[0].figures.retain(|name, _| !name.contains("dontcache"));
+    let missing = report(steps.clone());
+    steps[0].unavailable.insert("dontcache".into(), WHY.into());
+    let told = report(steps);
+    let t1 = |report: &StudyReport| report.experiments.iter().find(|found| found.id == "T1").unwrap().clone();
+    assert_eq!(t1(&missing).claims[0].verdict.outcome, Outcome::Inconclusive, "a control was not measured");
+    let t1 = t1(&told);
+    let verdict = &t1.claims[0].verdict;
+    assert_eq!(
+        (verdict.outcome, verdict.unavailable.clone(), verdict.open.len()),
+        (Outcome::InPart, vec!["dontcache".to_owned()], 0)
+    );
+    for measure in &t1.measures {
+        let case = measure.cases.iter().find(|case| case.case == "dontcache").unwrap();
+        assert_eq!(case.prediction, Decision::Unavailable(WHY.into()), "{}", measure.name);
+    }
+    assert_eq!(t1.failed().count(), 0);
+    let html = page(&told);
+    elements(&html);
+    assert!(html.contains(&format!("not available here, because {WHY}")));
+    assert!(html.contains(", 2 not available"), "T1 has two predictions of it");
+    assert!(told.to_text().contains(&format!("dontcache is not available here, because {WHY}")));
+    let json = serde_json::to_value(&told).unwrap();
+    assert_eq!(json["steps"][0]["unavailable"]["dontcache"], WHY);
+    assert_eq!(json["experiments"][0]["claims"][0]["verdict"]["unavailable"][0], "dontcache");
+}
+
 #[test]
 fn every_claim_is_judged_by_some_rule_and_every_case_has_a_prediction() {
     let mut ids = HashSet::new();
@@ -262,12 +294,16 @@ fn with_guests_residencies_are_what_was_predicted_and_an_ended_run_goes_on() {
     assert!(!done.stderr.contains("dirty (repetition"), "it was done already: {done:#?}");
     let json: serde_json::Value = serde_json::from_str(&place.sh("cat out/study.json").stdout).unwrap();
     assert_eq!(json["complete"], true);
+    let probe = "truncate -s 1M p.img; minivmm --explain --disk p.img,cache=dontcache";
+    let has_dontcache = place.sh(probe).status == 0;
     for (at, outcome) in [(0, "in-part"), (1, "confirmed")] {
         let experiment = &json["experiments"][at];
         assert_eq!(experiment["claims"][0]["verdict"]["outcome"], outcome, "{experiment:#}");
         for measure in experiment["measures"].as_array().unwrap() {
             for case in measure["cases"].as_array().unwrap() {
-                assert_eq!(case["prediction"]["is"], "yes", "{}: {case:#}", measure["title"]);
+                let lacks = case["case"] == "dontcache" && !has_dontcache;
+                let expected = if lacks { "unavailable" } else { "yes" };
+                assert_eq!(case["prediction"]["is"], expected, "{}: {case:#}", measure["title"]);
             }
         }
     }

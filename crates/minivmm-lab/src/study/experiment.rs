@@ -214,7 +214,7 @@ impl fmt::Debug for Experiment {
 }
 
 /// The cache modes, in the order of every table.
-pub const MODES: [&str; 5] = ["none", "directsync", "writethrough", "writeback", "unsafe"];
+pub const MODES: [&str; 6] = ["none", "directsync", "writethrough", "writeback", "dontcache", "unsafe"];
 
 #[cfg(test)]
 mod tests {

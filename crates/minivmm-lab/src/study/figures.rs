@@ -18,6 +18,9 @@ pub struct StepRecord {
     /// Why figures are missing; `None` if the step succeeded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Cases that this host cannot have, by name, and why; no figure of them is missing.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub unavailable: BTreeMap<String, String>,
     /// Figures by name. A quantity that the step measured several times has several values.
     pub figures: BTreeMap<String, Vec<f64>>,
     /// Curves by name, as points (x, y).

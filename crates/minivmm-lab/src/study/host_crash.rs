@@ -13,7 +13,7 @@ pub const GROUP: u64 = 4;
 /// One disk of the guest.
 #[derive(Debug)]
 pub struct Case {
-    /// Name of the case on the page.
+    /// Name of the case on the page; the mode's, where the host may lack the mode.
     pub name: &'static str,
     /// Name of the case in the record.
     pub slug: &'static str,
@@ -28,7 +28,7 @@ pub struct Case {
 const NO_FLUSH: &str = "writeback, guest sends no FLUSH";
 
 /// All cases.
-pub const CASES: [Case; 6] = [
+pub const CASES: [Case; 7] = [
     Case { name: "none", slug: "none", mode: "none", no_flush: false, file_system: true },
     Case { name: "directsync", slug: "directsync", mode: "directsync", no_flush: false, file_system: false },
     Case {
@@ -39,6 +39,7 @@ pub const CASES: [Case; 6] = [
         file_system: false,
     },
     Case { name: "writeback", slug: "writeback", mode: "writeback", no_flush: false, file_system: true },
+    Case { name: "dontcache", slug: "dontcache", mode: "dontcache", no_flush: false, file_system: true },
     Case { name: "unsafe", slug: "unsafe", mode: "unsafe", no_flush: false, file_system: true },
     Case { name: NO_FLUSH, slug: "no-flush", mode: "writeback", no_flush: true, file_system: true },
 ];
@@ -86,6 +87,7 @@ pub static EXPERIMENT: Experiment = Experiment {
                 expect("directsync", Bound::AtMost(0.0)),
                 expect("writethrough", Bound::AtMost(0.0)),
                 expect("writeback", Bound::AtMost(0.0)),
+                expect("dontcache", Bound::AtMost(0.0)),
                 expect("unsafe", Bound::AtLeast(1.0)),
                 expect(NO_FLUSH, Bound::AtLeast(1.0)),
             ],
@@ -105,6 +107,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             predictions: &[
                 expect("none", Bound::AtMost(0.0)),
                 expect("writeback", Bound::AtMost(0.0)),
+                expect("dontcache", Bound::AtMost(0.0)),
                 expect("unsafe", Bound::AtLeast(1.0)),
                 expect(NO_FLUSH, Bound::AtLeast(1.0)),
             ],
@@ -122,6 +125,7 @@ pub static EXPERIMENT: Experiment = Experiment {
                 expect("directsync", Bound::AtMost(0.0)),
                 expect("writethrough", Bound::AtMost(0.0)),
                 expect("writeback", Bound::AtLeast(1.0)),
+                expect("dontcache", Bound::AtLeast(1.0)),
                 expect("unsafe", Bound::AtLeast(1.0)),
                 expect(NO_FLUSH, Bound::AtLeast(1.0)),
             ],
@@ -139,6 +143,7 @@ pub static EXPERIMENT: Experiment = Experiment {
                 expect("directsync", Bound::AtMost(0.0)),
                 expect("writethrough", Bound::AtMost(0.0)),
                 expect("writeback", Bound::AtLeast(1.0)),
+                expect("dontcache", Bound::AtLeast(1.0)),
                 expect("unsafe", Bound::AtLeast(1.0)),
                 expect(NO_FLUSH, Bound::AtLeast(1.0)),
             ],
@@ -171,7 +176,7 @@ fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
 
 fn plots(steps: &[StepRecord]) -> Vec<Plot> {
     let Some(step) = steps.iter().find(|step| step.error.is_none()) else { return Vec::new() };
-    let names = ["none", "directsync", "writethr.", "writeback", "unsafe", "no FLUSH"];
+    let names = ["none", "directsync", "writethr.", "writeback", "dontcache", "unsafe", "no FLUSH"];
     let bars = |what: &'static str| {
         CASES
             .iter()

@@ -80,6 +80,36 @@ pub static EXPERIMENT: Experiment = Experiment {
             ],
         },
         Measure {
+            name: "dropped-size",
+            title: "A read of the host\u{2019}s disk in dontcache",
+            unit: "KiB",
+            kind: FigureKind::Bytes,
+            how: "The same. dontcache passes through the cache, so the host may read ahead, and drops what was read.",
+            rules: &[],
+            control: false,
+            predictions: &[expect("dontcache", Bound::AtLeast(8.0))],
+        },
+        Measure {
+            name: "dropped-left",
+            title: "In the host\u{2019}s cache afterwards in dontcache",
+            unit: "KiB",
+            kind: FigureKind::Bytes,
+            how: "cachestat when 512 KiB were read past the guest\u{2019}s cache: what is there was read ahead and not asked for yet.",
+            rules: &[],
+            control: false,
+            predictions: &[expect("dontcache", Bound::Between(4.0, KIB as f64))],
+        },
+        Measure {
+            name: "dropped-again",
+            title: "Bytes that the host\u{2019}s disk reads in dontcache, by those the guest asks for",
+            unit: "times",
+            kind: FigureKind::Share,
+            how: "Small reads can drop what was read ahead with them, and it is then read again.",
+            rules: &[],
+            control: false,
+            predictions: &[expect("dontcache", Bound::Between(1.0, 4.0))],
+        },
+        Measure {
             name: "guest-ahead",
             title: "A read of the host\u{2019}s disk when the guest reads ahead itself",
             unit: "KiB",
@@ -108,6 +138,7 @@ pub static EXPERIMENT: Experiment = Experiment {
             predictions: &[
                 expect("writethrough", Bound::AtLeast(1.5)),
                 expect("writeback", Bound::AtLeast(1.5)),
+                expect("dontcache", Bound::Between(0.5, 2.0)),
                 expect("unsafe", Bound::AtLeast(1.5)),
             ],
         },
@@ -132,6 +163,14 @@ sleep 0.2; ask look {name}.after {device}\n"
     one(DIRECT, 1) + &buffered
 }
 
+/// Returns the bytes that the host's disk has read, divided by those that the guest has read.
+fn again(step: &StepRecord, mode: &str) -> Option<f64> {
+    let name = format!("T7.{mode}.{DIRECT}");
+    let read =
+        step.grown(&format!("{name}.before.disk-read-bytes"), &format!("{name}.after.disk-read-bytes"))?;
+    Some(read / (KIB * 1024) as f64)
+}
+
 /// Returns the mean size in KiB of the reads of the host's disk.
 fn size(step: &StepRecord, mode: &str, way: &str) -> Option<f64> {
     let grown = |what: &str| {
@@ -149,9 +188,11 @@ fn measured(step: &StepRecord) -> Vec<MeasuredValue> {
         let cached = step.get(&format!("T7.{mode}.{DIRECT}.after.cached"));
         found.extend(value("ahead", mode, cached.map(|bytes| (bytes / 1024.0 - KIB as f64).max(0.0))));
         // This also yields cases that a measure has no prediction for. They are ignored.
-        for measure in ["size", "cached-size"] {
+        for measure in ["size", "cached-size", "dropped-size"] {
             found.extend(value(measure, mode, size(step, mode, DIRECT)));
         }
+        found.extend(value("dropped-left", mode, cached.map(|bytes| bytes / 1024.0)));
+        found.extend(value("dropped-again", mode, again(step, mode)));
         found.extend(value("guest-ahead", mode, size(step, mode, BUFFERED)));
         found.extend(value("gain", mode, speed(mode).zip(speed("none")).map(|(own, none)| own / none)));
     }

@@ -30,8 +30,8 @@ pub struct Header {
     pub machine: Identity,
 }
 
-/// The current format of the file.
-pub const VERSION: u32 = 1;
+/// The current format of the file. Format 1 had no figures of dontcache.
+pub const VERSION: u32 = 2;
 
 /// Why a record cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -4,6 +4,8 @@
 //! in this document. Fields may be added under the same version. Removing a field or changing its meaning
 //! requires a new version.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use super::experiment::{Bound, Experiment, FigureKind, Measure, Quote};
@@ -174,6 +176,9 @@ impl StudyReport {
                 text += &format!("      {problem}\n");
             }
         }
+        for (case, why) in unavailable(&self.steps) {
+            text += &format!("{case} is not available here, because {why}\n");
+        }
         text
     }
 }
@@ -207,16 +212,17 @@ fn judged(experiment: &Experiment, steps: &[StepRecord], machine: &StudyMachine)
         let of = found.iter().filter(|found| found.measure == measure && found.case == case);
         of.map(|found| found.value).collect()
     };
+    let unavailable = unavailable(&own);
     let measures: Vec<JudgedMeasure> = experiment
         .measures
         .iter()
-        .map(|measure| judged_measure(measure, values, machine.host.emulated))
+        .map(|measure| judged_measure(measure, values, &unavailable, machine.host.emulated))
         .collect();
     let blind: Vec<String> = measures
         .iter()
         .filter(|measure| measure.control)
         .flat_map(|measure| measure.cases.iter().map(move |case| (measure, case)))
-        .filter(|(_, case)| case.prediction != Decision::Yes)
+        .filter(|(_, case)| !matches!(case.prediction, Decision::Yes | Decision::Unavailable(_)))
         .map(|(measure, case)| format!("{}, {}", measure.title, case.case))
         .collect();
     let claims = experiment
@@ -239,14 +245,24 @@ fn judged(experiment: &Experiment, steps: &[StepRecord], machine: &StudyMachine)
     }
 }
 
+/// Returns the cases that the host cannot have, and why.
+fn unavailable(steps: &[StepRecord]) -> BTreeMap<&str, &str> {
+    let all = steps.iter().flat_map(|step| &step.unavailable);
+    all.map(|(case, why)| (case.as_str(), why.as_str())).collect()
+}
+
 fn judged_measure(
     measure: &Measure,
     values: impl Fn(&str, &str) -> Vec<f64>,
+    unavailable: &BTreeMap<&str, &str>,
     emulated: bool,
 ) -> JudgedMeasure {
     let cases = measure.predictions.iter().map(|prediction| {
         let found = Spread::of(&values(measure.name, prediction.case));
-        let decision = |bound| within(found.as_ref(), bound, measure.kind, emulated);
+        let decision = |bound| match (&found, unavailable.get(prediction.case)) {
+            (None, Some(why)) => Decision::Unavailable((*why).to_owned()),
+            _ => within(found.as_ref(), bound, measure.kind, emulated),
+        };
         JudgedCase {
             case: prediction.case,
             expected: prediction.expected,

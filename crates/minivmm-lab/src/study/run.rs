@@ -61,7 +61,8 @@ pub fn run(options: &StudyOptions, stop: &AtomicBool) -> Result<StudyReport> {
         machine: machine.identity(),
     };
     let mut journal = Journal::open(&options.out, &header)?;
-    let context = StepContext::new(&options.out, options.quick, header.experiments.clone(), stop)?;
+    let context =
+        StepContext::new(&options.out, options.quick, header.experiments.clone(), &machine.host, stop)?;
     let plan: Vec<&Step> = steps::of(&experiments);
     let rounds = options.rounds.unwrap_or(if options.quick { QUICK_ROUNDS } else { ROUNDS });
     let budget = (options.quick && options.rounds.is_none()).then_some(QUICK_BUDGET);

@@ -9,6 +9,7 @@
 //!   a ratio of speeds decides only if it clears its bound by a factor of [`MARGIN`]. If both are so, it
 //!   decides nothing.
 //! - If a control fails, nothing is decided.
+//! - A case that the host cannot have counts neither for nor against a claim, and makes no control fail.
 
 use serde::Serialize;
 
@@ -57,6 +58,8 @@ pub enum Decision {
     No,
     /// It cannot be decided here, for this reason.
     Open(String),
+    /// The host cannot have the case, for this reason.
+    Unavailable(String),
 }
 
 /// Decides whether figures of this kind are within `bound`.
@@ -138,6 +141,8 @@ pub struct ClaimVerdict {
     pub false_of: Vec<String>,
     /// Cases that could not be decided.
     pub open: Vec<String>,
+    /// Cases that the host cannot have.
+    pub unavailable: Vec<String>,
 }
 
 /// Judges a claim by the decisions on its cases. A case has several decisions if several measures decide it.
@@ -149,12 +154,15 @@ pub fn judge(decisions: &[(String, Decision)], blind: &[String]) -> ClaimVerdict
             cases.push(case);
         }
     }
-    let (mut true_of, mut false_of, mut open) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut true_of, mut false_of, mut open, mut unavailable) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for case in cases {
         let mut of_case = decisions.iter().filter(|(name, _)| name == case).map(|(_, decision)| decision);
         // One `No` is enough to make the claim false of the case.
         let list = if of_case.clone().any(|decision| *decision == Decision::No) {
             &mut false_of
+        } else if of_case.clone().any(|decision| matches!(decision, Decision::Unavailable(_))) {
+            &mut unavailable
         } else if of_case.all(|decision| *decision == Decision::Yes) {
             &mut true_of
         } else {
@@ -186,7 +194,11 @@ pub fn judge(decisions: &[(String, Decision)], blind: &[String]) -> ClaimVerdict
             format!("inconclusive here{part}{rest}")
         }
     };
-    ClaimVerdict { outcome, words, true_of, false_of, open }
+    let words = match unavailable.is_empty() {
+        true => words,
+        false => format!("{words} (not available here: {})", unavailable.join("; ")),
+    };
+    ClaimVerdict { outcome, words, true_of, false_of, open, unavailable }
 }
 
 #[cfg(test)]
@@ -202,6 +214,7 @@ mod tests {
             Decision::Yes => "yes",
             Decision::No => "no",
             Decision::Open(_) => "open",
+            Decision::Unavailable(_) => "unavailable",
         }
     }
 
@@ -255,12 +268,18 @@ mod tests {
     #[test]
     fn a_claim_is_confirmed_refuted_true_of_some_or_open() {
         let open = || Decision::Open("why".into());
+        let unavailable = || Decision::Unavailable("why".into());
         for (decisions, blind, outcome) in [
             (vec![("a", Decision::Yes), ("b", Decision::Yes)], "", Outcome::Confirmed),
             (vec![("a", Decision::No), ("b", Decision::No)], "", Outcome::Refuted),
             (vec![("a", Decision::Yes), ("b", Decision::No)], "", Outcome::InPart),
             (vec![("a", Decision::Yes), ("b", Decision::No), ("c", open())], "", Outcome::InPart),
             (vec![("a", Decision::Yes), ("b", open())], "", Outcome::Inconclusive),
+            // A case that the host cannot have leaves the others' verdict as it is.
+            (vec![("a", Decision::Yes), ("b", unavailable())], "", Outcome::Confirmed),
+            (vec![("a", Decision::No), ("b", unavailable())], "", Outcome::Refuted),
+            (vec![("a", Decision::Yes), ("b", unavailable()), ("c", open())], "", Outcome::Inconclusive),
+            (vec![("b", unavailable())], "", Outcome::Inconclusive),
             (vec![("a", Decision::No), ("b", open())], "", Outcome::Inconclusive),
             (vec![], "", Outcome::Inconclusive),
             (vec![("a", Decision::Yes)], "control", Outcome::Inconclusive),

@@ -62,13 +62,9 @@ fn summary(html: &mut String, report: &StudyReport) {
     html.push_str("<div class=\"scroll\"><table><thead><tr><th></th><th>Claim</th><th>Verdict</th><th>Predictions held</th></tr></thead><tbody>");
     for experiment in &report.experiments {
         for claim in &experiment.claims {
-            let (held, failed, open) = counted(experiment);
-            let rest = match (failed, open) {
-                (0, 0) => String::new(),
-                (failed, 0) => format!(", {failed} not"),
-                (0, open) => format!(", {open} open"),
-                (failed, open) => format!(", {failed} not, {open} open"),
-            };
+            let (held, others) = counted(experiment);
+            let others = others.into_iter().filter(|(count, _)| *count > 0);
+            let rest: String = others.map(|(count, what)| format!(", {count} {what}")).collect();
             let _ = write!(
                 html,
                 "<tr><td><a href=\"#{id}\">{id}</a></td><td class=\"claim\">{}<br><span class=\"dim\">\u{201c}{}\u{201d} {}</span></td>\
@@ -94,13 +90,19 @@ fn beginning(text: &str) -> String {
     }
 }
 
-fn counted(experiment: &JudgedExperiment) -> (usize, usize, usize) {
+/// Returns how many predictions held, and how many did not, each with what became of them.
+fn counted(experiment: &JudgedExperiment) -> (usize, [(usize, &'static str); 3]) {
     let cases = experiment.measures.iter().flat_map(|measure| &measure.cases);
-    cases.fold((0, 0, 0), |(held, failed, open), case| match case.prediction {
-        Decision::Yes => (held + 1, failed, open),
-        Decision::No => (held, failed + 1, open),
-        Decision::Open(_) => (held, failed, open + 1),
-    })
+    let (mut held, mut failed, mut open, mut unavailable) = (0, 0, 0, 0);
+    for case in cases {
+        match case.prediction {
+            Decision::Yes => held += 1,
+            Decision::No => failed += 1,
+            Decision::Open(_) => open += 1,
+            Decision::Unavailable(_) => unavailable += 1,
+        }
+    }
+    (held, [(failed, "not"), (open, "open"), (unavailable, "not available")])
 }
 
 fn host(html: &mut String, report: &StudyReport) {
@@ -127,7 +129,8 @@ fn host(html: &mut String, report: &StudyReport) {
         "<p><strong>What is not as it was in 2008.</strong> virtio-blk had no FLUSH that a guest could use with this \
          default, and \u{201c}cache=on\u{201d} stood somewhere between today\u{2019}s writeback and unsafe: writes were acknowledged from the \
          host\u{2019}s cache, and a guest had no way to ask for more. So a claim can have been right then and be refuted for \
-         writeback now; unsafe, and writeback with a guest that sends no FLUSH, are nearest to what was meant.</p>",
+         writeback now; unsafe, and writeback with a guest that sends no FLUSH, are nearest to what was meant. dontcache is newer: \
+         Linux has RWF_DONTCACHE since 2025.</p>",
     );
 }
 
@@ -147,7 +150,8 @@ fn how_to_read(html: &mut String) {
          the first to the third quartile. Only if all of that is on one side of a bound it says yes or no.</li>\
          <li><strong>Confirmed</strong>: true of every case. <strong>Refuted</strong>: of none. <strong>Confirmed for these \
          only</strong>: of those named. <strong>Inconclusive here</strong>: the spread is too wide, a control has failed, or the \
-         figure means nothing on this host.</li>\
+         figure means nothing on this host. A case that is <strong>not available here</strong> counts neither for nor against a \
+         claim.</li>\
          <li>Counts, bytes and shares decide on any host. <strong>Times and speeds</strong> decide nothing where the host is \
          emulated, and nothing from fewer than {FEW} values. A <strong>ratio of speeds</strong> must, in either case, clear its bound {MARGIN} \
          times; in both together it decides nothing.</li></ul>"
@@ -256,7 +260,13 @@ fn row(html: &mut String, case: &JudgedCase) {
         case.expected,
     );
     html.push_str(&decision_cell(&case.prediction, "held", "failed"));
-    case.claims.iter().for_each(|claim| html.push_str(&decision_cell(claim, "true", "not true")));
+    for claim in &case.claims {
+        html.push_str(&match claim {
+            // The cell before this one says why.
+            Decision::Unavailable(_) => "<td class=\"open\">\u{2013}</td>".to_owned(),
+            claim => decision_cell(claim, "true", "not true"),
+        });
+    }
     html.push_str("</tr>");
 }
 
@@ -265,6 +275,9 @@ fn decision_cell(decision: &Decision, yes: &str, no: &str) -> String {
         Decision::Yes => format!("<td class=\"yes\">{yes}</td>"),
         Decision::No => format!("<td class=\"no\">{no}</td>"),
         Decision::Open(why) => format!("<td class=\"open\">open: {}</td>", escape(why)),
+        Decision::Unavailable(why) => {
+            format!("<td class=\"open\">not available here, because {}</td>", escape(why))
+        }
     }
 }
 

@@ -39,7 +39,8 @@ pub fn crash(context: &StepContext<'_>, record: &mut StepRecord) -> Result<()> {
     let place = ScratchDir::new_in(&context.images, "crash")?;
     let base = ext4(context)?;
     let (mut disks, mut script, mut logs) = (Vec::new(), String::new(), Vec::new());
-    for case in &CASES {
+    let modes = context.modes_here(CASES.each_ref().map(|case| case.mode), record)?;
+    for case in CASES.iter().filter(|case| modes.contains(&case.mode)) {
         for file_system in [false, true] {
             if file_system && (base.is_none() || !case.file_system) {
                 continue;

@@ -18,7 +18,12 @@ use anyhow::{Context, Result};
 
 use super::experiment::Experiment;
 use super::figures::StepRecord;
-use crate::measuring::image;
+use crate::measuring::{Host, image};
+use crate::scratch_dir::ScratchDir;
+use minivmm::disk::cache::CachePolicy;
+use minivmm::disk::image::ImageProblem;
+use minivmm::disk::{DiskConfig, Image};
+use minivmm::files::output;
 
 /// One step.
 pub struct Step {
@@ -58,21 +63,54 @@ pub struct StepContext<'a> {
     pub quick: bool,
     /// Ids of the experiments that are wanted.
     experiments: Vec<String>,
+    /// Why the images cannot be used in dontcache, if they cannot.
+    no_dontcache: String,
     /// Set when the run is interrupted.
     pub stop: &'a AtomicBool,
 }
 
 impl<'a> StepContext<'a> {
     /// Prepares the directory of a run.
-    pub fn new(out: &Path, quick: bool, experiments: Vec<String>, stop: &'a AtomicBool) -> Result<Self> {
+    pub fn new(
+        out: &Path,
+        quick: bool,
+        experiments: Vec<String>,
+        host: &Host,
+        stop: &'a AtomicBool,
+    ) -> Result<Self> {
         let images = out.join("images");
         fs::create_dir_all(&images).with_context(|| format!("cannot make {}", images.display()))?;
-        Ok(Self { out: out.to_owned(), images, quick, experiments, stop })
+        let no_dontcache =
+            format!("Linux {} has no RWF_DONTCACHE for files on {}", host.kernel, host.place.file_system);
+        Ok(Self { out: out.to_owned(), images, quick, experiments, no_dontcache, stop })
     }
 
     /// Returns `true` if this experiment is wanted.
     pub fn wants(&self, id: &str) -> bool {
         self.experiments.iter().any(|wanted| wanted == id)
+    }
+
+    /// Returns those of `modes` in which the images can be used here. Stores in `record` why the others cannot.
+    pub fn modes_here(
+        &self,
+        modes: impl IntoIterator<Item = &'static str>,
+        record: &mut StepRecord,
+    ) -> Result<Vec<&'static str>> {
+        let place = ScratchDir::new_in(&self.images, "mode")?;
+        let path = place.path().join("probe.img");
+        output::make_anew(&path)?.set_len(4096)?;
+        let mut here = Vec::new();
+        for mode in modes {
+            let cache = CachePolicy::by_name(mode).with_context(|| format!("there is no mode {mode}"))?;
+            match Image::look(&DiskConfig { cache, ..DiskConfig::new(&path) }) {
+                Ok(_) => here.push(mode),
+                Err(error) if matches!(error.reason, ImageProblem::NoDontcache { .. }) => {
+                    record.unavailable.insert(mode.to_owned(), self.no_dontcache.clone());
+                }
+                Err(error) => return Err(error).with_context(|| format!("cache={mode} cannot be tried")),
+            }
+        }
+        Ok(here)
     }
 
     /// Returns the first value in a quick run and the second in a full one.

@@ -18,7 +18,7 @@ pub fn reads(context: &StepContext<'_>, record: &mut StepRecord) -> Result<()> {
     let mib: u64 = context.pick(8, 256);
     let mut disks = Vec::new();
     let mut script = String::new();
-    for (at, mode) in MODES.into_iter().enumerate() {
+    for (at, mode) in context.modes_here(MODES, record)?.into_iter().enumerate() {
         disks.push(disk(context.image(&format!("read-{mode}"), mib << 20)?, mode)?);
         let device = device(at);
         // The guest's kernel drops the pages of a device when its last descriptor is closed.

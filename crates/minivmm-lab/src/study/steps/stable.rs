@@ -38,7 +38,7 @@ pub fn stable(context: &StepContext<'_>, record: &mut StepRecord) -> Result<()> 
             })?;
         }
     }
-    for mode in MODES {
+    for mode in context.modes_here(MODES, record)? {
         if context.wants("A1") {
             let blocks = context.pick(256, 4096);
             add(format!("latency-{mode}"), mode, &|device| {

@@ -28,7 +28,7 @@ pub fn writes(context: &StepContext<'_>, record: &mut StepRecord) -> Result<()> 
     );
     let mut disks = Vec::new();
     let mut script = String::new();
-    for (at, mode) in MODES.into_iter().enumerate() {
+    for (at, mode) in context.modes_here(MODES, record)?.into_iter().enumerate() {
         let image = context.image(&format!("write-{mode}"), IMAGE_MIB << 20)?;
         if mode == "none" && context.wants("T3") {
             for _ in 0..size.times {
