@@ -175,7 +175,7 @@ fn notes(report: &BenchReport) -> String {
         text += &hang(&format!("{code:width$}  "), &format!("{about}{}", cases.join("; ")));
     }
     if !text.is_empty() {
-        text.insert_str(0, "\nThese figures want a word:\n");
+        text.insert_str(0, "\nNotes on these figures:\n");
     }
     text
 }

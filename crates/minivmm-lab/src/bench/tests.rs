@@ -99,7 +99,7 @@ fn figures_of_a_disk_are_told_without_a_word() {
     });
     assert_eq!(codes_and_places(&report), []);
     let text = super::table::text(&report);
-    assert!(!text.contains("want a word") && text.contains("0.90 (0.90-0.90)"), "{text}");
+    assert!(!text.contains("Notes on these figures") && text.contains("0.90 (0.90-0.90)"), "{text}");
     assert!(text.contains("1 GiB, every byte written, in 1 extent;"), "{text}");
     assert!(text.lines().all(|line| line.chars().count() <= 110), "{text}");
     // Both ran in the same rounds, so there is one ratio per round.
@@ -152,6 +152,7 @@ fn each_way_to_fool_oneself_is_found_in_the_figures() {
     let text = super::table::text(&report);
     let row = text.lines().find(|line| line.starts_with("  unsafe") && line.contains("dirty")).unwrap();
     assert!(row.ends_with("dirty ignored short"), "{text}");
+    assert_eq!(text.matches("\nNotes on these figures:\n").count(), 1, "{text}");
     // Warnings of one kind are told together, with where each was found.
     let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
     for phrase in [
