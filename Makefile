@@ -95,7 +95,7 @@ USERNS_SUITES := bare program:sandbox::
 ENGINES := $(foreach engine,io_uring sync,$(foreach stable,dsync fdatasync group auto,engine=$(engine),stable=$(stable))) \
 	engine=io_uring,buffers=fixed engine=io_uring,poll-us=0
 DEVICE_SUITES := --test device --test program --test transports -- \
-	blk:: disk:: device:: drivers:: reset:: rings:: transport::
+	blk:: disk:: device:: drivers:: log:: reset:: rings:: transport::
 # Those that reach the device through registers; `transport` is about virtio-mmio's own, `pci` about PCI's.
 PCI_SUITES := --test device --test program --test transports -- \
 	blk:: disk:: device:: drivers:: reset:: rings:: malformed:: console::
