@@ -71,6 +71,28 @@ fn every_patch_applies_and_says_what_finds_it() {
     }
 }
 
+/// A run that was ended, or has failed, leaves its patch in the copy.
+#[test]
+fn a_copy_is_what_is_copied_whatever_a_patch_has_left_in_it() {
+    let place = tempfile::tempdir().unwrap();
+    let (from, to) = (place.path().join("from"), place.path().join("to"));
+    std::fs::create_dir_all(from.join("src")).unwrap();
+    std::fs::write(from.join("src/old.rs"), "old\n").unwrap();
+    copy(&from, &to);
+    let patched = patch(
+        &to,
+        &[],
+        "--- a/src/old.rs\n+++ b/src/old.rs\n@@ -1 +1 @@\n-old\n+changed\n\
+         --- /dev/null\n+++ b/src/made/new.rs\n@@ -0,0 +1 @@\n+new\n",
+    );
+    assert!(patched.status.success() && to.join("src/made/new.rs").exists(), "{}", words(&patched));
+    let kept = std::fs::metadata(from.join("src/old.rs")).unwrap().modified().unwrap();
+    copy(&from, &to);
+    assert_eq!(std::fs::read_to_string(to.join("src/old.rs")).unwrap(), "old\n");
+    assert_eq!(std::fs::read_dir(to.join("src")).unwrap().count(), 1, "what the patch has made is gone");
+    assert_eq!(std::fs::metadata(from.join("src/old.rs")).unwrap().modified().unwrap(), kept);
+}
+
 /// `cargo test` in the copy.
 fn run(tree: &Path, suite: &[String], more: &[&str]) -> Output {
     let mut cargo = cargo_test(tree, &["--quiet"]);

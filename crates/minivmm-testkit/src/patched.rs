@@ -31,10 +31,24 @@ pub fn words(output: &Output) -> String {
     String::from_utf8_lossy(&[output.stdout.as_slice(), &output.stderr].concat()).into_owned()
 }
 
-/// Makes `to` like `from`, without touching what is the same already, which need not be built again.
+/// Directories that nothing is built from. The copy has none of them.
+const NOT_BUILT_FROM: [&str; 5] = ["target", ".git", "build", "corpus", "mutants"];
+
+/// Makes `to` like `from`, without touching what is the same already, which need not be built again. What only `to`
+/// has is removed: a patch has made it, and would not apply a second time.
 pub fn copy(from: &Path, to: &Path) {
-    const NOT_BUILT_FROM: [&str; 5] = ["target", ".git", "build", "corpus", "mutants"];
     std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(to).unwrap() {
+        let copied = entry.unwrap();
+        if from.join(copied.file_name()).symlink_metadata().is_ok() {
+            continue;
+        }
+        if copied.file_type().unwrap().is_dir() {
+            std::fs::remove_dir_all(copied.path()).unwrap();
+        } else {
+            std::fs::remove_file(copied.path()).unwrap();
+        }
+    }
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
         let (path, copied) = (entry.path(), to.join(entry.file_name()));
