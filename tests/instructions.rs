@@ -137,7 +137,8 @@ fn run_load(kind: Kind, depth: u16, timed: bool) -> u64 {
     let ring = Ring::new(rings.ram(), &rings.config(), QUEUE_SIZE, FEATURES).unwrap();
     let doorbell = Arc::new(EventFd::new(0).unwrap());
     let ram = rings.ram().clone();
-    let job = Job { ram, features: FEATURES, index: 0, ring, doorbell, interrupt: Arc::new(Silent) };
+    let job =
+        Job { ram, features: FEATURES, index: 0, ring, doorbell, kick: None, interrupt: Arc::new(Silent) };
     let mut errors = RateLimit::for_guest_errors("blk");
     let mut worker = QueueWorker::new(job, &mut disk, &mut errors);
     let mut random = Random::new(1);

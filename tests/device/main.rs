@@ -19,6 +19,7 @@ mod drivers;
 mod engine_choice;
 mod engine_faults;
 mod fault;
+mod kicked;
 mod log;
 mod malformed;
 mod memory;

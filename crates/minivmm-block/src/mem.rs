@@ -10,9 +10,11 @@ mod iov;
 mod limits;
 mod mapping;
 mod scatter;
+mod shared;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
@@ -24,6 +26,8 @@ pub use limits::size;
 pub use mapping::HUGE_PAGE;
 use mapping::Mapping;
 pub use scatter::{gather, gather_header, scatter};
+use shared::SharedMapping;
+pub use shared::{MemoryLoss, SharedRegion, survive_lost_memory};
 
 /// Guest RAM. Clones share the mapping, which lives until the last clone is dropped. Cloning allocates nothing,
 /// so every request may hold a clone.
@@ -37,13 +41,29 @@ struct Regions {
     /// The same regions, for [`Ram::host`]: each request looks up five addresses, mostly in the first region.
     flat: Vec<Flat>,
     /// Dropped after the regions, which point into them.
-    _mappings: Vec<Mapping>,
+    _mappings: Mappings,
+}
+
+/// What holds the regions of RAM in this process.
+#[derive(Debug)]
+enum Mappings {
+    /// Mapped by the embedder, inside vm-memory's regions.
+    Theirs,
+    /// Mapped by [`map_ram`].
+    Private(#[allow(dead_code, reason = "held so that the regions stay mapped")] Vec<Mapping>),
+    /// Mapped by [`Ram::from_shared`].
+    Shared(#[allow(dead_code, reason = "held so that the regions stay mapped")] Vec<SharedMapping>),
 }
 
 impl Regions {
-    fn new(regions: GuestMemoryMmap<()>, mappings: Vec<Mapping>) -> Self {
+    fn new(regions: GuestMemoryMmap<()>, mappings: Mappings) -> Self {
         let flat = regions.iter().map(Flat::new).collect();
         Self { regions, flat, _mappings: mappings }
+    }
+
+    /// Makes every later translation fail. Async-signal-safe.
+    fn withdraw(&self) {
+        self.flat.iter().for_each(|region| region.bytes.store(0, Ordering::Relaxed));
     }
 }
 
@@ -51,7 +71,8 @@ impl Regions {
 #[derive(Debug)]
 struct Flat {
     first: u64,
-    bytes: u64,
+    /// 0 once the memory is lost.
+    bytes: AtomicU64,
     host: *mut u8,
 }
 
@@ -62,14 +83,15 @@ unsafe impl Sync for Flat {}
 
 impl Flat {
     fn new(region: &GuestRegionMmap<()>) -> Self {
-        Self { first: region.start_addr().0, bytes: region.len(), host: region.as_ptr() }
+        Self { first: region.start_addr().0, bytes: region.len().into(), host: region.as_ptr() }
     }
 
     /// Returns the host pointer for `len` bytes, or `None` if they are not all in this region.
     fn host(&self, addr: u64, len: usize) -> Option<*mut u8> {
         // For an address below the region this wraps to a number beyond its end.
         let at = addr.wrapping_sub(self.first);
-        let fits = at < self.bytes && len as u64 <= self.bytes - at;
+        let bytes = self.bytes.load(Ordering::Relaxed);
+        let fits = at < bytes && len as u64 <= bytes - at;
         // As long as a region, which is mapped here.
         #[allow(clippy::cast_possible_truncation)]
         fits.then(|| self.host.wrapping_add(at as usize))
@@ -98,7 +120,7 @@ impl Ram {
     /// read and write at any time: no ROM, no device's registers. A process that forks while a request is in
     /// flight must have excluded it from that (MADV_DONTFORK): O_DIRECT and fork do not mix (open(2)).
     pub fn from_memory(memory: GuestMemoryMmap<()>) -> Self {
-        Self(Arc::new(Regions::new(memory, Vec::new())))
+        Self(Arc::new(Regions::new(memory, Mappings::Theirs)))
     }
 
     /// Returns the host pointer for `len` bytes at guest address `addr`. The range must lie inside one region
@@ -140,6 +162,16 @@ pub struct OutsideRam {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RamError {
+    /// The memory that another process shares cannot be mapped.
+    #[error("cannot map the shared memory at guest address {guest:#x}, {bytes:#x} bytes: {why}")]
+    Shared {
+        /// First guest physical address.
+        guest: u64,
+        /// Length in bytes.
+        bytes: u64,
+        /// What is wrong with it.
+        why: String,
+    },
     /// The host refused the mapping.
     #[error("cannot map {} of guest memory (--memory): {limit}", size(*bytes))]
     Map {
@@ -168,7 +200,7 @@ pub fn map_ram(regions: &[(u64, u64)]) -> Result<Ram, RamError> {
         mappings.push(mapping);
     }
     let regions = GuestMemoryMmap::from_regions(mapped).map_err(|e| RamError::Regions(e.to_string()))?;
-    Ok(Ram(Arc::new(Regions::new(regions, mappings))))
+    Ok(Ram(Arc::new(Regions::new(regions, Mappings::Private(mappings)))))
 }
 
 /// Maps one region; guest RAM has `all` bytes in total.

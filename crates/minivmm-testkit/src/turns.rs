@@ -115,6 +115,7 @@ impl Turns {
             index: 0,
             ring: Ring::new(&self.ram, &config, self.size, self.features).unwrap(),
             doorbell: Arc::clone(&self.doorbell),
+            kick: None,
             interrupt: Arc::new(Counting { told: Arc::clone(&self.told) }),
         };
         let mut worker = QueueWorker::new(job, &mut self.disk, &mut self.limit);

@@ -11,6 +11,7 @@ mod stopwatch;
 pub mod worker;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::disk::Image;
@@ -18,6 +19,7 @@ use crate::disk::cache::{Negotiated, WriteCache};
 use crate::disk::choice::{Chosen, EngineError, EngineKind, choose};
 use crate::disk::disk_queue::DiskQueue;
 use crate::mem::Ram;
+use crate::virtio::queue::Position;
 use crate::virtio::{ActivateError, Activation, EnabledQueue, VirtioDevice};
 use worker::{Job, WorkerThread};
 
@@ -91,6 +93,48 @@ impl BlockDevice {
         u16::try_from(self.queue_sizes.len()).unwrap_or(u16::MAX)
     }
 
+    /// Serves the queues like [`VirtioDevice::activate`], of which this may be a part: other queues may be active.
+    /// If the driver does not write the doorbells, but an eventfd of another process, that is `kick`.
+    pub fn activate_kicked(
+        &mut self,
+        parts: Activation,
+        kick: Option<&Arc<OwnedFd>>,
+    ) -> Result<(), ActivateError> {
+        let Activation { ram, features, queues, interrupt } = parts;
+        for EnabledQueue { index, ring, doorbell } in queues {
+            let worker = self.workers.get(usize::from(index)).ok_or(ActivateError::MissingQueue(index))?;
+            let (ram, kick, interrupt) = (ram.clone(), kick.cloned(), Arc::clone(&interrupt));
+            let job = Job { ram, features, index, ring, doorbell, kick, interrupt };
+            worker.start(job).map_err(|_| ActivateError::Worker(index))?;
+        }
+        Ok(())
+    }
+
+    /// Stops one queue like [`VirtioDevice::stop_queue`]. Returns how far its ring was served, so that another
+    /// ring can resume there ([`crate::virtio::queue::Ring::resume_at`]); `None` if the queue was not active.
+    pub fn stop_queue_at(&mut self, index: u16) -> Option<Position> {
+        let position = self.workers.get(usize::from(index)).and_then(WorkerThread::stop);
+        if self.cache.is_switch_pending() {
+            // The worker that was woken to handle the switch may have been stopped before it did.
+            self.wake_for_switch();
+        }
+        position
+    }
+
+    /// Returns the present value of the `writeback` byte.
+    pub fn writeback(&self) -> bool {
+        self.cache.writeback()
+    }
+
+    /// Sets the `writeback` byte on behalf of a transport which has told the driver this value, or has it from the
+    /// driver, whatever features are negotiated by now. Otherwise like a driver's write of that byte: if it turns
+    /// the write cache off, what has completed by now is made stable.
+    pub fn set_writeback(&mut self, on: bool) {
+        if self.cache.transport_sets_writeback(on) {
+            self.wake_for_switch();
+        }
+    }
+
     /// Wakes a worker after the guest has turned its write cache off; the worker makes stable what is complete
     /// by then. Any worker can do it, except one that is parked because its queue was not enabled or was
     /// stopped.
@@ -143,24 +187,11 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn activate(&mut self, parts: Activation) -> Result<(), ActivateError> {
-        let Activation { ram, features, queues, interrupt } = parts;
-        for EnabledQueue { index, ring, doorbell } in queues {
-            let worker = self.workers.get(usize::from(index)).ok_or(ActivateError::MissingQueue(index))?;
-            let job =
-                Job { ram: ram.clone(), features, index, ring, doorbell, interrupt: Arc::clone(&interrupt) };
-            worker.start(job).map_err(|_| ActivateError::Worker(index))?;
-        }
-        Ok(())
+        self.activate_kicked(parts, None)
     }
 
     fn stop_queue(&mut self, index: u16) {
-        if let Some(worker) = self.workers.get(usize::from(index)) {
-            worker.stop();
-        }
-        if self.cache.is_switch_pending() {
-            // The worker that was woken to handle the switch may have been stopped before it did.
-            self.wake_for_switch();
-        }
+        self.stop_queue_at(index);
     }
 
     fn reset(&mut self) {

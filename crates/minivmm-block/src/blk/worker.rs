@@ -4,6 +4,7 @@
 //! moves what is popped to the disk, and completes it.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -20,7 +21,7 @@ use crate::ratelimit::RateLimit;
 use crate::sync::unpoisoned;
 use crate::threads::{ThreadKind, Threads};
 use crate::virtio::Interrupt;
-use crate::virtio::queue::{Chain, Ring, RingError};
+use crate::virtio::queue::{Chain, Position, Ring, RingError};
 use crate::warn_limited;
 
 /// Stack size of a worker. Its frames are small, and there may be many workers.
@@ -38,6 +39,8 @@ pub struct Job {
     pub ring: Ring,
     /// The queue's doorbell.
     pub doorbell: Arc<EventFd>,
+    /// An eventfd of another process that the driver writes in place of the doorbell; `None` if there is none.
+    pub kick: Option<Arc<OwnedFd>>,
     /// Notifies the driver.
     pub interrupt: Arc<dyn Interrupt>,
 }
@@ -151,6 +154,11 @@ impl<'a> QueueWorker<'a> {
         }
     }
 
+    /// Returns how far the ring has been served. After a drain nothing that was popped is still in flight.
+    pub fn position(&self) -> Position {
+        self.requests.job.ring.position()
+    }
+
     /// Returns `true` if nothing is in flight and no finished request waits for its completion.
     pub fn is_idle(&self) -> bool {
         self.requests.disk.is_idle()
@@ -179,6 +187,8 @@ pub enum TurnError {
 /// The state shared by the device and its worker's thread.
 struct Mailbox {
     state: Mutex<State>,
+    /// Where the worker left the last ring that it has served; `None` once somebody has asked.
+    left: Mutex<Option<Position>>,
     changed: Condvar,
 }
 
@@ -208,6 +218,10 @@ impl Mailbox {
         *self.lock() = state;
         self.changed.notify_all();
     }
+
+    fn leave(&self, position: Position) {
+        *unpoisoned(self.left.lock()) = Some(position);
+    }
 }
 
 /// A worker's thread, created at start and parked until a driver enables the queue.
@@ -224,7 +238,11 @@ pub struct WorkerGone;
 impl WorkerThread {
     /// Starts the thread through `threads` and parks it.
     pub fn park(name: String, disk: DiskQueue, threads: &dyn Threads) -> io::Result<Self> {
-        let mailbox = Arc::new(Mailbox { state: Mutex::new(State::Parked), changed: Condvar::new() });
+        let mailbox = Arc::new(Mailbox {
+            state: Mutex::new(State::Parked),
+            left: Mutex::new(None),
+            changed: Condvar::new(),
+        });
         let theirs = Arc::clone(&mailbox);
         let builder = std::thread::Builder::new().name(name).stack_size(STACK_BYTES);
         let body = move || {
@@ -259,10 +277,12 @@ impl WorkerThread {
         }
     }
 
-    /// Returns once the worker has drained and parked, or has exited.
-    pub fn stop(&self) {
+    /// Returns once the worker has drained and parked, or has exited. Returns how far it has served its ring;
+    /// `None` if it has had none since the last call.
+    pub fn stop(&self) -> Option<Position> {
         let mut state = self.mailbox.lock();
-        if let State::Starting(_) = *state {
+        if let State::Starting(job) = &*state {
+            self.mailbox.leave(job.ring.position());
             *state = State::Parked;
         }
         if let State::Working(doorbell) = &*state {
@@ -273,6 +293,8 @@ impl WorkerThread {
         while matches!(*state, State::Stopping) {
             state = self.mailbox.wait(state);
         }
+        drop(state);
+        unpoisoned(self.mailbox.left.lock()).take()
     }
 }
 
@@ -314,15 +336,16 @@ fn work(mailbox: &Mailbox, mut disk: DiskQueue) {
     while let Some(job) = next_job(mailbox) {
         let interrupt = Arc::clone(&job.interrupt);
         let poll = disk.image().config().poll();
+        let mut outcome = disk.listen_to(job.kick.clone()).map_err(TurnError::from);
         let mut worker = QueueWorker::new(job, &mut disk, &mut errors).polling(poll);
-        let mut outcome = Ok(());
         while outcome.is_ok() && matches!(*mailbox.lock(), State::Working(_)) {
             outcome = worker.turn();
         }
         // The latest error is reported: only an engine's error means that I/O may still be in flight.
         let outcome = worker.drain().and(outcome).and_then(|()| worker.owes_nothing());
+        mailbox.leave(worker.position());
         drop(worker);
-        let outcome = disk.rest().map_err(TurnError::from).and(outcome);
+        let outcome = disk.listen_to(None).and_then(|()| disk.rest()).map_err(TurnError::from).and(outcome);
         if let Err(error) = &outcome {
             warn_limited!(broken, "blk: {}; the device needs a reset", Chained(error));
             interrupt.needs_reset();

@@ -6,11 +6,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use super::cache::CachePolicy;
 use super::engine::{Ended, Engine, HostOp, OpToken, Wake};
+use crate::doorbell;
 
 /// Executes one operation at a time with system calls that block.
 pub struct BlockingEngine {
@@ -20,6 +21,8 @@ pub struct BlockingEngine {
     /// The operation for the next wait. There is no room for more: later operations stay with the state machine.
     /// The judgement of one sync therefore need not wait for the syncs that come after it.
     next: Option<(OpToken, HostOp)>,
+    /// A second doorbell, of another process.
+    kick: Option<Arc<OwnedFd>>,
 }
 
 impl BlockingEngine {
@@ -30,7 +33,7 @@ impl BlockingEngine {
 
     /// Returns an engine for `file` whose reads and writes all have these RWF_* flags.
     pub fn with_flags(file: Arc<File>, rw_flags: libc::c_int) -> Self {
-        Self { file, rw_flags, next: None }
+        Self { file, rw_flags, next: None, kick: None }
     }
 }
 
@@ -105,6 +108,11 @@ impl Engine for BlockingEngine {
         Ok(())
     }
 
+    fn listen_to(&mut self, kick: Option<Arc<OwnedFd>>) -> io::Result<()> {
+        self.kick = kick;
+        Ok(())
+    }
+
     fn is_ready(&mut self) -> bool {
         self.next.is_some()
     }
@@ -117,14 +125,24 @@ impl Engine for BlockingEngine {
             ended.push(Ended { token, result });
             return Ok(());
         }
-        let Wake::Doorbell(doorbell) = wake else { return Ok(()) };
-        let mut poll = libc::pollfd { fd: doorbell.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: `poll` is one valid pollfd for the length of the call.
-        if unsafe { libc::poll(&raw mut poll, 1, -1) } < 0 {
+        let Wake::Doorbell(bell) = wake else { return Ok(()) };
+        let waits = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        // A negative descriptor is ignored.
+        let kick = self.kick.as_ref().map_or(-1, |kick| kick.as_raw_fd());
+        let mut polled = [waits(bell.as_raw_fd()), waits(kick)];
+        // SAFETY: `polled` is two valid pollfds for the length of the call.
+        if unsafe { libc::poll(polled.as_mut_ptr(), 2, -1) } < 0 {
             let error = io::Error::last_os_error();
             return if error.kind() == io::ErrorKind::Interrupted { Ok(()) } else { Err(error) };
         }
-        match doorbell.read() {
+        let [rung, kicked] = polled.map(|polled| polled.revents != 0);
+        if let Some(kick) = self.kick.as_ref().filter(|_| kicked) {
+            doorbell::clear(kick);
+        }
+        if !rung {
+            return Ok(());
+        }
+        match bell.read() {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
             _ => Ok(()),
         }

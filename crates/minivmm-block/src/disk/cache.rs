@@ -143,8 +143,14 @@ impl WriteCache {
     /// Handles the guest's write to config.writeback. Returns `true` if it turned the write cache off, so that a
     /// worker should be woken. The write is ignored without CONFIG_WCE; a 1 is also ignored without FLUSH.
     pub fn guest_sets_writeback(&self, on: bool) -> bool {
+        self.negotiated().config_wce && self.transport_sets_writeback(on)
+    }
+
+    /// Sets config.writeback like [`WriteCache::guest_sets_writeback`], but before the driver's features are known
+    /// as well. A 1 is ignored with CONFIG_WCE but without FLUSH (virtio 5.2.5.2).
+    pub fn transport_sets_writeback(&self, on: bool) -> bool {
         let acked = self.negotiated();
-        if !acked.config_wce || (on && !acked.flush) {
+        if on && acked.config_wce && !acked.flush {
             return false;
         }
         let was_on = self.writeback.swap(on, Ordering::SeqCst);
@@ -272,6 +278,19 @@ mod tests {
         assert!(!cache.writeback(), "CONFIG_WCE without FLUSH starts as writethrough");
         cache.guest_sets_writeback(true);
         assert!(!cache.writeback(), "and stays");
+    }
+
+    #[test]
+    fn a_transport_may_set_the_byte_before_the_features_are_known() {
+        let cache = WriteCache::new(&POLICIES[0]);
+        assert!(cache.transport_sets_writeback(false));
+        cache.negotiate(Negotiated { flush: true, config_wce: true });
+        assert!(!cache.writeback() && cache.write_must_be_stable(false));
+        assert!(!cache.transport_sets_writeback(true));
+        assert!(cache.writeback());
+        cache.negotiate(Negotiated { flush: false, config_wce: true });
+        cache.transport_sets_writeback(true);
+        assert!(!cache.writeback(), "without FLUSH it stays 0");
     }
 
     #[test]

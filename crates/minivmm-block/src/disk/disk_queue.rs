@@ -25,6 +25,7 @@ mod figures;
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -238,6 +239,11 @@ impl DiskQueue {
             || self.group.is_due(self.in_flight.writing())
             || self.first_horizon().is_some_and(is_settled)
             || self.engine.is_ready()
+    }
+
+    /// Lets waits for the doorbell also end when `kick` is written ([`Engine::listen_to`]).
+    pub fn listen_to(&mut self, kick: Option<Arc<OwnedFd>>) -> io::Result<()> {
+        self.engine.listen_to(kick)
     }
 
     /// Makes the engine release the doorbell. Call this when nothing is in flight, before the doorbell goes away.

@@ -5,6 +5,7 @@
 //! [`super::uring`] and [`super::blocking`]; the write log and faults wrap either; tests have others.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -120,6 +121,13 @@ pub trait Engine: Send {
     /// the completed operation to `ended`. `came` tells whether the driver has made more requests available. If it has
     /// before the operation begins, the engine begins the operation elsewhere.
     fn execute_kept(&mut self, _came: &dyn Fn() -> bool, _ended: &mut Vec<Ended>) {}
+
+    /// Lets a wait for the doorbell also end when `kick`, an eventfd of another process, is written; `None` ends
+    /// that. The engine changes nothing about `kick`, and may read its counter. Nothing is in flight. An engine that
+    /// cannot do it ignores the call.
+    fn listen_to(&mut self, _kick: Option<Arc<OwnedFd>>) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Releases the doorbell of the last wait, which is about to go away. Nothing is in flight.
     fn rest(&mut self) -> io::Result<()> {

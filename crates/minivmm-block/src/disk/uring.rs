@@ -9,10 +9,11 @@
 //! KiB, the way through a ring is long (`docs/performance.md`).
 
 mod alone;
+mod kick;
 mod setup;
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use io_uring::types::{Fd, FsyncFlags};
@@ -27,14 +28,16 @@ use super::image::Image;
 use crate::mem::{Iov, Ram};
 use crate::slab::Slab;
 use alone::Alone;
+use kick::Kick;
 pub use setup::UringError;
 use setup::{IMAGE, build, register_file, register_memory, restrict};
 
 /// With this many batches in flight, do not enter the kernel early: submit the rest of the batch together.
 const BUSY_BATCHES: usize = 4;
-/// The doorbell's read, and its cancellation below. The slab never gives out these two numbers.
+/// The doorbell's read, the poll of a kick, and their cancellations. The slab never gives out these numbers.
 const BELL: u64 = u64::MAX;
 const CANCEL: u64 = u64::MAX - 1;
+const KICK: u64 = u64::MAX - 2;
 /// Executes operations through io_uring.
 pub struct UringEngine {
     ring: IoUring,
@@ -45,6 +48,7 @@ pub struct UringEngine {
     /// Largest number of operations in the kernel at once, so that their completions have room in the ring.
     room: usize,
     bell: Bell,
+    kick: Kick,
     inline: Inline,
     alone: Alone,
     /// Operations that completed without the ring.
@@ -103,6 +107,7 @@ impl UringEngine {
             ops: Slab::default(),
             room: usize::from(entries),
             bell: Bell { counter: Box::new(0), waits_on: None, blocking: None, rung: false },
+            kick: Kick::new(),
             inline: Inline { read: buffered, write: buffered },
             alone: Alone::default(),
             without_ring: Vec::new(),
@@ -162,6 +167,7 @@ impl UringEngine {
             let result = end.result();
             match end.user_data() {
                 CANCEL => {}
+                KICK => self.bell.rung |= self.kick.ends(result, end.flags())?,
                 BELL => {
                     self.bell.waits_on = None;
                     match -result {
@@ -372,6 +378,9 @@ impl Engine for UringEngine {
         loop {
             if let Wake::Doorbell(doorbell) = wake {
                 self.listen(doorbell)?;
+                if let Some(poll) = self.kick.arm(KICK) {
+                    self.push(&poll)?;
+                }
             }
             ended.append(&mut self.without_ring);
             let may_wait = match wake {
@@ -422,16 +431,26 @@ impl Engine for UringEngine {
         ended.push(Ended { token, result });
     }
 
-    /// Cancels the doorbell's read in the ring, and waits until it is gone.
+    fn listen_to(&mut self, kick: Option<Arc<OwnedFd>>) -> io::Result<()> {
+        self.rest()?;
+        self.kick.set(kick);
+        Ok(())
+    }
+
+    /// Cancels the doorbell's read in the ring and the poll of a kick, and waits until both are gone.
     fn rest(&mut self) -> io::Result<()> {
         let mut ended = Vec::new();
         if self.bell.waits_on.is_some() {
             self.push(&opcode::AsyncCancel::new(BELL).build().user_data(CANCEL))?;
         }
-        while self.bell.waits_on.is_some() {
+        if self.kick.is_armed() {
+            self.push(&opcode::AsyncCancel::new(KICK).build().user_data(CANCEL))?;
+        }
+        while self.bell.waits_on.is_some() || self.kick.is_armed() {
             self.enter(1)?;
             self.reap(&mut ended)?;
         }
+        self.kick.clear();
         (self.bell.rung, self.bell.blocking) = (false, None);
         self.without_ring.append(&mut ended);
         Ok(())

@@ -9,6 +9,7 @@
 //! to DEVICE_NEEDS_RESET. A chain with sound structure but invalid content is handed on with its
 //! [`ChainFault`], so that it completes like any other.
 
+pub mod inflight;
 mod memory;
 
 use virtio_bindings::bindings::virtio_ring::{
@@ -21,6 +22,7 @@ use vm_memory::GuestAddress;
 use super::feature;
 use crate::mem::{Ram, Segment};
 use crate::sync::{Ordering, fence};
+use inflight::Inflight;
 use memory::{Available, DESCRIPTOR_BYTES, Table, Used};
 
 /// A queue's configuration as the driver wrote it. It is unchecked until [`Ring::new`] accepts it.
@@ -61,6 +63,9 @@ pub enum QueueConfigError {
         /// The part's guest address.
         addr: u64,
     },
+    /// The notes of the chains in flight are of an unknown version, or for fewer descriptors.
+    #[error("the inflight region is not of version 1, or has room for fewer descriptors than the queue")]
+    Notes,
     /// virtio-queue rejects the configuration although our own checks accept it.
     #[error("virtio-queue does not accept it")]
     Refused,
@@ -135,6 +140,15 @@ pub struct Chain {
     pub fault: Option<ChainFault>,
 }
 
+/// How far a ring has been served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Position {
+    /// The number of chains popped so far, modulo 2^16: the next entry of the available ring.
+    pub available: u16,
+    /// The number of chains returned so far, modulo 2^16: the next entry of the used ring.
+    pub used: u16,
+}
+
 /// The rings of one enabled queue.
 pub struct Ring {
     descriptors: Table,
@@ -153,8 +167,12 @@ pub struct Ring {
     /// `true` if used.flags asks for no doorbell. Used only without EVENT_IDX.
     is_quiet: bool,
     size: u16,
+    /// The most descriptors that one chain may have.
+    chain_max: u16,
     indirect: bool,
     event_idx: bool,
+    /// Where chains in flight are noted; `None` if they are not.
+    inflight: Option<Box<Inflight>>,
     /// The configuration as the driver wrote it.
     config: QueueConfig,
     /// Guest RAM, in which indirect tables are found. It also keeps the memory of the three parts mapped.
@@ -204,11 +222,51 @@ impl Ring {
             judged: 0,
             is_quiet: false,
             size,
+            chain_max: size,
+            inflight: None,
             indirect: features & feature::INDIRECT_DESC != 0,
             event_idx: features & feature::EVENT_IDX != 0,
             config: *config,
             ram: ram.clone(),
         })
+    }
+
+    /// Lets the ring go on where another one over the same memory has stopped.
+    pub fn resume_at(mut self, position: Position) -> Self {
+        let Position { available, used } = position;
+        (self.next_available, self.seen_available) = (available, available);
+        (self.next_used, self.published, self.judged) = (used, used, used);
+        self
+    }
+
+    /// Notes chains in flight in `inflight`, and first pops again those that are noted there. If the notes were used
+    /// before, the ring resumes as they say, whatever [`Ring::resume_at`] was told.
+    ///
+    /// Fails if they cannot be notes of this ring.
+    pub fn tracked_by(mut self, mut inflight: Inflight) -> Result<Self, QueueConfigError> {
+        let told = self.position();
+        let found = inflight.recover(told, self.used.idx(), self.size);
+        let position = found.ok_or(QueueConfigError::Notes)?;
+        self = self.resume_at(position);
+        self.inflight = Some(Box::new(inflight));
+        Ok(self)
+    }
+
+    /// Accepts chains of up to `descriptors` descriptors if that is more than the ring has. virtio 2.7.5.3.1
+    /// forbids such chains, but Linux makes them of indirect descriptors where seg_max permits it.
+    pub fn with_chains_of(mut self, descriptors: u16) -> Self {
+        self.chain_max = self.chain_max.max(descriptors);
+        self
+    }
+
+    /// Returns how far the ring has been served.
+    pub fn position(&self) -> Position {
+        Position { available: self.next_available, used: self.next_used }
+    }
+
+    /// Returns used.idx as it is in memory: how many chains the device has returned, modulo 2^16.
+    pub fn used_idx_in_memory(&self) -> u16 {
+        self.used.idx()
     }
 
     /// Returns the number of descriptors.
@@ -230,11 +288,20 @@ impl Ring {
     /// Pops the next available chain into `chain`, whose memory is reused. Returns `false` if there is none.
     #[inline]
     pub fn pop_into(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        if let Some(inflight) = &mut self.inflight
+            && let Some(head) = inflight.next_to_repeat()
+        {
+            self.walk(head, chain)?;
+            return Ok(true);
+        }
         if self.next_available == self.seen_available && !self.look_for_more()? {
             return Ok(false);
         }
         let head = self.available.entry(self.next_available);
         self.next_available = self.next_available.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.begins(head);
+        }
         self.walk(head, chain)?;
         Ok(true)
     }
@@ -261,8 +328,8 @@ impl Ring {
             let Some(descriptor) = table.read(index) else {
                 return Err(RingError::Index { index: u32::from(index), size: table.entries() });
             };
-            if seen == self.size {
-                return Err(RingError::Loop { head, size: self.size });
+            if seen == self.chain_max {
+                return Err(RingError::Loop { head, size: self.chain_max });
             }
             let (segment, flags) = (descriptor.segment, u32::from(descriptor.flags));
             if flags & VRING_DESC_F_INDIRECT != 0 {
@@ -319,6 +386,9 @@ impl Ring {
         if self.next_used.wrapping_sub(self.published) == self.size {
             self.store_used_idx();
         }
+        if let Some(inflight) = &mut self.inflight {
+            inflight.is_used(head);
+        }
         self.used.set_entry(self.next_used, head, written);
         self.next_used = self.next_used.wrapping_add(1);
         Ok(())
@@ -357,6 +427,9 @@ impl Ring {
     fn store_used_idx(&mut self) {
         self.used.set_idx(self.next_used);
         self.published = self.next_used;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.is_published(self.next_used);
+        }
     }
 
     /// Returns `true` if the driver has made a chain available that was not popped yet.

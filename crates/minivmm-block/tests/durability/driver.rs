@@ -132,6 +132,7 @@ impl Queue {
             index: word(u64::try_from(index).unwrap()),
             ring: Ring::new(&self.ram, &config, QUEUE_SIZE, features).unwrap(),
             doorbell: Arc::clone(&self.doorbell),
+            kick: None,
             interrupt: Arc::new(Told(Arc::clone(&self.told))),
         }
     }

@@ -133,6 +133,7 @@ impl Rings {
             index: 0,
             ring: Ring::new(&self.ram, &config, SIZE, features).unwrap(),
             doorbell: Arc::clone(&self.doorbell),
+            kick: None,
             interrupt: Arc::clone(&self.rung[DEVICE]) as Arc<dyn Interrupt>,
         };
         let disks = Rc::clone(&self.disk);

@@ -12,6 +12,7 @@ pub mod spec;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -299,6 +300,10 @@ impl Engine for FaultEngine {
         let before = ended.len();
         self.inner.execute_kept(came, ended);
         self.note(ended.get_mut(before..).unwrap_or_default());
+    }
+
+    fn listen_to(&mut self, kick: Option<Arc<OwnedFd>>) -> io::Result<()> {
+        self.inner.listen_to(kick)
     }
 
     fn rest(&mut self) -> io::Result<()> {

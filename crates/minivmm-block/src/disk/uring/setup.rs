@@ -115,6 +115,7 @@ pub(super) fn restrict(ring: &IoUring) -> Result<(), UringError> {
         opcode::Fsync::CODE,
         opcode::Fallocate::CODE,
         opcode::AsyncCancel::CODE,
+        opcode::PollAdd::CODE,
     ];
     let mut allowed: Vec<_> = codes.into_iter().map(Restriction::sqe_op).collect();
     allowed.push(Restriction::sqe_flags_allowed(FIXED_FILE));

@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::{Change, WriteLog};
@@ -128,6 +129,10 @@ impl Engine for LoggingEngine {
         let before = ended.len();
         self.inner.execute_kept(came, ended);
         self.note(ended.get(before..).unwrap_or_default());
+    }
+
+    fn listen_to(&mut self, kick: Option<Arc<OwnedFd>>) -> io::Result<()> {
+        self.inner.listen_to(kick)
     }
 
     fn rest(&mut self) -> io::Result<()> {

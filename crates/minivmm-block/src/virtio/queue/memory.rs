@@ -192,6 +192,11 @@ impl Used {
         self.area.store(0, flags, Ordering::Relaxed);
     }
 
+    /// Loads used.idx, which only the device stores. A front end may have changed it all the same.
+    pub fn idx(&self) -> u16 {
+        self.area.load(2, Ordering::Acquire)
+    }
+
     /// Stores used.idx. Whoever sees it also sees what was written before: data, status, entries (virtio 2.7.8.2).
     pub fn set_idx(&self, idx: u16) {
         self.area.store(2, idx, Ordering::Release);
