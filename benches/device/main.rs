@@ -56,7 +56,7 @@ struct Arguments {
     #[arg(long, default_value_t = 0.3)]
     warm_up: f64,
     /// Only loads whose name contains one of these words; `show`: those of the promises; `modes`: those that
-    /// compare none, dontcache and writeback; `polling` alone: those that compare the default with poll-us=0.
+    /// compare none, dontcache and writeback; `polling` first: those that compare the default with poll-us=0.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Every load, for hours.
@@ -122,8 +122,13 @@ fn main() -> Result<()> {
 
 /// The promises' contests and the others, without doubles.
 fn plan(arguments: &Arguments) -> Vec<Contest> {
-    if arguments.only == ["polling"] {
-        return polling::contests();
+    if let [first, words @ ..] = &*arguments.only
+        && first == "polling"
+    {
+        let wanted = |contest: &Contest| {
+            words.is_empty() || words.iter().any(|word| contest.load.name().contains(word))
+        };
+        return polling::contests().into_iter().filter(wanted).collect();
     }
     let (promised, modes) = (show::contests(), load::modes());
     let is_in = |list: &[Contest], load: &Load| list.iter().any(|contest| contest.load == *load);
@@ -161,7 +166,7 @@ fn measure(arguments: &Arguments, contests: &[Contest]) -> Result<()> {
     }
     let promises = show::rows(&outcomes);
     println!("{}\n{}", table::contests(&outcomes), table::summary(&outcomes));
-    if arguments.only == ["polling"] {
+    if arguments.only.first().is_some_and(|first| first == "polling") {
         println!("{}", polling::table(&outcomes));
     }
     println!("{}\n{}", table::promises(&promises), table::gaps(&outcomes));

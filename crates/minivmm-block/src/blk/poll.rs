@@ -12,19 +12,26 @@ use std::time::{Duration, Instant};
 const WINDOW_MIN: Duration = Duration::from_micros(4);
 /// Polls between two readings of the clock.
 const POLLS_PER_CLOCK_READ: u32 = 8;
-/// Waits of one epoch.
-const EPOCH: u32 = 64;
-/// The longest pause between two trials, in epochs. The pause doubles after each trial that changes nothing, because
-/// a trial may be slower. The bound limits how long a wrong choice lasts.
-const PAUSE_EPOCHS_MAX: u32 = 64;
+/// Waits of one window, the unit of measuring and of the pauses between trials.
+const WINDOW: u32 = 512;
+/// Windows after a change of the way that do not count: the host's scheduler moves the two threads apart, or together on
+/// one CPU, and takes its time.
+const SETTLING: u32 = 4;
+/// Windows that count, after those.
+const MEASURED: u32 = 4;
+/// A trial of the other way is over at once if a window of it costs less than `CLEAR` of the present way, or more than
+/// 1 / `CLEAR` of it. The first window does not count.
+const CLEAR: f64 = 0.75;
+/// The shortest and the longest pause between two trials, in windows. The pause doubles after each trial that changes
+/// nothing, because a trial may be slower. The longest pause limits how long a wrong choice lasts.
+const PAUSE_WINDOWS: std::ops::RangeInclusive<u32> = 16..=1024;
 /// A wait that is longer than the longest polling time by this factor counts as no longer: the guest was idle.
 const IDLE: u32 = 4;
-/// While sleeping: change to spinning if it costs less than this share of sleeping. The gap between the two limits
-/// keeps noise from changing the choice.
-const SPIN_BELOW: f64 = 0.97;
-/// While spinning: change to sleeping if it costs less than this share of spinning. It is above 1, because equal speed
-/// does not justify the CPU.
-const SLEEP_BELOW: f64 = 1.01;
+/// While sleeping: change to spinning if it costs less than this share of sleeping. A small gain does not justify the
+/// CPU, and the gap between the two limits keeps noise from changing the choice.
+const SPIN_BELOW: f64 = 0.9;
+/// While spinning: change to sleeping if it costs less than this share of spinning.
+const SLEEP_BELOW: f64 = 1.03;
 
 /// Decides whether and how long one worker spins before it blocks.
 #[derive(Debug)]
@@ -81,11 +88,11 @@ impl Poller {
     }
 }
 
-/// Compares the two ways by what a request costs, in time from one to the next.
+/// Compares the two ways by what a request costs, in time from one to the next. Sleeping is the first one.
 ///
-/// Most of the time nothing is measured. In a trial three epochs follow one another: the present way, the other one,
-/// the present way again. The middle one is compared with its neighbours, so that a load that changes slowly does
-/// not look like a difference between the ways.
+/// Most of the time nothing is measured. In a trial the present way, the other one and the present way again follow one
+/// another. The other one is compared with both, so that a load that changes slowly does not look like a difference
+/// between the ways.
 #[derive(Debug)]
 struct Trials {
     /// A longer wait counts as this long: the guest was idle.
@@ -93,32 +100,34 @@ struct Trials {
     /// `true` if spinning is the present way.
     spinning: bool,
     phase: Phase,
-    /// Waits that are left of this epoch.
+    /// Waits that are left of this window.
     waits: u32,
-    /// Epochs until the next trial.
-    epochs_left: u32,
-    /// Epochs between trials.
+    /// Windows of this phase that have ended.
+    windows: u32,
+    /// Windows between trials.
     pause: u32,
-    /// What is measured of this epoch.
-    epoch: Epoch,
-    /// What a request cost in the epoch before the other way.
-    cost_before: f64,
+    /// What is measured of this window.
+    window: Window,
+    /// The sum of the costs of the windows of this phase that count.
+    sum: f64,
+    /// What a request cost in the present way, before the other one.
+    before: f64,
     /// What it cost with the other way.
-    cost_other: f64,
-    /// What the other way costs, as a share of the present one: a mean of the last trials. `None` before the first.
-    other: Option<f64>,
+    other: f64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
+    /// The present way, unmeasured.
     Steady,
     Before,
     Other,
     After,
 }
 
+/// What is measured of one window.
 #[derive(Debug, Default)]
-struct Epoch {
+struct Window {
     since: Option<Instant>,
     wait_since: Option<Instant>,
     /// Time of waits beyond `wait_max`, which does not count.
@@ -130,15 +139,15 @@ impl Trials {
     fn new(wait_max: Duration) -> Self {
         Self {
             wait_max,
-            spinning: true,
-            phase: Phase::Steady,
-            waits: EPOCH,
-            epochs_left: 1,
-            pause: 1,
-            epoch: Epoch::default(),
-            cost_before: 0.0,
-            cost_other: 0.0,
-            other: None,
+            spinning: false,
+            phase: Phase::Before,
+            waits: WINDOW,
+            windows: 0,
+            pause: *PAUSE_WINDOWS.start(),
+            window: Window::default(),
+            sum: 0.0,
+            before: 0.0,
+            other: 0.0,
         }
     }
 
@@ -151,78 +160,83 @@ impl Trials {
     }
 
     fn begins(&mut self, now: Instant) {
-        self.epoch.since.get_or_insert(now);
-        self.epoch.wait_since = Some(now);
+        self.window.since.get_or_insert(now);
+        self.window.wait_since = Some(now);
     }
 
     /// Counts a wait that has ended. `now` is called only if something is measured.
     fn ends(&mut self, completed: u32, now: impl FnOnce() -> Instant) {
         self.waits -= 1;
-        if !self.is_measuring() {
+        if self.is_measuring() {
+            self.window.completed += completed;
+            let now = now();
+            if let Some(since) = self.window.wait_since {
+                self.window.idle += now.saturating_duration_since(since).saturating_sub(self.wait_max);
+            }
             if self.waits == 0 {
-                self.steady_epoch_ends();
+                self.waits = WINDOW;
+                let window = std::mem::take(&mut self.window);
+                // Without a completion there is no cost, so the window is repeated.
+                if let Some(cost) = window.cost(now) {
+                    self.window_ends(cost);
+                }
             }
-            return;
-        }
-        self.epoch.completed += completed;
-        let now = now();
-        if let Some(since) = self.epoch.wait_since {
-            self.epoch.idle += now.saturating_duration_since(since).saturating_sub(self.wait_max);
-        }
-        if self.waits == 0 {
-            self.waits = EPOCH;
-            let epoch = std::mem::take(&mut self.epoch);
-            // Without a completion there is no cost, so the epoch is repeated.
-            if let Some(cost) = epoch.cost(now) {
-                self.record_cost(cost);
+        } else if self.waits == 0 {
+            self.waits = WINDOW;
+            self.windows += 1;
+            if self.windows >= self.pause {
+                self.enter(Phase::Before);
             }
         }
     }
 
-    fn steady_epoch_ends(&mut self) {
-        self.waits = EPOCH;
-        self.epochs_left -= 1;
-        if self.epochs_left == 0 {
-            self.phase = Phase::Before;
-        }
+    fn enter(&mut self, phase: Phase) {
+        (self.phase, self.windows, self.sum) = (phase, 0, 0.0);
     }
 
-    /// Records what a request cost in the epoch that has ended, and starts the next phase.
-    fn record_cost(&mut self, cost: f64) {
-        self.phase = match self.phase {
-            Phase::Steady | Phase::Before => {
-                self.cost_before = cost;
-                Phase::Other
+    /// Records what a request cost in the window that has ended, and enters the next phase when it is time.
+    fn window_ends(&mut self, cost: f64) {
+        self.windows += 1;
+        // Before the other way everything is settled but the very first window.
+        let settling = if self.phase == Phase::Before { 1 } else { SETTLING };
+        if self.windows > settling {
+            self.sum += cost;
+        }
+        let is_over = self.windows == settling + MEASURED;
+        let mean = self.sum / f64::from(MEASURED);
+        match self.phase {
+            Phase::Before if is_over => {
+                self.before = mean;
+                self.enter(Phase::Other);
             }
             Phase::Other => {
-                self.cost_other = cost;
-                Phase::After
+                let now = cost / self.before;
+                if self.windows > 1 && !(CLEAR..=1.0 / CLEAR).contains(&now) {
+                    self.conclude_trial(now);
+                } else if is_over {
+                    self.other = mean;
+                    self.enter(Phase::After);
+                }
             }
-            Phase::After => {
-                self.conclude_trial(self.cost_other / ((self.cost_before + cost) / 2.0));
-                Phase::Steady
-            }
-        };
+            Phase::After if is_over => self.conclude_trial(self.other / ((self.before + mean) / 2.0)),
+            Phase::Steady | Phase::Before | Phase::After => {}
+        }
     }
 
-    /// Concludes a trial in which the other way cost `other`, as a share of the present one. Changes over if the mean of
-    /// the trials is below the limit.
+    /// Concludes a trial in which the other way cost `other`, as a share of the present one.
     fn conclude_trial(&mut self, other: f64) {
-        let mean = self.other.map_or(other, |mean| mean + (other - mean) / 3.0);
         let limit = if self.spinning { SLEEP_BELOW } else { SPIN_BELOW };
-        self.pause = if mean < limit {
+        if other < limit {
             self.spinning = !self.spinning;
-            self.other = None;
-            1
+            self.pause = *PAUSE_WINDOWS.start();
         } else {
-            self.other = Some(mean);
-            (self.pause * 2).min(PAUSE_EPOCHS_MAX)
-        };
-        self.epochs_left = self.pause;
+            self.pause = (self.pause * 2).min(*PAUSE_WINDOWS.end());
+        }
+        self.enter(Phase::Steady);
     }
 }
 
-impl Epoch {
+impl Window {
     /// Returns the mean seconds from one completed request to the next, without the guest's idle time. `None` if no
     /// request completed.
     fn cost(&self, now: Instant) -> Option<f64> {
@@ -237,11 +251,12 @@ mod tests {
 
     const MAX: Duration = Duration::from_micros(40);
 
-    /// Makes `epochs` epochs of waits in which a request takes `spinning` or `sleeping` microseconds.
-    fn live(trials: &mut Trials, epochs: u32, spinning: u64, sleeping: u64) -> u32 {
+    /// Makes `windows` windows of waits in which a request takes `spinning` or `sleeping` microseconds. Returns in how
+    /// many windows the worker spun.
+    fn live(trials: &mut Trials, windows: u32, spinning: u64, sleeping: u64) -> u32 {
         let mut now = Instant::now();
         let mut spun = 0;
-        for _ in 0..epochs * EPOCH {
+        for _ in 0..windows * WINDOW {
             if trials.is_measuring() {
                 trials.begins(now);
             }
@@ -249,22 +264,24 @@ mod tests {
             now += Duration::from_micros(if trials.spins() { spinning } else { sleeping });
             trials.ends(1, || now);
         }
-        spun / EPOCH
+        spun / WINDOW
     }
 
     #[test]
     fn it_spins_where_that_is_faster() {
-        let mut trials = Trials::new(MAX * IDLE);
-        let spun = live(&mut trials, 1000, 30, 40);
-        assert!(trials.spinning && spun > 970, "{spun}");
+        for (spinning, at_least) in [(30, 940), (20, 980)] {
+            let mut trials = Trials::new(MAX * IDLE);
+            let spun = live(&mut trials, 1000, spinning, 40);
+            assert!(trials.spinning && spun > at_least, "{spinning}: {spun}");
+        }
     }
 
     #[test]
-    fn it_sleeps_where_spinning_is_slower_or_gains_nothing() {
-        for spinning in [100, 31, 30] {
+    fn it_sleeps_where_spinning_is_slower_or_gains_little() {
+        for (spinning, at_most) in [(100, 14), (31, 50), (30, 50), (28, 50)] {
             let mut trials = Trials::new(MAX * IDLE);
             let spun = live(&mut trials, 1000, spinning, 30);
-            assert!(!trials.spinning && spun < 30, "{spinning}: {spun}");
+            assert!(!trials.spinning && spun < at_most, "{spinning}: {spun}");
         }
     }
 
@@ -272,17 +289,42 @@ mod tests {
     fn it_changes_over_when_the_load_changes() {
         let mut trials = Trials::new(MAX * IDLE);
         live(&mut trials, 1000, 30, 40);
-        live(&mut trials, 300, 40, 30);
+        live(&mut trials, 1100, 40, 30);
         assert!(!trials.spinning);
-        live(&mut trials, 300, 30, 40);
+        live(&mut trials, 1100, 30, 40);
         assert!(trials.spinning);
+    }
+
+    /// As a scheduler does that moves two threads together on one CPU, and apart again.
+    #[test]
+    fn what_changes_only_after_a_while_is_seen() {
+        let mut trials = Trials::new(MAX * IDLE);
+        let (mut now, mut since_change, mut spun_before) = (Instant::now(), 0, false);
+        let mut spun = 0;
+        for _ in 0..1000 * WINDOW {
+            if trials.is_measuring() {
+                trials.begins(now);
+            }
+            let spins = trials.spins();
+            since_change = if spins == spun_before { since_change + 1 } else { 0 };
+            spun_before = spins;
+            let is_settled = since_change > 3 * WINDOW / 2;
+            // Spinning looks better for a while, and sleeping after it worse.
+            now += Duration::from_micros(match (spins, is_settled) {
+                (true, true) | (false, false) => 60,
+                (true, false) | (false, true) => 50,
+            });
+            spun += u32::from(spins);
+            trials.ends(1, || now);
+        }
+        assert!(!trials.spinning && spun / WINDOW < 60, "{}", spun / WINDOW);
     }
 
     #[test]
     fn the_time_of_an_idle_guest_does_not_count() {
         let mut trials = Trials::new(MAX * IDLE);
         let mut now = Instant::now();
-        for wait in 0..200 * EPOCH {
+        for wait in 0..200 * WINDOW {
             if trials.is_measuring() {
                 trials.begins(now);
             }
@@ -295,14 +337,14 @@ mod tests {
     }
 
     #[test]
-    fn an_epoch_without_a_completion_is_repeated() {
+    fn a_window_without_a_completion_is_repeated() {
         let mut trials = Trials::new(MAX * IDLE);
         let now = Instant::now();
-        for _ in 0..100 * EPOCH {
+        for _ in 0..100 * WINDOW {
             trials.begins(now);
             trials.ends(0, || now);
         }
-        assert_eq!(trials.phase, Phase::Before);
+        assert_eq!((trials.phase, trials.windows), (Phase::Before, 0));
     }
 
     #[test]
