@@ -14,6 +14,8 @@ use minivmm_testkit::images::TestImage;
 use minivmm_testkit::places;
 use minivmm_testkit::skips::skip;
 
+use crate::queues::Many;
+
 const FEATURES: u64 = F_FLUSH | F_CONFIG_WCE | F_DISCARD;
 /// Set in the process that strace looks at.
 const UNDER_STRACE: &str = "MINIVMM_TEST_UNDER_STRACE";
@@ -130,13 +132,14 @@ fn the_kernel_makes_what_has_company_and_what_comes_after() {
     }
 }
 
-/// Runs [`flushes_under_strace`] with `inject`; what it printed, and what strace saw. `None` without strace.
-fn under_strace(inject: &str) -> Option<(String, String)> {
-    let log = places::tmp().join(format!("alone-{}.strace", inject.len()));
+/// Runs a test of this suite, [`flushes_under_strace`] for example, with `inject`; what it printed, and what strace
+/// saw. `None` without strace.
+fn under_strace(test: &str, inject: &str) -> Option<(String, String)> {
+    let log = places::tmp().join(format!("{test}-{}.strace", inject.len()));
     let mut strace = Command::new("strace");
     strace.args(["-f", "-e", "trace=fdatasync", "-e", &format!("inject=fdatasync:{inject}"), "-o"]).arg(&log);
     strace.env(UNDER_STRACE, "1").arg(std::env::current_exe().unwrap());
-    strace.args(["--exact", "--nocapture", "alone::flushes_under_strace"]);
+    strace.args(["--exact", "--nocapture", &format!("alone::{test}")]);
     let output = {
         let _forks = crate::FORKS.lock().unwrap();
         strace.output()
@@ -187,7 +190,7 @@ fn flushes(said: &str) -> Vec<(u8, Duration)> {
 /// Shows E1. strace counts the calls of each thread: the second is that of the second FLUSH.
 #[test]
 fn an_error_of_the_workers_own_sync_fails_the_flush_and_all_that_follow() {
-    let Some((said, seen)) = under_strace("error=EIO:when=2") else { return };
+    let Some((said, seen)) = under_strace("flushes_under_strace", "error=EIO:when=2") else { return };
     if said.contains("no io_uring") {
         return;
     }
@@ -201,11 +204,49 @@ fn an_error_of_the_workers_own_sync_fails_the_flush_and_all_that_follow() {
 /// Shows B5.
 #[test]
 fn a_flush_completes_only_when_the_workers_own_sync_has_returned() {
-    let Some((said, seen)) = under_strace("delay_exit=400000:when=2") else { return };
+    let Some((said, seen)) = under_strace("flushes_under_strace", "delay_exit=400000:when=2") else { return };
     if said.contains("no io_uring") {
         return;
     }
     let flushes = flushes(&said);
     assert_eq!(flushes.iter().map(|&(status, _)| status).collect::<Vec<_>>(), [OK; 3], "{said}\n{seen}");
     assert!(flushes[1].1 >= Duration::from_millis(400), "{said}\n{seen}");
+}
+
+/// Does something only in the process that [`under_strace`] starts.
+#[test]
+fn a_flush_beside_another_queues_sync_under_strace() {
+    if std::env::var_os(UNDER_STRACE).is_none() {
+        return;
+    }
+    let test = TestImage::new(1 << 20);
+    let image = open(&test, "none", "poll-us=0,queues=2");
+    if !has_io_uring(&image) {
+        return println!("no io_uring");
+    }
+    let mut many = Many::new(&image);
+    many.start(FEATURES | F_MQ, &[0, 1]);
+    many.submit(0, FLUSH, 0, None);
+    // That sync has begun, and strace keeps it from returning while the other queue writes and flushes.
+    std::thread::sleep(Duration::from_millis(200));
+    let written = many.write(1, 8, 7);
+    println!("written {written} during the sync: {}", !many.is_done(0));
+    println!("FLUSH {} after 0 ms", many.flush(1));
+    println!("FLUSH {} after 0 ms", many.wait(0));
+    std::process::exit(0);
+}
+
+/// Shows B5. A sync covers only writes that completed before it began.
+#[test]
+fn a_flush_needs_a_sync_that_began_after_the_writes_it_covers_whichever_queue_made_them() {
+    let suite = "a_flush_beside_another_queues_sync_under_strace";
+    let Some((said, seen)) = under_strace(suite, "delay_exit=1000000:when=1") else { return };
+    if said.contains("no io_uring") {
+        return;
+    }
+    assert!(said.contains("written 0 during the sync: true"), "{said}\n{seen}");
+    let statuses: Vec<u8> = flushes(&said).into_iter().map(|(status, _)| status).collect();
+    assert_eq!(statuses, [OK, OK], "{said}\n{seen}");
+    // One at the start, and one for each FLUSH.
+    assert_eq!(seen.matches("fdatasync(").count(), 3, "{seen}");
 }

@@ -51,14 +51,14 @@ fn open(test: &TestImage, mode: &str, engine: &str) -> Arc<Image> {
 }
 
 /// A driver of several queues, with one request at a time on each.
-struct Many {
+pub struct Many {
     rig: Rig,
     avail: [u16; QUEUES as usize],
 }
 
 impl Many {
     /// The device as a run makes it.
-    fn new(image: &Arc<Image>) -> Self {
+    pub fn new(image: &Arc<Image>) -> Self {
         let ram = mem::map_ram(&[(0, RAM_BYTES)]).unwrap();
         let device = BlockDevice::with_ram("vda", Arc::clone(image), Some(&ram)).unwrap();
         let cache = Arc::new(WriteCache::new(image.config().cache));
@@ -76,7 +76,7 @@ impl Many {
         Self { rig: Rig::over(Arc::clone(image), cache, ram, device), avail: [0; 4] }
     }
 
-    fn start(&mut self, features: u64, queues: &[u16]) {
+    pub fn start(&mut self, features: u64, queues: &[u16]) {
         assert!(self.rig.negotiate(features | F_VERSION_1));
         for &queue in queues {
             self.rig.fill(base(queue), 0, 0x4000);
@@ -92,7 +92,7 @@ impl Many {
         self.rig.write(reg::STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
     }
 
-    fn submit(&mut self, queue: u16, kind: u32, sector: u64, data: Option<u16>) {
+    pub fn submit(&mut self, queue: u16, kind: u32, sector: u64, data: Option<u16>) {
         let base = base(queue);
         self.rig.poke(base + HEADER_AT, &kind.to_le_bytes());
         self.rig.poke(base + HEADER_AT + 8, &sector.to_le_bytes());
@@ -110,7 +110,7 @@ impl Many {
         self.rig.write(reg::QUEUE_NOTIFY, u32::from(queue));
     }
 
-    fn is_done(&self, queue: u16) -> bool {
+    pub fn is_done(&self, queue: u16) -> bool {
         self.rig.peek16(base(queue) + USED_AT + 2) == self.avail[usize::from(queue)]
     }
 
@@ -118,12 +118,12 @@ impl Many {
         self.rig.peek(base(queue) + STATUS_AT, 1)[0]
     }
 
-    fn wait(&self, queue: u16) -> u8 {
+    pub fn wait(&self, queue: u16) -> u8 {
         until("no answer", || self.is_done(queue));
         self.status(queue)
     }
 
-    fn write(&mut self, queue: u16, sector: u64, byte: u8) -> u8 {
+    pub fn write(&mut self, queue: u16, sector: u64, byte: u8) -> u8 {
         self.rig.fill(base(queue) + DATA_AT, byte, DATA_BYTES);
         self.submit(queue, OUT, sector, Some(0));
         self.wait(queue)
@@ -135,7 +135,7 @@ impl Many {
         (self.wait(queue), self.rig.peek(base(queue) + DATA_AT, DATA_BYTES))
     }
 
-    fn flush(&mut self, queue: u16) -> u8 {
+    pub fn flush(&mut self, queue: u16) -> u8 {
         self.submit(queue, FLUSH, 0, None);
         self.wait(queue)
     }
