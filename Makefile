@@ -17,11 +17,11 @@ help: ## lists the commands
 	@echo "make bench-modes  \`minivmm bench\`, here or in the emulated host: MODES=, JOBS=, ONLY=, ROUNDS=, SECONDS=, SIZE=, ARGS="
 	@echo "make study        what was said of disk caching in 2008, measured, as a page: QUICK=1, OUT=study, ONLY=, ROUNDS="
 	@echo "make lint         formatting, clippy, licences and sources of the dependencies, shell scripts"
-	@echo "make build        target/release/minivmm, and minivmm-tools, which must stay beside it"
+	@echo "make build        target/release/minivmm, and minivmm-tools and minivmm-export, which must stay beside it"
 	@echo "make guest        the test guest's kernel and initramfs, in guest-images/build"
 	@echo "make guest-small  a small kernel of our own, with virtio built in"
 	@echo "make emuhost      the emulated host, for machines whose KVM cannot run Linux"
-	@echo "make install      both binaries, manual, completions, docs, guest images; PREFIX=/usr/local, DESTDIR="
+	@echo "make install      the binaries, manual, completions, docs, guest images; PREFIX=/usr/local, DESTDIR="
 	@echo "make static       a static binary, for any Linux: $(static_binary)"
 	@echo "make deb          a Debian package of it, in target/debian"
 	@echo "make test-intel   minivmm under kvm_intel on emulated processors of Intel's: check and four boots each, MODELS="
@@ -32,7 +32,8 @@ help: ## lists the commands
 	@echo "make miri         the unsafe code over guest memory under Miri, where a nightly has it"
 	@echo "make clean        removes what was built"
 
-# Two binaries: minivmm execs minivmm-tools, in its own directory, for top, log, crash, bench and study.
+# Three binaries: minivmm execs, in its own directory, minivmm-tools for top, log, crash, bench and study, and
+# minivmm-export for export.
 build:
 	@cargo build --release --locked
 
@@ -220,7 +221,7 @@ from := $(binary)
 strip :=
 zsh := site-functions
 install-files: $(manual)/minivmm.1
-	@install -D -m 755 $(strip) -t $(installed)/bin $(from) $(from)-tools
+	@install -D -m 755 $(strip) -t $(installed)/bin $(from) $(from)-tools $(from)-export
 	@install -d $(installed)/share/man/man1 $(installed)/share/doc/minivmm
 	@install -m 644 $(manual)/*.1 $(installed)/share/man/man1
 	@install -D -m 644 $(manual)/minivmm.bash $(installed)/share/bash-completion/completions/minivmm

@@ -24,12 +24,13 @@ use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 
 use crate::boot::cmdline;
 use crate::disk_options::{self, DiskOptions};
+use crate::disks::report::{ObserveTarget, StatsTarget};
 use crate::hosts::{Asked, HostChoice};
 use crate::job::{self, JobError};
 use crate::program;
 use crate::sandbox;
 use crate::virtio::TransportChoice;
-use crate::vmm::{Config, ConsoleTarget, Ending, ObserveTarget, Plan, StatsTarget};
+use crate::vmm::{Config, ConsoleTarget, Ending, Plan};
 use command::{CommandArgs, ConsoleTaken};
 use tool::Tool;
 
@@ -213,8 +214,8 @@ pub enum Task {
         /// `true` to print only the verdict.
         quiet: bool,
     },
-    /// Hand over to minivmm-tools, which parses the arguments.
-    Tool,
+    /// Hand over to the binary of this name, which parses the arguments.
+    Tool(&'static str),
     /// Explain the disks of a machine.
     Explain {
         /// The machine's disks and files.
@@ -287,7 +288,7 @@ impl Args {
     pub fn task(&self) -> Task {
         match &self.command {
             &Some(Command::Check { json, quiet }) => Task::Check { json, quiet },
-            Some(Command::Tool(_)) => Task::Tool,
+            Some(Command::Tool(tool)) => Task::Tool(tool.binary()),
             None if self.explain => Task::Explain { plan: self.plan(), json: self.json },
             None => Task::Run,
         }

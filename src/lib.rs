@@ -1,7 +1,7 @@
 //! minivmm: a minimal KVM hypervisor whose virtio-blk can be trusted.
 //!
 //! The subcommands that run no guest of their own (`top`, `log`, `crash`, `bench`, `study`) are in the crate
-//! minivmm-lab, which depends on this one.
+//! minivmm-lab, and `export` is in minivmm-export; both depend on this one.
 //!
 //! This table is the map of the crate. `tests/tidy.rs` has which module may use which, and fails on any other use
 //! and on every cycle. The disk's device, what it does to files, and guest memory are in the crate
@@ -11,6 +11,7 @@
 //! |---|---|---|
 //! | [`cli`] | arguments, `--help`, exit statuses | |
 //! | [`disk_options`] | the syntax of `--disk` | KVM |
+//! | [`disks`] | a process's disks: opened, watched, reported, closed | KVM, devices |
 //! | [`check`] | can this machine run Linux guests? | |
 //! | [`hosts`] | where a Linux guest runs: here, or in the emulated host | devices |
 //! | [`vmm`] | builds the machine in order, runs it, stops it in order | |
@@ -44,6 +45,7 @@ pub mod cli;
 pub mod console;
 pub mod devices;
 pub mod disk_options;
+pub mod disks;
 pub mod explain;
 pub mod hosts;
 pub mod job;

@@ -1,8 +1,8 @@
 //! minivmm's binary: parses arguments, runs a machine and returns its exit status.
 //!
 //! Owns the order of these steps. An error is reported in one place, once, with its chain of causes
-//! (`cli::command`). Subcommands that run no guest of their own live in minivmm-tools (`crates/minivmm-lab`), and
-//! this binary execs it. Without their code, a VMM uses a fifth less memory.
+//! (`cli::command`). Subcommands that run no guest of their own live in minivmm-tools (`crates/minivmm-lab`) and
+//! minivmm-export (`crates/minivmm-export`), which this binary execs. Without their code, a VMM uses a fifth less memory.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -37,7 +37,7 @@ fn run(args: Args, signals: Signals) -> ExitStatus {
             }
             return run_guest(args, &signals, host.err());
         }
-        Task::Tool => return report_outcome(hand_over()),
+        Task::Tool(binary) => return report_outcome(hand_over(binary)),
         // These commands leave nothing to clean up, so a signal may end them at once.
         Task::Check { .. } | Task::Explain { .. } => signals.release(),
     }
@@ -126,11 +126,11 @@ fn explain_disks(plan: &Plan, json: bool) -> Result<ExitStatus> {
     Ok(report_errors(refused.into_iter().chain(disks)))
 }
 
-/// Replaces this process with the other binary, which gets the same arguments.
-fn hand_over() -> Result<ExitStatus> {
-    let tools = program::beside(program::TOOLS).context("this program's own file is not known")?;
-    let error = program::replace(&tools, std::env::args_os().skip(1));
-    let path = tools.display();
+/// Replaces this process with another binary, which gets the same arguments.
+fn hand_over(binary: &str) -> Result<ExitStatus> {
+    let path = program::beside(binary).context("this program's own file is not known")?;
+    let error = program::replace(&path, std::env::args_os().skip(1));
+    let path = path.display();
     Err(error).with_context(|| {
         format!("cannot start {path}, which `make build` and `make install` put beside minivmm")
     })

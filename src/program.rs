@@ -1,4 +1,4 @@
-//! The paths of minivmm's two binaries, which lie beside each other, and how one replaces itself by the other.
+//! The paths of minivmm's binaries, which lie beside each other, and how one replaces itself by the other.
 //!
 //! Owns their names, and the exec of one by the other. Each starts the other by its path, never by a search.
 
@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 pub const VMM: &str = "minivmm";
 /// The binary for commands that run no guest, or run guests as child processes.
 pub const TOOLS: &str = "minivmm-tools";
+/// The binary for disks that other VMMs use.
+pub const EXPORT: &str = "minivmm-export";
 
 /// Returns the path of the binary with this name beside the running one.
 pub fn beside(name: &str) -> io::Result<PathBuf> {

@@ -14,13 +14,12 @@ mod pace;
 mod preflight;
 mod running;
 mod stop;
-mod threads;
-mod vanished;
 mod watch;
 mod wiring;
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
@@ -30,26 +29,28 @@ use crate::boot::BootError;
 use crate::boot::cpu::CpuError;
 use crate::bus::BusError;
 use crate::devices::kernel_log::KernelLog;
-use crate::disk::ImageError;
 use crate::disk_options::DiskOptions;
+use crate::disks::end::StopError;
+use crate::disks::report::{ObserveTarget, ReportError, StatsReport, StatsTarget};
+use crate::disks::vanished::ImageFiles;
+use crate::disks::{OpenError, SharedBytes};
 use crate::files::{Inventory, OutputRefused};
 use crate::job::Archive;
 use crate::job::report::{CommandEnd, Incomplete};
 use crate::kvm::KvmError;
 use crate::kvm::failure::Failure;
 use crate::mem::RamError;
-use crate::observe::control::ControlError;
 use crate::observe::limit::{LimitError, MemoryLimit};
 use crate::sandbox::{self, Role, SandboxEntry, SandboxError};
 use crate::signals::Signals;
+use crate::stats::ExitStats;
+use crate::vcpu::Exits;
 use crate::virtio::TransportChoice;
 pub use job::Times;
 pub use limits::BootTimeout;
 use machine::Machine;
 pub use preflight::Plan;
 use running::RunningMachine;
-use stop::StopError;
-use vanished::ImageFiles;
 
 /// Describes a machine and its guest.
 #[derive(Debug)]
@@ -93,24 +94,6 @@ pub struct Config {
     pub job: Option<Archive>,
     /// How much each thread gives up before the guest runs.
     pub sandbox: sandbox::Mode,
-}
-
-/// Where the statistics are written at the end.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum StatsTarget {
-    /// To standard error, as text.
-    Stderr,
-    /// To a file as JSON; the file is emptied first.
-    Json(PathBuf),
-}
-
-/// Where an observation is written, and how often it samples.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ObserveTarget {
-    /// The CSV file, which is emptied first.
-    pub path: PathBuf,
-    /// The time between two samples.
-    pub interval: Duration,
 }
 
 /// Where the serial port is connected.
@@ -171,7 +154,7 @@ pub struct Ended {
 #[allow(missing_docs, reason = "each is its source's")]
 pub enum VmmError {
     #[error(transparent)]
-    Image(#[from] ImageError),
+    Disk(#[from] OpenError),
     #[error(transparent)]
     Kvm(#[from] KvmError),
     #[error(transparent)]
@@ -186,11 +169,8 @@ pub enum VmmError {
     Device(#[from] DeviceError),
     #[error(transparent)]
     Stop(#[from] StopError),
-    #[error(
-        "--disk {first} and --disk {second} share bytes: give each disk an image of its own (disks can share an image \
-         if all are readonly)"
-    )]
-    SameDisk { first: PathBuf, second: PathBuf },
+    #[error(transparent)]
+    SameDisk(#[from] SharedBytes),
     #[error("too many disks: {asked}, and at most {max} are possible")]
     TooManyDisks { asked: usize, max: usize },
     #[error(
@@ -199,14 +179,10 @@ pub enum VmmError {
     TooManyMmio { asked: usize, max: usize },
     #[error(transparent)]
     File(#[from] OutputRefused),
-    #[error("cannot write the statistics to {path}")]
-    Stats { path: PathBuf, source: io::Error },
-    #[error("cannot write the observation to {path}")]
-    Observe { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Report(#[from] ReportError),
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
-    #[error(transparent)]
-    HostCache(#[from] ControlError),
     #[error("cannot apply --host-memory-limit")]
     Limit(#[from] LimitError),
     #[error("cannot write the command's {stream}, and some of it is lost")]
@@ -254,10 +230,10 @@ fn run_logged(config: &Config, signals: &Signals, log: &KernelLog) -> Result<End
         );
     }
     let _limit = config.host_memory_limit.map(MemoryLimit::of_this_process).transpose()?;
-    sandbox::arm(config.sandbox)?;
+    sandbox::arm(config.sandbox, &Role::OF_VM, sandbox::VM_SPARE_DESCRIPTORS)?;
     let entry = SandboxEntry::new(Role::Main);
     let mut machine = build::build(config, log)?;
-    let open = |target| stop::StatsReport::open(target, &config.files);
+    let open = |target| StatsReport::open(target, &config.files);
     let mut report = config.stats.as_ref().map(open).transpose()?;
     signals.started();
     let mut files = ImageFiles::watch(&machine.disks);
@@ -269,10 +245,11 @@ fn run_logged(config: &Config, signals: &Signals, log: &KernelLog) -> Result<End
     let observed = std::mem::replace(&mut run.observed, Ok(()));
     // The guest's last message may have reached us only when its device was stopped.
     let ended = ended.and_then(|ending| run.with_command(ending));
-    let reported = report.as_mut().map_or(Ok(()), |report| report.write(&machine.disks, &machine.exits));
+    let reported =
+        report.as_mut().map_or(Ok(()), |report| report.write(&machine.disks, counted(&machine.exits)));
     let reported = match (reported, observed) {
-        (Ok(()), observed) => observed,
-        (Err(error), observed) => Err(moreover(error, observed.err())),
+        (Ok(()), observed) => observed.map_err(VmmError::from),
+        (Err(error), observed) => Err(moreover(error.into(), observed.err())),
     };
     if let Err(StopError::Stuck { .. }) = stopped {
         // Dropping the devices would wait for their I/O, and that I/O is what hangs.
@@ -287,10 +264,10 @@ fn run_logged(config: &Config, signals: &Signals, log: &KernelLog) -> Result<End
 
 /// Writes the current statistics to where they go at the end, or to standard error if no target is
 /// configured.
-fn tell(report: Option<&mut stop::StatsReport>, machine: &Machine) {
+fn tell(report: Option<&mut StatsReport>, machine: &Machine) {
     let written = match report {
-        Some(report) => report.write(&machine.disks, &machine.exits),
-        None => stop::StatsReport::Stderr.write(&machine.disks, &machine.exits),
+        Some(report) => report.write(&machine.disks, counted(&machine.exits)),
+        None => StatsReport::Stderr.write(&machine.disks, counted(&machine.exits)),
     };
     if let Err(error) = written {
         // The VM goes on; writing the statistics at the end may succeed.
@@ -298,6 +275,18 @@ fn tell(report: Option<&mut stop::StatsReport>, machine: &Machine) {
             "{error}: {}",
             std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default()
         );
+    }
+}
+
+/// Returns how often the CPUs have left KVM_RUN, for the statistics.
+fn counted(exits: &Exits) -> ExitStats {
+    let at = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    ExitStats {
+        mmio_read: at(&exits.mmio_reads),
+        mmio_write: at(&exits.mmio_writes),
+        port_read: at(&exits.port_reads),
+        port_write: at(&exits.port_writes),
+        other: at(&exits.others),
     }
 }
 

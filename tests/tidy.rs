@@ -25,7 +25,7 @@ struct Crate {
     may_name: &'static [&'static str],
 }
 
-const CRATES: [Crate; 3] = [
+const CRATES: [Crate; 4] = [
     Crate {
         name: "minivmm_block",
         sources: "crates/minivmm-block/src",
@@ -34,6 +34,13 @@ const CRATES: [Crate; 3] = [
         may_name: &[],
     },
     Crate { name: "minivmm", sources: "src", layers: &LAYERS, alone: &ALONE, may_name: &["minivmm_block"] },
+    Crate {
+        name: "minivmm_export",
+        sources: "crates/minivmm-export/src",
+        layers: &EXPORT_LAYERS,
+        alone: &EXPORT_ALONE,
+        may_name: &["minivmm", "minivmm_block"],
+    },
     Crate {
         name: "minivmm_lab",
         sources: "crates/minivmm-lab/src",
@@ -52,12 +59,26 @@ const BLOCK_LAYERS: [(&str, Option<&[&str]>); 5] = [
 ];
 const BLOCK_ALONE: [&str; 4] = ["ratelimit", "slab", "text", "threads"];
 
-const LAYERS: [(&str, Option<&[&str]>); 20] = [
+const LAYERS: [(&str, Option<&[&str]>); 21] = [
     ("main", None),
     ("cli", None),
     ("vmm", None),
     ("check", None),
     ("disk_options", Some(&["disk", "observe", "virtio", "text"])),
+    (
+        "disks",
+        Some(&[
+            "disk",
+            "disk_options",
+            "files",
+            "observe",
+            "sandbox",
+            "signals",
+            "stats",
+            "terminal",
+            "threads",
+        ]),
+    ),
     ("hosts", Some(&["check", "kvm", "program", "text"])),
     ("stats", Some(&["disk"])),
     ("sandbox", Some(&["terminal"])),
@@ -76,6 +97,37 @@ const LAYERS: [(&str, Option<&[&str]>); 20] = [
     ("terminal", Some(&[])),
 ];
 const ALONE: [&str; 4] = ["layout", "text", "program", "signals"];
+
+const EXPORT_LAYERS: [(&str, Option<&[&str]>); 11] = [
+    ("main", None),
+    ("cli", None),
+    ("explain", Some(&["daemon", "text"])),
+    (
+        "daemon",
+        Some(&[
+            "backend",
+            "blk",
+            "disk_options",
+            "disks",
+            "files",
+            "mem",
+            "sandbox",
+            "serve",
+            "signals",
+            "socket",
+            "stats",
+            "table",
+        ]),
+    ),
+    ("serve", Some(&["backend", "ratelimit", "sandbox"])),
+    ("handler", Some(&["backend", "inflight", "ring", "table"])),
+    ("backend", Some(&["blk", "disk", "inflight", "mem", "notify", "ring", "table", "virtio"])),
+    ("ring", Some(&["notify", "table", "virtio"])),
+    ("inflight", Some(&["mem", "virtio"])),
+    ("table", Some(&["mem"])),
+    ("notify", Some(&["virtio"])),
+];
+const EXPORT_ALONE: [&str; 1] = ["socket"];
 
 const LAB_LAYERS: [(&str, Option<&[&str]>); 7] = [
     ("main", None),
@@ -219,7 +271,7 @@ fn named_modules(content: &str) -> Vec<(usize, String)> {
     let mut found = Vec::new();
     let text: Vec<(usize, &str)> = code(content).collect();
     for (at, &(number, line)) in text.iter().enumerate() {
-        let prefixes = ["crate::", "minivmm::", "minivmm_block::", "minivmm_lab::"];
+        let prefixes = ["crate::", "minivmm::", "minivmm_block::", "minivmm_export::", "minivmm_lab::"];
         for (start, prefix) in prefixes.iter().flat_map(|prefix| line.match_indices(prefix)) {
             if line[..start].ends_with(|c: char| c == '$' || c == '_' || c.is_alphanumeric()) {
                 continue;

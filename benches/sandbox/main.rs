@@ -117,7 +117,7 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let (rounds, calls) = if arguments.quick { (3, 20_000) } else { (arguments.rounds, arguments.calls) };
     ensure!(rounds > 0 && calls > 0, "--rounds and --calls are at least 1");
-    sandbox::arm(Mode::On)?;
+    sandbox::arm(Mode::On, &Role::OF_VM, sandbox::VM_SPARE_DESCRIPTORS)?;
     println!("Median of {rounds} rounds of {calls} calls, in nanoseconds a call.\n");
     println!("| thread | call | without | with | added (least to most) | instructions of the filter |");
     println!("|---|---|---|---|---|---|");

@@ -4,8 +4,9 @@
 
 use super::{Args, find_guest};
 use crate::disk::writelog;
+use crate::disks::report::{ObserveTarget, StatsTarget};
 use crate::files::{Input, Inventory, Output, output};
-use crate::vmm::{ObserveTarget, Plan, StatsTarget};
+use crate::vmm::Plan;
 
 /// The option of the status file.
 pub const STATUS_FILE: &str = "--status-file";

@@ -1,12 +1,14 @@
-//! The subcommands of minivmm-tools: their names, and what the help says of each.
+//! The subcommands of the other binaries: their names, and what the help says of each.
 //!
-//! Owns the question whether a command line is theirs. Their arguments are minivmm-tools' own.
+//! Owns the question whether a command line is theirs. Their arguments are those binaries' own.
 
 use std::ffi::OsString;
 
 use clap::Subcommand;
 
-/// A subcommand of minivmm-tools.
+use crate::program;
+
+/// A subcommand of another binary.
 #[derive(Debug, Subcommand)]
 pub(super) enum Tool {
     /// Display an observation (--observe) as it grows
@@ -19,9 +21,21 @@ pub(super) enum Tool {
     Bench,
     /// Test the claims made about disk caching in 2008, one by one
     Study,
+    /// Serve disks to other VMMs over vhost-user: QEMU, cloud-hypervisor, libblkio
+    Export,
 }
 
-/// Returns the subcommand of minivmm-tools that these arguments call, or whose help they ask for. Options come
+impl Tool {
+    /// Returns the binary that has this subcommand.
+    pub(super) fn binary(&self) -> &'static str {
+        match self {
+            Self::Top | Self::Log | Self::Crash | Self::Bench | Self::Study => program::TOOLS,
+            Self::Export => program::EXPORT,
+        }
+    }
+}
+
+/// Returns the subcommand of another binary that these arguments call, or whose help they ask for. Options come
 /// after a subcommand, never before it.
 pub(super) fn called(mut words: impl Iterator<Item = OsString>) -> Option<String> {
     let first = words.next()?;

@@ -28,13 +28,15 @@ pub(super) fn transport() -> impl TypedValueParser<Value = TransportChoice> {
         .try_map(move |name| TransportChoice::by_name(&name).ok_or_else(unknown))
 }
 
-pub(super) fn sandbox_mode() -> impl TypedValueParser<Value = sandbox::Mode> {
+/// Returns the parser of `--sandbox`.
+pub fn sandbox_mode() -> impl TypedValueParser<Value = sandbox::Mode> {
     let unknown = || "expected on, log or off".to_owned();
     PossibleValuesParser::new(sandbox::Mode::ALL.map(|(name, _)| name))
         .try_map(move |name| sandbox::Mode::by_name(&name).ok_or_else(unknown))
 }
 
-pub(super) fn disk() -> impl TypedValueParser<Value = DiskOptions> {
+/// Returns the parser of `--disk`.
+pub fn disk() -> impl TypedValueParser<Value = DiskOptions> {
     OsStringValueParser::new().try_map(disk_options::parse)
 }
 

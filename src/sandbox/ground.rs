@@ -1,22 +1,26 @@
 //! Landlock: denies paths, TCP ports and other processes to this thread and to threads that it starts.
 //!
-//! Owns the one ruleset, which has no rule. Open descriptors stay usable: images, standard streams, reports.
+//! Owns the one ruleset, which has no rule, except for a thread that removes sockets at its end. Open descriptors stay usable: images, standard streams, reports.
 //! A kernel without Landlock (before 5.13, or without it in its `lsm=` list) is no error, since the filter of
 //! system calls already prevents every open. That is logged once.
 
+use std::fs::File;
 use std::sync::Once;
 
-use landlock::{ABI, Access, AccessFs, AccessNet, Compatible, Ruleset, RulesetAttr, RulesetStatus, Scope};
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, Compatible, PathBeneath, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    RulesetStatus, Scope,
+};
 
 use super::SandboxError;
 
 /// The newest ABI that is requested. The library leaves out what the kernel does not support.
 const NEWEST: ABI = ABI::V6;
 
-/// Gives up access to every path.
-pub fn leave() -> Result<(), SandboxError> {
+/// Gives up access to every path. Files can still be removed from the directories `removing`.
+pub fn leave(removing: &[File]) -> Result<(), SandboxError> {
     static TOLD: Once = Once::new();
-    let status = ruleset().map_err(|error| SandboxError::Refused {
+    let status = ruleset(removing).map_err(|error| SandboxError::Refused {
         what: "give up the file system (Landlock)",
         source: std::io::Error::other(error),
     })?;
@@ -35,13 +39,15 @@ pub fn leave() -> Result<(), SandboxError> {
     Ok(())
 }
 
-fn ruleset() -> Result<landlock::RestrictionStatus, landlock::RulesetError> {
+fn ruleset(removing: &[File]) -> Result<landlock::RestrictionStatus, landlock::RulesetError> {
+    let rule = |directory| Ok::<_, landlock::RulesetError>(PathBeneath::new(directory, AccessFs::RemoveFile));
     Ruleset::default()
         .set_compatibility(landlock::CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(NEWEST))?
         .handle_access(AccessNet::from_all(NEWEST))?
         .scope(Scope::from_all(NEWEST))?
         .create()?
+        .add_rules(removing.iter().map(rule))?
         .restrict_self()
 }
 

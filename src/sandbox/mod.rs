@@ -16,6 +16,7 @@ pub mod privileges;
 pub mod roles;
 pub mod trap;
 
+use std::fs::File;
 use std::io;
 use std::sync::{Condvar, Mutex, OnceLock};
 
@@ -74,8 +75,10 @@ fn refused(what: &'static str) -> impl FnOnce(io::Error) -> SandboxError {
 
 struct Armed {
     mode: Mode,
-    /// The filters, by role.
-    programs: Vec<BpfProgram>,
+    /// How many more descriptors than at the entry the process may open.
+    spare_descriptors: u64,
+    /// The filters of the roles that the process has.
+    programs: Vec<(Role, BpfProgram)>,
 }
 
 /// Set once, by [`arm`].
@@ -93,17 +96,23 @@ pub fn one_arena() {
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
-/// Prepares the process. Call it once, before any thread of the VM is started.
-pub fn arm(mode: Mode) -> Result<(), SandboxError> {
+/// How many more descriptors a VM may open than it has when it enters: the guest can cause no open, but room for an
+/// eventfd or two costs nothing.
+pub const VM_SPARE_DESCRIPTORS: u64 = 16;
+
+/// Prepares the process, whose threads have these `roles`. It may open `spare_descriptors` more than are open when
+/// its main thread enters. Call it once, before any of these threads is started.
+pub fn arm(mode: Mode, roles: &[Role], spare_descriptors: u64) -> Result<(), SandboxError> {
     if mode == Mode::Off {
         return Ok(());
     }
     one_arena();
     privileges::renounce_new().map_err(refused("renounce new privileges (no_new_privs)"))?;
-    let programs = Role::ALL.iter().map(|role| filter::program(*role, mode)).collect::<Result<_, _>>()?;
+    let program = |role: &Role| Ok((*role, filter::program(*role, mode)?));
+    let programs = roles.iter().map(program).collect::<Result<_, SandboxError>>()?;
     trap::install().map_err(refused("handle SIGSYS"))?;
     // A second VM in one process keeps the settings of the first.
-    let _ = ARMED.set(Armed { mode, programs });
+    let _ = ARMED.set(Armed { mode, spare_descriptors, programs });
     Ok(())
 }
 
@@ -124,8 +133,13 @@ impl SandboxEntry {
     /// Gives up what this thread's role does not need. The guest has not run yet, so minivmm ends here if the
     /// kernel refuses.
     pub fn enter(self) {
+        self.enter_removing(&[]);
+    }
+
+    /// Enters like [`SandboxEntry::enter`], but the thread may still remove files from these directories.
+    pub fn enter_removing(self, directories: &[File]) {
         if let Some(armed) = ARMED.get()
-            && let Err(error) = enter(self.role, armed)
+            && let Err(error) = enter(self.role, armed, directories)
         {
             crate::terminal::restore();
             eprintln!("minivmm: {error}{}", cause(&error));
@@ -153,16 +167,20 @@ pub fn wait_for_all() {
     }
 }
 
-fn enter(role: Role, armed: &Armed) -> Result<(), SandboxError> {
+fn enter(role: Role, armed: &Armed, removing: &[File]) -> Result<(), SandboxError> {
     trap::this_thread_is(role);
     if armed.mode == Mode::On {
-        ground::leave()?;
+        ground::leave(removing)?;
         privileges::drop_capabilities().map_err(refused("drop this thread's capabilities"))?;
-        if role == Role::Main {
-            privileges::limit().map_err(refused("lower the process's limits"))?;
+        if matches!(role, Role::Main | Role::Export) {
+            privileges::limit(armed.spare_descriptors).map_err(refused("lower the process's limits"))?;
         }
     }
-    let program = armed.programs.get(role as usize).map_or(&[][..], Vec::as_slice);
+    let program = armed.programs.iter().find(|(of, _)| *of == role).map(|(_, program)| program.as_slice());
+    let program = program.ok_or_else(|| SandboxError::Table {
+        role: role.name(),
+        why: "the process was not prepared for this role".to_owned(),
+    })?;
     seccompiler::apply_filter(program).map_err(|error| SandboxError::Refused {
         what: "filter system calls (seccomp)",
         source: io::Error::other(error),

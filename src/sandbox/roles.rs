@@ -23,6 +23,10 @@ pub enum Role {
     End,
     /// Wakes a worker when a deliberate fault's delay is over.
     Delays,
+    /// Main thread of an export: waits for signals, writes the statistics, stops the disks, removes the sockets.
+    Export,
+    /// Serves a front end's messages on the socket of an exported disk.
+    Socket,
 }
 
 /// The condition under which a call passes.
@@ -66,17 +70,18 @@ mod number {
         ($($name:ident $libc:ident)*) => { $(pub const $name: i64 = libc::$libc;)* };
     }
     numbers! {
-        brk SYS_brk  clock_gettime SYS_clock_gettime  clock_nanosleep SYS_clock_nanosleep  close SYS_close
-        exit SYS_exit  exit_group SYS_exit_group  fallocate SYS_fallocate  fcntl SYS_fcntl
-        fdatasync SYS_fdatasync  flock SYS_flock  fstat SYS_fstat  ftruncate SYS_ftruncate  futex SYS_futex
-        getpid SYS_getpid  getrandom SYS_getrandom  gettid SYS_gettid  io_uring_enter SYS_io_uring_enter
+        accept4 SYS_accept4  brk SYS_brk  clock_gettime SYS_clock_gettime  clock_nanosleep SYS_clock_nanosleep  close SYS_close
+        eventfd2 SYS_eventfd2  exit SYS_exit  exit_group SYS_exit_group  fallocate SYS_fallocate  fcntl SYS_fcntl
+        fdatasync SYS_fdatasync  flock SYS_flock  fstat SYS_fstat  fstatfs SYS_fstatfs  ftruncate SYS_ftruncate  futex SYS_futex
+        getpid SYS_getpid  getrandom SYS_getrandom  getsockopt SYS_getsockopt  gettid SYS_gettid  io_uring_enter SYS_io_uring_enter
         io_uring_register SYS_io_uring_register  ioctl SYS_ioctl  lseek SYS_lseek  madvise SYS_madvise
-        mincore SYS_mincore  mmap SYS_mmap  mprotect SYS_mprotect  mremap SYS_mremap  munmap SYS_munmap
+        memfd_create SYS_memfd_create  mincore SYS_mincore  mmap SYS_mmap  mprotect SYS_mprotect  mremap SYS_mremap  munmap SYS_munmap  newfstatat SYS_newfstatat
         poll SYS_poll  ppoll SYS_ppoll  pread64 SYS_pread64  preadv SYS_preadv  preadv2 SYS_preadv2
         pwrite64 SYS_pwrite64  pwritev SYS_pwritev  pwritev2 SYS_pwritev2  read SYS_read  readv SYS_readv
-        restart_syscall SYS_restart_syscall  rt_sigaction SYS_rt_sigaction  rt_sigprocmask SYS_rt_sigprocmask
-        rt_sigreturn SYS_rt_sigreturn  sched_yield SYS_sched_yield  sigaltstack SYS_sigaltstack
-        statx SYS_statx  tgkill SYS_tgkill  wait4 SYS_wait4  write SYS_write  writev SYS_writev
+        recvmsg SYS_recvmsg          restart_syscall SYS_restart_syscall  rt_sigaction SYS_rt_sigaction  rt_sigprocmask SYS_rt_sigprocmask
+        rt_sigreturn SYS_rt_sigreturn  sched_yield SYS_sched_yield  sendmsg SYS_sendmsg
+        shutdown SYS_shutdown  sigaltstack SYS_sigaltstack
+        statx SYS_statx  tgkill SYS_tgkill  unlinkat SYS_unlinkat  wait4 SYS_wait4  write SYS_write  writev SYS_writev
     }
     /// Newer than the tables of some C libraries.
     pub const cachestat: i64 = 451;
@@ -103,6 +108,8 @@ const BLKZEROOUT: (&str, u32) = ("BLKZEROOUT", 0x127f);
 
 const GETFL: (&str, c_int) = ("F_GETFL", libc::F_GETFL);
 const SETFL: (&str, c_int) = ("F_SETFL", libc::F_SETFL);
+const DUPFD: (&str, c_int) = ("F_DUPFD_CLOEXEC", libc::F_DUPFD_CLOEXEC);
+const ADD_SEALS: (&str, c_int) = ("F_ADD_SEALS", libc::F_ADD_SEALS);
 
 /// What every thread needs: memory, locks, messages, its end.
 const ALL: &[Call] = calls! {
@@ -215,10 +222,59 @@ const END: &[Call] = calls! {
 
 const DELAYS: &[Call] = &[];
 
+const EXPORT: &[Call] = calls! {
+    poll Always, "waiting for events";
+    ppoll Always, "waiting for events";
+    read Always, "signals, changes of the images' names";
+    clock_nanosleep Always, "waiting until threads end";
+    fstat Always, "the statistics' file";
+    statx Always, "the statistics' file; the images' names and sizes";
+    newfstatat Always, "whether a socket's name is still ours";
+    flock Always, "the statistics' file: a reader sees all of it";
+    ftruncate Always, "the statistics' file";
+    lseek Always, "the statistics' file";
+    io_uring_enter Always, "closing rings";
+    shutdown Always, "ending a connection";
+    unlinkat Always, "removing a socket at the end";
+};
+
+const SOCKET: &[Call] = calls! {
+    poll Always, "waiting for messages; whether an eventfd can be written";
+    ppoll Always, "waiting for messages";
+    read Always, "eventfds";
+    accept4 Always, "the next front end";
+    getsockopt Always, "who the front end is, for messages";
+    recvmsg Always, "messages, and the descriptors that come with them";
+    sendmsg Always, "replies, and the descriptor of an inflight region";
+    shutdown Always, "ending a connection";
+    eventfd2 Always, "doorbells of queues";
+    fcntl Command(&[GETFL, DUPFD, ADD_SEALS]), "whether an eventfd waits; the connection; an inflight region that nobody cuts";
+    fstat Always, "what the front end has sent";
+    statx Always, "what the front end has sent";
+    fstatfs Always, "which file system the front end's memory is on";
+    memfd_create Always, "an inflight region";
+    ftruncate Always, "an inflight region";
+};
+
 impl Role {
     /// All roles, in their order.
-    pub const ALL: [Role; 7] =
+    pub const ALL: [Role; 9] = [
+        Self::Main,
+        Self::Vcpu,
+        Self::Worker,
+        Self::Console,
+        Self::Observe,
+        Self::End,
+        Self::Delays,
+        Self::Export,
+        Self::Socket,
+    ];
+    /// The roles of a VM's threads.
+    pub const OF_VM: [Role; 7] =
         [Self::Main, Self::Vcpu, Self::Worker, Self::Console, Self::Observe, Self::End, Self::Delays];
+    /// The roles of the threads of an export.
+    pub const OF_EXPORT: [Role; 6] =
+        [Self::Export, Self::Socket, Self::Worker, Self::Observe, Self::End, Self::Delays];
 
     /// Returns the role's name in messages and in the documentation.
     pub fn name(self) -> &'static str {
@@ -230,6 +286,8 @@ impl Role {
             Self::Observe => "observe",
             Self::End => "end",
             Self::Delays => "fault-delays",
+            Self::Export => "export",
+            Self::Socket => "socket",
         }
     }
 
@@ -243,6 +301,8 @@ impl Role {
             Self::Observe => OBSERVE,
             Self::End => END,
             Self::Delays => DELAYS,
+            Self::Export => EXPORT,
+            Self::Socket => SOCKET,
         }
     }
 

@@ -13,8 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::hvc::{self, HvcEnd};
 use super::job::{self, JobEnd};
-use super::machine::{Machine, OpenDisk, Planned, SerialEnd};
-use super::threads::SandboxedThreads;
+use super::machine::{Machine, Planned, SerialEnd};
 use super::wiring::{self, Wired};
 use super::{Config, ConsoleTarget, VmmError, host, watch};
 use crate::blk::BlockDevice;
@@ -27,14 +26,13 @@ use crate::devices::kernel_log::KernelLog;
 use crate::devices::power::{ACPI_LEN, AcpiRegisters, I8042, I8042_LEN, RESET_CONTROL_LEN, ResetControl};
 use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, SerialPort};
-use crate::disk::Image;
 use crate::disk_options::DiskOptions;
+use crate::disks::{self, OpenDisk};
 use crate::kvm::cpuid::{Place, Supported};
 use crate::kvm::run_page::RunPage;
 use crate::kvm::{self, msrs};
 use crate::layout;
 use crate::mem::{self, Ram};
-use crate::observe::control;
 use crate::observe::guest::GuestEnd;
 use crate::pci::root::{ConfigPorts, PORTS_LEN, PciRoot};
 use crate::terminal::{self, Input};
@@ -163,28 +161,8 @@ fn ms(duration: Duration) -> String {
 
 fn open_disks(config: &Config) -> Result<Vec<OpenDisk>, VmmError> {
     let workers: usize = config.disks.iter().map(|disk| usize::from(disk.config.queues.unwrap_or(1))).sum();
-    let crowded = is_crowded(usize::from(config.cpus) + workers);
-    let open = |options: &DiskOptions| {
-        let mut disk = options.config.clone();
-        if crowded {
-            disk.poll_us.get_or_insert(0);
-        }
-        disk.timed = config.stats.is_some();
-        let image = Arc::new(Image::open(&disk)?.with_threads(Arc::new(SandboxedThreads)));
-        control::apply(options.host_cache, &image)?;
-        log::info!("{}", image.banner());
-        for warning in image.warnings() {
-            log::warn!("{warning}");
-        }
-        Ok(OpenDisk { path: disk.path, image })
-    };
-    config.disks.iter().map(open).collect()
-}
-
-/// Returns `true` if there are more busy `threads` than CPUs that this process may use. A worker that spins
-/// instead of sleeping would then take CPU time from the others.
-fn is_crowded(threads: usize) -> bool {
-    std::thread::available_parallelism().is_ok_and(|cpus| threads > cpus.get())
+    let busy_threads = usize::from(config.cpus) + workers;
+    Ok(disks::open(&config.disks, busy_threads, config.stats.is_some())?)
 }
 
 fn open_console(config: &Config) -> Result<Option<File>, VmmError> {

@@ -2,7 +2,6 @@
 //!
 //! Owns the order in which it is dropped. [`super::build`] makes it, [`super::running`] runs it.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::VmFd;
@@ -12,7 +11,7 @@ use super::hvc::HvcEnd;
 use super::job::JobEnd;
 use crate::devices::console::{Panicked, Stopping};
 use crate::devices::serial::SerialPort;
-use crate::disk::Image;
+use crate::disks::OpenDisk;
 use crate::mem::Ram;
 use crate::observe::guest::GuestEnd;
 use crate::vcpu::{Exits, Vcpu};
@@ -55,14 +54,6 @@ pub struct SerialEnd {
     pub panicked: Panicked,
     /// Written when `panicked` is set.
     pub alarm: Arc<EventFd>,
-}
-
-/// An open disk: its path and its image.
-pub struct OpenDisk {
-    /// The path, for messages.
-    pub path: PathBuf,
-    /// The image.
-    pub image: Arc<Image>,
 }
 
 /// A virtio device, and the transport that the guest uses for it.

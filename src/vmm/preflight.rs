@@ -3,17 +3,12 @@
 //! Owns the rules for the machine's disks and files taken together. A run reports the first violation,
 //! `--explain` reports all. Errors of a single image are found by `disk::Image`, for both.
 
-use std::path::PathBuf;
-
-use super::{Config, ConsoleTarget, ObserveTarget, StatsTarget, VmmError};
+use super::{Config, ConsoleTarget, VmmError};
 use crate::disk_options::DiskOptions;
-use crate::files::{Inventory, Output, host_use};
+use crate::disks::{self, DISKS_MAX};
+use crate::files::{Inventory, Output};
 use crate::layout;
-use crate::observe::csv;
 use crate::virtio::TransportChoice;
-
-/// The maximum number of disks: each has a letter.
-const DISKS_MAX: usize = 26;
 
 /// The part of a machine's configuration that the rules for disks and files need.
 #[derive(Debug, Clone)]
@@ -49,46 +44,8 @@ impl Plan {
         let console = self.has_console && self.transport == TransportChoice::Mmio;
         let mmio = self.disks.iter().filter(is_mmio).count() + usize::from(console);
         refusals.extend(too_many_mmio(mmio).err());
-        refusals.extend(self.shared_disks());
+        refusals.extend(disks::shared_bytes(&self.disks).into_iter().map(VmmError::from));
         refusals
-    }
-
-    /// Returns an error for each pair of disks that share bytes, unless both are read-only.
-    fn shared_disks(&self) -> Vec<VmmError> {
-        // An image without metadata is refused when it is opened.
-        let with_metadata = |disk: &DiskOptions| {
-            let metadata = std::fs::metadata(&disk.config.path).ok()?;
-            Some((disk.config.clone(), metadata))
-        };
-        let images: Vec<_> = self.disks.iter().filter_map(with_metadata).collect();
-        let mut pairs = Vec::new();
-        for (at, (first, first_metadata)) in images.iter().enumerate() {
-            for (second, second_metadata) in images.iter().skip(at + 1) {
-                let is_written = !(first.readonly && second.readonly);
-                if is_written && host_use::share_bytes(first_metadata, second_metadata) {
-                    let (first, second): (PathBuf, PathBuf) = (first.path.clone(), second.path.clone());
-                    pairs.push(VmmError::SameDisk { first, second });
-                }
-            }
-        }
-        pairs
-    }
-}
-
-impl StatsTarget {
-    /// Returns the output file, or `None` for standard error.
-    pub fn output(&self) -> Option<Output> {
-        match self {
-            Self::Stderr => None,
-            Self::Json(path) => Some(Output::text("--stats", path)),
-        }
-    }
-}
-
-impl ObserveTarget {
-    /// Returns the output file.
-    pub fn output(&self) -> Output {
-        Output { option: "--observe", path: self.path.clone(), content: csv::CONTENT }
     }
 }
 

@@ -16,12 +16,13 @@ use super::input::{Console, READ_BYTES_MAX, Wish};
 use super::job::JobEnd;
 use super::limits::{BootTimeout, Heard, Limits, Over, Standing};
 use super::machine::{Machine, SerialEnd};
-use super::stop::{self, Ender, Patience, StopError, VcpuThread};
-use super::vanished::ImageFiles;
-use super::watch::Watch;
+use super::stop::{self, VcpuThread};
 use super::{Config, ConsoleTarget, Ending, VmmError, host, pace};
 use crate::bus::Outcome;
 use crate::disk::Image;
+use crate::disks::end::{self, Ender, Patience, StopError};
+use crate::disks::report::{ReportError, Watch};
+use crate::disks::vanished::ImageFiles;
 use crate::sandbox::{self, Role, SandboxEntry};
 use crate::signals::Signals;
 use crate::terminal::{self, Input, RawMode};
@@ -49,7 +50,7 @@ pub(super) struct RunningMachine<'a> {
     job: Option<JobEnd>,
     watch: Option<Watch>,
     /// How its observation ended.
-    pub(super) observed: Result<(), VmmError>,
+    pub(super) observed: Result<(), ReportError>,
     begin: Instant,
 }
 
@@ -88,7 +89,7 @@ impl<'a> RunningMachine<'a> {
             watch: config
                 .observe
                 .as_ref()
-                .map(|target| Watch::begin(target, &config.files, machine))
+                .map(|target| Watch::begin(target, &config.files, &machine.disks, machine.observed.take()))
                 .transpose()?,
             observed: Ok(()),
             begin: Instant::now(),
@@ -290,7 +291,7 @@ impl<'a> RunningMachine<'a> {
         stop::drain(&self.ender, machine, self.patience, self.signals)?;
         // Observes the state in which the guest left the caches, before the close: dirty data is still dirty.
         self.observed = self.watch.take().map_or(Ok(()), Watch::end);
-        stop::close(&self.ender, &machine.disks, self.patience, self.signals)
+        end::close(&self.ender, &machine.disks, self.patience, self.signals)
     }
 }
 

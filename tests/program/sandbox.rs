@@ -51,7 +51,7 @@ fn child() {
         unsafe { libc::setuid(65534) };
     }
     if words[2] == "landlock" {
-        let status = ground::leave();
+        let status = ground::leave(&[]);
         eprintln!(
             "left {}, open {:?}",
             status.is_ok(),
@@ -60,7 +60,7 @@ fn child() {
         eprintln!("bind {:?}", TcpListener::bind("127.0.0.1:0").map(|_| ()).map_err(|error| error.kind()));
         std::process::exit(0);
     }
-    sandbox::arm(Mode::by_name(words[0]).unwrap()).unwrap();
+    sandbox::arm(Mode::by_name(words[0]).unwrap(), &Role::ALL, sandbox::VM_SPARE_DESCRIPTORS).unwrap();
     let entry = SandboxEntry::new(role);
     let deed = DEEDS.iter().find(|(name, _)| *name == words[2]).map(|(_, deed)| *deed);
     let thread = std::thread::spawn(move || {

@@ -10,12 +10,13 @@ use clap_complete::Shell;
 use clap_complete::generate_to;
 use clap_mangen::Man;
 use minivmm::disk_options;
+use minivmm_export::cli::with_export;
 use minivmm_lab::cli;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let directory: PathBuf = std::env::args_os().nth(1).ok_or("usage: manual DIRECTORY")?.into();
     fs::create_dir_all(&directory)?;
-    let command = cli::command();
+    let command = with_export(cli::command());
     // clap adds the command `minivmm help`, which needs no page.
     write_page(&directory, command.clone().disable_help_subcommand(true))?;
     for sub in command.get_subcommands() {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
-use super::machine::OpenDisk;
+use super::OpenDisk;
 
 /// The number of bytes of events that one read takes. Their content is ignored: every file is checked anyway.
 const EVENTS_BYTES: usize = 4096;

@@ -11,7 +11,7 @@ use crate::sandbox::{Role, SandboxEntry};
 
 /// Starts a disk's threads so that no CPU runs before each of them has entered the sandbox.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct SandboxedThreads;
+pub struct SandboxedThreads;
 
 impl Threads for SandboxedThreads {
     fn spawn(
