@@ -4,6 +4,7 @@
 //! [`crate::disk`] carries them out. Knows nothing of KVM or transports.
 
 pub mod config;
+mod job;
 mod poll;
 pub mod request;
 mod requests;

@@ -7,9 +7,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::job::{Job, TurnError};
 use super::request::{self, Data, Frame, HEADER_BYTES, Header, ID_BYTES, Limits, Request, Status};
 use super::stopwatch::Stopwatch;
-use super::worker::{Job, TurnError};
 use crate::disk::Image;
 use crate::disk::disk_queue::{Completion, DiskQueue, Op, RequestId};
 use crate::mem::{self, Iov};

@@ -4,46 +4,26 @@
 //! moves what is popped to the disk, and completes it.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
+pub use super::job::{Job, TurnError};
 use super::poll::Poller;
 use super::requests::{Chained, Requests};
-use crate::disk::disk_queue::{DiskQueue, RequestId};
+use crate::disk::disk_queue::DiskQueue;
 use crate::disk::engine::{Meanwhile, Wake};
 use crate::doorbell;
-use crate::mem::Ram;
 use crate::ratelimit::RateLimit;
 use crate::sync::unpoisoned;
 use crate::threads::{ThreadKind, Threads};
-use crate::virtio::Interrupt;
-use crate::virtio::queue::{Chain, Position, Ring, RingError};
+use crate::virtio::queue::{Chain, Position, RingError};
 use crate::warn_limited;
 
 /// Stack size of a worker. Its frames are small, and there may be many workers.
 const STACK_BYTES: usize = 256 << 10;
-
-/// What a worker needs to serve a queue, handed over at activation.
-pub struct Job {
-    /// Guest RAM.
-    pub ram: Ram,
-    /// The negotiated feature bits.
-    pub features: u64,
-    /// The queue's index.
-    pub index: u16,
-    /// The queue's rings.
-    pub ring: Ring,
-    /// The queue's doorbell.
-    pub doorbell: Arc<EventFd>,
-    /// An eventfd of another process that the driver writes in place of the doorbell; `None` if there is none.
-    pub kick: Option<Arc<OwnedFd>>,
-    /// Notifies the driver.
-    pub interrupt: Arc<dyn Interrupt>,
-}
 
 /// Serves one queue from DRIVER_OK to reset. It needs no thread of its own: tests call [`QueueWorker::turn`]
 /// directly.
@@ -163,25 +143,6 @@ impl<'a> QueueWorker<'a> {
     pub fn is_idle(&self) -> bool {
         self.requests.disk.is_idle()
     }
-}
-
-/// Why a worker cannot continue.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TurnError {
-    /// The driver has broken the ring.
-    #[error("the driver has broken its queue")]
-    Ring(#[from] RingError),
-    /// Waiting for the engine failed.
-    #[error("the I/O engine failed")]
-    Engine(#[from] io::Error),
-    /// The disk completed a request that was never submitted. This is a bug of ours, and the disk's completions
-    /// can no longer be trusted.
-    #[error("the disk completed request {0}, which is not in flight")]
-    Lost(RequestId),
-    /// The disk is idle but has not completed this many requests. This is a bug of ours, too.
-    #[error("the disk has nothing in flight and has not completed {0} of its requests")]
-    Forgotten(usize),
 }
 
 /// The state shared by the device and its worker's thread.
