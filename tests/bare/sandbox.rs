@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use minivmm::sandbox::Role;
+use minivmm_testkit::dontcache;
 use minivmm_testkit::machine::*;
 
 use crate::given::listed;
@@ -147,8 +148,13 @@ fn under_strace_no_thread_calls_what_its_row_lacks() {
         "cache=unsafe,discard=on",
         "cache=none,engine=io_uring,buffers=fixed,poll-us=0",
         "cache=none,fault=delay=1ms:flush",
+        "cache=dontcache,engine=sync",
+        "cache=dontcache,engine=io_uring",
     ] {
         if keys.contains("buffers=fixed") && !may_lock(512) {
+            continue;
+        }
+        if keys.contains("dontcache") && !dontcache::is_here() {
             continue;
         }
         let image = Image::new();

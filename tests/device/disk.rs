@@ -12,7 +12,7 @@ use minivmm::disk::disk_queue::StableBy;
 use minivmm::disk::{DiskConfig, Image};
 use minivmm_testkit::driver::*;
 use minivmm_testkit::engines::{Fate, Kind, Log, Script, Scripted};
-use minivmm_testkit::images::{TestImage, pattern, policies, test_dir};
+use minivmm_testkit::images::{TestImage, modes, pattern, policies, test_dir};
 use minivmm_testkit::skips::skip;
 
 const IMAGE_BYTES: u64 = 1 << 20;
@@ -141,7 +141,7 @@ fn reset_restores_the_configured_writeback_byte_and_its_meaning() {
 /// Shows E1 and E2.
 #[test]
 fn the_first_failed_fdatasync_fails_every_later_flush_and_stable_write_in_every_mode() {
-    for mode in ["none", "writeback", "writethrough", "directsync"] {
+    for mode in modes().into_iter().filter(|mode| *mode != "unsafe") {
         let script = |kind, nth| match (kind, nth) {
             (Kind::Fdatasync, 1) => Fate::Fails(libc::EIO),
             _ => Fate::Real,
@@ -225,7 +225,7 @@ fn an_interrupted_operation_is_done_again() {
 /// Shows E5.
 #[test]
 fn short_transfers_are_continued_to_the_last_byte() {
-    for mode in ["none", "writeback", "directsync", "writethrough"] {
+    for mode in modes().into_iter().filter(|mode| *mode != "unsafe") {
         let script = |kind, nth| match kind {
             Kind::Read | Kind::Write | Kind::WriteDsync if nth % 3 != 2 => Fate::Short(4096 + 512),
             _ => Fate::Real,

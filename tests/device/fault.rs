@@ -94,7 +94,8 @@ fn reads_and_discards_fail_in_their_range_only() {
 #[test]
 fn after_one_failed_flush_none_succeeds_though_the_host_would_say_so() {
     // The trap: the kernel reports a lost page once, and the next fdatasync succeeds.
-    each(&["none", "writethrough", "writeback", "directsync"], "flush-fail=once", |_, rig, what| {
+    let modes: Vec<_> = modes().into_iter().filter(|mode| *mode != "unsafe").collect();
+    each(&modes, "flush-fail=once", |_, rig, what| {
         let (write, flush) = (rig.write_sectors(0, &[1; 4096]), rig.flush());
         assert!(write == IOERR || flush == IOERR, "{what}");
         assert_eq!(rig.flush(), IOERR, "{what}: latched");
