@@ -13,7 +13,7 @@ const WINDOW_MIN: Duration = Duration::from_micros(4);
 /// Polls between two readings of the clock.
 const POLLS_PER_CLOCK_READ: u32 = 8;
 /// Waits of one window, the unit of measuring and of the pauses between trials.
-const WINDOW: u32 = 512;
+const WINDOW: u32 = 256;
 /// Windows after a change of the way that do not count: the host's scheduler moves the two threads apart, or together on
 /// one CPU, and takes its time.
 const SETTLING: u32 = 4;

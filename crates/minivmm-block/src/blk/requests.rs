@@ -65,15 +65,15 @@ impl<'a> Requests<'a> {
         self.pending.len()
     }
 
-    /// Returns `true` if as many requests are in flight as the ring has entries. Only a driver that submits
-    /// descriptors that it does not own can want more; those wait until others have completed (R23).
-    pub(super) fn is_full(&self) -> bool {
-        self.pending.len() >= usize::from(self.job.ring.size())
+    /// Returns how many more requests can be in flight: at most as many are as the ring has entries. Only a driver that
+    /// submits descriptors that it does not own can want more; those wait until others have completed (R23).
+    pub(super) fn room(&self) -> usize {
+        usize::from(self.job.ring.size()).saturating_sub(self.pending.len())
     }
 
     /// Asks for the doorbell, unless the queue is full. Returns `true` if a chain is there already.
     pub(super) fn enable_doorbell(&mut self) -> bool {
-        !self.is_full() && self.job.ring.enable_doorbell()
+        self.room() > 0 && self.job.ring.enable_doorbell()
     }
 
     /// Returns the number of requests completed since the last call.

@@ -85,9 +85,9 @@ impl<'a> QueueWorker<'a> {
         // Submit what was popped before spinning.
         requests.disk.wait(Wake::Now)?;
         requests.complete_finished()?;
-        let is_full = requests.is_full();
+        let has_room = requests.room() > 0;
         let (ring, disk) = (&requests.job.ring, &mut requests.disk);
-        Ok(self.poller.spin(|| (!is_full && ring.has_available()) || disk.is_ready()))
+        Ok(self.poller.spin(|| (has_room && ring.has_available()) || disk.is_ready()))
     }
 
     /// Pops at most as many chains as the ring has entries, and returns `true` if there may be more. The bound
@@ -95,15 +95,14 @@ impl<'a> QueueWorker<'a> {
     fn take_available(&mut self) -> Result<bool, RingError> {
         let (requests, chain) = (&mut self.requests, &mut self.chain);
         requests.job.ring.disable_doorbell();
-        let mut left = requests.job.ring.size();
-        while left > 0 {
-            if requests.is_full() || !requests.job.ring.pop_into(chain)? {
+        // Each chain takes at most one of these places.
+        for _ in 0..requests.room() {
+            if !requests.job.ring.pop_into(chain)? {
                 return Ok(false);
             }
             requests.take(chain)?;
-            left -= 1;
         }
-        Ok(true)
+        Ok(requests.room() > 0)
     }
 
     /// Waits for everything in flight and completes it (virtio 2.4.1, R15).

@@ -557,7 +557,7 @@ impl DiskQueue {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn complete(&mut self, id: Member, result: Result<(), DiskError>) {
         let result = result.map_err(|error| {
             self.stats.count(|counters| &counters.errors);

@@ -286,11 +286,23 @@ impl Ring {
     }
 
     /// Pops the next available chain into `chain`, whose memory is reused. Returns `false` if there is none.
-    #[inline]
+    #[inline(always)]
     pub fn pop_into(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        if let Some(inflight) = &mut self.inflight
-            && let Some(head) = inflight.next_to_repeat()
-        {
+        if self.inflight.is_some() {
+            return self.pop_tracked(chain);
+        }
+        if self.next_available == self.seen_available && !self.look_for_more()? {
+            return Ok(false);
+        }
+        let head = self.available.entry(self.next_available);
+        self.next_available = self.next_available.wrapping_add(1);
+        self.walk(head, chain)?;
+        Ok(true)
+    }
+
+    /// [`Ring::pop_into`] where chains in flight are noted: chains that are to be repeated come first.
+    fn pop_tracked(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        if let Some(head) = self.inflight.as_mut().and_then(|inflight| inflight.next_to_repeat()) {
             self.walk(head, chain)?;
             return Ok(true);
         }
