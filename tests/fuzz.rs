@@ -100,6 +100,11 @@ fn a_disks_options_keep_to_their_limits_or_are_refused() {
 }
 
 #[test]
+fn a_front_ends_messages_are_handled_or_end_its_connection() {
+    check("messages", 1000);
+}
+
+#[test]
 fn a_write_log_is_read_or_refused() {
     check("writelog", 2000);
 }

@@ -119,15 +119,15 @@ const EXPORT_LAYERS: [(&str, Option<&[&str]>); 11] = [
             "table",
         ]),
     ),
-    ("serve", Some(&["backend", "ratelimit", "sandbox"])),
+    ("serve", Some(&["backend", "message", "ratelimit", "sandbox"])),
     ("handler", Some(&["backend", "inflight", "ring", "table"])),
-    ("backend", Some(&["blk", "disk", "inflight", "mem", "notify", "ring", "table", "virtio"])),
+    ("backend", Some(&["blk", "disk", "inflight", "mem", "notify", "ratelimit", "ring", "table", "virtio"])),
     ("ring", Some(&["notify", "table", "virtio"])),
     ("inflight", Some(&["mem", "virtio"])),
     ("table", Some(&["mem"])),
     ("notify", Some(&["virtio"])),
 ];
-const EXPORT_ALONE: [&str; 1] = ["socket"];
+const EXPORT_ALONE: [&str; 2] = ["message", "socket"];
 
 const LAB_LAYERS: [(&str, Option<&[&str]>); 7] = [
     ("main", None),

@@ -12,6 +12,7 @@ mod kernel;
 mod lane;
 mod logs;
 mod memory;
+mod messages;
 mod options;
 mod registers;
 mod spy;
@@ -22,13 +23,14 @@ mod writelog;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 8] = [
     ("mmio", block::over_mmio),
     ("pci", block::over_pci),
     ("chain", chain::run),
     ("console", console::run),
     ("kernel", kernel::run),
     ("options", options::run),
+    ("messages", messages::run),
     ("writelog", writelog::run),
 ];
 

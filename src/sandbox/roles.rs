@@ -102,6 +102,8 @@ const KVM_IOEVENTFD: (&str, u32) = ("KVM_IOEVENTFD", 0x4040_ae79);
 const TCGETS: (&str, u32) = ("TCGETS", 0x5401);
 const TCSETS: (&str, u32) = ("TCSETS", 0x5402);
 const TIOCGWINSZ: (&str, u32) = ("TIOCGWINSZ", 0x5413);
+/// A socket's.
+const FIONREAD: (&str, u32) = ("FIONREAD", 0x541b);
 /// A block device's requests, with their numbers from `linux/fs.h`.
 const BLKDISCARD: (&str, u32) = ("BLKDISCARD", 0x1277);
 const BLKZEROOUT: (&str, u32) = ("BLKZEROOUT", 0x127f);
@@ -245,6 +247,8 @@ const SOCKET: &[Call] = calls! {
     accept4 Always, "the next front end";
     getsockopt Always, "who the front end is, for messages";
     recvmsg Always, "messages, and the descriptors that come with them";
+    ioctl Request(&[FIONREAD]), "whether a whole message has arrived";
+    clock_nanosleep Always, "waiting for the rest of a message";
     sendmsg Always, "replies, and the descriptor of an inflight region";
     shutdown Always, "ending a connection";
     eventfd2 Always, "doorbells of queues";

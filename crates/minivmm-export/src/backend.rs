@@ -12,8 +12,10 @@ use std::sync::Arc;
 use minivmm_block::blk::{BlockDevice, config};
 use minivmm_block::disk::Image;
 use minivmm_block::mem::{MemoryLoss, OutsideRam};
+use minivmm_block::ratelimit::RateLimit;
 use minivmm_block::virtio::queue::{Position, QueueConfigError, Ring};
 use minivmm_block::virtio::{ActivateError, Activation, EnabledQueue, VirtioDevice, feature};
+use minivmm_block::warn_limited;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::inflight::{Description, InflightRegion, RegionError};
@@ -76,6 +78,7 @@ pub struct Backend {
     inflight: Option<InflightRegion>,
     /// `true` if the device's `writeback` byte is the one that the driver believes in.
     knows_writeback: bool,
+    notes: RateLimit,
 }
 
 impl Backend {
@@ -90,6 +93,7 @@ impl Backend {
             rings: Vec::new(),
             inflight: None,
             knows_writeback: false,
+            notes: RateLimit::for_guest_errors("export"),
         };
         backend.forget_rings();
         Ok(backend)
@@ -372,7 +376,8 @@ impl Backend {
         self.settle_writeback(is_resumed, index);
         let lost = position.available.wrapping_sub(position.used);
         if lost != 0 && self.inflight.is_none() {
-            log::warn!(
+            warn_limited!(
+                self.notes,
                 "ring {index}: {lost} requests were taken by an earlier back end and never returned; without an inflight \
                  region they cannot be repeated"
             );
@@ -388,7 +393,8 @@ impl Backend {
     /// connection may have turned its write cache off, of which only SET_CONFIG or an inflight region tells.
     fn settle_writeback(&mut self, is_resumed: bool, index: u16) {
         if !self.knows_writeback && is_resumed && self.device.writeback() {
-            log::warn!(
+            warn_limited!(
+                self.notes,
                 "ring {index} goes on with a driver whose write-cache setting is not known: writes are made stable before \
                  they are acknowledged, until the driver turns its write cache on"
             );

@@ -23,6 +23,7 @@
 //! | [`table`] | the memory table | the device |
 //! | [`inflight`] | the region that the front end keeps | the device |
 //! | [`notify`] | eventfds of the front end | everything |
+//! | [`message`] | whether a whole message has arrived | everything |
 //! | [`socket`] | listening sockets, made and removed | everything |
 //!
 //! # Trust
@@ -37,6 +38,7 @@ pub mod daemon;
 pub mod explain;
 pub mod handler;
 pub mod inflight;
+pub mod message;
 pub mod notify;
 pub mod ring;
 pub mod serve;

@@ -10,6 +10,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
 
 use minivmm::sandbox::{self, Role, SandboxEntry};
 use minivmm_block::ratelimit::RateLimit;
@@ -19,6 +20,12 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::backend::Backend;
+use crate::message::{self, Arrived};
+
+/// How long the rest of a message may take.
+const REST_MAX: Duration = Duration::from_secs(5);
+/// How often we look for the rest of a message.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// What the main thread shares with a socket's thread, to end it.
 #[derive(Debug)]
@@ -80,6 +87,56 @@ impl Ending {
     }
 }
 
+/// The messages of one connection.
+pub struct Messages {
+    handler: BackendReqHandler<Mutex<Backend>>,
+    /// The same connection, to look at what has arrived.
+    seen: UnixStream,
+    /// When the first part of the present message was seen; `None` if there is none.
+    half_since: Option<Instant>,
+}
+
+/// What a look for the next message has led to.
+pub enum Next {
+    /// A message was handled, and another may be there.
+    Handled,
+    /// No whole message is there.
+    Waiting,
+    /// The connection is to end.
+    Ended(End),
+}
+
+impl Messages {
+    /// Takes the messages of `connection` to `backend`.
+    pub fn new(connection: UnixStream, backend: Arc<Mutex<Backend>>) -> io::Result<Self> {
+        let seen = connection.try_clone()?;
+        Ok(Self { handler: BackendReqHandler::from_stream(connection, backend), seen, half_since: None })
+    }
+
+    /// Handles the next message, if it is there as a whole.
+    pub fn handle_next(&mut self) -> io::Result<Next> {
+        match message::look(&self.seen)? {
+            Arrived::Part if self.half_since.get_or_insert_with(Instant::now).elapsed() > REST_MAX => {
+                return Ok(Next::Ended(End::HalfMessage));
+            }
+            Arrived::Part => return Ok(Next::Waiting),
+            Arrived::TooManyDescriptors => return Ok(Next::Ended(End::TooManyDescriptors)),
+            Arrived::Whole | Arrived::End => self.half_since = None,
+        }
+        Ok(match self.handler.handle_request() {
+            Ok(()) | Err(Error::SocketRetry(_)) => Next::Handled,
+            Err(Error::Disconnected | Error::SocketBroken(_)) => Next::Ended(End::Closed),
+            Err(error) => Next::Ended(End::Refused(error)),
+        })
+    }
+}
+
+impl AsRawFd for Messages {
+    fn as_raw_fd(&self) -> RawFd {
+        self.seen.as_raw_fd()
+    }
+}
+
 /// One socket, its disk, and the present front end.
 struct Server {
     /// Path of the image, for messages.
@@ -91,11 +148,15 @@ struct Server {
 }
 
 /// How a connection has ended.
-enum End {
+pub enum End {
     /// The front end has closed it.
     Closed,
     /// The front end has broken the protocol, or asked for what cannot be.
     Refused(Error),
+    /// The front end has sent only a part of a message.
+    HalfMessage,
+    /// The front end has sent more descriptors than any message may have.
+    TooManyDescriptors,
     /// The front end has truncated memory that it shares.
     MemoryLost,
     /// We are to end.
@@ -133,6 +194,15 @@ impl Server {
             Ok(End::Refused(error)) => {
                 warn_limited!(self.errors, "{path}: the front end is disconnected: {}", Chained(&error));
             }
+            Ok(End::HalfMessage) => warn_limited!(
+                self.errors,
+                "{path}: the front end is disconnected: in {} s it has sent only a part of a message",
+                REST_MAX.as_secs()
+            ),
+            Ok(End::TooManyDescriptors) => warn_limited!(
+                self.errors,
+                "{path}: the front end is disconnected: it has sent more descriptors than a message may have"
+            ),
             Ok(End::MemoryLost) => warn_limited!(
                 self.errors,
                 "{path}: the front end is disconnected: it has truncated memory that it shares"
@@ -144,10 +214,9 @@ impl Server {
     fn serve_until_end(&self, connection: UnixStream) -> io::Result<End> {
         let loss = unpoisoned(self.backend.lock()).begin()?;
         *unpoisoned(self.ending.connection.lock()) = Some(connection.try_clone()?);
-        let messages = connection.as_raw_fd();
-        let mut handler = BackendReqHandler::from_stream(connection, Arc::clone(&self.backend));
+        let mut messages = Messages::new(connection, Arc::clone(&self.backend))?;
         loop {
-            let [message, ..] = wait([messages, self.ending.wake.as_raw_fd(), loss.as_raw_fd()])?;
+            let [message, ..] = wait([messages.as_raw_fd(), self.ending.wake.as_raw_fd(), loss.as_raw_fd()])?;
             if self.ending.is_wanted() {
                 return Ok(End::Wanted);
             }
@@ -157,11 +226,11 @@ impl Server {
             if !message {
                 continue;
             }
-            match handler.handle_request() {
-                Ok(()) | Err(Error::SocketRetry(_)) => {}
-                Err(_) if self.ending.is_wanted() => return Ok(End::Wanted),
-                Err(Error::Disconnected | Error::SocketBroken(_)) => return Ok(End::Closed),
-                Err(error) => return Ok(End::Refused(error)),
+            match messages.handle_next()? {
+                Next::Handled => {}
+                Next::Waiting => std::thread::sleep(LOOK),
+                Next::Ended(_) if self.ending.is_wanted() => return Ok(End::Wanted),
+                Next::Ended(end) => return Ok(end),
             }
         }
     }

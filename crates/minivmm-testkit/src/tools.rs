@@ -33,7 +33,8 @@ fn build(mut cargo: Command, minivmm: &Path) {
         debug if debug == "debug" => "dev".to_owned(),
         profile => profile,
     };
-    cargo.args(["build", "--locked", "--quiet", "--bin", "minivmm-tools", "--profile", &profile]);
+    let binaries = ["--bin", "minivmm-tools", "--bin", "minivmm-export"];
+    cargo.args(["build", "--locked", "--quiet"]).args(binaries).args(["--profile", &profile]);
     let above = directory.parent().unwrap();
     if Some(above) != places::tmp().parent() {
         cargo.args(["--target", &name(above)]);
