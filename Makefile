@@ -2,7 +2,7 @@
 # is missing, or print the line that does.
 
 .DEFAULT_GOAL := help
-.PHONY: help build run check test test-intel bench bench-bare bench-guest bench-modes bench-sandbox study lint deps test-deps clean torture fuzz fuzz-merge fuzz-coverage asan miri install install-files static deb
+.PHONY: help build run check test test-intel bench bench-bare bench-export bench-guest bench-modes bench-sandbox study lint deps test-deps clean torture fuzz fuzz-merge fuzz-coverage asan miri install install-files static deb
 
 include guest-images/guest.mk
 
@@ -12,6 +12,7 @@ help: ## lists the commands
 	@echo "make test         every check: lint, device, images, real kernels"
 	@echo "make bench        the device path beside fio on this machine: QUICK=1, ROUNDS=, SECONDS=, ONLY=, FULL=1"
 	@echo "make bench-bare   a guest of our own beside QEMU's on this machine's KVM: QUICK=1, ROUNDS=, ONLY="
+	@echo "make bench-export  \`minivmm export\` beside qemu-storage-daemon, one front end: QUICK=1, ROUNDS=, SECONDS=, ONLY=, DRIVER="
 	@echo "make bench-sandbox  what each thread's filter adds to a system call: QUICK=1, ROUNDS="
 	@echo "make bench-guest  fio in the test guest under minivmm and QEMU, boots to init: QUICK=1, ROUNDS=, ONLY=, WHO=, MODES="
 	@echo "make bench-modes  \`minivmm bench\`, here or in the emulated host: MODES=, JOBS=, ONLY=, ROUNDS=, SECONDS=, SIZE=, ARGS="
@@ -41,9 +42,11 @@ build:
 PACKAGES := gcc make libc6-dev xz-utils zstd bzip2 cpio e2fsprogs strace fio openssh-client python3 \
 	lz4 flex bison bc libelf-dev shellcheck tmux acpica-tools procps psmisc
 
-# What only the tests need: the peer that the auditor and --explain are compared with, what counts
-# instructions, the database that a loss of power is tried on, and what makes deliberate mistakes.
-TEST_PACKAGES := qemu-system-x86 valgrind sqlite3 patch xfsprogs
+# What only the tests need: the peer that the auditor, --explain and export are compared with (its storage daemon is in
+# qemu-system-common or qemu-utils), what counts instructions, the database that a loss of power is tried on, what makes
+# deliberate mistakes, and the firmware and boot loaders that boot from an exported disk.
+TEST_PACKAGES := qemu-system-x86 qemu-system-common qemu-utils valgrind sqlite3 patch xfsprogs \
+	seabios ovmf grub-common grub-pc-bin grub-efi-amd64-bin mtools
 
 deps:
 	@guest-images/install-packages $(PACKAGES)
@@ -88,7 +91,8 @@ check:
 # Once more as an ordinary user who has /dev/kvm and files of its own alone, and as root of a user namespace: what works
 # only as root fails there. An ordinary user who runs `make test` has had the first of the two already. Where
 # kernels take long because the host is emulated, one test of each suite with kernels runs.
-USER_SUITES := bare program:sandbox:: program:check:: program:dontcache:: program:hosts::
+USER_SUITES := bare program:sandbox:: program:check:: program:dontcache:: program:hosts:: vhost_user:drivers:: \
+	vhost_user:modes::linux_6_12
 USERNS_SUITES := bare program:sandbox::
 
 # A suite is a module of a test program: the words after -- choose tests by their names. These run once with the
@@ -113,6 +117,11 @@ bench-bare: test-deps
 	@cargo bench --quiet --locked --bench bare -- $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only $(ONLY)) \
 		$(if $(QUICK),--quick) $(ARGS)
 
+# `minivmm export` beside qemu-storage-daemon under the same front end: two to three minutes.
+bench-export: test-deps build
+	@cargo bench --quiet --locked --bench export -- $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(DRIVER),--driver $(DRIVER)) $(if $(QUICK),--quick) $(ARGS)
+
 # What each thread's filter adds to a system call: seconds.
 bench-sandbox:
 	@cargo bench --quiet --locked --bench sandbox -- $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(QUICK),--quick) $(ARGS)
@@ -134,14 +143,15 @@ study: deps build guest
 	@QUICK="$(QUICK)" OUT="$(OUT)" ONLY="$(ONLY)" ROUNDS="$(ROUNDS)" guest-images/study
 
 # The long suites: every combination of killed hosts and lost power TRIALS times (five minutes each), the same
-# with QEMU, hundreds of times as many seeds of the durability proof, each deliberate mistake of tests/mutants built
-# and found; half an hour of soak on this machine's KVM, and five minutes of it in the emulated host (SOAK= seconds,
-# in place of either); emulated Intel hosts.
-torture: test-deps build guest emuhost
+# with QEMU, exports and their front ends killed a hundred times each, hundreds of times as many seeds of the durability
+# proof, each deliberate mistake of tests/mutants built and found; half an hour of soak on this machine's KVM, and five
+# minutes of it in the emulated host (SOAK= seconds, in place of either); emulated Intel hosts.
+torture: test-deps build guest-all emuhost
 	@MINIVMM_TRIALS=$(or $(TRIALS),10) MINIVMM_BESIDE_QEMU=1 cargo test --release --locked --test endurance -- killed:: --nocapture --test-threads 1
 	@MINIVMM_SEEDS=$(or $(SEEDS),5000000) cargo test --release --locked -p minivmm-block --features observed --test durability -- --nocapture
 	@MINIVMM_REQUESTS=2 cargo test --release --locked -p minivmm-block --features observed --test fences -- --nocapture
 	@MINIVMM_MUTANTS=all cargo test --release --locked --test mutants -- --nocapture
+	@MINIVMM_TRIALS=$(or $(TRIALS),100) cargo test --release --locked --test vhost_user -- --nocapture
 	@MINIVMM_DONTCACHE_MIB=1024 cargo test --release --locked --test program -- dontcache:: --nocapture
 	@case $$(guest-images/which-host) in directly*) \
 		MINIVMM_SOAK_SECONDS=$(or $(SOAK),1800) cargo test --release --locked --test endurance -- soak:: --nocapture ;; esac

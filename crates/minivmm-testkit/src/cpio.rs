@@ -1,5 +1,9 @@
 //! A cpio archive ("newc") with one job for the test guest, to be put behind its initramfs.
 
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
 /// `/job/run` with this content. The kernel unpacks archives one after another.
 pub fn job(script: &str) -> Vec<u8> {
     job_with(script, &[])
@@ -12,6 +16,35 @@ pub fn job_with(script: &str, programs: &[(&str, &[u8])]) -> Vec<u8> {
     entry(&mut archive, "job/run", 0o100_755, format!("#!/bin/sh\n{script}\n").as_bytes());
     for (name, program) in programs {
         entry(&mut archive, &format!("job/{name}"), 0o100_755, program);
+    }
+    entry(&mut archive, "TRAILER!!!", 0, b"");
+    archive
+}
+
+/// Programs of this machine with their libraries and their loader, in `/job/host`: a guest whose own libraries are
+/// others runs one as `/job/host/ld.so --library-path /job/host /job/host/NAME`.
+///
+/// # Panics
+///
+/// Where one of `programs` is no dynamic program of this machine.
+pub fn host_programs(programs: &[&Path]) -> Vec<u8> {
+    let mut archive = Vec::new();
+    entry(&mut archive, "job", 0o040_755, b"");
+    entry(&mut archive, "job/host", 0o040_755, b"");
+    let mut files = BTreeMap::new();
+    for program in programs {
+        let ldd = Command::new("ldd").arg(program).output().unwrap();
+        assert!(ldd.status.success(), "{}: {ldd:?}", program.display());
+        let listed = String::from_utf8_lossy(&ldd.stdout).into_owned();
+        let paths = listed.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from);
+        for path in paths.chain([program.to_path_buf()]) {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            let name = if name.starts_with("ld-linux") { "ld.so" } else { name };
+            files.insert(name.to_owned(), path.clone());
+        }
+    }
+    for (name, path) in files {
+        entry(&mut archive, &format!("job/host/{name}"), 0o100_755, &std::fs::read(path).unwrap());
     }
     entry(&mut archive, "TRAILER!!!", 0, b"");
     archive

@@ -9,8 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use minivmm_testkit::cpio;
-
-use super::records::{self, Claim};
+use minivmm_testkit::records::{self, Claim};
 
 const IMAGE_MIB: u32 = 16;
 /// Longer than five guests take to boot side by side, also in QEMU.

@@ -9,14 +9,13 @@
 
 mod disk;
 mod host;
-pub mod records;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use host::{EmulatedHost, Vmm};
+use minivmm_testkit::records::{Claim, Found};
 use minivmm_testkit::skips::skip;
-use records::{Claim, Found};
 
 /// The modes that every host has.
 const MODES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];

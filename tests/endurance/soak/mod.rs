@@ -13,10 +13,9 @@ use std::fmt::Write;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use minivmm_testkit::host::{Host, Outcome, Place};
+use minivmm_testkit::records::{self, Claim, Found};
 use random::Random;
 use serde_json::Value;
-
-use crate::killed::records::{self, Claim, Found};
 
 /// Each image: fio's part, as much for records, and a part whose reads fail.
 const PART_MIB: u64 = 32;

@@ -1,22 +1,25 @@
-//! What a guest has said, and what is found of it (records.c has the grammar and the layout).
+//! Numbered records that a guest writes: its program, what it has said, and what is found of it (records.c has the
+//! grammar and the layout).
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
+
+use crate::places;
 
 const BLOCK: usize = 4096;
 const MAGIC: &[u8; 8] = b"RECORDMV";
 
-/// The guests' program, static.
+/// Returns the path of the guests' program, a static one, which the first call builds.
 pub fn program() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     let build = || {
-        let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("records");
+        let program = places::tmp().join("records");
         let made = Command::new("gcc")
             .args(["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o"])
             .arg(&program)
-            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/endurance/killed/records.c"))
+            .arg(places::root().join("crates/minivmm-testkit/src/records.c"))
             .status()
             .unwrap();
         assert!(made.success());
@@ -38,6 +41,10 @@ pub struct Claim {
 
 impl Claim {
     /// Takes one line of the guest's.
+    ///
+    /// # Panics
+    ///
+    /// Where the line begins like one of the program's and has no number.
     pub fn hear(&mut self, line: &str) {
         let number = |text: &str| text.trim().parse().unwrap_or_else(|_| panic!("the guest says {line:?}"));
         match line.split_once(' ') {
@@ -48,7 +55,7 @@ impl Claim {
         }
     }
 
-    /// Records 1 to this must be there.
+    /// Returns the number of the last record that must be there, with all before it.
     pub fn promised(&self) -> u64 {
         if self.through { self.written } else { self.flushed }
     }
@@ -59,6 +66,7 @@ impl Claim {
 pub struct Found(HashSet<u64>);
 
 impl Found {
+    /// Looks for whole records in the blocks of an image.
     pub fn in_image(image: &[u8]) -> Self {
         let whole = |(at, block): (usize, &[u8])| {
             let number = |from: usize| u64::from_le_bytes(block[from..from + 8].try_into().unwrap());
@@ -71,6 +79,7 @@ impl Found {
         Self(image.chunks_exact(BLOCK).enumerate().filter_map(whole).collect())
     }
 
+    /// Whether record `n` is whole.
     pub fn has(&self, n: u64) -> bool {
         self.0.contains(&n)
     }
