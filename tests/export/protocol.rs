@@ -20,9 +20,10 @@ pub fn disk(image: &TestImage, keys: &str) -> String {
 
 #[test]
 fn every_mode_reads_what_was_written_over_every_queue() {
-    for mode in modes() {
+    for (mode, engine) in modes().into_iter().flat_map(|mode| [(mode, "auto"), (mode, "sync")]) {
         let (dir, image) = image();
-        let daemon = Daemon::start(dir.path(), &disk(&image, &format!("cache={mode},queues=2")));
+        let keys = format!("cache={mode},queues=2,engine={engine}");
+        let daemon = Daemon::start(dir.path(), &disk(&image, &keys));
         let mut front_end = FrontEnd::live(dir.path(), 2);
         for round in 0..40u64 {
             let (queue, sector) = ((round % 2) as u32, 8 * round);

@@ -86,8 +86,14 @@ fn what_was_in_flight_at_a_kill_is_done_and_what_was_acknowledged_is_not_done_ag
 
 #[test]
 fn kills_at_any_moment_lose_nothing_and_repeat_nothing() {
+    for engine in ["auto", "sync"] {
+        kill_at_any_moment(engine);
+    }
+}
+
+fn kill_at_any_moment(engine: &str) {
     let (dir, image) = image();
-    let keys = disk(&image, "cache=writeback,queues=1");
+    let keys = disk(&image, &format!("cache=writeback,queues=1,engine={engine}"));
     let mut daemon = Daemon::start(dir.path(), &keys);
     let mut keeper = Keeper::new(dir.path());
     let (mut expected, mut made) = ([0u8; 4], 0u16);
