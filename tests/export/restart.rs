@@ -144,6 +144,30 @@ fn the_write_cache_that_a_driver_has_switched_off_stays_off_over_a_kill() {
 }
 
 #[test]
+fn a_sync_that_failed_is_not_forgotten_by_the_successor_of_a_driver_that_goes_on() {
+    let (dir, image) = image();
+    let failing = disk(&image, "cache=writeback,queues=1,fault=flush-fail=once");
+    let daemon = Daemon::start(dir.path(), &failing);
+    let mut keeper = Keeper::new(dir.path());
+    keeper.front_end.write(0, 0, 1);
+    assert_eq!(keeper.front_end.request(0, FLUSH, 0, 0), 1, "IOERR");
+    daemon.kill();
+    let keys = disk(&image, "cache=writeback,queues=1");
+    let daemon = Daemon::start(dir.path(), &keys);
+    let mut keeper = keeper.reconnect(dir.path());
+    assert_eq!(keeper.front_end.request(0, FLUSH, 0, 0), 1, "IOERR still");
+    assert_eq!(keeper.front_end.read(0, 0), [1; 4096]);
+    drop(keeper);
+    assert_eq!(daemon.end(), 125);
+    // A driver that begins anew is another matter.
+    let daemon = Daemon::start(dir.path(), &keys);
+    let mut keeper = Keeper::new(dir.path());
+    assert_eq!(keeper.front_end.request(0, FLUSH, 0, 0), 0);
+    drop(keeper);
+    assert_eq!(daemon.end(), 128 + libc::SIGTERM);
+}
+
+#[test]
 fn without_a_region_a_driver_of_unknown_write_cache_gets_stable_writes() {
     let (dir, image) = image();
     let keys = disk(&image, "cache=writeback,queues=1,stable=dsync");

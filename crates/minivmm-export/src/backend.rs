@@ -14,11 +14,11 @@ use minivmm_block::disk::Image;
 use minivmm_block::mem::{MemoryLoss, OutsideRam};
 use minivmm_block::ratelimit::RateLimit;
 use minivmm_block::virtio::queue::{Position, QueueConfigError, Ring};
-use minivmm_block::virtio::{ActivateError, Activation, EnabledQueue, VirtioDevice, feature};
+use minivmm_block::virtio::{ActivateError, Activation, EnabledQueue, Interrupt, VirtioDevice, feature};
 use minivmm_block::warn_limited;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::inflight::{Description, InflightRegion, RegionError};
+use crate::inflight::{Description, InflightRegion, Kept, RegionError};
 use crate::notify::{ForeignEvent, NoEvent};
 use crate::ring::{Addresses, RingSetup};
 use crate::table::{MemoryTable, Region, TableError};
@@ -118,9 +118,14 @@ impl Backend {
         self.device.reset();
         self.features = None;
         self.forget_rings();
-        self.inflight = None;
+        self.forget_inflight();
         // The mapping of an empty table cannot fail.
         let _ = self.table.set(Vec::new());
+    }
+
+    fn forget_inflight(&mut self) {
+        self.image.latch.on_first_error(None);
+        self.inflight = None;
     }
 
     fn forget_rings(&mut self) {
@@ -260,7 +265,7 @@ impl Backend {
         self.pause();
         self.features = None;
         self.forget_rings();
-        self.inflight = None;
+        self.forget_inflight();
     }
 
     /// Disables all rings (RESET_OWNER).
@@ -290,13 +295,17 @@ impl Backend {
         let on = data.get(at).is_some_and(|byte| *byte != 0);
         self.device.set_writeback(on);
         self.knows_writeback = true;
-        self.keep_writeback();
+        self.keep_for_restart();
         Ok(())
     }
 
-    fn keep_writeback(&self) {
+    fn kept(&self) -> Kept {
+        Kept { writeback: self.device.writeback(), sync_failed: self.image.latch.check().is_err() }
+    }
+
+    fn keep_for_restart(&self) {
         if let Some(region) = &self.inflight {
-            region.keep_writeback(self.device.writeback());
+            region.keep(self.kept());
         }
     }
 
@@ -304,7 +313,7 @@ impl Backend {
     pub fn make_inflight(&mut self, queues: u16, queue_size: u16) -> Result<(Description, File), Refused> {
         let made = InflightRegion::create(queues, queue_size, self.queues(), self.table.loss());
         let (region, file) = made?;
-        region.keep_writeback(self.device.writeback());
+        region.keep(self.kept());
         Ok((region.description, file))
     }
 
@@ -314,14 +323,20 @@ impl Backend {
             return Err(Refused::Running);
         }
         let region = InflightRegion::open(description, file, self.queues(), self.table.loss())?;
-        if !self.knows_writeback
-            && let Some(writeback) = region.writeback()
-        {
-            self.device.set_writeback(writeback);
-            self.knows_writeback = true;
+        if let Some(kept) = region.kept() {
+            if !self.knows_writeback {
+                self.device.set_writeback(kept.writeback);
+                self.knows_writeback = true;
+            }
+            if kept.sync_failed {
+                // Linux tells a failed sync once. The driver was told, and no later FLUSH may make it hope.
+                self.image.latch.set(&io::Error::from_raw_os_error(libc::EIO));
+            }
         }
+        let noted = region.clone();
+        self.image.latch.on_first_error(Some(Box::new(move || noted.keep_sync_failure())));
         self.inflight = Some(region);
-        self.keep_writeback();
+        self.keep_for_restart();
         Ok(())
     }
 
@@ -370,7 +385,7 @@ impl Backend {
             ring = ring.tracked_by(region.notes(index)?)?;
         }
         let position = ring.position();
-        let interrupt: Arc<dyn minivmm_block::virtio::Interrupt> = setup.notify.clone();
+        let interrupt: Arc<dyn Interrupt> = setup.notify.clone();
         let kick = setup.kick.clone();
         let is_resumed = position != Position::default() || ring.has_available();
         self.settle_writeback(is_resumed, index);
@@ -401,6 +416,6 @@ impl Backend {
             self.device.set_writeback(false);
         }
         self.knows_writeback = true;
-        self.keep_writeback();
+        self.keep_for_restart();
     }
 }

@@ -1,8 +1,8 @@
 //! The inflight region: what a front end keeps of a back end that may be killed.
 //!
 //! Owns the region's making and checking, and the trailer behind the queues' parts. The parts themselves are
-//! [`minivmm_block::virtio::queue::inflight`]'s. The trailer keeps the `writeback` byte: QEMU reads the configuration
-//! space only once, so after a restart its driver still believes in the byte that it had set before.
+//! [`minivmm_block::virtio::queue::inflight`]'s. The trailer keeps two bytes that a driver relies on over a restart: the
+//! `writeback` byte, of which QEMU keeps a copy, and whether a sync has failed, after which no FLUSH may succeed.
 
 use std::fs::File;
 use std::io;
@@ -15,7 +15,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 /// The trailer's first bytes: whose it is, and its version.
 const MAGIC: [u8; 8] = *b"minivmm1";
-/// Bytes of the trailer: the magic number, then the `writeback` byte, then room.
+/// Bytes of the trailer: the magic number, the `writeback` byte, whether a sync has failed, then room.
 const TRAILER_BYTES: u64 = 64;
 
 /// The largest number of descriptors of a queue.
@@ -65,8 +65,17 @@ pub enum RegionError {
     Memory(#[from] RamError),
 }
 
-/// A mapped region.
-#[derive(Debug)]
+/// What a trailer keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kept {
+    /// The `writeback` byte.
+    pub writeback: bool,
+    /// `true` once a sync of the image has failed.
+    pub sync_failed: bool,
+}
+
+/// A mapped region. Clones share it.
+#[derive(Debug, Clone)]
 pub struct InflightRegion {
     ram: Ram,
     /// What it was described as.
@@ -117,21 +126,29 @@ impl InflightRegion {
         Inflight::new(&self.ram, index, self.description.queue_size)
     }
 
-    /// Returns the `writeback` byte that the trailer keeps; `None` if there is no trailer of ours.
-    pub fn writeback(&self) -> Option<bool> {
-        let mut found = [0; MAGIC.len() + 1];
+    /// Returns what the trailer keeps; `None` if there is no trailer of ours.
+    pub fn kept(&self) -> Option<Kept> {
+        let mut found = [0; MAGIC.len() + 2];
         read_bytes(&self.ram, self.trailer(), &mut found).ok()?;
-        let [magic @ .., writeback] = found;
-        (magic == MAGIC).then_some(writeback != 0)
+        let [magic @ .., writeback, sync_failed] = found;
+        (magic == MAGIC).then_some(Kept { writeback: writeback != 0, sync_failed: sync_failed != 0 })
     }
 
-    /// Keeps the `writeback` byte in the trailer, if there is room for one.
-    pub fn keep_writeback(&self, on: bool) {
-        // The byte is stored before the number that makes it count, and a byte is never torn.
-        let stored = write_bytes(&self.ram, self.trailer() + MAGIC.len() as u64, &[u8::from(on)]);
-        if stored.is_ok() {
+    /// Keeps these in the trailer, if there is room for one.
+    pub fn keep(&self, kept: Kept) {
+        // The bytes are stored before the number that makes them count, and a byte is never torn.
+        let at = self.trailer() + MAGIC.len() as u64;
+        let writeback = write_bytes(&self.ram, at, &[u8::from(kept.writeback)]);
+        let sync_failed = write_bytes(&self.ram, at + 1, &[u8::from(kept.sync_failed)]);
+        if writeback.and(sync_failed).is_ok() {
             let _ = write_bytes(&self.ram, self.trailer(), &MAGIC);
         }
+    }
+
+    /// Keeps that a sync has failed.
+    pub fn keep_sync_failure(&self) {
+        // Without a trailer there is nobody to tell.
+        let _ = write_bytes(&self.ram, self.trailer() + MAGIC.len() as u64 + 1, &[1]);
     }
 
     fn trailer(&self) -> u64 {

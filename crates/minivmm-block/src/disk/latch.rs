@@ -24,6 +24,17 @@ pub struct SyncLatch {
     /// 0 until a sync has failed.
     errno: AtomicI32,
     syncs: Mutex<Syncs>,
+    listener: Mutex<Listener>,
+}
+
+/// What is called at the first error; `None` if nobody wants to know.
+#[derive(Default)]
+struct Listener(Option<Box<dyn Fn() + Send + Sync>>);
+
+impl std::fmt::Debug for Listener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Listener({})", self.0.is_some())
+    }
 }
 
 #[derive(Debug, Default)]
@@ -91,6 +102,12 @@ impl SyncLatch {
         self.syncs().ledger.is_settled(horizon)
     }
 
+    /// Calls `listener` at the first error, before any request that it fails can complete; `None` ends that. An error
+    /// that is latched already is not told.
+    pub fn on_first_error(&self, listener: Option<Box<dyn Fn() + Send + Sync>>) {
+        unpoisoned(self.listener.lock()).0 = listener;
+    }
+
     /// Latches and logs `error` if it is the first; ignores later ones.
     pub fn set(&self, error: &io::Error) {
         let errno = error.raw_os_error().filter(|&errno| errno != 0).unwrap_or(libc::EIO);
@@ -99,6 +116,9 @@ impl SyncLatch {
                 "disk: the host could not make data stable: {error}. It may be lost, so every FLUSH and every \
                  stable write fails from now on; find the cause and start again"
             );
+            if let Some(listener) = &unpoisoned(self.listener.lock()).0 {
+                listener();
+            }
         }
     }
 
@@ -123,6 +143,25 @@ mod tests {
 
     fn bell() -> Arc<EventFd> {
         Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap())
+    }
+
+    #[test]
+    fn the_first_error_is_told_once_and_while_somebody_wants_to_know() {
+        let told = Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let count = Arc::clone(&told);
+        let (latch, deaf) = (SyncLatch::default(), SyncLatch::default());
+        for latch in [&latch, &deaf] {
+            let count = Arc::clone(&count);
+            latch.on_first_error(Some(Box::new(move || {
+                count.fetch_add(1, Ordering::SeqCst);
+            })));
+        }
+        deaf.on_first_error(None);
+        for latch in [&latch, &latch, &deaf] {
+            latch.set(&io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        assert_eq!(told.load(Ordering::SeqCst), 1);
+        assert!(latch.check().is_err() && deaf.check().is_err());
     }
 
     #[test]
