@@ -134,13 +134,16 @@ impl InflightRegion {
         (magic == MAGIC).then_some(Kept { writeback: writeback != 0, sync_failed: sync_failed != 0 })
     }
 
-    /// Keeps these in the trailer, if there is room for one.
+    /// Keeps these in the trailer, if there is room for one. A failed sync stays kept, whatever is told later: a queue's
+    /// worker may keep its failure between the caller's look at the latch and this call.
     pub fn keep(&self, kept: Kept) {
         // The bytes are stored before the number that makes them count, and a byte is never torn.
         let at = self.trailer() + MAGIC.len() as u64;
-        let writeback = write_bytes(&self.ram, at, &[u8::from(kept.writeback)]);
-        let sync_failed = write_bytes(&self.ram, at + 1, &[u8::from(kept.sync_failed)]);
-        if writeback.and(sync_failed).is_ok() {
+        let stored = write_bytes(&self.ram, at, &[u8::from(kept.writeback)]);
+        if kept.sync_failed {
+            self.keep_sync_failure();
+        }
+        if stored.is_ok() {
             let _ = write_bytes(&self.ram, self.trailer(), &MAGIC);
         }
     }
@@ -163,4 +166,22 @@ fn parts_bytes(queues: u16, queue_size: u16, queues_max: u16) -> Result<u64, Reg
         return Err(RegionError::Numbers { queues, queue_size, queues_max });
     }
     Ok(u64::from(queues) * Inflight::bytes(queue_size) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use minivmm_block::mem::MemoryLoss;
+
+    #[test]
+    fn a_failed_sync_stays_kept() {
+        let (region, _file) = InflightRegion::create(1, 8, 1, &MemoryLoss::new().unwrap()).unwrap();
+        let kept = |writeback, sync_failed| Kept { writeback, sync_failed };
+        assert_eq!(region.kept(), None);
+        region.keep(kept(true, false));
+        assert_eq!(region.kept(), Some(kept(true, false)));
+        region.keep_sync_failure();
+        region.keep(kept(false, false));
+        assert_eq!(region.kept(), Some(kept(false, true)));
+    }
 }
