@@ -143,7 +143,7 @@ fn a_guest_goes_on_when_its_killed_back_end_is_back() {
         return;
     }
     if exporter() == Exporter::Qemu {
-        skip("inflight", "qemu-storage-daemon 7.2 forgets the requests in flight when it is killed");
+        skip("inflight", "a guest of qemu-storage-daemon 7.2 hangs after a kill (docs/results/export.md)");
         return;
     }
     const RECORDS_MIB: u64 = 2048;
