@@ -11,6 +11,8 @@ use crate::program;
 /// A subcommand of another binary.
 #[derive(Debug, Subcommand)]
 pub(super) enum Tool {
+    /// Serve disks to other VMMs over vhost-user: QEMU, cloud-hypervisor, libblkio
+    Export,
     /// Display an observation (--observe) as it grows
     Top,
     /// List a write log: what was written to a disk, and what it promised to keep
@@ -21,8 +23,6 @@ pub(super) enum Tool {
     Bench,
     /// Test the claims made about disk caching in 2008, one by one
     Study,
-    /// Serve disks to other VMMs over vhost-user: QEMU, cloud-hypervisor, libblkio
-    Export,
 }
 
 impl Tool {
